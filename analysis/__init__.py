@@ -1,0 +1,1 @@
+"""Read run folders, compare runs, fit scaling laws, draw plots and reports. Needs neither torch nor a GPU."""

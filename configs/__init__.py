@@ -1,0 +1,1 @@
+"""Hydra configuration tree and its typed schema."""

@@ -1,0 +1,1 @@
+"""Text sources, tokenizers, token shards and the step-indexed loader."""

@@ -1,0 +1,1 @@
+"""Plain PyTorch language models; they know nothing of quantization, ranks or configuration."""
