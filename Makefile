@@ -1,0 +1,47 @@
+# Two commands for a new machine: `make quickstart` and `make test`. `make help` lists the rest.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The CPU wheel of torch where pip offers one; the constraints pin what CI tests.
+CONSTRAINTS := requirements/ci.txt
+
+.PHONY: help quickstart test lint kernels-check faults clean
+
+help:
+	@echo "make quickstart     install, train bf16 and quartet2 on the Python documentation, compare (CPU, no download)"
+	@echo "make test           install what the tests need and run them (what CI runs)"
+	@echo "make lint           ruff format --check and ruff check"
+	@echo "make kernels-check  compile the CUDA kernels with nvcc and check them on the host (minutes; needs nvcc)"
+	@echo "make faults         kills, full disks, damaged checkpoints, with counts (minutes)"
+
+$(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e ".[$*]"
+	touch $@
+
+$(VENV)/.installed-base: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	touch $@
+
+quickstart: $(VENV)/.installed-base
+	$(BIN)/python train.py experiment=quickstart quant=bf16
+	$(BIN)/python train.py experiment=quickstart quant=quartet2
+	$(BIN)/python scripts/compare.py 'runs/quickstart-*' --baseline bf16 --out runs/quickstart-compare
+
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -n 2
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+kernels-check: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install -q --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
+	$(BIN)/python -m pytest -m kernels_build tests/kernels
+
+faults: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -m faults tests/faults -s
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
