@@ -1,0 +1,129 @@
+"""Ranks: who we are, and the few collectives that the trainer needs. World size 1 is the same code without a group.
+
+Started by torchrun (RANK, WORLD_SIZE and LOCAL_RANK in the environment) or plainly. Tensors travel over the device's
+back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU tensors, which needs no GPU synchronization.
+"""
+
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+DEFAULT_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True)
+class Dist:
+    """This process among the ranks. `group` is None at world size 1, else a gloo group for CPU tensors and objects."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over ranks, in place, in the tensor's own dtype (FP64 for evaluation sums). CPU or device tensor."""
+        if self.group is not None:
+            dist.all_reduce(tensor, group=self.group if tensor.device.type == "cpu" else None)
+        return tensor
+
+    def gather(self, value: Any) -> list[Any]:
+        """One JSON-like object of every rank, in rank order, on every rank."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's object on every rank."""
+        if self.group is None:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.group)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.group is not None:
+            dist.barrier(group=self.group)
+
+
+def setup(device: str = "auto", timeout_s: int = DEFAULT_TIMEOUT_S) -> Dist:
+    """Join the process group if torchrun started us, else stay alone. `device`: auto, cpu or cuda.
+
+    Raises RuntimeError if cuda is asked for and absent, or if there are more local ranks than GPUs.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    chosen = _device(device, local_rank)
+    if world == 1:
+        return Dist(0, 1, 0, chosen)
+    timeout = timedelta(seconds=timeout_s)
+    if chosen.type == "cuda":
+        dist.init_process_group("nccl", device_id=chosen, timeout=timeout)
+        return Dist(rank, world, local_rank, chosen, dist.new_group(backend="gloo", timeout=timeout))
+    dist.init_process_group("gloo", timeout=timeout)
+    return Dist(rank, world, local_rank, chosen, dist.group.WORLD)
+
+
+def teardown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if name != "cuda":
+        raise ValueError(f"device={name}: auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise RuntimeError("device=cuda, but torch finds no CUDA GPU on this machine; use device=cpu or device=auto")
+    if local_rank >= torch.cuda.device_count():
+        raise RuntimeError(
+            f"rank with local index {local_rank} on {socket.gethostname()}, which shows {torch.cuda.device_count()} GPUs: "
+            "start as many processes per node as it has GPUs (torchrun --nproc-per-node=gpu)"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+class SharedFlag:
+    """Largest value any rank has raised, known to all ranks at the same step, without waiting for it.
+
+    `poll(value)` starts an all-reduce on the CPU group and returns the result of the previous poll, which has finished
+    by then; so all ranks act on the same step, one step after the first raised it. At world size 1 it is immediate.
+    """
+
+    def __init__(self, ranks: Dist) -> None:
+        self._ranks = ranks
+        self._tensor: Tensor | None = None
+        self._work: Any = None
+
+    def poll(self, value: int) -> int:
+        if self._ranks.group is None:
+            return value
+        agreed = 0
+        if self._work is not None:
+            self._work.wait()
+            agreed = int(self._tensor)
+        self._tensor = torch.tensor(value)
+        self._work = dist.all_reduce(self._tensor, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True)
+        return agreed
+
+
+def shard(items: Sequence[Any], ranks: Dist) -> Sequence[Any]:
+    """This rank's part of a list: every world-th item. Parts differ by at most one item."""
+    return items[ranks.rank :: ranks.world]
