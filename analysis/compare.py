@@ -1,0 +1,185 @@
+"""Group runs by recipe, refuse to mix what can't be compared, and work out the rows of the comparison table."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.pairing import SeedGap, align, paired_gap, seed_gap
+from analysis.runs import Run, RunError
+
+# What two runs must share for their losses to mean the same thing: (field of run.json, what to call it).
+COMPARABLE = (
+    ("data_fingerprint", "data"),
+    ("tokenizer_hash", "tokenizer"),
+    ("vocab_size", "vocabulary"),
+    ("seq_len", "sequence length"),
+    ("tokens_per_step", "batch (tokens per step)"),
+    ("model", "model"),
+    ("parameters", "parameter count"),
+    ("steps", "steps"),
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one recipe that differ in nothing but the seed."""
+
+    label: str
+    runs: tuple[Run, ...]
+
+    def by_seed(self) -> dict[int, list[Run]]:
+        seeds: dict[int, list[Run]] = {}
+        for run in self.runs:
+            seeds.setdefault(int(run.info["seed"]), []).append(run)
+        return dict(sorted(seeds.items()))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table. Losses in nats/token; `gap` and the document standard error are None for the baseline."""
+
+    label: str
+    seeds: int
+    runs: int
+    status: str
+    step: int
+    tokens: int
+    final: float
+    sd: float
+    best: float
+    gap: SeedGap | None
+    document_se: float
+    percent: float
+    tokens_per_second: float
+    ratio: float
+
+
+def differences(runs: list[Run]) -> list[str]:
+    """Human-readable list of what the runs do not share but would have to; empty when they can be compared."""
+    found = []
+    for field, name in COMPARABLE:
+        values: dict[str, list[str]] = {}
+        for run in runs:
+            values.setdefault(str(run.info[field]), []).append(run.name)
+        if len(values) > 1:
+            found.append(f"{name} differs: " + "; ".join(f"{v} in {_some(names)}" for v, names in values.items()))
+    return found
+
+
+def group_runs(runs: list[Run]) -> list[Group]:
+    """Groups in order of first appearance; the label says where other numerics differ under one recipe_label."""
+    keys: dict[tuple, list[Run]] = {}
+    for run in runs:
+        keys.setdefault((run.info["recipe_label"], _without_seed(run)), []).append(run)
+    groups = []
+    for (label, numerics), members in keys.items():
+        siblings = [dict(n) for (other, n) in keys if other == label]
+        varying = [k for k, v in numerics if any(s.get(k) != v for s in siblings)] if len(siblings) > 1 else []
+        suffix = ", ".join(f"{k}={dict(numerics)[k]}"[:60] for k in varying[:3])
+        groups.append(Group(f"{label} ({suffix})" if suffix else label, tuple(members)))
+    return groups
+
+
+def _without_seed(run: Run) -> tuple:
+    """Hashable numerics without the seeds: those separate runs of a group, they do not separate groups."""
+    numerics = run.info["numerics"]
+    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k.split(".")[-1] not in SEED_FIELDS))
+
+
+SEED_FIELDS = ("seed", "init_seed", "data_seed", "rounding_seed")
+
+
+def pick_baseline(groups: list[Group], name: str | None) -> Group:
+    """The group called `name`, else bf16, else the first. ValueError when `name` is not among the labels."""
+    labels = [g.label for g in groups]
+    for wanted in (name,) if name else ("bf16", labels[0]):
+        if wanted in labels:
+            return groups[labels.index(wanted)]
+        matching = [g for g in groups if g.label.startswith(f"{wanted} (")]
+        if len(matching) == 1:
+            return matching[0]
+    if name:
+        raise ValueError(f"--baseline {name!r} is not among the recipes of these runs: {', '.join(labels)}")
+    return groups[0]
+
+
+def common_step(a: Group, b: Group) -> int | None:
+    """The last step at which every run of both groups was evaluated; None without one."""
+    steps = [set(run.evals["step"].astype(int)) for run in (*a.runs, *b.runs)]
+    shared = set.intersection(*steps)
+    return max(shared) if shared else None
+
+
+def losses_at(group: Group, step: int) -> dict[int, float]:
+    """{seed: validation loss at step}; reruns of one seed are averaged."""
+    return {seed: float(np.mean([r.loss_at(step) for r in runs])) for seed, runs in group.by_seed().items()}
+
+
+def compare_pair(group: Group, base: Group, step: int, floor: tuple[float, float] | None) -> tuple[SeedGap, float]:
+    """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
+
+    Also proves, by aligning every evaluation, that all runs were scored on the same validation tokens (else RunError).
+    """
+    ours, theirs = group.by_seed(), base.by_seed()
+    pairs = sorted(ours.keys() & theirs.keys()) or None
+    couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
+    try:
+        rows = [(run.rows_at(step), other.rows_at(step)) for run, other in couples]
+        for (run, _), (mine, _) in zip(couples, rows, strict=True):
+            align(rows[0][0], mine)
+            _check_sum(run, step, mine)
+        se = paired_gap([r for r, _ in rows], [b for _, b in rows]).se
+    except ValueError as error:
+        raise RunError(f"{group.label} against {base.label}, step {step}: {error}") from None
+    return seed_gap(losses_at(group, step), losses_at(base, step), floor), se
+
+
+def _check_sum(run: Run, step: int, rows) -> None:
+    logged, summed = run.loss_at(step), rows.nats.sum() / rows.tokens.sum()
+    if math.isfinite(logged) and abs(logged - summed) > 1e-6 * max(1.0, abs(logged)):
+        raise ValueError(
+            f"{run.path}: metrics.jsonl says {logged:.8f}, eval rows give {summed:.8f}; one of them is stale"
+        )
+
+
+def table(groups: list[Group], base: Group, floor: tuple[float, float] | None = None) -> list[Row]:
+    """One row a group, baseline first, then by gap. RunError for a group without an evaluation step of the baseline."""
+    rows = [_row(group, base, floor) for group in groups]
+    return sorted(rows, key=lambda r: (r.gap is not None, math.inf if r.gap is None else r.gap.mean))
+
+
+def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
+    step = common_step(group, base)
+    if step is None:
+        counts = ", ".join(f"{r.name}: {len(r.evals['step'])}" for r in (*group.runs, *base.runs))
+        raise RunError(
+            f"{group.label} and {base.label} have no evaluation step in common (evaluations per run: {counts}); "
+            "leave out runs that have none yet, or set the same evaluation interval"
+        )
+    losses = np.array(list(losses_at(group, step).values()))
+    gap, se = compare_pair(group, base, step, floor) if group is not base else (None, math.nan)
+    base_loss = np.mean(list(losses_at(base, step).values()))
+    speed = float(np.median([r.tokens_per_second for r in group.runs]))
+    base_speed = float(np.median([r.tokens_per_second for r in base.runs]))
+    statuses = sorted({r.status for r in group.runs})
+    return Row(
+        label=group.label,
+        seeds=len(group.by_seed()),
+        runs=len(group.runs),
+        status="; ".join(statuses),
+        step=step,
+        tokens=step * group.runs[0].info["tokens_per_step"],
+        final=float(losses.mean()),
+        sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
+        best=float(np.mean([np.min(r.evals["loss"]) for r in group.runs])),
+        gap=gap,
+        document_se=se,
+        percent=100 * gap.mean / base_loss if gap else math.nan,
+        tokens_per_second=speed,
+        ratio=speed / base_speed,
+    )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,0 +1,152 @@
+"""Gaps between runs and how sure they are: over validation text (clustered by document) and over seeds.
+
+Two sources of error, never mixed: the validation text is a sample (the document-clustered standard error says how far
+the gap of *these two trained models* would move on other text), and a training run is a sample (the spread over seeds
+says how far it would move if trained again). Only the second can give a verdict about recipes, so one seed gives none.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import stdtrit
+
+from analysis.runs import EvalRows
+
+CONFIDENCE = 0.95
+RESOLVED = "resolved"
+NOT_RESOLVED = "not resolved: inside the noise"
+ONE_SEED = "one seed: no verdict"
+DIVERGED = "diverged: no verdict"
+
+
+@dataclass(frozen=True)
+class Gap:
+    """Mean loss difference over the same validation tokens, nats/token, with its document-clustered standard error."""
+
+    value: float
+    se: float
+    documents: int
+
+
+@dataclass(frozen=True)
+class SeedGap:
+    """A gap over training seeds: mean of the per-seed gaps, interval half-width (NaN below two seeds), how it was made.
+
+    `correlation` is that of the two recipes' losses over the common seeds (NaN below three): what pairing achieves.
+    """
+
+    mean: float
+    half_width: float
+    seeds: int
+    method: str
+    correlation: float
+    verdict: str
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.mean - self.half_width, self.mean + self.half_width
+
+
+def t_quantile(df: float) -> float:
+    """Two-sided 95 % quantile of Student's t."""
+    return float(stdtrit(df, 0.5 + CONFIDENCE / 2))
+
+
+def align(a: EvalRows, b: EvalRows) -> tuple[np.ndarray, np.ndarray]:
+    """Indices that put both evaluations in one order of (sequence, document). ValueError unless rows are the same."""
+    order = [np.lexsort((rows.document, rows.sequence)) for rows in (a, b)]
+    for key in ("sequence", "document", "tokens"):
+        left, right = getattr(a, key)[order[0]], getattr(b, key)[order[1]]
+        if left.shape != right.shape or not np.array_equal(left, right):
+            raise ValueError(f"evaluations differ in {key}: not the same validation tokens, so no paired gap")
+    return order[0], order[1]
+
+
+def paired_gap(runs: list[EvalRows], baselines: list[EvalRows]) -> Gap:
+    """Token-weighted mean of (run - baseline), averaged over the given pairs (one pair a seed), clustered by document.
+
+    Ratio estimator: gap = sum_d x_d / sum_d n_d over documents d; variance = D/(D-1) * sum_d (x_d - gap n_d)^2 / n^2.
+    Raises ValueError when a pair was not evaluated on the same tokens.
+    """
+    first = None
+    total = 0.0
+    for run, base in zip(runs, baselines, strict=True):
+        i, j = align(run, base)
+        if first is None:
+            first, order = run, i
+        k = align(first, run)[1]
+        total = total + (run.nats[k] - base.nats[j])
+    _, document = np.unique(first.document[order], return_inverse=True)
+    x = np.bincount(document, weights=total / len(runs))
+    n = np.bincount(document, weights=first.tokens[order])
+    return Gap(*_ratio(x, n), documents=len(n))
+
+
+def clustered_mean(rows: EvalRows) -> Gap:
+    """Loss [nats/token] of one evaluation with its document-clustered standard error."""
+    _, document = np.unique(rows.document, return_inverse=True)
+    n = np.bincount(document, weights=rows.tokens)
+    return Gap(*_ratio(np.bincount(document, weights=rows.nats), n), documents=len(n))
+
+
+def _ratio(x: np.ndarray, n: np.ndarray) -> tuple[float, float]:
+    mean = x.sum() / n.sum()
+    if len(n) < 2:
+        return float(mean), math.nan
+    residual = x - mean * n
+    return float(mean), float(math.sqrt(len(n) / (len(n) - 1) * (residual @ residual)) / n.sum())
+
+
+def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: tuple[float, float] | None = None) -> SeedGap:
+    """Compare two recipes over seeds: {seed: loss} each.
+
+    The rule is fixed beforehand, not picked for the narrower result:
+    - `floor` = (sd between seeds, its degrees of freedom) from scripts/noise_floor.py, and at least two runs on both
+      sides: difference of means +- t_df * sd * sqrt(1/n_a + 1/n_b);
+    - else two or more common seeds: paired t-interval of the per-seed gaps;
+    - else two or more runs on both sides: Welch interval;
+    - else no interval and no verdict.
+    """
+    a, b = np.array(list(losses.values())), np.array(list(baseline.values()))
+    common = sorted(losses.keys() & baseline.keys())
+    diff = np.array([losses[s] - baseline[s] for s in common])
+    correlation = _correlation([losses[s] for s in common], [baseline[s] for s in common])
+    enough = len(a) >= 2 and len(b) >= 2
+    if floor is not None and enough:
+        mean = a.mean() - b.mean()
+        half = t_quantile(floor[1]) * floor[0] * math.sqrt(1 / len(a) + 1 / len(b))
+        method = f"noise floor sd {floor[0] * 1e3:.2f}e-3, df {floor[1]:.0f}"
+    elif len(common) >= 2:
+        mean = diff.mean()
+        half = t_quantile(len(common) - 1) * diff.std(ddof=1) / math.sqrt(len(common))
+        method = f"paired t, {len(common)} seeds"
+    elif enough:
+        mean, half = _welch(a, b)
+        method = f"Welch t, {len(a)} and {len(b)} seeds"
+    else:
+        mean = diff.mean() if len(common) else a.mean() - b.mean()
+        half, method = math.nan, "one seed"
+    return SeedGap(float(mean), float(half), min(len(a), len(b)), method, correlation, _verdict(mean, half))
+
+
+def _verdict(mean: float, half_width: float) -> str:
+    if not math.isfinite(mean):
+        return DIVERGED
+    if math.isnan(half_width):
+        return ONE_SEED
+    return RESOLVED if abs(mean) > half_width else NOT_RESOLVED
+
+
+def _welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    if va + vb == 0:
+        return a.mean() - b.mean(), 0.0
+    df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
+    return a.mean() - b.mean(), t_quantile(df) * math.sqrt(va + vb)
+
+
+def _correlation(a: list[float], b: list[float]) -> float:
+    if len(a) < 3 or np.std(a) == 0 or np.std(b) == 0:
+        return math.nan
+    return float(np.corrcoef(a, b)[0, 1])

@@ -1,0 +1,173 @@
+"""Loss and gap curves as PNG (matplotlib, Agg). Okabe-Ito colours, names written at the ends of the lines."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from analysis.compare import Group
+from analysis.runs import Run
+
+# Okabe-Ito without yellow (unreadable on white); the baseline is black. Line styles repeat with another period, so
+# that two lines never share both.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+STYLES = ("-", "--", "-.", ":")
+BASELINE = ("#000000", "-")
+SMOOTHING = 0.02  # width of the moving average of training losses, as a share of the run
+
+
+def styles(groups: list[Group], base: Group) -> dict[str, tuple[str, str]]:
+    """{label: (colour, line style)}, by position among the non-baseline groups."""
+    others = [g.label for g in groups if g is not base]
+    found = {
+        label: (COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]) for i, label in enumerate(others)
+    }
+    return {base.label: BASELINE, **found}
+
+
+def figure(groups: list[Group], base: Group) -> Figure:
+    """Validation and training loss against tokens (left), gap to the baseline over training (right)."""
+    style = styles(groups, base)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), dpi=120, layout="constrained")
+    draw_losses(left, groups, style)
+    draw_gaps(right, groups, base, style)
+    return fig
+
+
+def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]) -> None:
+    ends = []
+    for group in groups:
+        colour, dash = style[group.label]
+        for run in group.runs:
+            x, y = smoothed(run)
+            ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+        steps, mean, _ = mean_curve([(r.evals["step"], r.evals["loss"]) for r in group.runs])
+        x = steps * group.runs[0].info["tokens_per_step"]
+        ax.plot(x, mean, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
+        if len(x):
+            ends.append((x[-1], mean[-1], group.label, colour))
+    _axes(ax, "loss [nats/token]", "Loss: validation (thick, mean over seeds), training (thin)")
+    _zoom(ax, groups)
+    _labels(ax, ends)
+
+
+def draw_gaps(ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple[str, str]]) -> None:
+    """Validation loss minus the baseline's of the same seed; the band is one standard error over seeds."""
+    ends = []
+    ax.axhline(0, color="#000000", linewidth=1)
+    for group in groups:
+        if group is base:
+            continue
+        colour, dash = style[group.label]
+        steps, mean, se = gap_curve(group, base)
+        x = steps * base.runs[0].info["tokens_per_step"]
+        ax.plot(x, mean * 1e3, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
+        if np.all(np.isfinite(se)) and len(se):
+            ax.fill_between(x, (mean - se) * 1e3, (mean + se) * 1e3, color=colour, alpha=0.15, linewidth=0)
+        if len(x):
+            ends.append((x[-1], mean[-1] * 1e3, group.label, colour))
+    seeds = max(len(g.by_seed()) for g in groups)
+    band = "band: standard error over seeds" if seeds > 1 else "one seed: no error bar"
+    _axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Validation gap to {base.label} ({band})")
+    _gap_limits(ax, ends)
+    _labels(ax, ends)
+
+
+def gap_curve(group: Group, base: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Steps, mean gap and its standard error over seeds [nats/token]. No common seed: difference of the means."""
+    ours, theirs = group.by_seed(), base.by_seed()
+    common = sorted(ours.keys() & theirs.keys())
+    if not common:
+        steps, mean, _ = mean_curve([(r.evals["step"], r.evals["loss"]) for r in group.runs])
+        other_steps, other, _ = mean_curve([(r.evals["step"], r.evals["loss"]) for r in base.runs])
+        shared, i, j = np.intersect1d(steps, other_steps, return_indices=True)
+        return shared, mean[i] - other[j], np.full(len(shared), np.nan)
+    curves = []
+    for seed in common:
+        run, other = ours[seed][0], theirs[seed][0]
+        shared, i, j = np.intersect1d(run.evals["step"], other.evals["step"], return_indices=True)
+        curves.append((shared, run.evals["loss"][i] - other.evals["loss"][j]))
+    return mean_curve(curves)
+
+
+def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and standard error at the steps that every curve has (NaN error for a single curve)."""
+    shared = curves[0][0]
+    for steps, _ in curves[1:]:
+        shared = np.intersect1d(shared, steps)
+    values = np.array([y[np.isin(steps, shared)] for steps, y in curves])
+    n = len(curves)
+    se = values.std(axis=0, ddof=1) / np.sqrt(n) if n > 1 else np.full(len(shared), np.nan)
+    return shared, values.mean(axis=0), se
+
+
+def smoothed(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Training loss as a centred moving average over 2 % of the logged steps; x in tokens."""
+    y, x = run.train["loss"], run.train["tokens"]
+    width = max(1, round(SMOOTHING * len(y)))
+    if width < 2:
+        return x, y
+    return np.convolve(x, np.ones(width) / width, "valid"), np.convolve(y, np.ones(width) / width, "valid")
+
+
+def _zoom(ax: Axes, groups: list[Group]) -> None:
+    """The first steps fall by several nats and would flatten everything else: start the axis at 10 % of the run."""
+    values = []
+    for group in groups:
+        for run in group.runs:
+            x, y = smoothed(run)
+            values.extend(y[x >= 0.1 * run.info["tokens"]])
+            values.extend(run.evals["loss"][run.evals["tokens"] >= 0.1 * run.info["tokens"]])
+    finite = [v for v in values if np.isfinite(v)]
+    if finite:
+        low, high = min(finite), max(finite)
+        ax.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
+
+
+def _gap_limits(ax: Axes, ends: list[tuple]) -> None:
+    """Early gaps are large and of no interest: show twice the final range, zero included."""
+    finals = [y for _, y, _, _ in ends if np.isfinite(y)]
+    if finals:
+        low, high = min(0, *finals), max(0, *finals)
+        margin = 0.75 * (high - low) + 1e-6
+        ax.set_ylim(low - margin, high + margin)
+
+
+def _axes(ax: Axes, label: str, title: str) -> None:
+    ax.set_xlabel("training tokens")
+    ax.set_ylabel(label)
+    ax.set_title(title, fontsize=10, loc="left")
+    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    ax.grid(color="#DDDDDD", linewidth=0.6)
+    ax.spines[["top", "right"]].set_visible(False)
+
+
+def _labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
+    """Names at the right ends, pushed apart so that they never overlap, with room made for them."""
+    ends = sorted((e for e in ends if np.isfinite(e[1])), key=lambda e: e[1])
+    if not ends:
+        return
+    low, high = ax.get_ylim()
+    room = 0.052 * (high - low)  # one line of 9-point text at this figure height
+    heights = [float(np.clip(y, low, high)) for _, y, _, _ in ends]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + room)
+    heights[-1] = min(heights[-1], high)
+    for i in range(len(heights) - 2, -1, -1):
+        heights[i] = min(heights[i], heights[i + 1] - room)
+    x_end = max(e[0] for e in ends)
+    ax.set_xlim(right=x_end + 0.01 * (x_end - ax.get_xlim()[0]))  # the last marker whole
+    for (x, y, name, colour), height in zip(ends, heights, strict=True):
+        anchor = {"xycoords": "data", "textcoords": ax.get_yaxis_transform(), "annotation_clip": False}
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        at = (x, float(np.clip(y, low, high)))
+        ax.annotate(name, at, (1.03, height), color=colour, fontsize=9, va="center", arrowprops=arrow, **anchor)
+
+
+def save(fig: Figure, path) -> None:
+    """Write the PNG without dates in its metadata, so that the same data give the same bytes."""
+    fig.savefig(path, metadata={"Software": None})
+    plt.close(fig)

@@ -1,0 +1,199 @@
+"""Read run folders: `run.json`, `metrics.jsonl`, `eval/<step>.npz`, `result.json`. No torch.
+
+Unfinished runs are normal (no result, the last line half written, evaluations missing) and are read as far as they go.
+Anything else out of format is an error that names the file and the line: a silently skipped line would change a figure.
+"""
+
+import glob
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+RUN_KEYS = (
+    "name",
+    "hash",
+    "numerics",
+    "model",
+    "parameters",
+    "parameters_non_embedding",
+    "recipe",
+    "recipe_label",
+    "seed",
+    "tokens",
+    "steps",
+    "tokens_per_step",
+    "seq_len",
+    "vocab_size",
+    "data_fingerprint",
+    "tokenizer_hash",
+)
+TRAIN_KEYS = ("step", "tokens", "loss", "ms_per_step", "tokens_per_second", "time")
+EVAL_KEYS = ("step", "tokens", "loss", "bpb", "se", "time")
+ROW_KEYS = ("sequence", "document", "nats", "tokens", "bytes")
+
+
+class RunError(ValueError):
+    """A run folder that can't be read; the message says which file, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class EvalRows:
+    """One evaluation, one row per (sequence, document) segment, arrays [rows]; `nats` is the sum over its tokens."""
+
+    sequence: np.ndarray
+    document: np.ndarray
+    nats: np.ndarray
+    tokens: np.ndarray
+    bytes: np.ndarray
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder. `train` and `evals` map a field to an array over logged steps; `result` is None until it ends."""
+
+    path: Path
+    info: dict
+    train: dict[str, np.ndarray]
+    evals: dict[str, np.ndarray]
+    events: list[dict]
+    result: dict | None
+
+    @property
+    def name(self) -> str:
+        return self.info["name"]
+
+    @property
+    def finished(self) -> bool:
+        return self.result is not None and self.result.get("status") == "finished"
+
+    @property
+    def status(self) -> str:
+        """What result.json says, or "unfinished (step/steps)"; "diverged" when the last loss is not finite."""
+        last = self.train["loss"][-1:] if len(self.train["loss"]) else self.evals["loss"][-1:]
+        if len(last) and not np.isfinite(last[0]):
+            return "diverged"
+        if self.result is not None:
+            return self.result["status"]
+        step = int(self.train["step"][-1]) if len(self.train["step"]) else 0
+        return f"unfinished ({step}/{self.info['steps']})"
+
+    @cached_property
+    def milliseconds(self) -> float:
+        """Median milliseconds a step; the first tenth is left out (compilation, warm-up). NaN without steps."""
+        ms = self.train["ms_per_step"]
+        return float(np.median(ms[len(ms) // 10 :])) if len(ms) else float("nan")
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.info["tokens_per_step"] / self.milliseconds * 1e3
+
+    def loss_at(self, step: int) -> float:
+        """Validation loss [nats/token] logged at `step`; KeyError when it was not evaluated there."""
+        where = np.flatnonzero(self.evals["step"] == step)
+        if not len(where):
+            raise KeyError(f"{self.path}: no evaluation at step {step}")
+        return float(self.evals["loss"][where[-1]])
+
+    def rows_at(self, step: int) -> EvalRows:
+        """The per-segment rows of the evaluation at `step`. RunError when the file is missing or malformed."""
+        path = self.path / "eval" / f"{step}.npz"
+        candidates = [path, *self.path.glob(f"eval/*{step}.npz")]  # names may be zero padded
+        found = next((p for p in candidates if p.exists() and int(p.stem.split("_")[-1]) == step), None)
+        if found is None:
+            raise RunError(f"{path}: missing, but metrics.jsonl reports an evaluation at step {step}")
+        with np.load(found, allow_pickle=False) as file:
+            missing = set(ROW_KEYS) - set(file.files)
+            if missing:
+                raise RunError(f"{found}: lacks {sorted(missing)}; needs {list(ROW_KEYS)}")
+            return EvalRows(**{key: file[key] for key in ROW_KEYS})
+
+    def read_json(self, name: str) -> dict:
+        """`env.json`, `plan.json`, ...: {} when the run has none."""
+        path = self.path / name
+        return _json(path) if path.exists() else {}
+
+
+def read_run(path: str | Path) -> Run:
+    """Read one run folder. RunError for a folder that is no run or is malformed; unfinished runs are fine."""
+    path = Path(path)
+    if not (path / "run.json").exists():
+        raise RunError(f"{path}: no run.json there; give run folders, for example runs/*")
+    info = _json(path / "run.json")
+    missing = [key for key in RUN_KEYS if key not in info]
+    if missing:
+        raise RunError(f"{path}/run.json: lacks {missing}")
+    records = _metrics(path / "metrics.jsonl")
+    return Run(
+        path=path,
+        info=info,
+        train=_columns(path, records, "train", TRAIN_KEYS),
+        evals=_columns(path, records, "eval", EVAL_KEYS),
+        events=[r for r in records if r["kind"] == "event"],
+        result=_json(path / "result.json") if (path / "result.json").exists() else None,
+    )
+
+
+def find_runs(patterns: list[str]) -> list[Run]:
+    """Runs named by folders or globs, each once, in the order given.
+
+    A glob passes over folders without run.json (plots, other results); a folder named outright must be a run.
+    RunError when a pattern finds nothing.
+    """
+    paths: dict[Path, None] = {}
+    for pattern in patterns:
+        is_glob = any(c in pattern for c in "*?[")
+        found = [Path(p) for p in sorted(glob.glob(pattern))] if is_glob else [Path(pattern)]
+        if is_glob:
+            found = [p for p in found if (p / "run.json").exists()]
+        elif not (found[0] / "run.json").exists() and not found[0].exists():
+            raise RunError(f"{pattern}: no such folder")
+        if not found:
+            raise RunError(f"{pattern}: no run folder matches")
+        paths.update(dict.fromkeys(p.resolve() for p in found))
+    return [read_run(path) for path in paths]
+
+
+def _json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise RunError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise RunError(f"{path}: a JSON object is needed, got {type(value).__name__}")
+    return value
+
+
+def _metrics(path: Path) -> list[dict]:
+    """All records of metrics.jsonl. Only an unterminated last line (being written, or cut by a kill) is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    records = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            record = json.loads(line)
+            record["kind"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise RunError(f"{path}:{number}: malformed record ({error!r}): {line[:80]!r}") from None
+        records.append(record)
+    return records
+
+
+def _columns(path: Path, records: list[dict], kind: str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+    chosen = [r for r in records if r["kind"] == kind]
+    try:
+        columns = {key: np.array([r[key] for r in chosen], dtype=np.float64) for key in keys}
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path}/metrics.jsonl: a {kind!r} record lacks or garbles {error}; needs {list(keys)}"
+        ) from None
+    steps = columns["step"]
+    if np.any(np.diff(steps) <= 0):
+        where = int(np.flatnonzero(np.diff(steps) <= 0)[0])
+        raise RunError(
+            f"{path}/metrics.jsonl: {kind} steps must increase, got {steps[where]:.0f} then {steps[where + 1]:.0f}"
+        )
+    return columns

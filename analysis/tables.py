@@ -1,0 +1,121 @@
+"""The comparison table as text, Markdown and CSV. Gaps in the printed tables are in 1e-3 nats, which people read."""
+
+import csv
+import io
+import math
+
+from analysis.compare import Row
+
+NOTE = (
+    "Gap: validation loss minus the baseline's, same validation tokens, 1e-3 nats/token. Interval: 95 %, over training "
+    "seeds. Text SE: standard error of the same gap over validation documents, for these trained models only. "
+    "Intervals are not corrected for the number of recipes compared."
+)
+HEADER = (
+    "recipe",
+    "seeds",
+    "tokens",
+    "final",
+    "sd e-3",
+    "best",
+    "gap e-3",
+    "gap %",
+    "95 % interval e-3",
+    "text SE e-3",
+    "corr",
+    "tok/s",
+    "ratio",
+    "verdict",
+)
+
+CSV_HEADER = (
+    "recipe",
+    "seeds",
+    "runs",
+    "status",
+    "step",
+    "tokens",
+    "final_loss",
+    "final_sd",
+    "best_loss",
+    "gap",
+    "gap_percent",
+    "gap_low",
+    "gap_high",
+    "method",
+    "text_se",
+    "correlation",
+    "tokens_per_second",
+    "ratio",
+    "verdict",
+)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row as strings in the order of HEADER."""
+    gap = row.gap
+    low, high = gap.interval if gap else (math.nan, math.nan)
+    verdict = "baseline" if gap is None else gap.verdict
+    if row.status != "finished":
+        verdict += f" [{row.status}]"
+    return (
+        row.label,
+        f"{row.seeds}" if row.runs == row.seeds else f"{row.seeds} ({row.runs} runs)",
+        tokens(row.tokens),
+        _number(row.final, "{:.4f}"),
+        _number(row.sd * 1e3, "{:.2f}"),
+        _number(row.best, "{:.4f}"),
+        _number(gap.mean * 1e3 if gap else math.nan, "{:+.2f}"),
+        _number(row.percent, "{:+.2f}"),
+        "-" if math.isnan(low) else f"{low * 1e3:+.2f} .. {high * 1e3:+.2f}",
+        _number(row.document_se * 1e3, "{:.2f}"),
+        _number(gap.correlation if gap else math.nan, "{:+.2f}"),
+        _number(row.tokens_per_second, "{:,.0f}"),
+        _number(row.ratio, "{:.2f}"),
+        verdict,
+    )
+
+
+def text(rows: list[Row]) -> str:
+    """Aligned columns for a terminal."""
+    lines = [HEADER, *(cells(r) for r in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return "\n".join(
+        "  ".join(_pad(c, w, i) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines
+    )
+
+
+def markdown(rows: list[Row], header: tuple[str, ...] = HEADER) -> str:
+    lines = [header, ["---"] * len(header), *(cells(r) for r in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def to_csv(rows: list[Row]) -> str:
+    """Full precision, losses and gaps in nats/token, empty where there is no value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    for row in rows:
+        gap = row.gap
+        low, high = gap.interval if gap else (math.nan, math.nan)
+        values = [row.label, row.seeds, row.runs, row.status, row.step, row.tokens, row.final, row.sd, row.best]
+        values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", row.document_se]
+        values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
+        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
+    return out.getvalue()
+
+
+def tokens(count: float) -> str:
+    """1234567 -> 1.23M; exact to three digits."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else form.format(value)
+
+
+def _pad(cell: str, width: int, column: int) -> str:
+    return cell.ljust(width) if column in (0, len(HEADER) - 1) else cell.rjust(width)

@@ -1,0 +1,62 @@
+"""Compare training runs: table, loss curves, gap curves.
+
+python scripts/compare.py 'runs/*' --baseline bf16 --out comparison
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+from analysis import tables
+from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
+from analysis.runs import find_runs
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, or quoted globs")
+    parser.add_argument("--baseline", help="recipe to subtract (default: bf16, else the first)")
+    parser.add_argument("--out", type=Path, help="folder for the outputs (default: compare/ beside the first run)")
+    parser.add_argument("--allow-mixed", action="store_true", help="go on where data, tokenizer, batch or model differ")
+    return parser.parse_args()
+
+
+def write(out: Path, groups: list[Group], base: Group, rows: list[Row], notes: list[str]) -> list[Path]:
+    """compare.{csv,md,png} in `out`; returns their paths."""
+    from analysis import plots
+
+    out.mkdir(parents=True, exist_ok=True)
+    paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png")]
+    paths[0].write_text(tables.to_csv(rows))
+    warnings = "".join(f"\n**Mixed:** {note}\n" for note in notes)
+    paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE}\n{warnings}")
+    plots.save(plots.figure(groups, base), paths[2])
+    return paths
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        runs = find_runs(args.runs)
+        notes = differences(runs)
+        if notes and not args.allow_mixed:
+            listing = "\n  ".join(notes)
+            raise ValueError(f"these runs can't be compared:\n  {listing}\nLeave some out, or add --allow-mixed.")
+        groups = group_runs(runs)
+        base = pick_baseline(groups, args.baseline)
+        rows = table(groups, base)
+    except ValueError as error:
+        print(f"compare: {error}", file=sys.stderr)
+        return 2
+    for note in notes:
+        print(f"MIXED: {note}")
+    print(tables.text(rows), tables.NOTE, sep="\n\n")
+    paths = write(args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
+    print("\nwritten: " + "  ".join(str(p) for p in paths))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+import csv
+import subprocess
+import sys
+import time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from synthetic import write_run
+
+from analysis import plots
+from analysis.compare import common_step, differences, group_runs, pick_baseline, table
+from analysis.runs import RunError, find_runs
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
+
+
+def three_seeds(root, recipe="quartet2", gaps=(0.05, 0.052, 0.048), **kwargs):
+    for seed, gap in enumerate(gaps):
+        write_run(root, recipe, seed, 3.0 + 0.02 * seed + gap, **kwargs)
+
+
+def compare(*args):
+    command = [sys.executable, str(SCRIPT), *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+
+
+def test_table_values_of_two_recipes_over_three_seeds(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0), ms=10.0)
+    three_seeds(tmp_path, "quartet2", ms=20.0)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base, row = table(groups, pick_baseline(groups, None))
+    assert (base.label, base.gap, base.final) == ("bf16", None, pytest.approx(3.02))
+    assert row.gap.mean == pytest.approx(0.05) and row.gap.half_width == pytest.approx(4.302653 * 0.002 / 3**0.5)
+    assert row.percent == pytest.approx(100 * 0.05 / 3.02) and row.ratio == pytest.approx(0.5)
+    assert row.gap.verdict == "resolved" and (row.seeds, row.tokens, row.step) == (3, 102400, 100)
+
+
+def test_another_learning_rate_is_another_group_and_its_label_says_so(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    write_run(tmp_path, "bf16", 0, 2.9, numerics={"optim.lr": 2e-3}, name="fast")
+    labels = [g.label for g in group_runs(find_runs([f"{tmp_path}/*"]))]
+    assert labels == ["bf16 (optim.lr=0.002)", "bf16 (optim.lr=0.001)"]
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    with pytest.raises(ValueError, match="'none' is not among"):
+        pick_baseline(groups, "none")
+
+
+def test_an_unfinished_run_is_compared_at_the_last_common_evaluation(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "sr", 0, 3.1, steps_done=60)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    assert common_step(*groups) == 50
+    row = table(groups, groups[0])[1]
+    assert row.step == 50 and row.gap.mean == pytest.approx(0.1) and row.status == "unfinished (60/100)"
+
+
+def test_a_stale_evaluation_file_is_found(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    path = write_run(tmp_path, "sr", 0, 3.1)
+    with np.load(path / "eval" / "75.npz") as other:
+        np.savez(path / "eval" / "100.npz", **other)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    with pytest.raises(RunError, match="one of them is stale"):
+        table(groups, groups[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"data_fingerprint": "x"}, "data differs"),
+        ({"tokenizer_hash": "x"}, "tokenizer differs"),
+        ({"tokens_per_step": 2048}, "batch"),
+        ({"model": "llama_30m"}, "model differs"),
+        ({"seq_len": 64}, "sequence length differs"),
+    ],
+)
+def test_runs_that_do_not_compare_are_refused_and_named(tmp_path, change, word):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "sr", 0, 3.1, **change)
+    assert any(word in line for line in differences(find_runs([f"{tmp_path}/*"])))
+    done = compare(f"{tmp_path}/*", "--out", tmp_path / "out")
+    assert done.returncode == 2 and word in done.stderr and "--allow-mixed" in done.stderr
+    assert not (tmp_path / "out").exists()
+    mixed = compare(f"{tmp_path}/*", "--out", tmp_path / "out", "--allow-mixed")
+    assert mixed.returncode == 0 and "MIXED: " in mixed.stdout
+    assert "**Mixed:**" in (tmp_path / "out" / "compare.md").read_text()
+
+
+def test_other_validation_text_is_refused_even_if_the_metadata_agree(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "sr", 0, 3.1, rows_seed=8)
+    done = compare(f"{tmp_path}/*")
+    assert done.returncode == 2 and "not the same validation tokens" in done.stderr
+
+
+def test_command_line_writes_table_csv_markdown_and_picture(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    three_seeds(tmp_path, "quartet2")
+    write_run(tmp_path, "sr", 0, 3.07)
+    start = time.perf_counter()
+    done = compare(f"{tmp_path}/*", "--baseline", "bf16")
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 10  # 3 s alone on this machine; others may be compiling
+    lines = done.stdout.splitlines()
+    assert lines[2].split()[0] == "quartet2" and lines[2].strip().endswith("resolved")
+    assert lines[3].split()[0] == "sr" and "one seed: no verdict" in lines[3]
+    out = tmp_path / "compare"
+    with open(out / "compare.csv") as file:
+        records = {r["recipe"]: r for r in csv.DictReader(file)}
+    assert float(records["quartet2"]["gap"]) == pytest.approx(0.05)
+    assert records["sr"]["gap_low"] == "" and float(records["sr"]["gap"]) == pytest.approx(0.07)
+    assert "| quartet2 | 3 | 102k |" in (out / "compare.md").read_text()
+    assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_no_torch_is_imported():
+    code = f"import sys; sys.argv=['x']; sys.path.insert(0, {str(SCRIPT.parent)!r}); import compare, analysis.plots"
+    done = subprocess.run(
+        [sys.executable, "-c", code + "; assert 'torch' not in sys.modules"], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_curves_show_the_numbers_and_labels_do_not_overlap(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    for i, recipe in enumerate(["fp8", "sr", "nvidia", "tetrajet2", "quartet2", "nvfp4_rtn"]):
+        three_seeds(tmp_path, recipe, (0.05 + i * 1e-4,) * 3)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    fig = plots.figure(groups, pick_baseline(groups, None))
+    left, right = fig.axes
+    steps, mean, se = plots.gap_curve(groups[1], groups[0])
+    assert (
+        list(steps) == [25, 50, 75, 100]
+        and mean == pytest.approx(np.full(4, 0.05))
+        and se == pytest.approx(0, abs=1e-9)
+    )
+    ends = sorted(line.get_ydata()[-1] for line in right.lines if len(line.get_ydata()) == 4)
+    assert ends == pytest.approx([50.0, 50.1, 50.2, 50.3, 50.4, 50.5])
+    assert len({(line.get_color(), line.get_linestyle()) for line in right.lines}) == 7  # six recipes and the zero line
+    fig.canvas.draw()
+    boxes = sorted((Text.get_window_extent(t) for t in left.texts), key=lambda b: b.y0)
+    assert len(boxes) == 7 and all(a.y1 <= b.y0 + 1 for a, b in pairwise(boxes))
+    assert max(b.x1 for b in boxes) < right.get_window_extent().x0

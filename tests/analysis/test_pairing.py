@@ -1,0 +1,106 @@
+import numpy as np
+import pytest
+from synthetic import eval_rows
+
+from analysis.pairing import (
+    DIVERGED,
+    NOT_RESOLVED,
+    ONE_SEED,
+    RESOLVED,
+    clustered_mean,
+    paired_gap,
+    seed_gap,
+    t_quantile,
+)
+from analysis.runs import EvalRows
+
+
+def rows(documents, nats, tokens):
+    n = len(documents)
+    return EvalRows(np.arange(n), np.array(documents), np.array(nats, float), np.array(tokens), np.array(tokens) * 4)
+
+
+def test_gap_and_clustered_error_by_hand():
+    # Documents A (two rows), B: differences 3 + 1 over 20 tokens, 2 over 20. Gap = 6/40 = .15; residuals per document
+    # 4 - .15*20 = 1 and 2 - .15*20 = -1; variance = 2/1 * (1 + 1) / 40^2; so the error is sqrt(4)/40 = .05.
+    base = rows([0, 0, 1], [10, 10, 20], [10, 10, 20])
+    run = rows([0, 0, 1], [13, 11, 22], [10, 10, 20])
+    gap = paired_gap([run], [base])
+    assert gap.value == pytest.approx(0.15) and gap.se == pytest.approx(0.05) and gap.documents == 2
+
+
+def test_rows_pair_by_sequence_and_document_not_by_position():
+    base = EvalRows(**eval_rows(3.0))
+    run = EvalRows(**{k: v[::-1] for k, v in eval_rows(3.1).items()})
+    gap = paired_gap([run], [base])
+    assert gap.value == pytest.approx(0.1) and gap.se == pytest.approx(0.0, abs=1e-12)
+
+
+def test_other_validation_tokens_do_not_pair():
+    with pytest.raises(ValueError, match="differ in document"):
+        paired_gap([EvalRows(**eval_rows(3.0, seed=1))], [EvalRows(**eval_rows(3.0, seed=2))])
+    short = EvalRows(**{k: v[:-1] for k, v in eval_rows(3.0).items()})
+    with pytest.raises(ValueError, match="not the same validation tokens"):
+        paired_gap([short], [EvalRows(**eval_rows(3.0))])
+
+
+def test_clustered_error_is_the_spread_over_fresh_documents():
+    """Rows of a document move together: the clustered error must match the spread of the mean over redrawn documents
+    within 10 % (400 draws of a standard deviation: 1/sqrt(800) = 3.5 %). Unclustered, it is a third of that."""
+    rng = np.random.default_rng(0)
+    means, errors = [], []
+    document = np.repeat(np.arange(40), 10)
+    for _ in range(400):
+        nats = (3 + rng.normal(size=40)[document]) * 100
+        gap = clustered_mean(rows(document, nats, np.full(400, 100)))
+        means.append(gap.value)
+        errors.append(gap.se)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_mean_over_seeds_of_a_paired_gap():
+    base = EvalRows(**eval_rows(3.0))
+    runs = [EvalRows(**eval_rows(3.0 + d)) for d in (0.1, 0.3)]
+    assert paired_gap(runs, [base, base]).value == pytest.approx(0.2)
+
+
+def test_t_interval_of_per_seed_gaps_by_hand():
+    # gaps .04 .05 .06: mean .05, sd .01, t(2) = 4.3027, half width 4.3027 * .01 / sqrt(3) = .02484
+    gap = seed_gap({0: 3.04, 1: 3.15, 2: 2.96}, {0: 3.0, 1: 3.1, 2: 2.9})
+    assert gap.mean == pytest.approx(0.05) and gap.half_width == pytest.approx(0.024841, abs=1e-6)
+    assert gap.verdict == RESOLVED and gap.seeds == 3 and gap.method == "paired t, 3 seeds"
+    assert gap.correlation == pytest.approx(np.corrcoef([3.04, 3.15, 2.96], [3.0, 3.1, 2.9])[0, 1])
+    assert t_quantile(2) == pytest.approx(4.302653, abs=1e-5)
+
+
+def test_verdict_words():
+    assert seed_gap({0: 3.05}, {0: 3.0}).verdict == ONE_SEED
+    assert seed_gap({0: 3.5}, {0: 3.0, 1: 3.001, 2: 3.002}).verdict == ONE_SEED
+    assert seed_gap({0: 3.5}, {0: 3.0}, floor=(1e-6, 50)).verdict == ONE_SEED
+    assert seed_gap({0: 3.04, 1: 2.98}, {0: 3.0, 1: 3.0}).verdict == NOT_RESOLVED
+    assert seed_gap({0: float("nan"), 1: 3.0}, {0: 3.0, 1: 3.0}).verdict == DIVERGED
+
+
+def test_noise_floor_interval_by_hand():
+    # t(8) = 2.3060; 2.306 * .003 * sqrt(1/2 + 1/2) = .006918
+    gap = seed_gap({0: 3.01, 1: 3.02}, {0: 3.0, 1: 3.0}, floor=(0.003, 8))
+    assert gap.half_width == pytest.approx(0.006918, abs=1e-6) and gap.verdict == RESOLVED
+    assert gap.method.startswith("noise floor sd 3.00e-3")
+
+
+def test_intervals_cover_the_truth_95_percent_of_the_time():
+    """2,000 draws of 3 paired seeds with true gap .01: coverage .95 +- 4 standard errors (.0049); Welch with 4 + 4."""
+    rng = np.random.default_rng(1)
+    paired = unpaired = 0
+    for _ in range(2000):
+        common = rng.normal(scale=0.03, size=3)
+        a = dict(enumerate(3.01 + common + rng.normal(scale=0.002, size=3)))
+        b = dict(enumerate(3.0 + common + rng.normal(scale=0.002, size=3)))
+        low, high = seed_gap(a, b).interval
+        paired += low < 0.01 < high
+        a = dict(enumerate(3.01 + rng.normal(scale=0.02, size=4)))
+        b = {10 + k: v for k, v in enumerate(3.0 + rng.normal(scale=0.02, size=4))}
+        low, high = seed_gap(a, b).interval
+        unpaired += low < 0.01 < high
+    assert paired / 2000 == pytest.approx(0.95, abs=0.02)
+    assert unpaired / 2000 == pytest.approx(0.95, abs=0.025)  # Welch is slightly conservative at these sizes

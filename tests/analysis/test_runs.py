@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+from synthetic import write_run
+
+from analysis.runs import RunError, find_runs, read_run
+
+
+def test_a_finished_run_is_read_back(tmp_path):
+    run = read_run(write_run(tmp_path, "quartet2", seed=3, final=2.5, ms=20.0))
+    assert (run.finished, run.status, run.info["seed"]) == (True, "finished", 3)
+    assert list(run.evals["step"]) == [25, 50, 75, 100]
+    assert run.loss_at(100) == 2.5
+    assert run.tokens_per_second == pytest.approx(1024 / 0.020)
+    rows = run.rows_at(100)
+    assert rows.nats.sum() / rows.tokens.sum() == pytest.approx(2.5)
+
+
+def test_an_unfinished_run_with_a_cut_last_line_is_read_as_far_as_it_goes(tmp_path):
+    path = write_run(tmp_path, steps_done=60)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 61, "tok')
+    run = read_run(path)
+    assert run.status == "unfinished (60/100)" and not run.finished
+    assert run.train["step"][-1] == 60 and list(run.evals["step"]) == [25, 50]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_with_its_number(tmp_path):
+    path = write_run(tmp_path)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    lines[9] = lines[9][:20]
+    (path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    with pytest.raises(RunError, match=r"metrics.jsonl:10: malformed"):
+        read_run(path)
+
+
+def test_a_repeated_step_is_an_error(tmp_path):
+    path = write_run(tmp_path)
+    lines = (path / "metrics.jsonl").read_text().splitlines()
+    (path / "metrics.jsonl").write_text("\n".join([*lines, lines[5]]) + "\n")
+    with pytest.raises(RunError, match="train steps must increase, got 100 then 5"):
+        read_run(path)
+
+
+def test_a_record_or_run_json_without_a_field_is_an_error(tmp_path):
+    path = write_run(tmp_path)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"kind": "eval", "step": 101, "tokens": 1}) + "\n")
+    with pytest.raises(RunError, match="'eval' record lacks"):
+        read_run(path)
+    info = json.loads((path / "run.json").read_text())
+    del info["tokenizer_hash"]
+    (path / "run.json").write_text(json.dumps(info))
+    with pytest.raises(RunError, match=r"lacks .'tokenizer_hash'"):
+        read_run(path)
+
+
+def test_a_missing_evaluation_file_is_an_error_only_when_asked_for(tmp_path):
+    path = write_run(tmp_path)
+    (path / "eval" / "100.npz").unlink()
+    run = read_run(path)
+    assert run.rows_at(75).nats.shape == (80,)
+    with pytest.raises(RunError, match="reports an evaluation at step 100"):
+        run.rows_at(100)
+
+
+def test_a_not_finite_loss_makes_a_run_diverged(tmp_path):
+    path = write_run(tmp_path, steps_done=60)
+    record = json.loads((path / "metrics.jsonl").read_text().splitlines()[3]) | {"step": 61, "loss": float("nan")}
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(record) + "\n")
+    run = read_run(path)
+    assert run.status == "diverged" and np.isnan(run.train["loss"][-1])
+
+
+def test_globs_pass_over_other_folders_and_named_folders_do_not(tmp_path):
+    write_run(tmp_path, seed=0)
+    write_run(tmp_path, seed=1)
+    (tmp_path / "compare").mkdir()
+    assert [r.info["seed"] for r in find_runs([f"{tmp_path}/*", f"{tmp_path}/llama_tiny-bf16-0"])] == [0, 1]
+    with pytest.raises(RunError, match=r"no run\.json there"):
+        find_runs([f"{tmp_path}/compare"])
+    with pytest.raises(RunError, match="no run folder matches"):
+        find_runs([f"{tmp_path}/nothing*"])
