@@ -1,21 +1,22 @@
 """Ranks: who we are, and the few collectives that the trainer needs. World size 1 is the same code without a group.
 
 Started by torchrun (RANK, WORLD_SIZE and LOCAL_RANK in the environment) or plainly. Tensors travel over the device's
-back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU tensors, which needs no GPU synchronization.
+back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU tensors, without synchronizing the GPU.
 """
 
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 DEFAULT_TIMEOUT_S = 600
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,26 @@ class Dist:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self.group)
         return box[0]
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """function()'s result on rank 0, given to every rank; what it raises is raised on every rank.
+
+        For what only one process may do (locks, folders, reading checksums): without it, an error on rank 0 would leave
+        the others waiting until the timeout.
+        """
+        if self.group is None:
+            return function()
+        outcome: tuple[Any, str | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (function(), None)
+            except Exception as error:
+                self.broadcast((None, f"rank 0: {error}"))
+                raise
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise RuntimeError(failure)
+        return value
 
     def barrier(self) -> None:
         if self.group is not None:
@@ -93,8 +114,8 @@ def _device(name: str, local_rank: int) -> torch.device:
         raise RuntimeError("device=cuda, but torch finds no CUDA GPU on this machine; use device=cpu or device=auto")
     if local_rank >= torch.cuda.device_count():
         raise RuntimeError(
-            f"rank with local index {local_rank} on {socket.gethostname()}, which shows {torch.cuda.device_count()} GPUs: "
-            "start as many processes per node as it has GPUs (torchrun --nproc-per-node=gpu)"
+            f"local rank {local_rank} on {socket.gethostname()}, torch sees {torch.cuda.device_count()} GPUs: start "
+            "as many processes per node as it has GPUs (torchrun --nproc-per-node=gpu)"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)

@@ -50,17 +50,17 @@ class StopFlag:
 
 
 class RunLock:
-    """Exclusive use of a run folder, as a context manager; held by rank 0 for all ranks.
+    """Exclusive use of a run folder, held by rank 0 for all ranks.
 
     A kernel lock (flock), not the file's existence: it ends with the process, so that nothing is left by kill -9.
-    Raises RuntimeError naming the holder if another process has it.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.path = Path(run_dir) / LOCK
         self._descriptor: int | None = None
 
-    def __enter__(self) -> "RunLock":
+    def acquire(self) -> None:
+        """Take the lock. Raises RuntimeError, naming the holder, if another process has it."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,9 +74,8 @@ class RunLock:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode())
         self._descriptor = descriptor
-        return self
 
-    def __exit__(self, *exc: object) -> None:
+    def release(self) -> None:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
