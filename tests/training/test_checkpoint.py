@@ -1,0 +1,298 @@
+"""A checkpoint gives back the exact state, whatever is damaged is found, and nothing half-written is taken for good."""
+
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from training.checkpoint import Checkpointer, TrainState, load, load_model, state_tensors
+from training.manifest import checkpoints, latest_good, problems, prune, read_meta, remove_temporary
+from training.storage import CheckpointError
+
+
+def new_state(seed: int, width: int = 16, hash_: str = "abc") -> TrainState:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(8, width), nn.LayerNorm(width), nn.Linear(width, 3))
+    model.register_buffer("amax_history", torch.rand(4))
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
+    return TrainState(model, [torch.optim.AdamW(groups, lr=0.01)], hash=hash_)
+
+
+def train(state: TrainState, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        x = torch.sin(torch.arange(40.0).reshape(5, 8) * (state.step + 1))
+        loss = state.model(x).square().sum()
+        loss.backward()
+        state.optimizers[0].step()
+        state.optimizers[0].zero_grad()
+        state.step += 1
+        losses.append(loss.item())
+    return losses
+
+
+def saved_run(tmp_path: Path, steps: tuple[int, ...] = (3,), **options) -> TrainState:
+    state, saver = new_state(0), Checkpointer(tmp_path, **options)
+    for step in steps:
+        train(state, step - state.step)
+        saver.save(state)
+    saver.wait()
+    return state
+
+
+def assert_same(a: TrainState, b: TrainState) -> None:
+    left, right = state_tensors(a), state_tensors(b)
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert different == []
+
+
+@pytest.mark.parametrize("asynchronous", [True, False])
+def test_resumed_training_is_bitwise_the_straight_one(tmp_path, asynchronous):
+    straight = new_state(0)
+    losses = train(straight, 6)
+    saved_run(tmp_path, asynchronous=asynchronous)
+    resumed = new_state(1)
+    load(latest_good(tmp_path), resumed)
+    assert resumed.step == 3
+    assert train(resumed, 3) == losses[3:]
+    assert_same(straight, resumed)
+
+
+def test_meta_and_buffers_come_back(tmp_path):
+    state = saved_run(tmp_path)
+    state.tokens, state.extra = 1234, {"skipped": [[7, 0]], "best": 2.5}
+    Checkpointer(tmp_path).save(state, wait=True)
+    other = new_state(5)
+    load(latest_good(tmp_path), other)
+    assert (other.step, other.tokens, other.extra) == (3, 1234, {"skipped": [[7, 0]], "best": 2.5})
+    assert torch.equal(other.model.amax_history, state.model.amax_history)
+
+
+def test_asynchronous_save_keeps_the_state_of_its_step(tmp_path):
+    """Training that goes on while the files are written must not leak into them."""
+    state, saver = new_state(0), Checkpointer(tmp_path, asynchronous=True)
+    train(state, 3)
+    before = {name: tensor.detach().clone() for name, tensor in state_tensors(state).items()}
+    saver.save(state)
+    train(state, 5)
+    saver.wait()
+    other = new_state(1)
+    load(latest_good(tmp_path), other)
+    assert all(torch.equal(before[name], tensor) for name, tensor in state_tensors(other).items())
+
+
+def test_weights_alone_load_into_a_model(tmp_path):
+    state = saved_run(tmp_path)
+    model = new_state(9).model
+    assert load_model(latest_good(tmp_path), model)["step"] == 3
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), state.model.parameters(), strict=True))
+
+
+def test_files_are_plain_safetensors_and_json(tmp_path):
+    from safetensors.torch import load_file
+
+    state = saved_run(tmp_path)
+    folder = latest_good(tmp_path)
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "index.json",
+        "manifest.json",
+        "meta.json",
+        "shard_00000_00.safetensors",
+    ]
+    tensors = load_file(folder / "shard_00000_00.safetensors")
+    assert torch.equal(tensors["model.0.weight"], state.model[0].weight)
+    assert tensors["optim.0.2.bias.exp_avg"].shape == (3,)
+
+
+def test_many_files_when_tensors_are_large(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.storage.FILE_BYTES", 600)
+    state = saved_run(tmp_path)
+    assert len(list(latest_good(tmp_path).glob("shard_*"))) > 3
+    other = new_state(1)
+    load(latest_good(tmp_path), other)
+    assert_same(state, other)
+
+
+def damage_truncate(folder: Path) -> str:
+    os.truncate(folder / "shard_00000_00.safetensors", 100)
+    return "100 bytes"
+
+
+def damage_flip(folder: Path) -> str:
+    path = folder / "shard_00000_00.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-7] ^= 1
+    path.write_bytes(data)
+    return "SHA-256"
+
+
+def damage_missing(folder: Path) -> str:
+    (folder / "shard_00000_00.safetensors").unlink()
+    return "missing"
+
+
+def damage_meta(folder: Path) -> str:
+    text = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(text.replace('"step": 5', '"step": 6'))
+    return "meta.json: SHA-256"
+
+
+def damage_manifest(folder: Path) -> str:
+    (folder / "manifest.json").write_text("{")
+    return "manifest.json"
+
+
+def damage_no_manifest(folder: Path) -> str:
+    (folder / "manifest.json").unlink()
+    return "manifest.json"
+
+
+def damage_foreign_file(folder: Path) -> str:
+    (folder / "optimizer.pt").write_bytes(b"anything")
+    return "optimizer.pt: not in the manifest"
+
+
+DAMAGES = [
+    damage_truncate,
+    damage_flip,
+    damage_missing,
+    damage_meta,
+    damage_manifest,
+    damage_no_manifest,
+    damage_foreign_file,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_checkpoint_is_skipped_by_name_and_reason(tmp_path, damage):
+    saved_run(tmp_path, (3, 5))
+    newest = tmp_path / "checkpoints" / "step_00000005"
+    assert problems(newest) == []
+    reason = damage(newest)
+    said = []
+    assert latest_good(tmp_path, said.append).name == "step_00000003"
+    assert len(said) == 1 and "step_00000005" in said[0] and reason in said[0]
+
+
+def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
+    saved_run(tmp_path, (3, 5))
+    for folder in checkpoints(tmp_path / "checkpoints"):
+        damage_flip(folder)
+    with pytest.raises(CheckpointError, match=r"all 2 checkpoints .* are damaged"):
+        latest_good(tmp_path, lambda text: None)
+    assert latest_good(tmp_path / "nothing") is None
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.touch, (Path(os.environ["NIBBLE_TEST_BOMB"]),))
+
+
+@pytest.mark.parametrize("name", [".metadata", "data.pkl", "shard_00000_00.safetensors", "index.json", "meta.json"])
+def test_planted_pickle_is_refused_and_never_run(tmp_path, monkeypatch, name):
+    """Even with a manifest that vouches for it."""
+    monkeypatch.setenv("NIBBLE_TEST_BOMB", str(tmp_path / "exploded"))
+    saved_run(tmp_path)
+    folder = latest_good(tmp_path)
+    (folder / name).write_bytes(pickle.dumps(Bomb()))
+    with pytest.raises(CheckpointError):
+        latest_good(tmp_path, lambda text: None)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    from training.manifest import write_durably
+
+    manifest["files"][name] = write_durably(folder / name, [pickle.dumps(Bomb())])
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(Exception, match=r"(?i)checkpoint|header|safetensors|json|decode|expecting|utf"):
+        load(latest_good(tmp_path, lambda text: None), new_state(1))
+    assert not (tmp_path / "exploded").exists()
+
+
+def test_our_code_never_unpickles_a_checkpoint():
+    root = Path(__file__).parents[2]
+    for name in ("checkpoint", "storage", "manifest", "commit"):
+        text = (root / "training" / f"{name}.py").read_text()
+        assert "torch.load" not in text and "import pickle" not in text and "FileSystemReader" not in text
+
+
+def test_other_model_other_hash_refused_with_names(tmp_path):
+    saved_run(tmp_path)
+    folder = latest_good(tmp_path)
+    with pytest.raises(CheckpointError, match=r"model\.0\.bias: stored \(\(16,\), 'float32'\), needed \(\(32,\)"):
+        load(folder, new_state(0, width=32))
+    with pytest.raises(CheckpointError, match="hash abc, this one has xyz"):
+        load(folder, new_state(0, hash_="xyz"))
+    other = new_state(0)
+    other.model.add_module("extra", nn.Linear(2, 2))
+    with pytest.raises(CheckpointError, match=r"model\.extra\.bias is missing"):
+        load(folder, other)
+    fewer = TrainState(nn.Linear(8, 3), [], hash="abc")
+    with pytest.raises(CheckpointError, match="is not in the model"):
+        load(folder, fewer)
+
+
+def test_retention_keeps_last_and_every(tmp_path):
+    saved_run(tmp_path, tuple(range(1, 11)), keep_last=2, keep_every=4)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == [
+        "step_00000004",
+        "step_00000008",
+        "step_00000009",
+        "step_00000010",
+    ]
+    prune(tmp_path / "checkpoints", 1, 0)
+    assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_00000010"]
+
+
+def test_temporary_folders_are_never_seen_and_removable(tmp_path):
+    saved_run(tmp_path)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "step_00000003", root / ".tmp-step_00000009-00000000")
+    assert latest_good(tmp_path).name == "step_00000003"
+    assert remove_temporary(root) == [".tmp-step_00000009-00000000"]
+    assert [p.name for p in root.iterdir()] == ["step_00000003"]
+
+
+def test_too_little_disk_says_so_before_writing(tmp_path, monkeypatch):
+    saved_run(tmp_path)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr("training.checkpoint.shutil.disk_usage", lambda path: usage)
+    state = new_state(0)
+    state.step = 4
+    with pytest.raises(CheckpointError, match=r"takes 0\.07 GB, 0\.00 GB are free.*checkpoint\.keep_last"):
+        Checkpointer(tmp_path).save(state)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+
+
+def test_failed_write_is_reported_and_leaves_the_earlier_ones(tmp_path, monkeypatch):
+    saved_run(tmp_path)
+
+    def full(path, chunks):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("training.commit.write_durably", full)
+    state, saver = new_state(0), Checkpointer(tmp_path)
+    state.step = 4
+    saver.save(state)
+    with pytest.raises(CheckpointError, match=r"step_00000004 was not saved: OSError: .*No space left"):
+        saver.wait()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
+    assert read_meta(latest_good(tmp_path))["step"] == 3
+
+
+def test_verification_shares_cover_every_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("training.storage.FILE_BYTES", 600)
+    saved_run(tmp_path)
+    folder = latest_good(tmp_path)
+    for path in folder.glob("shard_*"):
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    found = [p for share in range(3) for p in problems(folder, share, 3)]
+    assert len(found) == len(list(folder.glob("shard_*"))) == len(set(found))
