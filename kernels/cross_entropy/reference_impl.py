@@ -1,0 +1,67 @@
+"""The definition: logits = bf16(h W^T), loss = logsumexp - logit[target] in FP32, dlogits = bf16(softmax - onehot)."""
+
+import torch
+from torch import Tensor
+
+from kernels.formats import round_bf16
+from kernels.gemm.reference_impl import accumulate, round_output
+
+# Tokens whose logits are held at once: 1,024 x 32,000 x 4 bytes = 131 MB in FP32.
+CHUNK_TOKENS = 1024
+
+
+def unavailable() -> str | None:
+    """None: the reference runs wherever PyTorch does."""
+    return None
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+    if per_token:
+        with torch.no_grad():
+            head = head_bf16(weight)
+            return torch.cat([_nats(*part)[0] for part in _chunks(h, head, targets)])
+    return _SumLoss.apply(h, weight, targets, torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad))
+
+
+def head_bf16(weight: Tensor) -> Tensor:
+    """The head as the GEMMs read it: BF16 of the FP32 master, on a CPU in FP32."""
+    return weight.to(torch.bfloat16) if weight.is_cuda else round_bf16(weight)
+
+
+def _chunks(h: Tensor, head: Tensor, targets: Tensor):
+    for start in range(0, h.shape[0], CHUNK_TOKENS):
+        rows = h[start : start + CHUNK_TOKENS]
+        yield (rows if h.is_cuda else rows.to(torch.float32)), head, targets[start : start + CHUNK_TOKENS]
+
+
+def _nats(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token nats, the logits and their logsumexp, FP32."""
+    logits = round_bf16(accumulate(h, head.t()))
+    logsumexp = logits.logsumexp(dim=-1)
+    picked = logits.gather(1, targets[:, None]).squeeze(1)
+    return logsumexp - picked, logits, logsumexp
+
+
+class _SumLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+        head = head_bf16(weight)
+        total = torch.zeros((), device=h.device)
+        dh, dweight = [], torch.zeros_like(weight) if needs_grad else None
+        for rows, _, part in _chunks(h, head, targets):
+            nats, logits, logsumexp = _nats(rows, head, part)
+            total = total + nats.sum()
+            if needs_grad:
+                onehot = torch.zeros_like(logits).scatter_(1, part[:, None], 1.0)
+                dlogits = round_bf16((logits - logsumexp[:, None]).exp() - onehot).to(head.dtype)
+                dh.append(accumulate(dlogits, head))
+                dweight += accumulate(dlogits.t(), rows)
+        if needs_grad:
+            # dh waits in FP32 (4 bytes x T x d), so that the factor of the backward is applied before its one rounding.
+            ctx.save_for_backward(torch.cat(dh), dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dh, dweight = ctx.saved_tensors
+        return round_output(dh * grad, torch.bfloat16), dweight * grad, None, None

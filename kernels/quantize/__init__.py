@@ -1,0 +1,137 @@
+"""Quantizers of one GEMM operand. The definition of every result is `reference_impl.py`.
+
+Layouts are natural: an operand stays in the layout of the tensor it comes from and `axis` names its contraction dim.
+"Stored" below means the operand as [rows, contraction]: x itself for axis 1, x transposed for axis 0. Packed tensors
+and the element and block numbers of random bits refer to the stored operand.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import backend
+from kernels.nvfp4 import NVFP4Tensor
+from kernels.spec import NVFP4_BLOCK, QuantSpec
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """An operand ready for `kernels.gemm.gemm`.
+
+    values: x's own layout; exact codes * block_scales (BF16 on a GPU; on a CPU the same BF16-exact values in FP32), or
+    codes of FP8, or x itself for grid none (FP32 if it was rotated). None if only "packed" was wanted.
+    scale: FP32 for the accumulator: [] or, per row, [rows, 1] / [1, columns]; None means exactly 1 and no operation.
+    packed: the stored operand as NVFP4, if wanted and the grid is e2m1.
+    """
+
+    values: Tensor | None
+    scale: Tensor | None
+    packed: NVFP4Tensor | None = None
+
+
+def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool = False) -> Tensor:
+    """float32 [dim] of +1 and -1: the diagonal D of the rotation x -> (D x) H, the same for both operands of a GEMM.
+
+    rng: int64 [3] (seed, step, micro-batch); layer: int64 []; gemm: 0 fprop, 1 dgrad, 2 wgrad. fixed drops step,
+    micro-batch and layer (all 0). Word i of Philox decides sign i: -1 if its top bit is set. Source: design.md 3.5.
+    """
+    return backend.impl("quantize").rht_signs(rng, layer, gemm, dim, fixed)
+
+
+def amax(x: Tensor, axis: int, signs: Tensor | None = None, per_row: bool = False) -> Tensor:
+    """float32 max |x| of the rotated operand: [] or, per row of the stored operand, [rows, 1] / [1, columns].
+
+    x: [R, C] bf16. With signs [dim]: of (signs * x) times the unnormalised Hadamard matrix in blocks of dim along
+    `axis`, in FP32. NaN and Inf propagate. Raises ValueError if dim does not divide the contraction.
+    """
+    _check(x, axis, signs)
+    return backend.impl("quantize").amax(x, axis, signs, per_row)
+
+
+def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None = None, per_row: bool = False) -> Tensor:
+    """`amax` of p.values(): the global scale of p is left out, as in `requantize`. axis refers to p's own [R, C]."""
+    _check(p, axis, signs)
+    return backend.impl("quantize").amax_packed(p, axis, signs, per_row)
+
+
+def quantize(
+    x: Tensor,
+    spec: QuantSpec,
+    axis: int,
+    amax: Tensor | None,
+    signs: Tensor | None = None,
+    rng: Tensor | None = None,
+    layer: Tensor | None = None,
+    slot: int = 0,
+    want: tuple[str, ...] = ("values",),
+) -> Quantized:
+    """Rotate (if signs) and quantize x along `axis`.
+
+    x: [R, C] bf16 (FP32 holding BF16 values is accepted). amax: from `amax`, or a fixed value; None for grid none.
+    signs: float32 [dim] or None. rng, layer, slot: random bits, needed if spec.draws_random_bits.
+    want: "values", "packed" or both. The rotation is unnormalised: 1/dim per GEMM belongs in gemm's alpha_const.
+    NaN or Inf in amax gives scale NaN (codes unspecified), so every output is NaN; amax 0 gives tensor scale 1.
+    Raises ValueError for shapes that the block (16) or the rotation does not divide, or missing random state.
+    Source: quartet2.md a.1, a.2; design.md 3.
+    """
+    _check(x, axis, signs)
+    _check_spec(x.shape, spec, axis, signs, rng, layer)
+    return backend.impl("quantize").quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
+
+
+def requantize(
+    p: NVFP4Tensor,
+    spec: QuantSpec,
+    axis: int,
+    amax: Tensor | None,
+    signs: Tensor | None = None,
+    rng: Tensor | None = None,
+    layer: Tensor | None = None,
+    slot: int = 0,
+    want: tuple[str, ...] = ("values",),
+) -> Quantized:
+    """Quantize a packed tensor again, usually along its other axis: codes * block_scales in, without the global scale.
+
+    As `quantize` of p.values(), with amax from `amax_packed`; p.global_scale multiplies the resulting scale (of the
+    packed result too). axis refers to p's own [R, C].
+    """
+    _check(p, axis, signs)
+    _check_spec(p.shape, spec, axis, signs, rng, layer)
+    return backend.impl("quantize").requantize(p, spec, axis, amax, signs, rng, layer, slot, want)
+
+
+def dequantize(p: NVFP4Tensor) -> Quantized:
+    """p as an operand: values = p.values() in p's own [R, C], scale = p.global_scale. Exact."""
+    return backend.impl("quantize").dequantize(p)
+
+
+def _check(x: Tensor | NVFP4Tensor, axis: int, signs: Tensor | None) -> None:
+    if len(x.shape) != 2 or axis not in (0, 1):
+        raise ValueError(f"an operand is [rows, columns] with axis 0 or 1; got shape {tuple(x.shape)}, axis {axis}")
+    if isinstance(x, Tensor) and x.dtype not in (torch.bfloat16, torch.float32):
+        raise ValueError(f"quantizers read bfloat16; got {x.dtype}")
+    if signs is not None and x.shape[axis] % signs.shape[0]:
+        raise ValueError(
+            f"contraction of {x.shape[axis]} is not a multiple of the rotation's dim {signs.shape[0]}; choose a "
+            "smaller rotation.dim for this GEMM, a batch whose tokens it divides, or bf16 for this layer (quant.rules)"
+        )
+
+
+def _check_spec(
+    shape: tuple[int, int],
+    spec: QuantSpec,
+    axis: int,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+) -> None:
+    if spec.is_nvfp4 and (shape[axis] % NVFP4_BLOCK or (spec.is_square and shape[1 - axis] % NVFP4_BLOCK)):
+        raise ValueError(
+            f"shape {tuple(shape)} can't be cut in NVFP4 blocks of 16 along axis {axis}"
+            f"{' and 16x16 tiles' if spec.is_square else ''}; keep the layer in bf16 (quant.rules)"
+        )
+    if spec.draws_random_bits and (rng is None or layer is None):
+        raise ValueError(f"rounding={spec.rounding} draws random bits; pass rng (int64 [3]) and layer (int64 [])")
+    if spec.eden_block == "rotation" and spec.rounding == "ms_eden" and signs is None:
+        raise ValueError("eden_block=rotation needs a rotation: pass signs, or use eden_block=16")
