@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from training.commit import CommitThread, Job
 from training.manifest import read_meta, step_name
-from training.storage import CheckpointError, ShardReader, StagingBuffers, StagingWriter, read_index
+from training.storage import CheckpointError, ShardReader, StagingBuffers, StagingWriter, dtype_named, read_index
 
 # What index, manifest and the file system's own records take beside the tensors.
 SPARE_BYTES = 64 * 2**20
@@ -280,3 +280,11 @@ def _check_same(path: Path, index: dict[str, Any], tensors: dict[str, Tensor]) -
     if faults:
         more = f" and {len(faults) - NAMES_SHOWN} more" if len(faults) > NAMES_SHOWN else ""
         raise CheckpointError(f"{path} is not of this model or optimizer: {'; '.join(faults[:NAMES_SHOWN])}{more}")
+
+
+def read_all(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
+    """All tensors of a checkpoint whose name starts with `prefix`, whole, on the CPU, in one process."""
+    index = {name: entry for name, entry in read_index(Path(path)).items() if name.startswith(prefix)}
+    tensors = {name: torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"])) for name, entry in index.items()}
+    read_tensors(Path(path), tensors)
+    return tensors

@@ -209,7 +209,7 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / INDEX}: {error}") from error
 
 
-def _dtype(name: str) -> torch.dtype:
+def dtype_named(name: str) -> torch.dtype:
     known = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
     if name not in known:
         raise CheckpointError(f"{INDEX}: unknown dtype {name!r}; known: {', '.join(known)}")
@@ -230,7 +230,7 @@ class ShardReader(StorageReader):
         tensors = {}
         for fqn, entry in read_index(self.folder).items():
             chunks = [ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["shape"])) for c in entry["chunks"]]
-            properties = TensorProperties(dtype=_dtype(entry["dtype"]))
+            properties = TensorProperties(dtype=dtype_named(entry["dtype"]))
             tensors[fqn] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
         return Metadata(tensors)
 
