@@ -1,0 +1,152 @@
+"""From command-line overrides to a typed TrainConfig, or to one clear error.
+
+Hydra composes; this module asks it politely first. Overrides are parsed by Hydra's own grammar and checked against
+the schema and the group folders before composition, because Hydra's messages neither name the nearest right key nor
+fit on a line. Hydra's job machinery (working directories, outputs/, logging) is not used.
+"""
+
+import difflib
+import itertools
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from configs.schema import FREE_FORM, known_keys, register
+from training.config import TrainConfig, suggestion
+
+ROOT = Path(__file__).resolve().parent
+GEMM_SLOTS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+
+
+class ConfigError(ValueError):
+    """A mistake on the command line or in a YAML file. The message is complete: print it without a traceback."""
+
+
+@dataclass(frozen=True)
+class Composed:
+    """`config`: typed; `yaml`: the composed text for config.yaml; `choices`: {group: option} as chosen."""
+
+    config: TrainConfig
+    yaml: str
+    choices: dict[str, str]
+
+
+def groups() -> dict[str, list[str]]:
+    """{group: options}, from the folders of configs/."""
+    folders = [folder for folder in sorted(ROOT.iterdir()) if folder.is_dir() and any(folder.glob("*.yaml"))]
+    return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
+
+
+def compose(overrides: list[str]) -> Composed:
+    """Compose configs/train.yaml with `overrides`. Raises ConfigError, and nothing else, for a user's mistake."""
+    parsed = [check(override) for override in parse(overrides)]
+    for override in parsed:
+        if override.is_sweep_override():
+            raise ConfigError(f"{override.input_line}: several values; add -m to run them one after another")
+    lines = [text for override in parsed for text in rewrite(override)]
+    register()
+    try:
+        with initialize_config_dir(str(ROOT), version_base="1.3"):
+            full = hydra_compose("train", overrides=lines, return_hydra_config=True)
+        choices = OmegaConf.to_container(full.hydra.runtime.choices)
+        with_hydra = full.copy()
+        OmegaConf.set_struct(with_hydra, False)
+        del with_hydra["hydra"]
+        return Composed(OmegaConf.to_object(with_hydra), OmegaConf.to_yaml(with_hydra), own_choices(choices))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(one_line(error)) from error
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def sweep(overrides: list[str]) -> list[list[str]]:
+    """The cartesian product of `a=1,2 b=x,y` as lists of plain overrides, the first one varying slowest."""
+    alternatives = []
+    for override in [check(item) for item in parse(overrides)]:
+        if override.is_sweep_override():
+            key = override.get_key_element()
+            alternatives.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        else:
+            alternatives.append([override.input_line])
+    return [list(job) for job in itertools.product(*alternatives)]
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed += parser.parse_overrides([text])
+        except HydraException as error:
+            hint = "write key=value" if "=" not in text else "quote it: 'key=\"value\"'"
+            raise ConfigError(f"can't read {text!r} as an override; {hint} ({str(error).splitlines()[0]})") from error
+    return parsed
+
+
+def check(override: Override) -> Override:
+    """Raise ConfigError for an unknown key or group choice, naming the nearest right one."""
+    key = override.key_or_group
+    known_groups = groups()
+    if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+        raise ConfigError(f"{override.input_line}: Hydra's own settings have no effect here; folders are paths.runs and run.name")
+    if key in known_groups and not override.is_delete():
+        check_choices(override, known_groups[key])
+    elif key not in known_keys() and not key.startswith(tuple(f"{name}." for name in FREE_FORM)):
+        raise ConfigError(f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups])}; --help lists the groups")
+    return override
+
+
+def check_choices(override: Override, options: list[str]) -> None:
+    values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+    for value in values:
+        if value is not None and not isinstance(value, list) and str(value) not in options:
+            near = suggestion(str(value), options)
+            raise ConfigError(f"{override.key_or_group}={value}: no such choice{near}. There are: {', '.join(options)}")
+
+
+def nearest_key(key: str, known: list[str]) -> str:
+    """A suggestion by the whole dotted key, or by its last part (`lr` -> optim.lr)."""
+    last = key.rsplit(".", 1)[-1]
+    same_end = [name for name in known if name.rsplit(".", 1)[-1] == last]
+    ends = {name.rsplit(".", 1)[-1]: name for name in known}
+    near = same_end or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    near = near or [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.6)]
+    return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def rewrite(override: Override) -> list[str]:
+    """Free-form sections take any key (their packages check it): `quant.a=b` becomes `++quant.a=b`.
+
+    `quant.<gemm>=none` sets both grids to none and keeps each operand's source, as design.md section 2 says; replacing
+    the mapping by a string would lose them.
+    """
+    section, *rest = override.key_or_group.split(".")
+    if section not in FREE_FORM or not rest or override.is_delete():
+        return [override.input_line]
+    text = override.input_line.lstrip("+")
+    if section == "quant" and len(rest) == 1 and rest[0] in GEMM_SLOTS and str(override.value()) == "none":
+        return [f"++quant.{rest[0]}.{slot}.grid=none" for slot in GEMM_SLOTS[rest[0]]]
+    return [f"++{text}"]
+
+
+def own_choices(choices: dict[str, str]) -> dict[str, str]:
+    return {group: option for group, option in choices.items() if not group.startswith("hydra") and option}
+
+
+def one_line(error: Exception) -> str:
+    """The gist of Hydra's and OmegaConf's errors: the innermost cause, with its key, on one line."""
+    cause: BaseException = error
+    while cause.__cause__ is not None and isinstance(cause.__cause__, HydraException | OmegaConfBaseException):
+        cause = cause.__cause__
+    message = str(cause)
+    key = re.search(r"full_key: (\S+)", message)
+    first = message.splitlines()[0].rstrip(".")
+    return f"{key.group(1)}: {first}" if key else first

@@ -1,0 +1,202 @@
+"""Llama-2-like decoder of the published 4-bit runs (Quartet II, section c of its protocol).
+
+Pre-norm RMSNorm with a learned gain, interleaved RoPE in FP32, fused q,k,v and gate,up projections, SwiGLU, no biases,
+embedding and lm_head not tied. The residual stream is FP32 by default; every nn.Linear is fed `compute_dtype`.
+
+The linears here hold FP32 master weights. A plain model therefore runs in float32 (`compute_dtype=torch.float32`); for
+BF16 training `quant.plan.convert` replaces each nn.Linear by one that rounds its weight itself, the BF16 baseline too.
+
+Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hidden, V vocabulary.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+INIT_STD = 0.02  # all weight matrices and the embedding; residual projections are scaled by 1 / sqrt(2 layers)
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Shape of a model. `max_seq_len` only sizes the RoPE table; it holds no parameter."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocab_size: int
+    max_seq_len: int = 512
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+    residual_dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: needs a positive integer")
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.width={self.width} over model.heads={self.heads}: the head dimension must be an even integer; "
+                f"RoPE turns pairs. Set model.heads={max(1, self.width // 128)} or another divisor of the width"
+            )
+        if self.residual_dtype not in DTYPES:
+            raise ValueError(f"model.residual_dtype={self.residual_dtype}: needs one of {', '.join(DTYPES)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters_non_embedding(self) -> int:
+        """Everything but the embedding and lm_head: L (4 D^2 + 3 D F) + (2 L + 1) D."""
+        per_layer = 4 * self.width**2 + 3 * self.width * self.hidden
+        return self.layers * per_layer + (2 * self.layers + 1) * self.width
+
+    @property
+    def parameters(self) -> int:
+        return self.parameters_non_embedding + 2 * self.vocab_size * self.width
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """6 N + 12 L d s: N with lm_head, without the embedding; attention counted non-causally (PaLM's convention)."""
+        counted = self.parameters_non_embedding + self.vocab_size * self.width
+        return 6 * counted + 12 * self.layers * self.width * seq_len
+
+
+class RMSNorm(nn.Module):
+    """y = x / rms(x) * gain over the last dimension, in FP32, rounded once to `dtype`."""
+
+    def __init__(self, width: int, eps: float, dtype: torch.dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        inverse_rms = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
+        return (x * inverse_rms * self.weight.float()).to(self.dtype)
+
+
+def rope_table(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
+    """cos and sin of every position's angles: FP32 [2, T, K/2], computed in FP64 so that no device changes them."""
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    angles = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")[:, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin())).float()
+
+
+def apply_rope(x_BTHK: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs (x[2i], x[2i+1]) by position * theta^(-2i/K); in FP32, result in x's dtype."""
+    cos, sin = table[:, : x_BTHK.shape[1], None, :]
+    even, odd = x_BTHK.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
+    return turned.flatten(-2).to(x_BTHK.dtype)
+
+
+class Attention(nn.Module):
+    """Causal multi-head attention. Rows of `qkv`: all of q, then k, then v; heads in order within each."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.heads = config.heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.out = nn.Linear(config.width, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).unbind(2)
+        q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate) * up). Rows of `gate_up`: gate first, then up. silu and product in FP32, rounded once."""
+
+    def __init__(self, config: LlamaConfig):
+        super().__init__()
+        self.gate_up = nn.Linear(config.width, 2 * config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
+        return self.down((F.silu(gate.float()) * up.float()).to(x_BTD.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, config: LlamaConfig, dtype: torch.dtype):
+        super().__init__()
+        self.attn_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
+        self.mlp = SwiGLU(config)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        # The sum takes the residual's dtype: a BF16 branch added to an FP32 stream loses nothing.
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rope).to(x_BTD.dtype)
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)).to(x_BTD.dtype)
+
+
+class Llama(nn.Module):
+    """The model; weights are uninitialized until `init_weights`, so that it can be built on the meta device."""
+
+    def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.config = config
+        self.residual_dtype = DTYPES[config.residual_dtype]
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.layers))
+        self.norm = RMSNorm(config.width, config.norm_eps, compute_dtype)
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim // 2), persistent=False)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
+        if tokens_BT.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
+        x_BTD = self.embed(tokens_BT).to(self.residual_dtype)
+        for block in self.blocks:
+            x_BTD = block(x_BTD, self.rope)
+        return self.norm(x_BTD)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """tokens int [B, T] -> logits [B, T, V] in the compute dtype."""
+        return self.lm_head(self.hidden(tokens_BT))
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> str:
+        """Fill every parameter and the RoPE table; returns the init hash (hex, 16 digits).
+
+        Each parameter has its own generator, keyed by (seed, its name), and is drawn on the CPU: the values depend
+        neither on the device, nor on the recipe, nor on the order or number of other parameters.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            value = initial_value(name, parameter.shape, self.config, seed)
+            digest.update(name.encode())
+            digest.update(value.numpy().tobytes())
+            parameter.copy_(value)
+        self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
+        return digest.hexdigest()[:16]
+
+
+def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int) -> Tensor:
+    """FP32 CPU tensor: ones for gains, else N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 L))."""
+    if len(shape) == 1:
+        return torch.ones(shape, device="cpu")
+    std = INIT_STD
+    if name.endswith(("attn.out.weight", "mlp.down.weight")):
+        std /= math.sqrt(2 * config.layers)
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+
+
+def permute_for_half_split(rows: Tensor, heads: int) -> Tensor:
+    """Reorder q or k rows [D, ...] of each head, even rows first: interleaved RoPE becomes transformers' half-split."""
+    by_pair = rows.unflatten(0, (heads, rows.shape[0] // heads // 2, 2))
+    return by_pair.transpose(1, 2).flatten(0, 2)

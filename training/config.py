@@ -1,0 +1,228 @@
+"""Everything a run can be told, as typed dataclasses: the schema behind configs/ and the only thing the engine reads.
+
+Each class checks its own values; what needs several of them together is checked in training/derive.py. `quant`
+stays a mapping here: `quant.recipe` owns its fields and checks them.
+Integers that people like to write as 3e9 are declared float and turned into int when they are whole.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any
+
+from data.spec import DataSpec
+
+SWITCH = ("auto", "true", "false")
+
+
+def choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
+    """`value` in lower case if it is allowed; YAML's true and false arrive as True and False and count as words."""
+    word = str(value).lower()
+    if word not in allowed:
+        raise ValueError(f"{key}={value}: needs one of {', '.join(allowed)}{suggestion(word, allowed)}")
+    return word
+
+
+def suggestion(word: str, known: Any) -> str:
+    """'; did you mean X?' when something near is known, else ''."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def whole(key: str, value: float | None, minimum: int = 1) -> int | None:
+    """An int from 3e9 or 3000; None stays None. Raises ValueError for 0.5 or a value below `minimum`."""
+    if value is None:
+        return None
+    if value != int(value) or value < minimum:
+        raise ValueError(f"{key}={value:g}: needs a whole number of at least {minimum}")
+    return int(value)
+
+
+def at_most_one(section: Any, prefix: str, names: tuple[str, ...]) -> None:
+    given = [name for name in names if getattr(section, name) is not None]
+    if len(given) > 1:
+        both = " and ".join(f"{prefix}{name}={getattr(section, name)}" for name in given)
+        raise ValueError(f"{both}: give one of them; set the other to null")
+
+
+def in_range(key: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{key}={value:g}: needs a number from {low:g} to {high:g}")
+
+
+@dataclass
+class ModelSection:
+    """A preset (configs/model). `lr` is its peak learning rate: 1.2e-3 * min(1, 768 / width)."""
+
+    name: str = "custom"
+    layers: int = 6
+    width: int = 640
+    heads: int = 5
+    hidden: int = 1792  # of the SwiGLU
+    norm_eps: float = 1e-5
+    rope_theta: float = 1e4
+    residual_dtype: str = "float32"
+    lr: float = 1.2e-3
+    micro_tokens: int = 65536  # default micro-batch; part of the numerics, so it never follows from the machine
+
+
+@dataclass
+class OptimSection:
+    name: str = "adamw"
+    lr: float | None = None  # peak; null: the model preset's
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1  # on the linear weights of the blocks only
+    clip: float | None = 1.0  # global gradient norm; null: logged but not clipped
+
+    def __post_init__(self) -> None:
+        self.name = choice("optim.name", self.name, ("adamw",))
+        if len(self.betas) != 2:
+            raise ValueError(f"optim.betas={self.betas}: needs two numbers, such as [0.9,0.95]")
+        for beta in self.betas:
+            in_range("optim.betas", beta, 0.0, 0.999999)
+        if self.lr is not None:
+            in_range("optim.lr", self.lr, 0.0, 1e3)
+        in_range("optim.eps", self.eps, 0.0, 1.0)
+        in_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError(f"optim.clip={self.clip:g}: needs a positive number, or null for no clipping")
+
+
+@dataclass
+class ScheduleSection:
+    """`cosine`: cosine-shaped warm-up and decay. `wsd`: linear warm-up, flat, linear decay over `decay_fraction`."""
+
+    name: str = "cosine"
+    warmup_fraction: float | None = 0.1  # of the steps; null when warmup_steps or warmup_tokens says it
+    warmup_steps: float | None = None
+    warmup_tokens: float | None = None
+    start_factor: float = 0.01  # lr at step 0 over the peak
+    end_factor: float = 0.1  # lr at the last step over the peak
+    decay_fraction: float = 0.4  # wsd only
+
+    def __post_init__(self) -> None:
+        self.name = choice("schedule.name", self.name, ("cosine", "wsd"))
+        self.warmup_steps = whole("schedule.warmup_steps", self.warmup_steps, 0)
+        self.warmup_tokens = whole("schedule.warmup_tokens", self.warmup_tokens, 0)
+        if self.warmup_steps is not None and self.warmup_tokens is not None:
+            at_most_one(self, "schedule.", ("warmup_steps", "warmup_tokens"))
+        for name in ("warmup_fraction", "start_factor", "end_factor", "decay_fraction"):
+            if getattr(self, name) is not None:
+                in_range(f"schedule.{name}", getattr(self, name), 0.0, 1.0)
+
+
+@dataclass
+class BatchSection:
+    """The batch of the whole job, over all GPUs, in tokens or in sequences; `micro` sequences at a time."""
+
+    seq_len: int = 512
+    tokens: float | None = None
+    sequences: float | None = None
+    micro: int | None = None
+
+    def __post_init__(self) -> None:
+        self.seq_len = whole("batch.seq_len", self.seq_len)
+        self.tokens = whole("batch.tokens", self.tokens)
+        self.sequences = whole("batch.sequences", self.sequences)
+        self.micro = whole("batch.micro", self.micro)
+        at_most_one(self, "batch.", ("tokens", "sequences"))
+
+
+@dataclass
+class EvaluateSection:
+    every: float | None = 200  # steps; null: only at the end
+    tokens: float | None = 1048576  # of the validation split, always the same ones; null: all
+    final_tokens: float | None = None  # at the last step; null: the whole validation split
+    bf16: bool = False  # report the unquantized model too
+    slots: bool = True  # count clipping and underflow per operand slot
+
+    def __post_init__(self) -> None:
+        self.every = whole("evaluate.every", self.every)
+        self.tokens = whole("evaluate.tokens", self.tokens)
+        self.final_tokens = whole("evaluate.final_tokens", self.final_tokens)
+
+
+@dataclass
+class CheckpointSection:
+    every: float | None = 500  # steps; null: only when stopped and at the end
+    keep_last: int = 2
+    keep_every: int | None = None  # steps; these are never deleted
+    asynchronous: bool = False
+
+    def __post_init__(self) -> None:
+        self.every = whole("checkpoint.every", self.every)
+        self.keep_last = whole("checkpoint.keep_last", self.keep_last)
+        self.keep_every = whole("checkpoint.keep_every", self.keep_every)
+
+
+@dataclass
+class WandbSection:
+    mode: str = "disabled"
+    project: str = "nibble"
+    entity: str | None = None
+
+    def __post_init__(self) -> None:
+        self.mode = choice("logger.wandb.mode", self.mode, ("online", "offline", "disabled"))
+
+
+@dataclass
+class LoggerSection:
+    """Sinks beside metrics.jsonl, which is always written and is the truth."""
+
+    wandb: WandbSection = field(default_factory=WandbSection)
+    tensorboard: bool = False
+
+
+@dataclass
+class LogSection:
+    every: int = 10  # steps between two reads of the device; every step's loss is logged nevertheless
+
+    def __post_init__(self) -> None:
+        self.every = whole("log.every", self.every)
+
+
+@dataclass
+class RunSection:
+    name: str | None = None  # null: model-recipe-tokens-seed-hash
+
+
+@dataclass
+class PathsSection:
+    runs: str = "runs"
+    data: str = "token_shards"  # prepared token folders
+
+
+@dataclass
+class TrainConfig:
+    model: ModelSection = field(default_factory=ModelSection)
+    quant: dict[str, Any] = field(default_factory=dict)
+    data: DataSpec = field(default_factory=DataSpec)
+    optim: OptimSection = field(default_factory=OptimSection)
+    schedule: ScheduleSection = field(default_factory=ScheduleSection)
+    batch: BatchSection = field(default_factory=BatchSection)
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
+    logger: LoggerSection = field(default_factory=LoggerSection)
+    log: LogSection = field(default_factory=LogSection)
+    run: RunSection = field(default_factory=RunSection)
+    paths: PathsSection = field(default_factory=PathsSection)
+    seed: int = 0
+    tokens: float | None = None  # length of the run; null and no steps: 20 per non-embedding parameter
+    steps: float | None = None
+    parallel: str = "auto"
+    backend: str = "auto"
+    compile: str = "auto"  # auto: on a GPU
+    deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
+    dry_run: bool = False
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.steps is not None:
+            at_most_one(self, "", ("tokens", "steps"))
+        self.tokens = whole("tokens", self.tokens)
+        self.steps = whole("steps", self.steps)
+        self.data.check()
+        self.parallel = choice("parallel", self.parallel, ("auto", "ddp", "fsdp", "hsdp"))
+        self.backend = choice("backend", self.backend, ("auto", "reference", "triton"))
+        self.compile = choice("compile", self.compile, SWITCH)
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed}: needs an integer from 0 to 2^63 - 1")

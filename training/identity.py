@@ -1,0 +1,83 @@
+"""Who a run is: a hash over everything that changes its numbers, and its default name."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from training.config import TrainConfig
+from training.derive import Numbers
+
+SHOWN = 12  # differing keys that an error lists
+
+
+class IdentityError(ValueError):
+    """The folder belongs to a run with other numerics."""
+
+
+def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists are leaves."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
+    return flat
+
+
+def numerics(
+    config: TrainConfig, numbers: Numbers, plan: dict[str, Any], vocab_size: int, data: dict[str, str]
+) -> dict[str, Any]:
+    """The flat dict that is hashed. `plan`: what each layer does; `data`: fingerprints of token set and tokenizer.
+
+    Left out on purpose: world size, parallel mode, back end, compile, logging, evaluation and checkpoint intervals,
+    paths. They may change the last bits of a sum, never what is computed.
+    """
+    model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "lr", "micro_tokens")}
+    optim = {key: value for key, value in asdict(config.optim).items() if key != "lr"}
+    return flatten(
+        {
+            "model": {**model, "vocab_size": vocab_size},
+            "dtypes": {"compute": "bfloat16", "master": "float32", "gradients": "float32"},
+            "quant": plan,
+            "data": data,
+            "seed": config.seed,
+            "optim": optim,
+            "schedule": asdict(numbers.schedule),
+            "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},
+        }
+    )
+
+
+def hash_of(numerics: dict[str, Any]) -> str:
+    """16 hex digits over the sorted dict."""
+    return hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def default_name(model: str, recipe: str, tokens: int, seed: int, digest: str) -> str:
+    """llama_30m-quartet2-0.1B-s0-1a2b3c4d"""
+    return f"{model}-{recipe}-{short_count(tokens)}-s{seed}-{digest[:8]}"
+
+
+def short_count(number: int) -> str:
+    """750_000_000 -> '0.75B', 153_600 -> '154K': three significant digits."""
+    for limit, unit, scale in ((10**8, "B", 10**9), (10**6, "M", 10**6), (10**3, "K", 10**3)):
+        if number >= limit:
+            return f"{number / scale:.3g}{unit}"
+    return str(number)
+
+
+def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], folder: str, name: str) -> None:
+    """Raise IdentityError if the folder's numerics differ, with the differing keys and what to type."""
+    old, new = stored["numerics"], wanted["numerics"]
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key, "-") != new.get(key, "-")]
+    if not differing:
+        return
+    lines = [f"  {key}: {old.get(key, '-')} (stored) -> {new.get(key, '-')} (now)" for key in differing[:SHOWN]]
+    if len(differing) > SHOWN:
+        lines.append(f"  and {len(differing) - SHOWN} more")
+    raise IdentityError(
+        f"{folder} holds a run with other numerics:\n" + "\n".join(lines) + "\n"
+        f"To resume it, type its own values again (stored in {folder}/config.yaml); to start a new run, leave out "
+        f"run.name or give another one, such as run.name={name}-2"
+    )

@@ -1,0 +1,274 @@
+"""The training loop: step, log, checkpoint, evaluate, stop. Everything it needs arrives built (training/launch.py).
+
+Order within a step that has several duties: the losses are read and checked, then the checkpoint is saved, then the
+model is evaluated; so a failing evaluation never costs the checkpoint, and a non-finite state is never saved.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.evalset import EvalSet
+from training.checkpoint import Checkpointer, TrainState
+from training.config import TrainConfig
+from training.console import Console
+from training.derive import Numbers
+from training.distributed import Dist, SharedFlag
+from training.evaluate import EvalRows, evaluate
+from training.loggers import Loggers
+from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, peak_flops
+from training.optim import clip_gradients, set_lr
+from training.runfolder import RunFolder
+from training.signals import NAMES, StopFlag
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient norm that is NaN or infinite. `step` is the first such step, 1-based."""
+
+    def __init__(self, step: int, loss: float, grad_norm: float, folder: str):
+        super().__init__(
+            f"step {step}: loss {loss}, gradient norm {grad_norm}. Stopped; nothing after the last checkpoint in "
+            f"{folder}/checkpoints was saved. Lower optim.lr, or look for the cause with a smaller log.every"
+        )
+        self.step = step
+
+
+@dataclass
+class Parts:
+    """What a run is made of. `loss`: tokens [B, T+1] -> summed nats, the wrapped and compiled LossModel."""
+
+    config: TrainConfig
+    numbers: Numbers
+    ranks: Dist
+    folder: RunFolder
+    run: dict[str, Any]
+    state: TrainState
+    loss: nn.Module
+    accumulate: Callable[[bool], AbstractContextManager]  # (last micro-batch?) -> context of its forward and backward
+    gradient_scale: float  # world size where the wrapper averages gradients over ranks, else 1
+    rng: Tensor  # int64 [3]: seed, step, micro-batch
+    batches: Callable[[int], Iterator[Tensor]]  # first step -> this rank's micro-batches, int64 on the device
+    sample_hash: Callable[[int], str]  # step -> hash of the samples it consumes, over all ranks
+    evalset: EvalSet
+    final_evalset: EvalSet
+    flops_per_token: int
+    count_slots: Callable[[Callable[[], None]], dict[str, Any]] | None
+    unquantized: Callable[[], AbstractContextManager] | None
+    checkpointer: Checkpointer
+    loggers: Loggers
+    console: Console
+    stop: StopFlag
+
+
+class Trainer:
+    """Runs from state.step to the last step. Steps are counted as completed optimizer steps."""
+
+    def __init__(self, parts: Parts):
+        self.p = parts
+        self.numbers = parts.numbers
+        self.state = parts.state
+        self.optimizer = parts.state.optimizers[0]
+        device = parts.ranks.device
+        self._buffer = StepBuffer(parts.config.log.every, device)
+        self._peak = peak_flops(device)
+        self._stop = SharedFlag(parts.ranks)
+        self._window_start = time.perf_counter()
+        self._started = time.perf_counter()
+        self._wall_before = self.state.extra.get("wall_s", 0.0)
+        self._last_row: dict[str, Any] = {}
+
+    def run(self) -> int:
+        """Train to the end or until asked to stop. Returns the process's exit code."""
+        if self._evaluation_due() and not self._evaluated():
+            self._evaluate(self.p.evalset)  # killed between a checkpoint and its evaluation
+        first_step = self.state.step
+        batches = self.p.batches(first_step)
+        self._restart_clock()
+        while self.state.step < self.numbers.steps:
+            self._train_step(batches)
+            level = self._stop.poll(self.p.stop.level)
+            save = bool(level) or self._due(self.p.config.checkpoint.every)
+            first = self.state.step == first_step + 1  # alone in its window: it pays for compilation
+            if save or first or self._due(self.p.config.log.every) or self._evaluation_due():
+                self._flush()
+            if level:
+                return self._stop_early(level)
+            if save and self.state.step < self.numbers.steps:
+                self._save()
+            if self._evaluation_due():
+                self._evaluate(self.p.evalset)
+            if save or self._evaluation_due():
+                self._restart_clock()
+        return self._finish()
+
+    def _train_step(self, batches: Iterator[Tensor]) -> None:
+        step, numbers = self.state.step, self.numbers
+        micro_batches = numbers.micro_batches_of(self.p.ranks.rank)
+        scale = self.p.gradient_scale / numbers.tokens_per_step
+        for micro in micro_batches:
+            tokens = next(batches)
+            self._set_rng(step, micro)
+            with self.p.accumulate(micro == micro_batches[-1]):
+                nats = self.p.loss(tokens)
+                (nats * scale).backward()
+            self._buffer.add_nats(nats)
+        grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
+        set_lr(self.optimizer, numbers.schedule.lr(step))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._buffer.end_step(grad_norm)
+        self.state.step += 1
+        self.state.tokens += numbers.tokens_per_step
+
+    def _set_rng(self, step: int, micro: int) -> None:
+        self.p.rng[1].fill_(step)  # fills take a scalar argument: no copy from the host, no synchronization
+        self.p.rng[2].fill_(micro)
+
+    def _due(self, every: int | None) -> bool:
+        return every is not None and self.state.step % every == 0
+
+    def _evaluation_due(self) -> bool:
+        return 0 < self.state.step < self.numbers.steps and self._due(self.p.config.evaluate.every)
+
+    def _evaluated(self) -> bool:
+        rows = self.p.loggers.file.rows()
+        return any(row["kind"] == "eval" and row["step"] == self.state.step for row in rows)
+
+    def _restart_clock(self) -> None:
+        self._window_start = time.perf_counter()
+
+    def _flush(self) -> None:
+        """Read the buffered steps from the device and log them. Raises NonFiniteError."""
+        if not self._buffer.count:
+            return
+        values = self._buffer.read(self.p.ranks.sum)
+        now = time.perf_counter()
+        ms = 1e3 * (now - self._window_start) / len(values)
+        self._window_start = now
+        first = self.state.step - len(values) + 1
+        rows = [self._train_row(first + i, nats, norm, ms) for i, (nats, norm) in enumerate(values)]
+        self._log(*rows)
+        self._last_row = rows[-1]
+        self.p.console.step(rows[-1])
+        for row in rows:
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise NonFiniteError(row["step"], row["loss"], row["grad_norm"], str(self.p.folder.path))
+
+    def _train_row(self, step: int, nats: float, grad_norm: float, ms: float) -> dict[str, Any]:
+        tokens_per_second = 1e3 * self.numbers.tokens_per_step / ms
+        flops = self.p.flops_per_token * tokens_per_second / self.numbers.world
+        return {
+            "kind": "train",
+            "step": step,
+            "tokens": step * self.numbers.tokens_per_step,
+            "loss": nats / self.numbers.tokens_per_step,
+            "grad_norm": grad_norm,
+            "lr": self.numbers.schedule.lr(step - 1),
+            "ms_per_step": ms,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops / self._peak if self._peak else None,
+            "mfu_formula": MFU_FORMULA if self._peak else None,
+            "memory_gib": memory_gib(self.p.ranks.device),
+            "samples": self.p.sample_hash(step - 1),
+            "time": time.time(),
+        }
+
+    def _log(self, *rows: dict[str, Any]) -> None:
+        if self.p.ranks.is_main:
+            self.p.loggers.write(*rows)
+
+    def event(self, event: str, **fields: Any) -> None:
+        row = {"kind": "event", "event": event, "step": self.state.step, "tokens": self.state.tokens}
+        self._log({**row, **fields, "time": time.time()})
+
+    def _save(self, wait: bool = False) -> None:
+        self.state.extra["wall_s"] = self._wall_s()
+        self.p.checkpointer.save(self.state, wait=wait)
+
+    def _wall_s(self) -> float:
+        return self._wall_before + time.perf_counter() - self._started
+
+    def _score(self, evalset: EvalSet) -> EvalRows:
+        def nats_per_token(tokens: Tensor) -> Tensor:
+            return self.p.loss(tokens, per_token=True)
+
+        return evaluate(
+            nats_per_token, evalset, self.numbers.micro, self.p.ranks, lambda i: self._set_rng(self.state.step, i)
+        )
+
+    def _evaluate(self, evalset: EvalSet) -> EvalRows:
+        """Score, write eval/<step>.npz and the eval and slots rows."""
+        rows = self._score(evalset)
+        row = {"kind": "eval", "step": self.state.step, "tokens": self.state.tokens, "loss": rows.loss, "bpb": rows.bpb}
+        row |= {"se": rows.standard_error}
+        if self.p.unquantized is not None:
+            with self.p.unquantized():
+                row["loss_bf16"] = self._score(evalset).loss
+        if self.p.ranks.is_main:
+            rows.save(self.p.folder.path / "eval" / f"{self.state.step}.npz")
+        self._log({**row, "time": time.time()})
+        self._count_slots(evalset)
+        self._keep_best(rows.loss)
+        beside = f" (unquantized {row['loss_bf16']:.4f})" if "loss_bf16" in row else ""
+        self.p.console.say(
+            f"eval at step {self.state.step}: {rows.loss:.4f} +- {rows.standard_error:.4f} nats/token{beside}, "
+            f"{rows.bpb:.4f} bits/byte over {int(rows.tokens.sum()):,} tokens"
+        )
+        return rows
+
+    def _count_slots(self, evalset: EvalSet) -> None:
+        """Clipping and underflow of every operand slot on the first evaluation batch, forward and backward."""
+        if self.p.count_slots is None:
+            return
+        tokens = evalset.windows(0, min(self.numbers.micro, len(evalset))).to(self.p.ranks.device)
+
+        def step() -> None:
+            self._set_rng(self.state.step, 0)
+            self.p.loss(tokens).backward()
+
+        slots = self.p.count_slots(step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})
+
+    def _keep_best(self, loss: float) -> None:
+        if loss < self.state.extra.get("best_loss", math.inf):
+            self.state.extra |= {"best_loss": loss, "best_step": self.state.step}
+
+    def _stop_early(self, level: int) -> int:
+        self._save(wait=True)
+        self.event("interrupt", reason=NAMES[level])
+        self.p.console.say(f"stopped at step {self.state.step} by {NAMES[level]}; the same command resumes")
+        return StopFlag.exit_code(level)
+
+    def _finish(self) -> int:
+        """Save before the final evaluation: that one may run out of memory, the weights must not be lost."""
+        self._save(wait=True)
+        final = self._evaluate(self.p.final_evalset)
+        self.event("finish")
+        if self.p.ranks.is_main:
+            self.p.folder.write("result.json", self._result(final))
+        self.p.console.say(f"finished: {self.p.folder.path}")
+        return 0
+
+    def _result(self, final: EvalRows) -> dict[str, Any]:
+        train = [row for row in self.p.loggers.file.rows() if row["kind"] == "train"]
+        return {
+            "status": "finished",
+            "step": self.state.step,
+            "tokens": self.state.tokens,
+            "final_loss": final.loss,
+            "final_bpb": final.bpb,
+            "final_se": final.standard_error,
+            "best_loss": self.state.extra["best_loss"],
+            "best_step": self.state.extra["best_step"],
+            "wall_s": self._wall_s(),
+            "train_loss_last": train[-1]["loss"] if train else None,
+            "ms_per_step_median": median(row["ms_per_step"] for row in train) if train else None,
+        }
