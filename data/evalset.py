@@ -1,0 +1,139 @@
+"""A fixed list of validation sequences, and which target token belongs to which document.
+
+The list depends on the token set, the sequence length and the number of tokens only: not on batch size or ranks.
+Per (sequence, document) there is one segment of ordinary targets; a BOS target (the end of the previous document) is a
+segment of its own with 0 bytes. So: nats per token = all nats / all tokens; bits per byte = nats of the segments
+with bytes / (ln 2 * bytes), special tokens left out; errors cluster by document.
+"""
+
+from dataclasses import dataclass
+from math import log
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.tokens import TokenSet
+from data.windows import StreamWindows, open_windows
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Arrays of equal length, int64: targets begin .. end (positions 0 .. seq_len) of `sequence` lie in `document`."""
+
+    sequence: np.ndarray
+    document: np.ndarray  # number of the document in val, by first appearance; rows of one document share it
+    begin: np.ndarray
+    end: np.ndarray
+    bytes: np.ndarray  # of the targets' text
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """Number of targets in each segment."""
+        return self.end - self.begin
+
+
+class EvalSet:
+    """`count` validation targets in sequences of seq_len, spread evenly over val; count=None takes every target once.
+
+    Attributes: sequences (how many), targets (how many count), segments. With packing=bos_bestfit the sequences are rows
+    of the packed layout, and None means every row. Raises ValueError, with the numbers, when val is shorter than asked.
+    """
+
+    def __init__(self, tokens: TokenSet, seq_len: int, count: int | None, split: str = "val", packing: str = "stream"):
+        self.tokens, self.stream, self.seq_len = tokens, tokens.split(split), seq_len
+        self._spans = self._all_spans(open_windows(tokens, split, seq_len, packing))
+        self._tail = 0  # targets at the start of the last sequence that the one before it has counted
+        if count is not None:
+            self._spans = self._spread(count)
+        elif packing == "stream":
+            self._add_tail()
+        self.sequences = len(self._spans)
+        self.segments = self._segments()
+        self.targets = int(self.segments.tokens.sum())
+
+    def samples(self, first: int, count: int) -> Tensor:
+        """Sequences first .. first + count as int64 [count, seq_len + 1]: inputs [:, :-1], targets [:, 1:]."""
+        return torch.from_numpy(self._read(first, count))
+
+    def segment_nats(self, first: int, nats: np.ndarray) -> np.ndarray:
+        """Per-target nats [n, seq_len] of sequences first .. first + n -> FP64 sums of these sequences' segments."""
+        where = self.segment_range(first, len(nats))
+        sums = np.zeros((len(nats), self.seq_len + 1))
+        np.cumsum(nats, axis=1, dtype=np.float64, out=sums[:, 1:])
+        row = self.segments.sequence[where] - first
+        return sums[row, self.segments.end[where]] - sums[row, self.segments.begin[where]]
+
+    def segment_range(self, first: int, count: int) -> slice:
+        """Where the segments of sequences first .. first + count stand in `segments`."""
+        low, high = np.searchsorted(self.segments.sequence, [first, first + count])
+        return slice(int(low), int(high))
+
+    def summary(self, nats: np.ndarray) -> dict[str, float]:
+        """FP64 nats of all segments -> loss (nats per target, BOS included), bpb (BOS excluded), se of the loss.
+
+        The standard error takes documents as the independent units (a ratio estimate); with one document it is NaN.
+        """
+        part = self.segments
+        has_text = part.bytes > 0
+        loss = nats.sum() / part.tokens.sum()
+        bpb = nats[has_text].sum() / (log(2) * part.bytes.sum())
+        return {"loss": float(loss), "bpb": float(bpb), "se": self._standard_error(nats, loss)}
+
+    def _standard_error(self, nats: np.ndarray, loss: float) -> float:
+        part = self.segments
+        residual = np.bincount(part.document, nats - loss * part.tokens)
+        size = len(residual)
+        if size < 2:
+            return float("nan")
+        return float(np.sqrt(size / (size - 1) * (residual**2).sum()) / part.tokens.sum())
+
+    def _all_spans(self, windows: Windows) -> list[list[Span]]:
+        if isinstance(windows, StreamWindows):
+            whole = (self.stream.length - 1) // self.seq_len
+            return [[(i * self.seq_len, self.seq_len + 1)] for i in range(whole)]
+        return [list(windows.spans(i, 0)) for i in range(windows.count)]
+
+    def _spread(self, count: int) -> list[list[Span]]:
+        wanted, there = count // self.seq_len, len(self._spans)
+        if not 1 <= wanted <= there:
+            raise ValueError(
+                f"{count} evaluation tokens are {wanted} sequences of {self.seq_len}; the {self.stream.name} split of "
+                f"{self.tokens.path} has {there}: give {self.seq_len} to {there * self.seq_len} tokens, or null for all"
+            )
+        return [self._spans[i * there // wanted] for i in range(wanted)]
+
+    def _add_tail(self) -> None:
+        rest = self.stream.length - 1 - len(self._spans) * self.seq_len
+        if rest:
+            self._spans.append([(self.stream.length - 1 - self.seq_len, self.seq_len + 1)])
+            self._tail = self.seq_len - rest
+
+    def _read(self, first: int, count: int) -> np.ndarray:
+        if not 0 <= first <= first + count <= self.sequences:
+            raise ValueError(f"sequences {first} to {first + count} asked, there are {self.sequences}")
+        out = np.empty((count, self.seq_len + 1), np.int64)
+        for row, spans in zip(out, self._spans[first : first + count], strict=True):
+            read_spans(self.stream, spans, row)
+        return out
+
+    def _segments(self) -> Segments:
+        pieces = [self._segments_of(i, min(_CHUNK, self.sequences - i)) for i in range(0, self.sequences, _CHUNK)]
+        sequence, row, begin, end, size = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        begin[(sequence == self.sequences - 1) & (begin == 0)] = self._tail
+        return Segments(sequence, _numbered(self.stream.documents[row, 2]), begin, end, size)
+
+    def _segments_of(self, first: int, count: int) -> tuple[np.ndarray, ...]:
+        """(sequence, row of the document index, begin, end, bytes) of the segments of some sequences."""
+        positions = np.stack([_positions(spans) for spans in self._spans[first : first + count]])[:, 1:]
+        sizes = self.tokens.token_bytes[self._read(first, count)[:, 1:]]
+        starts = self.stream.documents[:, 0]
+        row = np.searchsorted(starts, positions, "right") - 1
+        since_bos = positions - starts[row]
+        sizes -= self.tokens.manifest["tokenizer"]["prefix_bytes"] * (since_bos == 1)
+        counted = np.ones_like(row, bool)
+        if first + count == self.sequences:
+            counted[-1, : self._tail] = False
+        new = np.ones_like(row, bool)  # a segment starts where the row starts, the document changes, or a BOS is passed
+        new[:, 1:] = (row[:, 1:] != row[:, :-1]) | (since_bos[:, 1:] <= 1) | (counted[:, 1:] != counted[:, :-1])
+        at = np.flatnonzero(new & counted)

@@ -1,0 +1,87 @@
+"""Small file helpers: checksums, atomic writes, a lock between processes, and a clear word when the disk is full."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+_CHUNK = 1 << 22
+
+
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's contents, read in pieces of 4 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as handle:
+        while chunk := handle.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def json_hash(value: Any) -> str:
+    """Hex SHA-256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=True).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
+    """Open a temporary file beside `path`; rename it to `path` when the block ends without an error, else remove it.
+
+    The contents are on disk before the rename, so a reader sees the whole file or none, also after a power cut.
+    """
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        with open(temporary, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON-able value atomically, one key a line."""
+    with atomic_write(path) as handle:
+        handle.write((json.dumps(value, indent=1) + "\n").encode())
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock on `path`; waits (and says so once) while another process holds it.
+
+    The kernel frees the lock when its holder dies, kill -9 included, so a lock file left behind means nothing.
+    """
+    with open(path, "a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            say(f"another process is preparing the same data; waiting for it ({path})")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
+def disk_full_explained(root: Path) -> Iterator[None]:
+    """Turn "no space left on device" into a message that says where, and that the work done so far is kept."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
+        raise RuntimeError(
+            f"the disk that holds {root} is full ({free / 1e6:.0f} MB free). Token shards take about 0.5 bytes per byte "
+            "of text, twice that while they are made. Free some space or set paths.data to another disk, then run "
+            "the same command again: finished parts are kept"
+        ) from error
+
+
+def say(text: str) -> None:
+    """One line for the person who watches; standard error, so that output stays clean."""
+    print(text, file=sys.stderr, flush=True)

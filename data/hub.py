@@ -1,0 +1,100 @@
+"""Text from Hugging Face `datasets`: a hub name, a local dataset folder, or a packaged loader over local files.
+
+Never runs code from the hub (`trust_remote_code` is not passed, and current `datasets` versions refuse scripts).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from data.sources import Row, expand_any, file_fingerprints, make_row
+from data.spec import DataSpec, as_list
+
+_PACKAGED = ("json", "parquet", "text", "csv", "arrow")
+
+
+class HubSource:
+    """A split of a data set, one unit per file of it, so that a killed preparation does not read them again."""
+
+    def __init__(self, spec: DataSpec, root: Path):
+        self.spec, self.root = spec, root
+        self._dataset = _load(spec)
+        self.units = max(self._dataset.num_shards, 1)
+        self.size = None
+        self._unit = 0
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, configuration, split and the exact revision; for local data the files' SHA-256 instead."""
+        spec = self.spec
+        what = {"name": spec.hub_name, "split": spec.hub_split}
+        local = _local_files(spec)
+        if local:
+            return {**what, "files": file_fingerprints(local, self.root)}
+        return {**what, "path": spec.hub_path, "revision": _revision(spec), "data_files": as_list(spec.hub_data_files)}
+
+    def row_count(self) -> int | None:
+        """Rows of the split as the data set's own description has them, or None."""
+        splits = getattr(self._dataset.info, "splits", None) or {}
+        return splits[self.spec.hub_split].num_examples if self.spec.hub_split in splits else None
+
+    def progress(self) -> float | None:
+        """Share of the units begun."""
+        return self._unit / self.units
+
+    def rows(self, unit: int, skip: int) -> Iterator[Row]:
+        """Rows of one file of the data set after the first `skip`."""
+        self._unit = unit
+        part = self._dataset.shard(num_shards=self.units, index=unit) if self.units > 1 else self._dataset
+        for number, row in enumerate(part.skip(skip) if skip else part, skip + 1):
+            yield make_row(row, self.spec, f"{self.spec.hub_path}, unit {unit}, row {number}")
+
+
+def _load(spec: DataSpec) -> Any:
+    try:
+        import datasets
+    except ImportError as error:
+        raise RuntimeError("data.source=hub needs `datasets`: pip install 'nibble-train[hub]'") from error
+    if Path(spec.hub_path, "state.json").is_file():  # a folder that save_to_disk wrote
+        return datasets.load_from_disk(spec.hub_path).to_iterable_dataset()
+    options = {"data_files": as_list(spec.hub_data_files)} if spec.hub_data_files else {}
+    try:
+        loaded = datasets.load_dataset(
+            spec.hub_path,
+            spec.hub_name,
+            split=spec.hub_split,
+            revision=spec.hub_revision,
+            streaming=spec.hub_streaming,
+            **options,
+        )
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"datasets could not open data.hub_path={spec.hub_path} (hub_name={spec.hub_name}, hub_split={spec.hub_split}, "
+            f"hub_data_files={spec.hub_data_files}): {type(error).__name__}: {error}"
+        ) from error
+    return loaded if spec.hub_streaming else loaded.to_iterable_dataset()
+
+
+def _local_files(spec: DataSpec) -> list[Path]:
+    """The local files that the data set is made of; [] if it comes from the hub."""
+    folder = Path(spec.hub_path)
+    if folder.is_dir():
+        return sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    names = as_list(spec.hub_data_files)
+    if spec.hub_path in _PACKAGED and names and not any("://" in name for name in names):
+        return expand_any(names, "data.hub_data_files")
+    return []
+
+
+def _revision(spec: DataSpec) -> str:
+    """The commit behind the revision: a branch moves, and another text must give another token folder."""
+    if spec.hub_revision and len(spec.hub_revision) == 40:
+        return spec.hub_revision
+    from huggingface_hub import HfApi
+
+    try:
+        return HfApi().dataset_info(spec.hub_path, revision=spec.hub_revision).sha
+    except OSError as error:
+        raise RuntimeError(
+            f"could not ask the hub which commit {spec.hub_path} is at ({type(error).__name__}); when offline, give it: "
+            "data.hub_revision=<40 hex digits>"
+        ) from error

@@ -1,0 +1,115 @@
+"""Training batches as a pure function of (seed, epoch, global sample index). There is no state to save or lose.
+
+Sample s belongs to epoch s // samples_per_epoch. Each epoch visits all windows in another order, from another offset
+into the token stream; both follow from the seed and the epoch alone, so the number of GPUs, the batch size, a resume
+or a prefetch depth can't change what sample s is.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.order import Permutation
+from data.tokens import TokenSet
+from data.windows import open_windows, read_window
+
+PREFETCH_BATCHES = 4
+
+
+class Loader:
+    """Sequences of seq_len + 1 tokens from one split of a token set, shuffled by `seed`.
+
+    Raises ValueError when the split is too short for one sequence.
+    """
+
+    def __init__(self, tokens: TokenSet, split: str, seq_len: int, seed: int, packing: str = "stream"):
+        self.tokens, self.stream = tokens, tokens.split(split)
+        self.seq_len, self.seed, self.packing = seq_len, seed, packing
+        self.windows = open_windows(tokens, split, seq_len, packing)
+        self.samples_per_epoch = self.windows.count
+        self._order = lru_cache(maxsize=2)(self._make_order)
+
+    def epoch_of(self, sample: int) -> int:
+        """The epoch, from 0, that a global sample index lies in."""
+        return sample // self.samples_per_epoch
+
+    def samples(self, first: int, count: int) -> Tensor:
+        """Global samples first .. first + count as int64 [count, seq_len + 1]: inputs [:, :-1], targets [:, 1:]."""
+        out = np.empty((count, self.seq_len + 1), np.int64)
+        for row, (index, offset) in zip(out, self._locate(first, count).tolist(), strict=True):
+            read_window(self.stream, self.windows, index, offset, row)
+        return torch.from_numpy(out)
+
+    def sample_hash(self, first: int, count: int) -> str:
+        """16 hex digits that name the samples first .. first + count: which windows of which data, in which order.
+
+        Reads no tokens (the data's fingerprint stands for them), so it costs little enough for every logged step.
+        """
+        digest = hashlib.blake2b(f"{self.tokens.fingerprint}/{self.seq_len}/{self.packing}".encode(), digest_size=8)
+        digest.update(self._locate(first, count).astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def prefetch(self, ranges: Iterable[tuple[int, int]], pin: bool | None = None) -> Iterator[Tensor]:
+        """Yield samples(first, count) for each range, read ahead by a thread; in pinned memory if there is CUDA.
+
+        Keeps up to PREFETCH_BATCHES batches ready. An error in the thread is raised here; closing the iterator (or
+        dropping it) ends the thread.
+        """
+        pin = torch.cuda.is_available() if pin is None else pin
+        ready: queue.Queue[Tensor | Exception | None] = queue.Queue(PREFETCH_BATCHES)
+        stop = threading.Event()
+        thread = threading.Thread(target=self._read_ahead, args=(iter(ranges), pin, ready, stop), daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, Exception):
+                    raise item
+                yield item
+        finally:
+            stop.set()
+            thread.join()
+
+    def _read_ahead(self, ranges: Iterator[tuple[int, int]], pin: bool, ready: queue.Queue, stop: threading.Event) -> None:
+        def put(item: Tensor | Exception | None) -> bool:
+            while not stop.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return True
+                except queue.Full:
+                    continue
+            return False
+
+        try:
+            for first, count in ranges:
+                batch = self.samples(first, count)
+                if not put(batch.pin_memory() if pin else batch):
+                    return
+            put(None)
+        except Exception as error:  # raised again by the consumer, where the run can report it
+            put(error)
+
+    def _locate(self, first: int, count: int) -> np.ndarray:
+        """(window, offset into the stream) of each sample, int64 [count, 2]."""
+        if first < 0 or count < 1:
+            raise ValueError(f"samples first={first}, count={count}: first must be 0 or more and count 1 or more")
+        where = np.empty((count, 2), np.int64)
+        done = 0
+        while done < count:
+            epoch, position = divmod(first + done, self.samples_per_epoch)
+            length = min(count - done, self.samples_per_epoch - position)
+            permutation, offset = self._order(epoch)
+            where[done : done + length, 0] = permutation(np.arange(position, position + length))
+            where[done : done + length, 1] = offset
+            done += length
+        return where
+
+    def _make_order(self, epoch: int) -> tuple[Permutation, int]:
+        key = f"order/{self.seed}/{epoch}"
+        draw = int.from_bytes(hashlib.blake2b(f"offset/{self.seed}/{epoch}".encode(), digest_size=8).digest(), "little")
+        return Permutation(self.samples_per_epoch, key), draw % (self.windows.max_offset + 1)

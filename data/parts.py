@@ -1,0 +1,217 @@
+"""Tokenize a source in parts of a few megabytes on all cores.
+
+A part is one file: consecutive rows of one unit with their tokens. Which rows form a part depends on the source only, so
+finished parts survive a kill and the rest is made exactly as it would have been.
+"""
+
+import os
+import threading
+import time
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from data.files import atomic_write
+from data.progress import Progress
+from data.sources import Source
+from data.split import group_of
+from data.tokenizer import TextTokenizer, dtype_for
+
+PART_CHARACTERS = 4 << 20
+# Columns of a part's `documents`: tokens with BOS, bytes of text, name of the document's group, 1 if validation, 1 if the
+# bytes of its tokens don't add up to those of its text (the tokenizer changes text).
+TOKENS, BYTES, GROUP, IS_VAL, INEXACT = range(5)
+_worker_tokenizer: list[TextTokenizer] = []  # filled once per worker process
+
+
+@dataclass
+class Part:
+    """Rows of one unit on their way to a worker; `rows` counts empty texts too, which are dropped."""
+
+    path: Path
+    texts: list[str] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    is_val: list[bool] = field(default_factory=list)
+    rows: int = 0
+    characters: int = 0
+    is_last: bool = False
+
+
+def tokenize_source(
+    source: Source,
+    role: str,
+    is_val: Callable[[int, int], bool],
+    tokenizer: TextTokenizer,
+    folder: Path,
+    workers: int,
+    max_rows: int = 0,
+) -> list[Path]:
+    """Write all parts of `source` that are not there yet; returns their paths in order.
+
+    At most 2 * workers parts are in memory. Raises RuntimeError when a worker process dies (most often: out of memory).
+    """
+    parts: list[Path] = []
+    with Progress(f"tokenizing {role}", source.progress) as progress, _Pool(tokenizer, workers) as pool:
+        for part in read_parts(source, role, is_val, folder, max_rows, parts):
+            pool.submit(part, progress)
+        pool.finish(progress)
+    return parts
+
+
+def read_parts(
+    source: Source, role: str, is_val: Callable[[int, int], bool], folder: Path, max_rows: int, parts: list[Path]
+) -> Iterator[Part]:
+    """Yield the parts that are still to be made; append the path of every part, made or not, to `parts`."""
+    ordinal = 0
+    for unit in range(source.units):
+        if max_rows and ordinal == max_rows:
+            return
+        index, skip, finished = _finished(folder, role, unit)
+        parts += [_part_path(folder, role, unit, i) for i in range(index)]
+        ordinal += skip
+        if finished:
+            continue
+        part = Part(_part_path(folder, role, unit, index))
+        for row in source.rows(unit, skip):
+            if max_rows and ordinal == max_rows:
+                break
+            if part.characters >= PART_CHARACTERS:  # a full part is closed by the next row, so that the last one is known
+                parts.append(part.path)
+                yield part
+                index += 1
+                part = Part(_part_path(folder, role, unit, index))
+            _add(part, row.text, group_of(row, role, ordinal), is_val, ordinal)
+            ordinal += 1
+        part.is_last = True
+        parts.append(part.path)
+        yield part
+
+
+def _add(part: Part, text: str, group: int, is_val: Callable[[int, int], bool], ordinal: int) -> None:
+    part.rows += 1
+    part.characters += len(text)
+    if text:
+        part.texts.append(text)
+        part.groups.append(group)
+        part.is_val.append(is_val(group, ordinal))
+
+
+def load_part(path: Path) -> dict[str, np.ndarray] | None:
+    """A finished part's arrays (tokens, documents [n, 5], counts), or None if it is missing or broken."""
+    try:
+        with np.load(path) as arrays:
+            return {name: arrays[name] for name in ("tokens", "documents", "counts")}
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+
+
+def tokenize_part(part: Part, tokenizer: TextTokenizer) -> int:
+    """Write one part atomically; returns the bytes of text in it."""
+    if part.path.exists() and load_part(part.path) is not None:  # made before a kill, after a part that was not
+        return 0
+    texts = [_valid_utf8(text) for text in part.texts]
+    documents = np.zeros((len(texts), 5), np.int64)
+    documents[:, GROUP], documents[:, IS_VAL] = part.groups, part.is_val
+    pieces = []
+    for row, (text, ids) in enumerate(zip(texts, tokenizer.encode(texts), strict=True)):
+        size = len(text.encode())
+        documents[row, TOKENS], documents[row, BYTES] = len(ids), size
+        documents[row, INEXACT] = int(tokenizer.token_bytes[ids].sum()) - tokenizer.prefix_bytes != size
+        pieces.append(ids.astype(dtype_for(tokenizer.vocab_size)))
+    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype_for(tokenizer.vocab_size))
+    with atomic_write(part.path) as handle:
+        np.savez(handle, tokens=tokens, documents=documents, counts=np.array([part.rows, part.is_last]))
+    return int(documents[:, BYTES].sum())
+
+
+def _part_path(folder: Path, role: str, unit: int, index: int) -> Path:
+    return folder / f"{role}-{unit:06d}-{index:06d}.npz"
+
+
+def _finished(folder: Path, role: str, unit: int) -> tuple[int, int, bool]:
+    """(parts finished without a gap, rows in them, is the unit complete?)"""
+    index = rows = 0
+    while (arrays := load_part(_part_path(folder, role, unit, index))) is not None:
+        index += 1
+        rows += int(arrays["counts"][0])
+        if arrays["counts"][1]:
+            return index, rows, True
+    return index, rows, False
+
+
+def _valid_utf8(text: str) -> str:
+    """A lone surrogate (half of an escaped pair in JSON) is no character and has no UTF-8: it becomes a question mark."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+
+
+class _Pool:
+    """Worker processes with a bounded queue. One worker means none: the parent does the work."""
+
+    def __init__(self, tokenizer: TextTokenizer, workers: int):
+        self.tokenizer = tokenizer
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.pending: set[Future[int]] = set()
+        self.executor: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "_Pool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.executor:
+            self.executor.shutdown(cancel_futures=True)
+
+    def submit(self, part: Part, progress: Progress) -> None:
+        if self.workers == 1 or (part.is_last and self.executor is None):  # not worth starting processes
+            progress.add(tokenize_part(part, self.tokenizer))
+            return
+        self.executor = self.executor or self._start()
+        self.pending.add(self.executor.submit(_work, part))
+        if len(self.pending) >= 2 * self.workers:
+            self._collect(progress, FIRST_COMPLETED)
+
+    def finish(self, progress: Progress) -> None:
+        while self.pending:
+            self._collect(progress, FIRST_COMPLETED)
+
+    def _start(self) -> ProcessPoolExecutor:
+        # spawn: the parent may have threads (rayon's, or a trainer's) that a fork would leave half alive.
+        arguments = (str(self.tokenizer.path), self.tokenizer.bos, os.getpid())
+        return ProcessPoolExecutor(self.workers, get_context("spawn"), _start_worker, arguments)
+
+    def _collect(self, progress: Progress, when: str) -> None:
+        done, self.pending = wait(self.pending, return_when=when)
+        for future in done:
+            try:
+                progress.add(future.result())
+            except BrokenProcessPool as error:
+                raise RuntimeError(
+                    f"one of {self.workers} tokenizing processes was killed, most often for lack of memory: "
+                    "try fewer with data.workers=...; finished parts are kept"
+                ) from error
+
+
+def _start_worker(tokenizer: str, bos: str, parent: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread in each process: the processes are the parallelism
+    _worker_tokenizer.append(TextTokenizer(Path(tokenizer), bos))
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+
+
+def _end_with(parent: int) -> None:
+    """A worker whose parent was killed would wait for work forever."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def _work(part: Part) -> int:
+    return tokenize_part(part, _worker_tokenizer[0])

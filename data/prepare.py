@@ -1,0 +1,188 @@
+"""From a DataSpec to a token folder: prepare() does the work, ensure() does it only where it is small.
+
+root/<name>-<vocabulary>-<key>/ holds manifest.json, tokenizer.json, token_bytes.npy and for train and val the shards
+and the document index. `key` names the sources' contents and every option that matters, so a changed source gives
+another folder. While it is made the folder is called .<name>-...; the last step is its rename.
+"""
+
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.assemble import FORMAT, assemble
+from data.files import disk_full_explained, json_hash, locked, say, write_json
+from data.parts import tokenize_source
+from data.sources import Source, open_source
+from data.spec import DataSpec, as_list
+from data.split import group_of, val_rule
+from data.tokenizer import TextTokenizer, tokenizer_file, train_bpe
+
+# A training run prepares sources of up to this size on disk by itself: some ten seconds of one core. Above it the
+# person should know that it happens (GPUs would wait for it).
+SMALL_SOURCE_BYTES = 32_000_000
+
+
+def ensure(spec: DataSpec, root: Path | str) -> Path:
+    """The token folder of `spec`, made now if its source is small; for a training run.
+
+    Raises FileNotFoundError with the command to type when the source is large and not yet prepared.
+    """
+    if spec.path:
+        return _given(spec)
+    plan = _plan(spec, Path(root))
+    if plan.folder.is_dir():
+        return plan.folder
+    if plan.train.size is None or plan.train.size > SMALL_SOURCE_BYTES:
+        size = "on the hub" if plan.train.size is None else f"{plan.train.size / 1e6:.0f} MB"
+        raise FileNotFoundError(
+            f"this text is not tokenized yet ({plan.folder} does not exist) and it is large ({size}); "
+            f"type this first:\n  {prepare_command(spec, Path(root))}"
+        )
+    return prepare(spec, root)
+
+
+def prepare_command(spec: DataSpec, root: Path) -> str:
+    """The command line that prepares `spec` under `root`."""
+    return " ".join(["python scripts/prepare_data.py", *spec.overrides(), f"paths.data={shlex.quote(str(root))}"])
+
+
+def prepare(spec: DataSpec, root: Path | str) -> Path:
+    """Tokenize `spec`'s text into a folder under `root` and return the folder; verify it if it is there already.
+
+    Can be killed at any moment and called again: finished parts are kept. Two calls at once do the work once.
+    Raises ValueError for wrong options or data, RuntimeError for a full disk or a damaged folder.
+    """
+    if spec.path:
+        return _given(spec)
+    plan = _plan(spec, Path(root))
+    with disk_full_explained(plan.root), locked(plan.root / f".lock-{plan.key}"):
+        if plan.folder.is_dir():
+            _verify(plan.folder)
+        else:
+            _make(plan)
+    return plan.folder
+
+
+@dataclass
+class _Plan:
+    spec: DataSpec
+    root: Path
+    train: Source
+    val: Source | None
+    sources: dict[str, Any]
+    tokenizer: dict[str, Any]
+    key: str
+
+    @property
+    def folder(self) -> Path:
+        return self.root / f"{self.spec.name}-{self.tokenizer['vocab_size']}-{self.key}"
+
+
+def _plan(spec: DataSpec, root: Path) -> _Plan:
+    """Look at the sources (not into them) and derive the folder's name."""
+    spec.check()
+    root.mkdir(parents=True, exist_ok=True)
+    train = open_source(spec, root)
+    val = open_source(spec, root, val=True) if as_list(spec.val_files) else None
+    sources = {
+        "train": train.fingerprint(),
+        "val": val.fingerprint() if val else {"rule": spec.val_rule, "seed": spec.split_seed},
+        "keys": [spec.text_key, spec.source_key, spec.id_key],
+        "max_documents": spec.max_documents,
+    }
+    if not val and spec.val_rule == "hash":
+        sources["val"]["fraction"] = spec.val_fraction
+    tokenizer = _tokenizer_identity(spec, sources)
+    key = json_hash([FORMAT, sources, tokenizer, spec.shard_tokens])[:12]
+    return _Plan(spec, root, train, val, sources, tokenizer, key)
+
+
+def _tokenizer_identity(spec: DataSpec, sources: dict[str, Any]) -> dict[str, Any]:
+    if spec.tokenizer is None:
+        return {"trained_on": json_hash(sources), "vocab_size": spec.vocab_size, "bytes": spec.tokenizer_train_bytes}
+    given = TextTokenizer(tokenizer_file(spec.tokenizer), spec.bos)
+    return {"hash": given.hash, "vocab_size": given.vocab_size, "bos": given.bos}
+
+
+def _make(plan: _Plan) -> None:
+    say(f"preparing {plan.folder}")
+    work = plan.root / f".{plan.folder.name}"
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    is_val = (lambda group, ordinal: False) if plan.val else _val_rule(plan)
+    tokenizer = _tokenizer(plan, work, is_val)
+    parts = {"train": _tokenize(plan, "train", is_val, tokenizer, work)}
+    if plan.val:
+        parts["val"] = _tokenize(plan, "val", lambda group, ordinal: True, tokenizer, work)
+    manifest = assemble(work, parts, tokenizer, plan.spec.shard_tokens, plan.val is not None)
+    manifest["source"] = plan.sources
+    manifest["tokenizer"]["made_by"] = plan.tokenizer
+    write_json(work / "manifest.json", manifest)
+    shutil.rmtree(work / "parts")
+    work.rename(plan.folder)
+    _report(plan.folder, manifest)
+
+
+def _tokenize(plan: _Plan, role: str, is_val: Any, tokenizer: TextTokenizer, work: Path) -> list[Path]:
+    source = plan.val if role == "val" else plan.train
+    limit = plan.spec.max_documents if role == "train" else 0
+    return tokenize_source(source, role, is_val, tokenizer, work / "parts", plan.spec.workers, limit)
+
+
+def _val_rule(plan: _Plan) -> Any:
+    return val_rule(plan.spec, lambda: (group for _, group in _train_rows(plan)), plan.train.row_count())
+
+
+def _train_rows(plan: _Plan) -> Iterator[tuple[str, int]]:
+    """(text, group) of every train row, in order."""
+    ordinal = 0
+    for unit in range(plan.train.units):
+        for row in plan.train.rows(unit, 0):
+            if plan.spec.max_documents and ordinal == plan.spec.max_documents:
+                return
+            yield row.text, group_of(row, "train", ordinal)
+            ordinal += 1
+
+
+def _tokenizer(plan: _Plan, work: Path, is_val: Any) -> TextTokenizer:
+    """Copy the given tokenizer, or the one trained for these sources (kept under root/tokenizers), into the folder."""
+    if plan.spec.tokenizer is not None:
+        file = tokenizer_file(plan.spec.tokenizer)
+    else:
+        file = plan.root / "tokenizers" / f"bpe-{plan.spec.vocab_size}-{json_hash(plan.tokenizer)[:12]}.json"
+        file.parent.mkdir(exist_ok=True)
+        if not file.exists():
+            texts = (text for i, (text, group) in enumerate(_train_rows(plan)) if not is_val(group, i))
+            train_bpe(texts, plan.spec.vocab_size, plan.spec.tokenizer_train_bytes, file)
+    shutil.copyfile(file, work / "tokenizer.json")
+    return TextTokenizer(work / "tokenizer.json", plan.spec.bos)
+
+
+def _given(spec: DataSpec) -> Path:
+    folder = Path(spec.path).expanduser()
+    if not (folder / "manifest.json").is_file():
+        raise FileNotFoundError(
+            f"data.path={spec.path} is no token folder (no manifest.json in it); make one with scripts/prepare_data.py"
+        )
+    return folder
+
+
+def _verify(folder: Path) -> None:
+    from data.tokens import TokenSet  # here, so that tokenizing processes start without what TokenSet needs
+
+    tokens = TokenSet(folder, verify=True)
+    say(f"{folder} is complete; all checksums agree")
+    _report(folder, tokens.manifest)
+
+
+def _report(folder: Path, manifest: dict[str, Any]) -> None:
+    for name, split in manifest["splits"].items():
+        say(
+            f"{name}: {split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes']:,} bytes of text "
+            f"({split['bytes'] / split['tokens']:.3f} a token), {len(split['shards'])} shards"
+        )
+        if split["inexact_documents"]:
+            say(f"  {split['inexact_documents']} documents don't survive the tokenizer unchanged: bits per byte is approximate")
+    say(f"tokenizer {manifest['tokenizer']['hash'][:12]}, data {manifest['fingerprint'][:12]}: {folder}")

@@ -1,0 +1,203 @@
+"""Where documents come from. A source is a list of units (files, or pieces of a hub data set) read row by row.
+
+Rows of a unit always come in the same order, so that (unit, row number) names a row and preparation can go on after
+a kill. Local files and the Python documentation are here; data.hub has the Hugging Face `datasets` source.
+"""
+
+import glob
+import gzip
+import io
+import json
+import os
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+from data.files import sha256_of, write_json
+from data.spec import DataSpec, as_list
+
+# `zstd --long=27`: decoding such files needs a window of 128 MiB.
+ZSTD_MAX_WINDOW = 1 << 27
+# A plain text file is one document; one longer than this is cut at line ends, so that memory stays bounded.
+TXT_ROW_CHARACTERS = 1 << 20
+_TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
+
+
+class Row(NamedTuple):
+    """One text; (source, id) names its document, id None means that the row is its own document."""
+
+    text: str
+    source: str = ""
+    id: str | None = None
+
+
+class Source(Protocol):
+    """units: how many; size: bytes on disk or None; fingerprint(): JSON-able, the same wherever the data lies."""
+
+    units: int
+    size: int | None
+
+    def fingerprint(self) -> Any: ...
+    def rows(self, unit: int, skip: int) -> Iterator[Row]: ...
+    def row_count(self) -> int | None: ...
+    def progress(self) -> float | None: ...
+
+
+def open_source(spec: DataSpec, root: Path, val: bool = False) -> Source:
+    """The source that `spec` describes (its val_files if `val`). Raises ValueError when a file is missing."""
+    if val or spec.source == "files":
+        return FileSource(as_list(spec.val_files if val else spec.files), spec, root, "val_files" if val else "files")
+    if spec.source == "pydocs":
+        from data.pydocs import PydocsSource
+
+        return PydocsSource()
+    from data.hub import HubSource
+
+    return HubSource(spec, root)
+
+
+class FileSource:
+    """Local text, JSON-lines and Parquet files, in the order given (globs sorted); one unit per file."""
+
+    def __init__(self, patterns: list[str], spec: DataSpec, root: Path, option: str):
+        self.paths = expand(patterns, f"data.{option}")
+        self.spec, self.root = spec, root
+        self.units = len(self.paths)
+        self.size = sum(p.stat().st_size for p in self.paths)
+        self._done = 0
+        self._handle: IO[bytes] | None = None
+
+    def fingerprint(self) -> list[dict[str, Any]]:
+        """Name, size and SHA-256 of each file, without its folder."""
+        return file_fingerprints(self.paths, self.root)
+
+    def row_count(self) -> int | None:
+        """Unknown without reading the files."""
+        return None
+
+    def progress(self) -> float | None:
+        """Share of the source's bytes read so far."""
+        here = self._handle.tell() if self._handle and not self._handle.closed else 0
+        return (self._done + here) / max(self.size, 1)
+
+    def rows(self, unit: int, skip: int) -> Iterator[Row]:
+        """Rows of file `unit` after the first `skip`. Raises ValueError naming file and line of a bad row."""
+        path = self.paths[unit]
+        self._done = sum(p.stat().st_size for p in self.paths[:unit])
+        with open(path, "rb") as self._handle:
+            yield from self._parse(path, self._handle, skip)
+
+    def _parse(self, path: Path, handle: IO[bytes], skip: int) -> Iterator[Row]:
+        kind = _kind(path)
+        if kind == ".parquet":
+            return self._parquet(path, handle, skip)
+        lines = _decoded(path, handle)
+        return islice(_txt(path, lines, self.root), skip, None) if kind == ".txt" else self._json(path, lines, skip)
+
+    def _json(self, path: Path, lines: Iterator[str], skip: int) -> Iterator[Row]:
+        for number, line in enumerate(islice(lines, skip, None), skip + 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); is the file cut off?") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}, line {number}: a {type(row).__name__}, not an object with a text")
+            yield make_row(row, self.spec, f"{path}, line {number}")
+
+    def _parquet(self, path: Path, handle: IO[bytes], skip: int) -> Iterator[Row]:
+        try:
+            import pyarrow.parquet
+        except ImportError as error:
+            raise RuntimeError(f"{path}: Parquet needs pyarrow: pip install 'nibble-train[hub]'") from error
+        table = pyarrow.parquet.ParquetFile(handle)
+        keys = {self.spec.text_key, self.spec.source_key, self.spec.id_key}
+        columns = [name for name in table.schema_arrow.names if name in keys]
+        number = 0
+        for batch in table.iter_batches(batch_size=1024, columns=columns):
+            for row in batch.to_pylist():
+                number += 1
+                if number > skip:
+                    yield make_row(row, self.spec, f"{path}, row {number}")
+
+
+def make_row(row: dict[str, Any], spec: DataSpec, where: str) -> Row:
+    """A mapping with the spec's keys -> Row. Raises ValueError when the text is missing or no string."""
+    text = row.get(spec.text_key)
+    if not isinstance(text, str):
+        raise ValueError(f"{where}: no text under data.text_key={spec.text_key}; the row's keys are {', '.join(row)}")
+    identity = row.get(spec.id_key) if spec.id_key else None
+    source = row.get(spec.source_key) if spec.source_key else None
+    return Row(text, "" if source is None else str(source), None if identity is None else str(identity))
+
+
+def expand(patterns: list[str], option: str) -> list[Path]:
+    """As expand_any, and raises ValueError for a file type that FileSource can't read."""
+    paths = expand_any(patterns, option)
+    for path in paths:
+        _kind(path)
+    return paths
+
+
+def expand_any(patterns: list[str], option: str) -> list[Path]:
+    """Globs and paths -> files, each glob sorted. Raises ValueError when a pattern matches nothing."""
+    paths: list[Path] = []
+    for pattern in patterns:
+        found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        if not found:
+            raise ValueError(f"{option}: no file matches {pattern!r} (current folder: {os.getcwd()})")
+        paths += [Path(p) for p in found]
+    return paths
+
+
+def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
+    """Name, size and SHA-256 of files; sums are remembered in root/fingerprints.json by path, size and mtime."""
+    root.mkdir(parents=True, exist_ok=True)
+    cache_path = root / "fingerprints.json"
+    cache = json.loads(cache_path.read_text()) if cache_path.exists() else {}
+    known = dict(cache)
+    result = []
+    for path in paths:
+        stat = path.stat()
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        cache[key] = cache.get(key) or sha256_of(path)
+        result.append({"file": path.name, "size": stat.st_size, "sha256": cache[key]})
+    if cache != known:
+        write_json(cache_path, cache)
+    return result
+
+
+def _kind(path: Path) -> str:
+    suffixes = [s for s in path.suffixes if s not in (".gz", ".zst")]
+    kind = suffixes[-1] if suffixes else ""
+    if kind in _TEXT_SUFFIXES or (kind == ".parquet" and path.suffix == ".parquet"):
+        return kind
+    raise ValueError(f"{path}: unknown file type; possible are .txt .jsonl .json (each also .gz, .zst) and .parquet")
+
+
+def _decoded(path: Path, handle: IO[bytes]) -> Iterator[str]:
+    stream: Any = handle
+    if path.suffix == ".gz":
+        stream = gzip.GzipFile(fileobj=handle)
+    elif path.suffix == ".zst":
+        import zstandard
+
+        decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
+        stream = decompressor.stream_reader(handle, read_across_frames=True)
+    # newline="\n": the default would split lines at a bare carriage return and change the text.
+    return iter(io.TextIOWrapper(stream, "utf-8", newline="\n"))
+
+
+def _txt(path: Path, lines: Iterator[str], root: Path) -> Iterator[Row]:
+    # The contents' hash is the document's source, so that equal names in two folders stay two documents.
+    source = file_fingerprints([path], root)[0]["sha256"]
+    kept: list[str] = []
+    size = 0
+    for line in lines:
+        kept.append(line)
+        size += len(line)
+        if size >= TXT_ROW_CHARACTERS:
+            yield Row("".join(kept), source, path.name)
+            kept, size = [], 0
+    if kept:
+        yield Row("".join(kept), source, path.name)

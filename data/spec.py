@@ -1,0 +1,100 @@
+"""What text a run reads and how it becomes tokens: plain fields that a Hydra schema can embed."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+SOURCES = ("files", "hub", "pydocs")
+VAL_RULES = ("hash", "paper")
+PACKINGS = ("stream", "bos_bestfit")
+# 25M tokens of two bytes: no shard is over 50 MB, so that shards travel in small pieces.
+SHARD_TOKENS = 25_000_000
+# The published runs cut 0.05 % of the C4 train documents with this seed (quartet2.md, section c).
+PAPER_VAL_FRACTION = 0.0005
+PAPER_SPLIT_SEED = 2357
+
+
+@dataclass
+class DataSpec:
+    """Source, tokenizer, split and layout of a token set. `check()` raises ValueError with the remedy.
+
+    Everything but `path`, `packing`, `workers` and `verify` decides the contents of the token folder and is part of the
+    folder's name. Sizes are in bytes of UTF-8 text or in tokens, as the name says.
+    """
+
+    name: str = "text"  # label, first part of the folder's name
+    path: str | None = None  # an already prepared token folder; nothing else is looked at then
+    source: str = "files"  # files | hub | pydocs
+
+    files: Any = None  # path, glob, or list of them: .txt .jsonl .json .parquet, the text ones also .gz .zst
+    val_files: Any = None  # same; overrides the split: all documents of `files` are then train
+    text_key: str = "text"
+    source_key: str | None = "source"  # documents are grouped by (source, id) before the split
+    id_key: str | None = "id"  # null: each row is its own document
+
+    hub_path: str | None = None  # `datasets` name, local dataset folder, or packaged loader (json, parquet, text)
+    hub_name: str | None = None  # configuration of the data set, such as en
+    hub_split: str = "train"
+    hub_revision: str | None = None  # branch, tag or commit; resolved to a commit
+    hub_data_files: Any = None
+    hub_streaming: bool = True
+    max_documents: int = 0  # take only the first so many rows; 0 takes all
+
+    tokenizer: str | None = None  # a tokenizer.json; null trains a byte-level BPE
+    vocab_size: int = 32_000  # of the trained BPE, BOS included
+    tokenizer_train_bytes: int = 40_000_000  # from the first train documents
+    bos: str | None = None  # BOS token of a given tokenizer; null looks for the usual names
+
+    val_rule: str = "hash"  # hash: seeded hash of each document | paper: 0.05 % of the documents, seed 2357
+    val_fraction: float = 0.005  # of the documents, for the hash rule
+    split_seed: int = PAPER_SPLIT_SEED
+    shard_tokens: int = SHARD_TOKENS
+
+    packing: str = "stream"  # stream: windows of the token stream | bos_bestfit: rows that start at a BOS
+    workers: int = 0  # processes that tokenize; 0: one per core
+    verify: bool = False  # compare every shard's sha256 when a run starts (sizes are always compared)
+
+    def check(self) -> None:
+        """Raise ValueError for a wrong value; says what was given, what is possible and what to type."""
+        _one_of("data.source", self.source, SOURCES)
+        _one_of("data.val_rule", self.val_rule, VAL_RULES)
+        _one_of("data.packing", self.packing, PACKINGS)
+        if self.source == "files" and not as_list(self.files):
+            raise ValueError("data.files is empty: give a path or a glob, such as data.files='corpus/train-*.jsonl.zst'")
+        if self.source == "hub" and not self.hub_path:
+            raise ValueError("data.hub_path is empty: give a data set's name, such as data.hub_path=allenai/c4")
+        if self.tokenizer is None and self.vocab_size < 257:
+            raise ValueError(f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 257 or more (256 bytes and BOS)")
+        if not 0 < self.val_fraction < 1:
+            raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
+        for name, least in (("tokenizer_train_bytes", 1), ("shard_tokens", 1), ("workers", 0), ("max_documents", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.{name}={getattr(self, name)} must be {least} or more")
+
+    def overrides(self) -> list[str]:
+        """The fields that differ from the defaults, as command-line overrides that can be pasted into a shell."""
+        default = DataSpec()
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
+        return [f"data.{name}={_quoted(getattr(self, name))}" for name in changed]
+
+
+def as_list(value: Any) -> list[str]:
+    """None, one string, or a list of strings -> list of strings."""
+    if value is None or value == "":
+        return []
+    return [value] if isinstance(value, str) else [str(v) for v in value]
+
+
+def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
+
+
+def _quoted(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (int, float)):
+        return str(value)
+    items = as_list(value)
+    return f"'{items[0]}'" if isinstance(value, str) else "'[" + ",".join(items) + "]'"

@@ -1,0 +1,108 @@
+"""A prepared token folder, memory-mapped and checked."""
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.assemble import FORMAT
+from data.files import sha256_of
+
+_REMEDY = "delete the folder and prepare it again with scripts/prepare_data.py"
+
+
+class TokenSet:
+    """The tokens of one folder: splits train and val as streams of token ids, each document led by a BOS.
+
+    Opening compares the size of every file with the manifest; verify=True also every SHA-256.
+    Raises FileNotFoundError for a missing folder, RuntimeError naming the file for a damaged one.
+    """
+
+    def __init__(self, path: Path | str, verify: bool = False):
+        self.path = Path(path)
+        try:
+            self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} is no token folder (no manifest.json): run scripts/prepare_data.py") from error
+        except ValueError as error:
+            raise RuntimeError(f"{self.path / 'manifest.json'} is damaged ({error}): {_REMEDY}") from error
+        if self.manifest["format"] != FORMAT:
+            raise RuntimeError(f"{path} has format {self.manifest['format']}, needed: {FORMAT}; {_REMEDY}")
+        self.fingerprint: str = self.manifest["fingerprint"]
+        self.tokenizer_hash: str = self.manifest["tokenizer"]["hash"]
+        self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
+        self.bos_id: int = self.manifest["tokenizer"]["bos_id"]
+        self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
+        self._check_files(verify)
+        self._streams: dict[str, Stream] = {}
+
+    def split(self, name: str) -> "Stream":
+        """The stream of `train` or `val`."""
+        if name not in self.manifest["splits"]:
+            raise ValueError(f"{self.path} has no split {name!r}; it has {', '.join(self.manifest['splits'])}")
+        if name not in self._streams:
+            self._streams[name] = Stream(self, name)
+        return self._streams[name]
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes that each token stands for, int64 [vocab_size]; special tokens 0."""
+        return np.load(self.path / "token_bytes.npy").astype(np.int64)
+
+    def check_vocab(self, model_vocab_size: int) -> None:
+        """Raise ValueError unless the model's vocabulary is this tokenizer's."""
+        if model_vocab_size != self.vocab_size:
+            raise ValueError(
+                f"the model has {model_vocab_size} token embeddings and the tokenizer of {self.path} has {self.vocab_size} "
+                f"entries: set the model's vocab_size to {self.vocab_size}, or prepare the data with "
+                f"data.vocab_size={model_vocab_size}"
+            )
+
+    def _check_files(self, verify: bool) -> None:
+        files = [(self.path / "token_bytes.npy", None, self.manifest["tokenizer"]["token_bytes_sha256"])]
+        for name, split in self.manifest["splits"].items():
+            files.append((self.path / f"{name}-documents.bin", 24 * split["documents"], split["documents_sha256"]))
+            files += [(self.path / s["file"], s["size"], s["sha256"]) for s in split["shards"]]
+        for file, size, sha256 in files:
+            if not file.is_file():
+                raise RuntimeError(f"{file} is missing: {_REMEDY}")
+            if size is not None and file.stat().st_size != size:
+                got = file.stat().st_size
+                raise RuntimeError(f"{file} has {got} bytes, the manifest says {size} (cut off or altered): {_REMEDY}")
+            # The small table is always compared: it has no size in the manifest.
+            if (verify or size is None) and sha256_of(file) != sha256:
+                raise RuntimeError(f"{file} differs from its checksum in the manifest (altered): {_REMEDY}")
+
+
+class Stream:
+    """One split: `length` tokens over several shards, and its documents.
+
+    documents int64 [n, 3]: first token (its BOS), bytes of text, group (rows of one document share it); memory-mapped.
+    """
+
+    def __init__(self, tokens: TokenSet, name: str):
+        entry = tokens.manifest["splits"][name]
+        self.tokens, self.name, self.length = tokens, name, int(entry["tokens"])
+        self.files = [tokens.path / shard["file"] for shard in entry["shards"]]
+        # Plain array views: slicing numpy's memmap class costs microseconds more, and a batch takes hundreds.
+        self._shards = [np.asarray(np.memmap(file, tokens.dtype, "r")) for file in self.files]
+        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+        shape = (int(entry["documents"]), 3)
+        self.documents = np.asarray(np.memmap(tokens.path / f"{name}-documents.bin", "<i8", "r", shape=shape))
+
+    def read(self, start: int, out: np.ndarray) -> None:
+        """Copy tokens start .. start + len(out) into `out`, across shards. Raises RuntimeError for an impossible id."""
+        shard = int(np.searchsorted(self._starts, start, "right")) - 1
+        done = 0
+        while done < len(out):
+            piece = self._shards[shard][start + done - self._starts[shard] :][: len(out) - done]
+            out[done : done + len(piece)] = piece
+            if len(piece) and piece.max() >= self.tokens.vocab_size:
+                raise RuntimeError(
+                    f"{self.files[shard]} holds token {piece.max()}, the vocabulary has {self.tokens.vocab_size} entries "
+                    f"(altered shard): {_REMEDY}"
+                )
+            done += len(piece)
+            shard += 1
