@@ -73,13 +73,16 @@ def evaluate(
     """
     total = np.zeros(len(evalset.segments), dtype=np.float64)
     with torch.no_grad():
-        for i, first in enumerate(range(0, len(evalset), batch)):
-            if i % ranks.world != ranks.rank:
-                continue
+        batches = list(enumerate(range(0, len(evalset), batch)))
+        for turn in range(0, len(batches), ranks.world):
+            # A forward is a collective under FSDP: a rank without a batch in the last turn repeats the first one.
+            has_batch = turn + ranks.rank < len(batches)
+            i, first = batches[turn + ranks.rank] if has_batch else batches[0]
             before_batch(EVAL_MICRO_BASE + i)
             tokens = evalset.windows(first, min(batch, len(evalset) - first))
             nats = nats_per_token(tokens.to(ranks.device))
-            evalset.add_nats(total, first, nats.double().cpu().numpy())
+            if has_batch:
+                evalset.add_nats(total, first, nats.double().cpu().numpy())
     total = ranks.sum(torch.from_numpy(total)).numpy()
     segments = evalset.segments
     return EvalRows(segments.sequence, segments.document, total, segments.tokens, segments.bytes)
