@@ -10,6 +10,7 @@ import itertools
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -24,6 +25,7 @@ from training.config import TrainConfig, suggestion
 
 ROOT = Path(__file__).resolve().parent
 GEMM_SLOTS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+NONE_MARK = "_none_"  # how `quant.dgrad=none` travels through Hydra, which would replace the mapping by the string
 
 
 class ConfigError(ValueError):
@@ -56,11 +58,10 @@ def compose(overrides: list[str]) -> Composed:
     try:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             full = hydra_compose("train", overrides=lines, return_hydra_config=True)
-        choices = OmegaConf.to_container(full.hydra.runtime.choices)
-        with_hydra = full.copy()
-        OmegaConf.set_struct(with_hydra, False)
-        del with_hydra["hydra"]
-        return Composed(OmegaConf.to_object(with_hydra), OmegaConf.to_yaml(with_hydra), own_choices(choices))
+        choices = own_choices(full.hydra.runtime.choices)
+        tree = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
+        tree.quant = without_none_gemms(OmegaConf.to_container(tree.quant), choices.get("quant"))
+        return Composed(OmegaConf.to_object(tree), OmegaConf.to_yaml(tree), choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except ValueError as error:
@@ -123,21 +124,28 @@ def nearest_key(key: str, known: list[str]) -> str:
 
 
 def rewrite(override: Override) -> list[str]:
-    """Free-form sections take any key (their packages check it): `quant.a=b` becomes `++quant.a=b`.
-
-    `quant.<gemm>=none` sets both grids to none and keeps each operand's source, as design.md section 2 says; replacing
-    the mapping by a string would lose them.
-    """
+    """Free-form sections take any key (their packages check it): `quant.a=b` becomes `++quant.a=b`."""
     section, *rest = override.key_or_group.split(".")
     if section not in FREE_FORM or not rest or override.is_delete():
         return [override.input_line]
-    text = override.input_line.lstrip("+")
     if section == "quant" and len(rest) == 1 and rest[0] in GEMM_SLOTS and str(override.value()) == "none":
-        return [f"++quant.{rest[0]}.{slot}.grid=none" for slot in GEMM_SLOTS[rest[0]]]
-    return [f"++{text}"]
+        return [f"++quant.{rest[0]}.{NONE_MARK}=true"]
+    return [f"++{override.input_line.lstrip('+')}"]
 
 
-def own_choices(choices: dict[str, str]) -> dict[str, str]:
+def without_none_gemms(quant: dict[str, Any], choice: str | None) -> dict[str, Any]:
+    """Write a GEMM given as `none` out: both grids none, each operand's source kept (design.md, section 2)."""
+    for gemm, slots in GEMM_SLOTS.items():
+        given = quant.get(gemm)
+        if given == "none" and choice:  # from a YAML file; the sources are those of the recipe it started from
+            given = {**OmegaConf.to_container(OmegaConf.load(ROOT / "quant" / f"{choice}.yaml"))[gemm], NONE_MARK: True}
+        if isinstance(given, dict) and given.pop(NONE_MARK, False):
+            sources = {slot: (given.get(slot) or {}).get("source", "input") for slot in slots}
+            quant[gemm] = {slot: {"grid": "none", "source": source} for slot, source in sources.items()}
+    return quant
+
+
+def own_choices(choices: Any) -> dict[str, str]:
     return {group: option for group, option in choices.items() if not group.startswith("hydra") and option}
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor, nn
 
 from data.evalset import EvalSet
@@ -21,7 +21,7 @@ from training.config import TrainConfig
 from training.console import Console
 from training.derive import Numbers
 from training.distributed import Dist, SharedFlag
-from training.evaluate import EvalRows, evaluate
+from training.evaluate import evaluate, save_rows
 from training.loggers import Loggers
 from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, peak_flops
 from training.optim import clip_gradients, set_lr
@@ -52,7 +52,6 @@ class Parts:
     state: TrainState
     loss: nn.Module
     accumulate: Callable[[bool], AbstractContextManager]  # (last micro-batch?) -> context of its forward and backward
-    gradient_scale: float  # world size where the wrapper averages gradients over ranks, else 1
     rng: Tensor  # int64 [3]: seed, step, micro-batch
     batches: Callable[[int], Iterator[Tensor]]  # first step -> this rank's micro-batches, int64 on the device
     sample_hash: Callable[[int], str]  # step -> hash of the samples it consumes, over all ranks
@@ -82,20 +81,19 @@ class Trainer:
         self._window_start = time.perf_counter()
         self._started = time.perf_counter()
         self._wall_before = self.state.extra.get("wall_s", 0.0)
-        self._last_row: dict[str, Any] = {}
+        self._resumed_at = self.state.step
 
     def run(self) -> int:
         """Train to the end or until asked to stop. Returns the process's exit code."""
         if self._evaluation_due() and not self._evaluated():
             self._evaluate(self.p.evalset)  # killed between a checkpoint and its evaluation
-        first_step = self.state.step
-        batches = self.p.batches(first_step)
+        batches = self.p.batches(self._resumed_at)
         self._restart_clock()
         while self.state.step < self.numbers.steps:
             self._train_step(batches)
             level = self._stop.poll(self.p.stop.level)
             save = bool(level) or self._due(self.p.config.checkpoint.every)
-            first = self.state.step == first_step + 1  # alone in its window: it pays for compilation
+            first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
             if save or first or self._due(self.p.config.log.every) or self._evaluation_due():
                 self._flush()
             if level:
@@ -111,13 +109,12 @@ class Trainer:
     def _train_step(self, batches: Iterator[Tensor]) -> None:
         step, numbers = self.state.step, self.numbers
         micro_batches = numbers.micro_batches_of(self.p.ranks.rank)
-        scale = self.p.gradient_scale / numbers.tokens_per_step
         for micro in micro_batches:
             tokens = next(batches)
             self._set_rng(step, micro)
             with self.p.accumulate(micro == micro_batches[-1]):
                 nats = self.p.loss(tokens)
-                (nats * scale).backward()
+                (nats / numbers.tokens_per_step).backward()
             self._buffer.add_nats(nats)
         grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
         set_lr(self.optimizer, numbers.schedule.lr(step))
@@ -155,7 +152,6 @@ class Trainer:
         first = self.state.step - len(values) + 1
         rows = [self._train_row(first + i, nats, norm, ms) for i, (nats, norm) in enumerate(values)]
         self._log(*rows)
-        self._last_row = rows[-1]
         self.p.console.step(rows[-1])
         for row in rows:
             if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
@@ -195,39 +191,41 @@ class Trainer:
     def _wall_s(self) -> float:
         return self._wall_before + time.perf_counter() - self._started
 
-    def _score(self, evalset: EvalSet) -> EvalRows:
+    def _score(self, evalset: EvalSet) -> np.ndarray:
         def nats_per_token(tokens: Tensor) -> Tensor:
             return self.p.loss(tokens, per_token=True)
 
-        return evaluate(
-            nats_per_token, evalset, self.numbers.micro, self.p.ranks, lambda i: self._set_rng(self.state.step, i)
-        )
+        def before_batch(index: int) -> None:
+            self._set_rng(self.state.step, index)
 
-    def _evaluate(self, evalset: EvalSet) -> EvalRows:
-        """Score, write eval/<step>.npz and the eval and slots rows."""
-        rows = self._score(evalset)
-        row = {"kind": "eval", "step": self.state.step, "tokens": self.state.tokens, "loss": rows.loss, "bpb": rows.bpb}
-        row |= {"se": rows.standard_error}
+        return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)
+
+    def _evaluate(self, evalset: EvalSet) -> dict[str, float]:
+        """Score, write eval/<step>.npz and the eval and slots rows; returns {loss, bpb, se}."""
+        step = self.state.step
+        nats = self._score(evalset)
+        summary = evalset.summary(nats)
         if self.p.unquantized is not None:
             with self.p.unquantized():
-                row["loss_bf16"] = self._score(evalset).loss
+                summary["loss_bf16"] = evalset.summary(self._score(evalset))["loss"]
         if self.p.ranks.is_main:
-            rows.save(self.p.folder.path / "eval" / f"{self.state.step}.npz")
-        self._log({**row, "time": time.time()})
+            save_rows(self.p.folder.path / "eval" / f"{step}.npz", evalset, nats)
+        self._log({"kind": "eval", "step": step, "tokens": self.state.tokens, **summary, "time": time.time()})
         self._count_slots(evalset)
-        self._keep_best(rows.loss)
-        beside = f" (unquantized {row['loss_bf16']:.4f})" if "loss_bf16" in row else ""
+        if summary["loss"] < self.state.extra.get("best_loss", math.inf):
+            self.state.extra |= {"best_loss": summary["loss"], "best_step": step}
+        beside = f" (unquantized {summary['loss_bf16']:.4f})" if "loss_bf16" in summary else ""
         self.p.console.say(
-            f"eval at step {self.state.step}: {rows.loss:.4f} +- {rows.standard_error:.4f} nats/token{beside}, "
-            f"{rows.bpb:.4f} bits/byte over {int(rows.tokens.sum()):,} tokens"
+            f"eval at step {step}: {summary['loss']:.4f} +- {summary['se']:.4f} nats/token{beside}, "
+            f"{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
         )
-        return rows
+        return summary
 
     def _count_slots(self, evalset: EvalSet) -> None:
         """Clipping and underflow of every operand slot on the first evaluation batch, forward and backward."""
         if self.p.count_slots is None:
             return
-        tokens = evalset.windows(0, min(self.numbers.micro, len(evalset))).to(self.p.ranks.device)
+        tokens = evalset.samples(0, min(self.numbers.micro, evalset.sequences)).to(self.p.ranks.device)
 
         def step() -> None:
             self._set_rng(self.state.step, 0)
@@ -237,10 +235,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})
 
-    def _keep_best(self, loss: float) -> None:
-        if loss < self.state.extra.get("best_loss", math.inf):
-            self.state.extra |= {"best_loss": loss, "best_step": self.state.step}
-
     def _stop_early(self, level: int) -> int:
         self._save(wait=True)
         self.event("interrupt", reason=NAMES[level])
@@ -249,7 +243,8 @@ class Trainer:
 
     def _finish(self) -> int:
         """Save before the final evaluation: that one may run out of memory, the weights must not be lost."""
-        self._save(wait=True)
+        if self.state.step != self._resumed_at:
+            self._save(wait=True)
         final = self._evaluate(self.p.final_evalset)
         self.event("finish")
         if self.p.ranks.is_main:
@@ -257,15 +252,15 @@ class Trainer:
         self.p.console.say(f"finished: {self.p.folder.path}")
         return 0
 
-    def _result(self, final: EvalRows) -> dict[str, Any]:
+    def _result(self, final: dict[str, float]) -> dict[str, Any]:
         train = [row for row in self.p.loggers.file.rows() if row["kind"] == "train"]
         return {
             "status": "finished",
             "step": self.state.step,
             "tokens": self.state.tokens,
-            "final_loss": final.loss,
-            "final_bpb": final.bpb,
-            "final_se": final.standard_error,
+            "final_loss": final["loss"],
+            "final_bpb": final["bpb"],
+            "final_se": final["se"],
             "best_loss": self.state.extra["best_loss"],
             "best_step": self.state.extra["best_step"],
             "wall_s": self._wall_s(),

@@ -1,0 +1,71 @@
+"""The command line of train.py: a few flags, everything else is key=value."""
+
+from dataclasses import dataclass, field
+
+from configs.compose import ConfigError, compose, groups
+from training.config import suggestion
+
+FLAGS = ("--help", "-h", "--cfg", "--multirun", "-m")
+HELP = """Train a Llama with one of the 4-bit recipes, or resume the run that the same command started.
+
+  python train.py model=llama_30m quant=quartet2 data=text data.files='corpus/train-*.jsonl.zst' \\
+      data.val_files=corpus/val.jsonl.zst tokens=3e9 seed=1
+  python train.py experiment=quickstart quant=bf16          on a CPU, about two minutes
+  python train.py -m quant=bf16,sr,quartet2 seed=0,1,2      every combination, one after another
+  torchrun --nproc-per-node=4 train.py model=llama_1b9 ...  the same run on four GPUs
+
+Flags
+  --cfg job        print the composed configuration and stop
+  -m, --multirun   key=a,b,c are several runs; one process each, in sequence
+  dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU
+
+Groups (group=choice)
+{groups}
+
+Often used keys (all of them: --cfg job; described in training/config.py)
+  tokens=3e9 | steps=1000          length of the run: one of them (default: 20 tokens a parameter)
+  batch.tokens= | batch.sequences= the batch of the whole job; batch.seq_len=512, batch.micro= sequences at a time
+  optim.lr=1e-3  seed=0            peak learning rate (default: the model preset's)
+  quant.dgrad=none                 a GEMM in high precision; quant.fprop.x.select=absmax: one field of one operand
+  quant.high_precision.first=1     blocks kept in BF16; quant.rules='[{{match: "blocks.0.*", recipe: bf16}}]'
+  evaluate.every=200  evaluate.tokens=1e6  evaluate.bf16=true
+  checkpoint.every=500  checkpoint.keep_last=2
+  run.name=mine  paths.runs=runs  paths.data=token_shards
+  backend=auto|reference|triton  compile=auto|true|false  parallel=auto|ddp|fsdp|hsdp
+"""
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """`text` is what to print instead of running anything, if that was asked for."""
+
+    overrides: list[str] = field(default_factory=list)
+    multirun: bool = False
+    text: str | None = None
+
+
+def read_command_line(arguments: list[str]) -> CommandLine:
+    """Raises ConfigError for an unknown flag."""
+    overrides, multirun, wants_config = [], False, False
+    rest = iter(arguments)
+    for word in rest:
+        if word in ("--help", "-h"):
+            return CommandLine(text=help_text())
+        if word in ("--multirun", "-m"):
+            multirun = True
+        elif word in ("--cfg", "--cfg=job"):
+            if word == "--cfg" and next(rest, None) != "job":
+                raise ConfigError("--cfg prints the composed configuration: write --cfg job")
+            wants_config = True
+        elif word.startswith("-"):
+            raise ConfigError(f"unknown flag {word}{suggestion(word, FLAGS)}; settings are key=value, see --help")
+        else:
+            overrides.append(word)
+    if wants_config:
+        return CommandLine(text=compose(overrides).yaml.rstrip())
+    return CommandLine(overrides, multirun)
+
+
+def help_text() -> str:
+    width = max(map(len, groups()))
+    return HELP.format(groups="\n".join(f"  {name:<{width}}  {', '.join(options)}" for name, options in groups().items()))

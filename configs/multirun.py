@@ -1,0 +1,56 @@
+"""Several runs from one command, one after another, each in its own process: nothing leaks from one to the next."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from configs.compose import ConfigError, compose, sweep
+
+TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+
+
+def run_all(overrides: list[str]) -> int:
+    """Check every combination, then run them. Returns the first exit code that isn't 0, else 0.
+
+    A failing run doesn't keep the others from running; a stop (Ctrl-C, SIGTERM) does. The same command continues:
+    finished runs say so and are passed over.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ConfigError("-m runs one process after another and can't run under torchrun; start one torchrun per run")
+    jobs = sweep(overrides)
+    for job in jobs:
+        try:
+            compose(job)
+        except ConfigError as error:
+            raise ConfigError(f"in {' '.join(job)}: {error}") from error
+    codes = []
+    for number, job in enumerate(jobs, 1):
+        print(f"\n[{number}/{len(jobs)}] train.py {' '.join(job)}", flush=True)
+        code, stopped = run_one(job)
+        codes.append(code)
+        if stopped:
+            print(f"stopped; {len(jobs) - number} of {len(jobs)} runs not started", file=sys.stderr)
+            break
+    for job, code in zip(jobs, codes, strict=False):
+        print(f"{'ok' if code == 0 else f'exit code {code}':<14} {' '.join(job)}")
+    return next((code for code in codes if code), 0)
+
+
+def run_one(job: list[str]) -> tuple[int, bool]:
+    """(exit code, were we asked to stop): signals are passed on, so that the run saves and ends by itself."""
+    asked = []
+    child = subprocess.Popen([sys.executable, str(TRAIN), *job])
+
+    def pass_on(number: int, frame: object) -> None:
+        asked.append(number)
+        if number != signal.SIGINT:  # Ctrl-C reaches the whole foreground group already
+            child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        return child.wait(), bool(asked)
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

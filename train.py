@@ -1,0 +1,37 @@
+"""Train a language model with 4-bit recipes: python train.py [key=value ...]; python train.py --help."""
+
+import os
+import sys
+
+# Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; with other kinds of run it does no harm.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+from configs.cli import read_command_line
+from configs.compose import ConfigError, compose
+from configs.multirun import run_all
+
+
+def main(arguments: list[str]) -> int:
+    """Exit codes: 0 finished or stopped by Ctrl-C, 1 the machine or the run failed, 2 wrong command, 75 preempted."""
+    try:
+        line = read_command_line(arguments)
+        if line.text is not None:
+            print(line.text)
+            return 0
+        if line.multirun:
+            return run_all(line.overrides)
+        composed = compose(line.overrides)
+    except ConfigError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        return 2
+    # Only now: a wrong override shall not wait for torch to be imported.
+    from training.failures import one_line_errors
+    from training.launch import Request, launch
+
+    with one_line_errors() as outcome:
+        outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, " ".join(sys.argv)))
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
