@@ -1,0 +1,9 @@
+"""The path of 4-bit tensor cores, packed operands and all, with the product itself emulated: a test on any machine."""
+
+from functools import partial
+
+from kernels.gemm_nvfp4 import BACKENDS, routing
+
+WANTS = "packed"
+unavailable = BACKENDS["emulated"].unavailable
+gemm = partial(routing.gemm, backend="emulated")

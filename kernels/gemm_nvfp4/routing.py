@@ -1,0 +1,25 @@
+"""The `gemm` of back ends that multiply packed NVFP4 operands: which GEMMs they take, what becomes of the others."""
+
+import torch
+from torch import Tensor
+
+from kernels.gemm import reference_impl
+from kernels.gemm_nvfp4 import gemm_nvfp4
+from kernels.quantize import Quantized
+
+
+def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: torch.dtype, backend: str) -> Tensor:
+    """kernels.gemm.gemm: GEMMs of two NVFP4 operands go to gemm_nvfp4's `backend`, GEMMs of none as anywhere.
+
+    Raises ValueError where one operand is NVFP4 and the other is not: no tensor core multiplies FP4 by BF16, and a slot
+    that the hardware can't do is emulated only when asked for.
+    """
+    if a.packed is not None and b.packed is not None:
+        return gemm_nvfp4(a.packed, b.packed, alpha_const, out_dtype, kind, backend)
+    if a.packed is not None or b.packed is not None:
+        packed, other = ("first", "second") if a.packed is not None else ("second", "first")
+        raise ValueError(
+            f"{kind}: the {packed} operand is NVFP4, the {other} is not; FP4 tensor cores (gemm={backend}) need both. "
+            "Quantize both slots or neither, or ask for the emulation: backend gemm=reference"
+        )
+    return reference_impl.gemm(a, b, kind, alpha_const, out_dtype)

@@ -1,0 +1,137 @@
+"""Our layout, number formats and packed GEMM against CUTLASS's and CUDA's own, on the host (csrc/host_checks.cu)."""
+
+import pytest
+import torch
+
+from kernels import build, formats, host_checks, nvfp4, scale_layout
+from kernels.gemm_nvfp4 import gemm_nvfp4, operands
+from kernels.quantize import reference_impl as quantizer
+from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+
+pytestmark = pytest.mark.skipif(build.cannot_build() is not None, reason=str(build.cannot_build()))
+
+# square, ragged in every extent, tiny
+SHAPES = [
+    (128, 128, 128),
+    (512, 512, 512),
+    (256, 384, 1024),
+    (100, 96, 64),
+    (129, 257, 80),
+    (1, 1, 16),
+    (7, 16, 32),
+    (33, 300, 208),
+    (640, 1792, 640),
+    (127, 130, 48),
+]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("operand", ["a", "b"])
+def test_scale_offsets_equal_the_index_map_of_cutlass(operand, shape):
+    m, n, k = shape
+    rows = m if operand == "a" else n
+    offsets, size = host_checks.scale_layout(operand, m, n, k)
+    assert torch.equal(scale_layout.swizzled_offsets(rows, k // 16), offsets)
+    assert scale_layout.swizzled_size(rows, k // 16) == size
+
+
+def grid(fmt: formats.MiniFloat) -> torch.Tensor:
+    """Every non-negative value of the format, ascending: subnormals, then binades up to the maximum."""
+    steps = torch.arange(2**fmt.mantissa_bits)
+    values = [steps * 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)]
+    for exponent in range(fmt.min_exponent, 10):
+        values.append((1 + steps / 2**fmt.mantissa_bits) * 2.0**exponent)
+    values = torch.cat(values).to(torch.float32)
+    return values[values <= fmt.max_value]
+
+
+def probes(fmt: formats.MiniFloat) -> torch.Tensor:
+    """Grid values, ties, the floats beside both, subnormals, saturation, a million random values; of both signs."""
+    values = grid(fmt)
+    points = torch.cat((values, (values[1:] + values[:-1]) / 2))
+    beside = torch.cat((torch.nextafter(points, torch.tensor(0.0)), torch.nextafter(points, torch.tensor(1e9))))
+    beyond = fmt.max_value * torch.tensor([1.01, 1.0357, 1.0358, 1.25, 2.0, 1e6, float("inf")])
+    tiny = torch.tensor([1e-45, 1e-40, 2.0**-126, 1e-20])
+    random = torch.exp2(torch.empty(1_000_000).uniform_(-14, 10, generator=torch.Generator().manual_seed(1)))
+    positive = torch.cat((points, beside, beyond, tiny, random))
+    return torch.cat((positive, -positive))
+
+
+@pytest.mark.parametrize("by", ["cutlass", "cuda"])
+def test_e2m1_codes_equal_the_host_converters(by):
+    x = probes(formats.E2M1)
+    codes = nvfp4.encode(formats.round_nearest(x, formats.E2M1), x.signbit())
+    assert torch.equal(codes, host_checks.encode(x, "e2m1", by))
+
+
+@pytest.mark.parametrize(("format", "by"), [("e4m3", "cutlass"), ("e4m3", "cuda"), ("ue4m3", "cutlass")])
+def test_e4m3_scales_equal_the_host_converters(format, by):
+    x = probes(formats.E4M3)
+    x = x[x > 0]  # scales; the unsigned type has no sign to compare
+    codes = formats.round_nearest(x, formats.E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
+    assert torch.equal(codes, host_checks.encode(x, format, by))
+
+
+def test_all_codes_decode_to_the_values_of_cutlass():
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert torch.equal(nvfp4.decode(codes), host_checks.decode(codes, "e2m1"))
+    scales = torch.arange(127, dtype=torch.uint8)  # 127 is NaN; scales have no sign
+    assert torch.equal(scales.view(torch.float8_e4m3fn).to(torch.float32), host_checks.decode(scales, "ue4m3"))
+
+
+RTN = QuantSpec.resolve("e2m1", NVFP4_SCALES)
+RTN_SQUARE = QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES)
+FOUR_OVER_SIX = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six")
+SR = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr")
+MS_EDEN = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden")
+# recipe -> forward X and W, gradient, wgrad X, rotation of dgrad and of wgrad, whether W is reused (design.md 2.1)
+RECIPES = {
+    "quartet2": (FOUR_OVER_SIX, FOUR_OVER_SIX, MS_EDEN, MS_EDEN, 128, 128, False),
+    "tetrajet2": (RTN, RTN, SR, SR, 32, 32, False),
+    "nvidia": (RTN, RTN_SQUARE, SR, RTN, None, 16, True),
+}
+TOKENS, OUT, IN = 256, 384, 176  # contractions: K = 176 (padded to 192), N, M
+RNG, LAYER = torch.tensor([7, 3, 1]), torch.tensor(5)
+
+
+def packed(x, spec, axis, signs, slot):
+    """quantize or requantize `x` along `axis`, packed as [rows, contraction]."""
+    is_packed = isinstance(x, nvfp4.NVFP4Tensor)
+    amax = (quantizer.amax_packed if is_packed else quantizer.amax)(x, axis, signs, False)
+    run = quantizer.requantize if is_packed else quantizer.quantize
+    return run(x, spec, axis, amax, signs, RNG, LAYER, slot, ("packed",)).packed
+
+
+def operands_of(recipe: str, kind: str):
+    """(a, b, rotation dim) of one GEMM of a recipe, on random data, packed."""
+    x_spec, w_spec, gradient, x_again, dgrad_dim, wgrad_dim, reuse_w = RECIPES[recipe]
+    generator = torch.Generator().manual_seed(0)
+    x, w, dy = (
+        torch.randn(shape, generator=generator).mul_(scale).to(torch.bfloat16)
+        for shape, scale in (((TOKENS, IN), 1.0), ((OUT, IN), 0.02), ((TOKENS, OUT), 1e-4))
+    )
+    if kind == "fprop":
+        return packed(x, x_spec, 1, None, 0), packed(w, w_spec, 1, None, 1), 1
+    if kind == "dgrad":
+        signs = dgrad_dim and quantizer.rht_signs(RNG, LAYER, 1, dgrad_dim, False)
+        w_forward = packed(w, w_spec, 1, None, 1)
+        b = operands.transposed(w_forward) if reuse_w else packed(w_forward, gradient, 0, signs, 3)
+        return packed(dy, gradient, 1, signs, 2), b, dgrad_dim or 1
+    signs = quantizer.rht_signs(RNG, LAYER, 2, wgrad_dim, False)
+    source = x if recipe == "nvidia" else packed(x, x_spec, 1, None, 0)
+    return packed(dy, gradient, 0, signs, 4), packed(source, x_again, 0, signs, 5), wgrad_dim
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
+def test_packed_and_swizzled_operands_multiply_in_cutlass_as_in_our_emulation(recipe, kind):
+    a, b, dim = operands_of(recipe, kind)
+    emulated = gemm_nvfp4(a, b, 1 / dim, torch.float32, kind)
+    left, right = operands.prepare(a), operands.prepare(b, scale_layout.COLUMN_MULTIPLE)
+    alpha = float((a.global_scale * b.global_scale) / dim)
+    host = host_checks.reference_gemm(left.codes, left.scales, right.codes, right.scales, alpha)[:, : right.rows]
+    # Both sum K exact products in FP32, each in its own order: K 2^-24 sum |a||b| each, and one rounding by alpha.
+    magnitude = (a.values().abs().double() @ b.values().abs().double().t()) * alpha
+    bound = 2 * (a.shape[1] + 1) * 2.0**-24 * magnitude
+    assert emulated.abs().max() > 0
+    assert ((host - emulated).abs() <= bound).all(), f"{((host - emulated).abs() / bound).max()} times the bound"
