@@ -28,6 +28,7 @@ class Dist:
     local_rank: int
     device: torch.device
     group: dist.ProcessGroup | None = None
+    local_world: int = 1  # ranks on this node
 
     @property
     def is_main(self) -> bool:
@@ -86,16 +87,18 @@ def setup(device: str = "auto", timeout_s: int = DEFAULT_TIMEOUT_S) -> Dist:
     Raises RuntimeError if cuda is asked for and absent, or if there are more local ranks than GPUs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
     chosen = _device(device, local_rank)
     if world == 1:
         return Dist(0, 1, 0, chosen)
     timeout = timedelta(seconds=timeout_s)
     if chosen.type == "cuda":
         dist.init_process_group("nccl", device_id=chosen, timeout=timeout)
-        return Dist(rank, world, local_rank, chosen, dist.new_group(backend="gloo", timeout=timeout))
-    dist.init_process_group("gloo", timeout=timeout)
-    return Dist(rank, world, local_rank, chosen, dist.group.WORLD)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+    else:
+        dist.init_process_group("gloo", timeout=timeout)
+        group = dist.group.WORLD
+    return Dist(rank, world, local_rank, chosen, group, local_world)
 
 
 def teardown() -> None:

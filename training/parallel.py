@@ -14,7 +14,6 @@ renames parameters; what is left of it, buckets that are reduced when full, is `
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -48,7 +47,7 @@ def choose(parallel: str, ranks: Dist, parameters: int) -> str:
     """none, ddp, fsdp or hsdp. Raises ValueError when hsdp is asked for and all ranks are on one node."""
     if ranks.world == 1:
         return "none"
-    nodes = ranks.world // local_world(ranks)
+    nodes = ranks.world // ranks.local_world
     if parallel == "auto":
         if parameters < FSDP_FROM_PARAMETERS:
             return "ddp"
@@ -58,11 +57,6 @@ def choose(parallel: str, ranks: Dist, parameters: int) -> str:
     return parallel
 
 
-def local_world(ranks: Dist) -> int:
-    """Ranks on this node, as torchrun says it."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
-
-
 def parallelize(loss: nn.Module, mode: str, ranks: Dist) -> Parallel:
     """Wrap in place. `loss` is the LossModel around a model with `blocks`; its weights are on the device, and equal on
     all ranks. After quant.plan.convert and torch.compile of the blocks, before the optimizer is built."""
@@ -70,7 +64,7 @@ def parallelize(loss: nn.Module, mode: str, ranks: Dist) -> Parallel:
         return Parallel(mode, lambda last: nullcontext())
     if mode == "ddp":
         return Parallel(mode, ReplicaSync(loss, ranks).accumulate)
-    shards = ranks.world if mode == "fsdp" else local_world(ranks)
+    shards = ranks.world if mode == "fsdp" else ranks.local_world
     shard(loss, ranks, shards)
     return Parallel(mode, lambda last: _sharded_accumulation(loss, last), shards)
 
