@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.nvfp4 import NVFP4Tensor, pack, unpack
+from kernels.nvfp4 import NVFP4Tensor
 from kernels.scale_layout import CONTRACTION_MULTIPLE, round_up, swizzle
 from kernels.spec import NVFP4_BLOCK
 
@@ -39,18 +39,3 @@ def prepare(operand: NVFP4Tensor, row_multiple: int = 1) -> HardwareOperand:
     if extra_rows or extra_bytes:
         codes = F.pad(codes, (0, extra_bytes, 0, extra_rows))
     return HardwareOperand(codes.contiguous(), swizzle(scales).view(torch.float8_e4m3fn), rows)
-
-
-def transposed(operand: NVFP4Tensor) -> NVFP4Tensor:
-    """The same numbers as the operand of a GEMM that contracts the other dim: [R, C] -> [C, R], nothing re-quantized.
-
-    Legal for 16x16 blocks only, whose scales serve both directions (a recipe's source `fprop_transposed`). Raises
-    ValueError for 1x16 blocks: there each direction needs scales of its own, so the operand must be re-quantized.
-    """
-    if not operand.is_square:
-        raise ValueError(
-            f"an operand {list(operand.shape)} with 1x16 blocks can't be transposed: use 16x16 blocks, "
-            "or re-quantize it (source: fprop)"
-        )
-    codes = pack(unpack(operand.codes).t().contiguous())
-    return NVFP4Tensor(codes, operand.block_scales.t().contiguous(), operand.global_scale)

@@ -47,4 +47,4 @@ def gemm_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor, alpha: Tensor, out_dtype: torch.d
         swizzle_b=swizzles,
         output_dtype=out_dtype,
     )
-    return d if right.rows == d.shape[1] else d[:, : right.rows].contiguous()
+    return d if right.rows == d.shape[1] else d.narrow(1, 0, right.rows).contiguous()

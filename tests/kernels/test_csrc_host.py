@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from kernels import build, formats, host_checks, nvfp4, scale_layout
+from kernels import backend, build, formats, host_checks, nvfp4, scale_layout
 from kernels.gemm_nvfp4 import gemm_nvfp4, operands
-from kernels.quantize import reference_impl as quantizer
-from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+from kernels.quantize import reference_impl
+from quant import library
+from quant.linear import QuantLinear
 
 pytestmark = pytest.mark.skipif(build.cannot_build() is not None, reason=str(build.cannot_build()))
 
@@ -79,59 +80,45 @@ def test_all_codes_decode_to_the_values_of_cutlass():
     assert torch.equal(scales.view(torch.float8_e4m3fn).to(torch.float32), host_checks.decode(scales, "ue4m3"))
 
 
-RTN = QuantSpec.resolve("e2m1", NVFP4_SCALES)
-RTN_SQUARE = QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES)
-FOUR_OVER_SIX = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six")
-SR = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr")
-MS_EDEN = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden")
-# recipe -> forward X and W, gradient, wgrad X, rotation of dgrad and of wgrad, whether W is reused (design.md 2.1)
-RECIPES = {
-    "quartet2": (FOUR_OVER_SIX, FOUR_OVER_SIX, MS_EDEN, MS_EDEN, 128, 128, False),
-    "tetrajet2": (RTN, RTN, SR, SR, 32, 32, False),
-    "nvidia": (RTN, RTN_SQUARE, SR, RTN, None, 16, True),
-}
-TOKENS, OUT, IN = 256, 384, 176  # contractions: K = 176 (padded to 192), N, M
-RNG, LAYER = torch.tensor([7, 3, 1]), torch.tensor(5)
+TOKENS, OUT, IN = 256, 384, 176  # contractions of wgrad, dgrad and fprop; 176 is padded to 192
 
 
-def packed(x, spec, axis, signs, slot):
-    """quantize or requantize `x` along `axis`, packed as [rows, contraction]."""
-    is_packed = isinstance(x, nvfp4.NVFP4Tensor)
-    amax = (quantizer.amax_packed if is_packed else quantizer.amax)(x, axis, signs, False)
-    run = quantizer.requantize if is_packed else quantizer.quantize
-    return run(x, spec, axis, amax, signs, RNG, LAYER, slot, ("packed",)).packed
+class Recorder:
+    """A GEMM back end of packed operands that emulates, and keeps what it was given."""
+
+    WANTS = "packed"
+
+    def __init__(self):
+        self.calls = {}
+
+    def gemm(self, a, b, kind, alpha_const, out_dtype):
+        self.calls[kind] = a.packed, b.packed, alpha_const
+        return gemm_nvfp4(a.packed, b.packed, alpha_const, out_dtype, kind)
 
 
-def operands_of(recipe: str, kind: str):
-    """(a, b, rotation dim) of one GEMM of a recipe, on random data, packed."""
-    x_spec, w_spec, gradient, x_again, dgrad_dim, wgrad_dim, reuse_w = RECIPES[recipe]
-    generator = torch.Generator().manual_seed(0)
-    x, w, dy = (
-        torch.randn(shape, generator=generator).mul_(scale).to(torch.bfloat16)
-        for shape, scale in (((TOKENS, IN), 1.0), ((OUT, IN), 0.02), ((TOKENS, OUT), 1e-4))
-    )
-    if kind == "fprop":
-        return packed(x, x_spec, 1, None, 0), packed(w, w_spec, 1, None, 1), 1
-    if kind == "dgrad":
-        signs = dgrad_dim and quantizer.rht_signs(RNG, LAYER, 1, dgrad_dim, False)
-        w_forward = packed(w, w_spec, 1, None, 1)
-        b = operands.transposed(w_forward) if reuse_w else packed(w_forward, gradient, 0, signs, 3)
-        return packed(dy, gradient, 1, signs, 2), b, dgrad_dim or 1
-    signs = quantizer.rht_signs(RNG, LAYER, 2, wgrad_dim, False)
-    source = x if recipe == "nvidia" else packed(x, x_spec, 1, None, 0)
-    return packed(dy, gradient, 0, signs, 4), packed(source, x_again, 0, signs, 5), wgrad_dim
+def packed_operands(recipe: str, monkeypatch) -> dict:
+    """kind -> (a, b, alpha_const): what a layer of this recipe gives its three GEMMs."""
+    recorder = Recorder()
+    monkeypatch.setitem(backend.IMPL, "quantize", reference_impl)
+    monkeypatch.setitem(backend.IMPL, "gemm", recorder)
+    torch.manual_seed(0)
+    layer = QuantLinear(torch.nn.Linear(IN, OUT, bias=False), library.load(recipe), 5, torch.tensor([7, 3, 1]))
+    x = torch.randn(TOKENS, IN).to(torch.bfloat16).requires_grad_()
+    layer(x).backward((torch.randn(TOKENS, OUT) * 1e-4).to(torch.bfloat16))
+    return recorder.calls
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
-def test_packed_and_swizzled_operands_multiply_in_cutlass_as_in_our_emulation(recipe, kind):
-    a, b, dim = operands_of(recipe, kind)
-    emulated = gemm_nvfp4(a, b, 1 / dim, torch.float32, kind)
-    left, right = operands.prepare(a), operands.prepare(b, scale_layout.COLUMN_MULTIPLE)
-    alpha = float((a.global_scale * b.global_scale) / dim)
-    host = host_checks.reference_gemm(left.codes, left.scales, right.codes, right.scales, alpha)[:, : right.rows]
-    # Both sum K exact products in FP32, each in its own order: K 2^-24 sum |a||b| each, and one rounding by alpha.
-    magnitude = (a.values().abs().double() @ b.values().abs().double().t()) * alpha
-    bound = 2 * (a.shape[1] + 1) * 2.0**-24 * magnitude
-    assert emulated.abs().max() > 0
-    assert ((host - emulated).abs() <= bound).all(), f"{((host - emulated).abs() / bound).max()} times the bound"
+@pytest.mark.parametrize("recipe", ["quartet2", "nvidia", "tetrajet2", "sr", "nvfp4_rtn", "quartet2_upstream"])
+def test_packed_and_swizzled_operands_multiply_in_cutlass_as_in_our_emulation(recipe, monkeypatch):
+    calls = packed_operands(recipe, monkeypatch)
+    assert sorted(calls) == ["dgrad", "fprop", "wgrad"]
+    for kind, (a, b, alpha_const) in calls.items():
+        emulated = gemm_nvfp4(a, b, alpha_const, torch.float32, kind)
+        left, right = operands.prepare(a), operands.prepare(b, scale_layout.COLUMN_MULTIPLE)
+        alpha = float((a.global_scale * b.global_scale) * alpha_const)
+        host = host_checks.reference_gemm(left.codes, left.scales, right.codes, right.scales, alpha)[:, : right.rows]
+        # Both sum K exact products in FP32, each in its own order: K 2^-24 sum |a||b| each, and one rounding by alpha.
+        magnitude = (a.values().abs().double() @ b.values().abs().double().t()) * alpha
+        bound = 2 * (a.shape[1] + 1) * 2.0**-24 * magnitude
+        assert emulated.abs().max() > 0
+        assert ((host - emulated).abs() <= bound).all(), f"{kind}: {((host - emulated).abs() / bound).max()} bounds"
