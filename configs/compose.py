@@ -59,7 +59,9 @@ def compose(overrides: list[str]) -> Composed:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             full = hydra_compose("train", overrides=lines, return_hydra_config=True)
         choices = own_choices(full.hydra.runtime.choices)
-        tree = OmegaConf.masked_copy(full, [key for key in full if key != "hydra"])
+        tree = full.copy()
+        OmegaConf.set_struct(tree, False)
+        del tree["hydra"]
         tree.quant = without_none_gemms(OmegaConf.to_container(tree.quant), choices.get("quant"))
         return Composed(OmegaConf.to_object(tree), OmegaConf.to_yaml(tree), choices)
     except (HydraException, OmegaConfBaseException) as error:

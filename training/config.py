@@ -28,12 +28,15 @@ def suggestion(word: str, known: Any) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def whole(key: str, value: float | None, minimum: int = 1) -> int | None:
-    """An int from 3e9 or 3000; None stays None. Raises ValueError for 0.5 or a value below `minimum`."""
+def whole(key: str, value: float | None, minimum: int = 1, null: str = "") -> int | None:
+    """An int from 3e9 or 3000; None stays None. Raises ValueError for 0.5 or a value below `minimum`.
+
+    `null`: what null means for this key, for the message.
+    """
     if value is None:
         return None
     if value != int(value) or value < minimum:
-        raise ValueError(f"{key}={value:g}: needs a whole number of at least {minimum}")
+        raise ValueError(f"{key}={value:g}: needs a whole number of at least {minimum}{null and f', or null {null}'}")
     return int(value)
 
 
@@ -137,7 +140,7 @@ class EvaluateSection:
     slots: bool = True  # count clipping and underflow per operand slot
 
     def __post_init__(self) -> None:
-        self.every = whole("evaluate.every", self.every)
+        self.every = whole("evaluate.every", self.every, null="for the end only")
         self.tokens = whole("evaluate.tokens", self.tokens)
         self.final_tokens = whole("evaluate.final_tokens", self.final_tokens)
 
@@ -150,7 +153,7 @@ class CheckpointSection:
     asynchronous: bool = False
 
     def __post_init__(self) -> None:
-        self.every = whole("checkpoint.every", self.every)
+        self.every = whole("checkpoint.every", self.every, null="for the end only")
         self.keep_last = whole("checkpoint.keep_last", self.keep_last)
         self.keep_every = whole("checkpoint.keep_every", self.keep_every)
 

@@ -1,0 +1,142 @@
+"""The command line: every mistake is one clear error that names what is near, before any work."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs.cli import read_command_line
+from configs.compose import ConfigError, compose, groups, sweep
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# (overrides, parts of the message)
+MISTAKES = [
+    # unknown keys
+    (["optim.lrr=1"], ["'optim.lrr'", "did you mean optim.lr?"]),
+    (["lr=1e-3"], ["'lr'", "optim.lr"]),
+    (["qunat=bf16"], ["'qunat'", "did you mean quant?"]),
+    (["optm.lr=1"], ["'optm.lr'", "optim.lr"]),
+    (["optim.betas.x=1"], ["'optim.betas.x'", "optim.betas"]),
+    (["evaluate.evry=3"], ["did you mean evaluate.every?"]),
+    (["data.fils=x"], ["did you mean data.files?"]),
+    (["+foo=1"], ["unknown key 'foo'"]),
+    (["+optim.foo=1"], ["unknown key 'optim.foo'"]),
+    # group choices
+    (["model=llama_3m"], ["model=llama_3m: no such choice", "did you mean llama_30m?", "llama_1b9"]),
+    (["quant=quartet"], ["did you mean quartet2?", "bf16"]),
+    (["optim=3"], ["optim=3: no such choice", "adamw"]),
+    (["debug=smok"], ["did you mean smoke?"]),
+    # types
+    (["optim.lr=abc"], ["optim.lr", "'abc'", "Float"]),
+    (["seed=a"], ["seed", "'a'", "Integer"]),
+    (["model.layers=2.5"], ["model.layers", "2.5", "Integer"]),
+    (["evaluate.bf16=maybe"], ["evaluate.bf16", "'maybe'", "bool"]),
+    # values
+    (["backend=tritn"], ["backend=tritn", "auto, reference, triton", "did you mean triton?"]),
+    (["parallel=dpp"], ["did you mean ddp?"]),
+    (["schedule.name=cosin"], ["schedule.name=cosin", "did you mean cosine?"]),
+    (["logger.wandb.mode=onlin"], ["logger.wandb.mode=onlin", "did you mean online?"]),
+    (["tokens=0.5"], ["tokens=0.5", "whole number"]),
+    (["checkpoint.every=0"], ["checkpoint.every=0", "at least 1", "null"]),
+    (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
+    (["optim.clip=-1"], ["optim.clip=-1", "null"]),
+    (["schedule.end_factor=2"], ["schedule.end_factor=2", "from 0 to 1"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["data.source=fils"], ["data.source='fils'", "files"]),
+    # pairs of which only one may be given
+    (["tokens=1000000", "steps=3"], ["tokens=1000000", "steps=3", "one of them"]),
+    (["batch.tokens=1024", "batch.sequences=2"], ["batch.tokens=1024", "batch.sequences=2", "one of them"]),
+    # grammar
+    (["foo"], ["'foo'", "key=value"]),
+    (["model=[a"], ["'model=[a'", "quote"]),
+    (["quant=bf16,sr"], ["quant=bf16,sr", "add -m"]),
+    (["hydra.run.dir=x"], ["hydra.run.dir=x", "paths.runs"]),
+    (["hydra.foo=1"], ["hydra.foo=1", "no effect"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), MISTAKES, ids=lambda value: "|".join(value))
+def test_mistake_is_one_error_line_with_a_hint(overrides, parts):
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    message = str(caught.value)
+    for part in parts:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_numbers_are_typed():
+    config = compose(["optim.lr=1e-3", "tokens=3e9", "batch.micro=4", "compile=False", "evaluate.every=null"]).config
+    assert (config.optim.lr, config.tokens, config.batch.micro) == (1e-3, 3_000_000_000, 4)
+    assert isinstance(config.tokens, int)
+    assert (config.compile, config.evaluate.every) == ("false", None)
+
+
+def test_peak_rate_is_the_presets_unless_given():
+    assert compose(["model=llama_100m"]).config.optim.lr is None
+    assert compose(["model=llama_100m"]).config.model.lr == pytest.approx(9e-4)
+
+
+def test_none_gemm_keeps_the_sources():
+    quant = compose(["quant=quartet2", "quant.dgrad=none", "quant.wgrad=none", "quant.wgrad.x.source=input"]).config.quant
+    assert quant["dgrad"] == {"dy": {"grid": "none", "source": "input"}, "w": {"grid": "none", "source": "fprop"}}
+    assert quant["wgrad"]["x"] == {"grid": "none", "source": "input"}
+    assert quant["fprop"]["x"]["grid"] == "e2m1"
+
+
+def test_one_field_of_one_operand():
+    quant = compose(["quant=quartet2", "quant.fprop.x.select=absmax", "quant.rules=[{match: 'blocks.0.*', recipe: bf16}]"])
+    assert quant.config.quant["fprop"]["x"]["select"] == "absmax"
+    assert quant.config.quant["fprop"]["w"]["select"] == "four_over_six"
+    assert quant.config.quant["rules"] == [{"match": "blocks.0.*", "recipe": "bf16"}]
+
+
+def test_choices_name_the_presets():
+    choices = compose(["quant=sr", "model=llama_50m"]).choices
+    assert (choices["quant"], choices["model"], choices.get("experiment")) == ("sr", "llama_50m", None)
+
+
+def test_the_composed_text_composes_again():
+    import yaml
+
+    composed = compose(["quant=nvidia", "optim.lr=1e-3", "tokens=1e9"])
+    assert yaml.safe_load(composed.yaml)["optim"]["lr"] == 1e-3
+    assert yaml.safe_load(composed.yaml)["quant"] == composed.config.quant
+
+
+def test_sweep_is_the_product_in_order():
+    jobs = sweep(["model=llama_30m", "quant=bf16,sr", "seed=0,1"])
+    assert jobs == [["model=llama_30m", f"quant={quant}", f"seed={seed}"] for quant in ("bf16", "sr") for seed in (0, 1)]
+
+
+def test_sweep_checks_every_choice():
+    with pytest.raises(ConfigError, match="did you mean quartet2"):
+        sweep(["quant=bf16,quartet3"])
+
+
+def test_flags():
+    assert read_command_line(["-m", "seed=0,1"]).multirun
+    assert "quartet2" in read_command_line(["--help"]).text
+    assert "lr: 0.5" in read_command_line(["--cfg", "job", "optim.lr=0.5"]).text
+    with pytest.raises(ConfigError, match="did you mean --multirun"):
+        read_command_line(["--multrun"])
+    with pytest.raises(ConfigError, match="--cfg job"):
+        read_command_line(["--cfg", "hydra"])
+
+
+def test_every_group_choice_composes():
+    for group, options in groups().items():
+        for option in options:
+            extra = ["data.files=x.txt"] if option == "text" else ["data.hub_path=x"] if option == "hub" else []
+            assert compose([f"{group}={option}", *extra]).choices[group] == option
+
+
+def test_a_mistake_ends_with_code_2_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "train.py", "optim.lrr=1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: unknown key 'optim.lrr'")
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
