@@ -1,0 +1,198 @@
+"""Time whole training steps (forward, backward, clip, AdamW) of models under recipes, on one GPU, and compare with bf16.
+
+    python scripts/bench_step.py models=llama_30m,llama_100m,wide recipes=bf16,quartet2,nvidia [steps=25] [json=FILE] [key=value ...]
+
+Any further key=value is an override of train.py (compile=false, backend=reference, model.residual_dtype=bfloat16).
+`wide` is the 24-layer 2048-wide model of the speed issue. Recipes may carry overrides: recipes='quartet2;quant.fprop.x.tensor_scale=pow2'.
+Every model and recipe is built anew in this process, on random tokens. Reported: min and median over the timed steps (CUDA
+events around each whole step), tokens/s, MFU by the named formula, peak memory, the time of the first step (compilation included),
+recompilations after the second step, and the ratio of the medians to bf16 of the same model in the same run.
+"""
+
+import gc
+import json
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+from configs.compose import compose
+from kernels import backend
+from models.llama import Llama, LlamaConfig
+from quant.plan import convert, plan_of
+from training.config import TrainConfig
+from training.distributed import Dist, setup
+from training.launch import compile_loss, set_torch_flags
+from training.loss import LossModel
+from training.metrics import MFU_FORMULA, peak_flops
+from training.optim import build_optimizer, clip_gradients
+
+VOCABULARY = 32000
+SEQ_LEN = 512
+# Sequences per step of each model; others take 128.
+SEQUENCES = {"wide": 24}
+WIDE = [
+    "model=llama_1b9",
+    "model.layers=24",
+    "model.width=2048",
+    "model.heads=16",
+    "model.hidden=5632",
+    "model.name=wide",
+]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One model under one recipe. Times in ms; memory in GiB."""
+
+    model: str
+    recipe: str
+    tokens: int
+    ms_min: float
+    ms_median: float
+    ms_max: float
+    tokens_per_second: float
+    mfu: float | None
+    memory_gib: float
+    first_step_s: float
+    recompilations: int
+    last_loss: float
+
+
+def build(
+    model: str, recipe: str, extra: list[str], ranks: Dist
+) -> tuple[TrainConfig, LlamaConfig, LossModel, torch.Tensor]:
+    """The converted, compiled loss and its random-state tensor."""
+    name, *overrides = recipe.split(";")
+    chosen = WIDE if model == "wide" else [f"model={model}"]
+    config = compose([*chosen, f"quant={name}", "data=text", *overrides, *extra]).config
+    set_torch_flags(config)
+    backend.use(config.backend, ranks.device.type)
+    m = config.model
+    shape = LlamaConfig(
+        m.layers, m.width, m.heads, m.hidden, VOCABULARY, SEQ_LEN, m.norm_eps, m.rope_theta, m.residual_dtype
+    )
+    rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
+    with ranks.device:
+        llama = Llama(shape)
+    llama.init_weights(config.seed)
+    convert(llama, plan_of(llama, config.quant), rng)
+    loss = LossModel(llama)
+    compile_loss(loss, config, "none", ranks.device)
+    return config, shape, loss, rng
+
+
+def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist) -> Timing:
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    config, shape, loss, rng = build(model, recipe, extra, ranks)
+    optimizer = build_optimizer(loss.model, config.optim, config.model.lr)
+    sequences = SEQUENCES.get(model, 128)
+    generator = torch.Generator(device=ranks.device).manual_seed(1)
+    batches = [
+        torch.randint(VOCABULARY, (sequences, SEQ_LEN + 1), device=ranks.device, generator=generator) for _ in range(4)
+    ]
+    tokens = sequences * SEQ_LEN
+
+    def step(index: int) -> torch.Tensor:
+        rng[1].fill_(index)
+        nats = loss(batches[index % len(batches)])
+        (nats / tokens).backward()
+        clip_gradients(loss.model, config.optim.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return nats
+
+    begin = time.perf_counter()
+    step(0)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - begin
+    step(1)
+    compiled = graphs()
+    for index in range(2, 5):
+        step(index)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    events[0].record()
+    for index in range(steps):
+        nats = step(5 + index)
+        events[index + 1].record()
+    torch.cuda.synchronize()
+    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    rate = 1e3 * tokens / median(times)
+    peak = peak_flops(ranks.device)
+    return Timing(
+        model=model,
+        recipe=recipe,
+        tokens=tokens,
+        ms_min=min(times),
+        ms_median=median(times),
+        ms_max=max(times),
+        tokens_per_second=rate,
+        mfu=shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
+        memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+        first_step_s=first,
+        recompilations=graphs() - compiled,
+        last_loss=nats.item() / tokens,
+    )
+
+
+def graphs() -> int:
+    """How many graphs Dynamo has compiled so far."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def table(timings: list[Timing]) -> str:
+    lines = [
+        "model      recipe                 min ms  median     max   ratio  Mtok/s   MFU   GiB  (ratio)  first s  recompiled"
+    ]
+    for t in timings:
+        base = next((b for b in timings if b.model == t.model and b.recipe == "bf16"), None)
+        ratio = f"{t.ms_median / base.ms_median:.3f}" if base else "-"
+        memory = f"{t.memory_gib / base.memory_gib:.3f}" if base else "-"
+        mfu = f"{100 * t.mfu:.1f}%" if t.mfu else "-"
+        lines.append(
+            f"{t.model:<10} {t.recipe:<22} {t.ms_min:6.1f}  {t.ms_median:6.1f}  {t.ms_max:6.1f}  {ratio:>6}  {t.tokens_per_second / 1e6:6.3f}"
+            f"  {mfu:>5} {t.memory_gib:5.1f}  {memory:>7}  {t.first_step_s:7.1f}  {t.recompilations:>10}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str]) -> int:
+    options = {"models": "llama_30m,llama_100m,wide", "recipes": "bf16,quartet2", "steps": "25", "json": ""}
+    extra = []
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in options:
+            options[key] = value
+        else:
+            extra.append(argument)
+    if not torch.cuda.is_available():
+        print("error: bench_step times a GPU and there is none here", file=sys.stderr)
+        return 1
+    ranks = setup()
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, overrides {extra}; MFU = {MFU_FORMULA}", flush=True
+    )
+    timings: list[Timing] = []
+    for model in options["models"].split(","):
+        for recipe in options["recipes"].split(","):
+            try:
+                timings.append(run(model, recipe, int(options["steps"]), extra, ranks))
+                print(table(timings[-1:]).splitlines()[1], flush=True)
+            except Exception as error:  # one failing recipe must not cost the others' measurements
+                print(f"{model} {recipe}: failed: {type(error).__name__}: {str(error)[:2000]}", flush=True)
+            if options["json"]:
+                Path(options["json"]).write_text(json.dumps([asdict(t) for t in timings], indent=1))
+    print(table(timings))
+    return 0 if timings else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
