@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from analysis.compare import Group
 from analysis.runs import Run
+from analysis.tables import tokens
 
 # Okabe-Ito without yellow (unreadable on white); the baseline is black. Line styles repeat with another period, so
 # that two lines never share both.
@@ -49,9 +50,9 @@ def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]
         ax.plot(x, mean, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
         if len(x):
             ends.append((x[-1], mean[-1], group.label, colour))
-    _axes(ax, "loss [nats/token]", "Loss: validation (thick, mean over seeds), training (thin)")
+    style_axes(ax, "loss [nats/token]", "Loss: validation (thick, mean over seeds), training (thin)")
     _zoom(ax, groups)
-    _labels(ax, ends)
+    end_labels(ax, ends)
 
 
 def draw_gaps(ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple[str, str]]) -> None:
@@ -71,9 +72,9 @@ def draw_gaps(ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple
             ends.append((x[-1], mean[-1] * 1e3, group.label, colour))
     seeds = max(len(g.by_seed()) for g in groups)
     band = "band: standard error over seeds" if seeds > 1 else "one seed: no error bar"
-    _axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Validation gap to {base.label} ({band})")
+    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Validation gap to {base.label} ({band})")
     _gap_limits(ax, ends)
-    _labels(ax, ends)
+    end_labels(ax, ends)
 
 
 def gap_curve(group: Group, base: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -136,22 +137,25 @@ def _gap_limits(ax: Axes, ends: list[tuple]) -> None:
         ax.set_ylim(low - margin, high + margin)
 
 
-def _axes(ax: Axes, label: str, title: str) -> None:
-    ax.set_xlabel("training tokens")
+def style_axes(ax: Axes, label: str, title: str, x: str = "training tokens") -> None:
+    ax.set_xlabel(x)
     ax.set_ylabel(label)
     ax.set_title(title, fontsize=10, loc="left")
-    ax.xaxis.set_major_formatter(matplotlib.ticker.EngFormatter(sep=""))
+    if x == "training tokens":
+        ax.xaxis.set_major_formatter(lambda value, _: tokens(value))
+        ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     ax.grid(color="#DDDDDD", linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
 
 
-def _labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
-    """Names at the right ends, pushed apart so that they never overlap, with room made for them."""
+def end_labels(ax: Axes, ends: list[tuple[float, float, str, str]], fontsize: float = 9) -> None:
+    """Names of lines (x, y, name, colour) right of the axes, pushed apart so that they never overlap."""
     ends = sorted((e for e in ends if np.isfinite(e[1])), key=lambda e: e[1])
     if not ends:
         return
     low, high = ax.get_ylim()
-    room = 0.052 * (high - low)  # one line of 9-point text at this figure height
+    inches = ax.bbox.height / ax.get_figure(root=True).dpi
+    room = 1.35 * fontsize / 72 / inches * (high - low)  # one line of text
     heights = [float(np.clip(y, low, high)) for _, y, _, _ in ends]
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + room)
@@ -159,12 +163,13 @@ def _labels(ax: Axes, ends: list[tuple[float, float, str, str]]) -> None:
     for i in range(len(heights) - 2, -1, -1):
         heights[i] = min(heights[i], heights[i + 1] - room)
     x_end = max(e[0] for e in ends)
-    ax.set_xlim(right=x_end + 0.01 * (x_end - ax.get_xlim()[0]))  # the last marker whole
+    if ax.get_xscale() == "linear":
+        ax.set_xlim(right=x_end + 0.01 * (x_end - ax.get_xlim()[0]))  # the last marker whole
     for (x, y, name, colour), height in zip(ends, heights, strict=True):
         anchor = {"xycoords": "data", "textcoords": ax.get_yaxis_transform(), "annotation_clip": False}
         arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
         at = (x, float(np.clip(y, low, high)))
-        ax.annotate(name, at, (1.03, height), color=colour, fontsize=9, va="center", arrowprops=arrow, **anchor)
+        ax.annotate(name, at, (1.03, height), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
 
 
 def save(fig: Figure, path) -> None:

@@ -1,0 +1,88 @@
+"""The scaling-law fit as Markdown and JSON."""
+
+import numpy as np
+
+from analysis.law import Factors, GapPower, Law, interval, residuals, rms
+from analysis.published import MAIN, Points, gaps, reduction
+from analysis.tables import tokens
+
+
+def law_table(law: Law, laws: list[Law]) -> str:
+    """Parameters of the base law with bootstrap intervals; A and B refer to N/1e8 and D/1e10."""
+    lines = ["| parameter | value | 95 % bootstrap |", "| --- | --- | --- |"]
+    for name, value in law.as_dict().items():
+        low, high = interval([getattr(drawn, name) for drawn in laws])
+        lines.append(f"| {name} | {value:.4f} | {low:.4f} .. {high:.4f} |")
+    return "\n".join(lines) + "\n"
+
+
+def form_table(fits: dict[str, Law], base: Points, without: dict[str, dict[int, float]]) -> str:
+    """Root-mean-square and largest residual of each form, and the rms when one size is left out of the fit."""
+    sizes = sorted({n for n, _ in base})
+    head = ["form", "rms e-3", "largest e-3", *(f"rms without {s / 1e6:.0f}M" for s in sizes)]
+    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    for form, law in fits.items():
+        worst = max(np.abs(list(residuals(law, base).values())))
+        row = [form, f"{1e3 * rms(law, base):.2f}", f"{1e3 * worst:.1f}"]
+        row += [f"{1e3 * without[form][s]:.2f}" if s in without[form] else "-" for s in sizes]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def factor_table(
+    factors: dict[str, Factors],
+    drawn: dict[str, list[Factors]],
+    recipes: dict[str, Points],
+    base: Points,
+    power: dict[str, GapPower],
+) -> str:
+    """Per recipe: mean gap, efficiency factors with intervals, and the power law of the gap beside it."""
+    lines = [
+        "| recipe | cells | mean gap e-3 | eff_N | eff_D | rms e-3 | gap = c N^p D^q: c e-3, p, q | rms e-3 |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for name in sorted(factors, key=lambda key: -factors[key].eff_n):
+        f, p = factors[name], power[name]
+        mean = 1e3 * np.mean(list(gaps(recipes[name], base).values()))
+        spans = [interval([getattr(x, field) for x in drawn[name]]) for field in ("eff_n", "eff_d")]
+        eff = [f"{v:.3f} ({lo:.3f} .. {hi:.3f})" for v, (lo, hi) in zip((f.eff_n, f.eff_d), spans, strict=True)]
+        shape = f"{1e3 * p.scale:.1f}, {p.n_power:+.2f}, {p.d_power:+.2f}"
+        row = (name, f"{f.cells}", f"{mean:+.1f}", *eff, f"{1e3 * f.rms:.2f}", shape, f"{1e3 * p.rms:.2f}")
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def claim_table(recipes: dict[str, Points]) -> str:
+    """Gap reduction of quartet2 against each earlier recipe, summarised and by cell; cells under 20 % are marked."""
+    others = [name for name in MAIN[1:] if name in recipes]
+    cuts = {name: reduction(recipes, "quartet2", name) for name in others}
+    lines = ["| quartet2 against | smallest | mean | largest | cells under 20 % |", "| --- | --- | --- | --- | --- |"]
+    for name, cut in cuts.items():
+        low, mean, high = cut.summary()
+        lines.append(f"| {name} | {low:.1%} | {mean:.1%} | {high:.1%} | {cut.misses} of {len(cut.cells)} |")
+    lines += ["", "| N | D | D/N | " + " | ".join(others) + " |", "| --- " * (3 + len(others)) + "|"]
+    for n, d in sorted(set().union(*(cut.cells for cut in cuts.values()))):
+        shares = [cuts[name].cells.get((n, d), np.nan) for name in others]
+        marked = [f"{s:.1%}" if s >= 0.2 else f"**{s:.1%}**" for s in shares]
+        lines.append(f"| {n / 1e6:.0f}M | {tokens(d)} | {d / n:.0f} | " + " | ".join(marked) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def overlay_table(ours: dict[str, Points], published: dict[str, Points]) -> str:
+    """Our gaps beside the published ones at the same N and D (both within 1 %)."""
+    lines = ["| recipe | N | D | our gap e-3 | published gap e-3 |", "| --- | --- | --- | --- | --- |"]
+    for name, points in ours.items():
+        for (n, d), gap in gaps(points, ours.get("bf16", {})).items():
+            theirs = nearest(gaps(published.get(name, {}), published["bf16"]), n, d)
+            if name != "bf16":
+                shown = "-" if theirs is None else f"{1e3 * theirs:+.1f}"
+                lines.append(f"| {name} | {n / 1e6:.1f}M | {tokens(d)} | {1e3 * gap:+.1f} | {shown} |")
+    return "\n".join(lines) + "\n"
+
+
+def nearest(points: Points, n: float, d: float) -> float | None:
+    """The value at the cell within 1 % of (n, d), or None."""
+    for (size, length), value in points.items():
+        if abs(size / n - 1) < 0.01 and abs(length / d - 1) < 0.01:
+            return value
+    return None

@@ -1,0 +1,152 @@
+"""Fit loss(N, D, recipe) to the published runs, to ours, or show ours over the published fit.
+
+python scripts/fit_scaling_law.py --out results/law                       # the 574 published runs
+python scripts/fit_scaling_law.py --runs 'runs/*' --out results/law        # ours over the published fit
+python scripts/fit_scaling_law.py --runs 'runs/*' --fit ours               # the law from our runs alone
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+import numpy as np
+
+from analysis import law as laws
+from analysis import law_report, published
+from analysis.compare import group_runs
+from analysis.published import Points
+from analysis.runs import find_runs
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--runs", nargs="*", default=[], help="our run folders, or quoted globs; finished ones are used"
+    )
+    parser.add_argument(
+        "--published", type=Path, default=published.DEFAULT_PATH, help="CSV: size,N,D,scheme,variant,final_loss"
+    )
+    parser.add_argument("--fit", choices=("published", "ours"), default="published", help="which points make the law")
+    parser.add_argument("--form", choices=tuple(laws.FORMS), default="coupled")
+    parser.add_argument("--draws", type=int, default=200, help="bootstrap draws")
+    parser.add_argument("--out", type=Path, default=Path("law"), help="folder for law.md, law.json, law.png")
+    return parser.parse_args()
+
+
+def our_points(patterns: list[str]) -> dict[str, Points]:
+    """{recipe label: {(N, D): mean final loss over seeds}} of finished runs."""
+    points: dict[str, dict[tuple[int, int], list[float]]] = {}
+    for group in group_runs([run for run in find_runs(patterns) if run.finished]) if patterns else []:
+        for run in group.runs:
+            cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
+            points.setdefault(run.info["recipe_label"], {}).setdefault(cell, []).append(run.result["final_loss"])
+    return {label: {cell: float(np.mean(v)) for cell, v in cells.items()} for label, cells in points.items()}
+
+
+def fit(points: dict[str, Points], form: str, draws: int) -> dict:
+    """Everything the report shows: both forms, residuals without each size, factors and bootstrap draws."""
+    base = points["bf16"]
+    recipes = {k: v for k, v in points.items() if k != "bf16" and len(published.gaps(v, base)) >= 3}
+    fits = {name: laws.fit_law(base, name) for name in laws.FORMS}
+    base_laws, drawn = laws.bootstrap(fits[form], form, base, recipes, draws)
+    return {
+        "base": base,
+        "recipes": recipes,
+        "fits": fits,
+        "without": {name: leave_out(law, name, base) for name, law in fits.items()},
+        "factors": {name: laws.fit_factors(fits[form], p, base) for name, p in recipes.items()},
+        "power": {name: laws.fit_gap_power(p, base) for name, p in recipes.items()},
+        "laws": base_laws,
+        "drawn": drawn,
+    }
+
+
+def leave_out(law: laws.Law, form: str, base: Points) -> dict[int, float]:
+    """{size left out: rms residual of the fit to the others}; sizes whose loss leaves too few cells are missing."""
+    found = {}
+    for size in sorted({n for n, _ in base}):
+        rest = {cell: v for cell, v in base.items() if cell[0] != size}
+        try:
+            found[size] = laws.rms(laws.fit_law(rest, form, start=law), rest)
+        except ValueError:
+            continue
+    return found
+
+
+def report(result: dict, form: str, source: str, ours: dict[str, Points], everyone: dict[str, Points]) -> str:
+    law, base = result["fits"][form], result["base"]
+    parts = [
+        f"# Scaling law of {source}: {len(base)} baseline cells, {len(result['recipes'])} recipes\n",
+        "loss = E + (A (eff_N N/1e8)^-alpha + B (eff_D D/1e10)^-beta)^gamma, nats/token; N non-embedding parameters.\n",
+        law_report.law_table(law, result["laws"]),
+        "How well each form fits the baseline, and without one size (additive: gamma = 1):\n",
+        law_report.form_table(result["fits"], base, result["without"]),
+        "Efficiency factors, fitted on gaps at equal (N, D), and a power law of the gap for comparison:\n",
+        law_report.factor_table(result["factors"], result["drawn"], result["recipes"], base, result["power"]),
+    ]
+    if "quartet2" in everyone and "tetrajet2" in everyone:
+        parts += [
+            "Reduction of the gap to bf16 by quartet2 (claimed: at least 20 %):\n",
+            law_report.claim_table(everyone),
+        ]
+    if ours and everyone:
+        parts += ["Our gaps beside the published ones:\n", law_report.overlay_table(ours, everyone)]
+    return "\n".join(parts)
+
+
+def as_json(result: dict, form: str) -> dict:
+    low_high = {
+        name: {field: laws.interval([getattr(x, field) for x in draws]) for field in ("eff_n", "eff_d")}
+        for name, draws in result["drawn"].items()
+    }
+    return {
+        "form": form,
+        "laws": {name: law.as_dict() for name, law in result["fits"].items()},
+        "rms": {name: laws.rms(law, result["base"]) for name, law in result["fits"].items()},
+        "rms_without_size": result["without"],
+        "intervals": {k: laws.interval([getattr(x, k) for x in result["laws"]]) for k in result["laws"][0].as_dict()},
+        "factors": {name: asdict(f) | {"intervals": low_high[name]} for name, f in result["factors"].items()},
+    }
+
+
+def draw(result: dict, form: str, ours: dict[str, Points], path: Path) -> None:
+    from analysis import law_plots, plots
+
+    shown = {k: v for k, v in result["recipes"].items() if k in published.MAIN} or result["recipes"]
+    named = {k: f for k, f in result["factors"].items() if k in published.NAMES.values()} or result["factors"]
+    spread = {
+        name: tuple(laws.interval([getattr(x, f) for x in draws]) for f in ("eff_n", "eff_d"))
+        for name, draws in result["drawn"].items()
+    }
+    plots.save(law_plots.figure(result["fits"][form], result["base"], shown, named, spread, ours), path)
+
+
+def main() -> int:
+    args = arguments()
+    try:
+        ours = our_points(args.runs)
+        everyone = published.load(args.published) if args.published.exists() else {}
+        points = ours if args.fit == "ours" else everyone
+        if "bf16" not in points:
+            source = "finished bf16 runs among --runs" if args.fit == "ours" else f"published runs at {args.published}"
+            raise ValueError(f"no {source}; a law needs the baseline")
+        result = fit(points, args.form, args.draws)
+    except ValueError as error:
+        print(f"fit_scaling_law: {error}", file=sys.stderr)
+        return 2
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = report(result, args.form, "the published runs" if args.fit == "published" else "our runs", ours, everyone)
+    (args.out / "law.md").write_text(text)
+    (args.out / "law.json").write_text(json.dumps(as_json(result, args.form), indent=1) + "\n")
+    draw(result, args.form, ours, args.out / "law.png")
+    print(text)
+    print(f"written: {args.out}/law.md  law.json  law.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

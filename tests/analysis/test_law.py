@@ -1,0 +1,142 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import write_run
+
+from analysis import law, published
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "fit_scaling_law.py"
+TRUE = law.Law(e=1.7, a=0.6, alpha=0.35, b=0.25, beta=0.4, gamma=0.8)
+CELLS = [(int(n), int(n * ratio)) for n in (3e7, 5e7, 1e8, 2e8) for ratio in (25, 50, 100, 200, 400)]
+needs_published = pytest.mark.skipif(
+    not published.DEFAULT_PATH.exists(), reason=f"the published runs are not at {published.DEFAULT_PATH}"
+)
+
+
+def points(eff_n=1.0, eff_d=1.0, noise=0.0, seed=0):
+    rng = np.random.default_rng(seed)
+    n, d = np.array(CELLS, dtype=float).T
+    values = TRUE.loss(n, d, eff_n, eff_d) + noise * rng.normal(size=len(n))
+    return dict(zip(CELLS, values.tolist(), strict=True))
+
+
+def test_the_law_by_hand():
+    # eff_N N = 1e8 and eff_D D = 1e10: (0.6 + 0.25)^0.8 + 1.7
+    assert TRUE.loss(2e8, 5e9, 0.5, 2.0) == pytest.approx(1.7 + 0.85**0.8)
+
+
+def test_a_known_law_and_known_factors_are_recovered():
+    found = law.fit_law(points(), "coupled")
+    assert law.rms(found, points()) < 1e-6
+    n, d = 8e8, 4e10  # and it extrapolates: four times the largest size
+    assert found.loss(n, d) == pytest.approx(TRUE.loss(n, d), abs=2e-4)
+    factors = law.fit_factors(found, points(0.8, 0.93), points())
+    assert (factors.eff_n, factors.eff_d) == pytest.approx((0.8, 0.93), abs=2e-3)
+
+
+def test_an_offset_shared_by_all_recipes_does_not_leak_into_the_factors():
+    shift = {cell: 0.01 * (cell[0] == CELLS[7][0]) for cell in CELLS}
+    base = {cell: v + shift[cell] for cell, v in points().items()}
+    quantized = {cell: v + shift[cell] for cell, v in points(0.8, 0.93).items()}
+    factors = law.fit_factors(TRUE, quantized, base)
+    assert (factors.eff_n, factors.eff_d) == pytest.approx((0.8, 0.93), abs=1e-3)
+
+
+def test_jacobian_agrees_with_finite_differences():
+    n, d = np.array(CELLS, dtype=float).T
+    theta = law._theta(TRUE, "coupled")
+    for i, column in enumerate(law._jacobian(theta, n, d).T):
+        step = np.eye(6)[i] * 1e-6
+        numeric = (law._law(theta + step).loss(n, d) - law._law(theta - step).loss(n, d)) / 2e-6
+        assert column == pytest.approx(numeric, rel=1e-6, abs=1e-9)
+
+
+def test_bootstrap_intervals_hold_the_truth_and_grow_with_the_noise():
+    widths = []
+    for noise in (1e-4, 1e-3):
+        base, quantized = points(noise=noise), points(0.8, 0.93, noise, seed=1)
+        fitted = law.fit_law(base, "coupled")
+        _, drawn = law.bootstrap(fitted, "coupled", base, {"q": quantized}, draws=40)
+        low, high = law.interval([f.eff_n for f in drawn["q"]])
+        assert low - 0.01 < 0.8 < high + 0.01
+        widths.append(high - low)
+    assert widths[1] > 3 * widths[0]
+
+
+def test_too_little_to_fit_is_an_error_that_says_what_is_needed():
+    few = dict(list(points().items())[:5])
+    with pytest.raises(ValueError, match="8 cells over 2 sizes and 3 token counts; got 5 cells, 1 sizes"):
+        law.fit_law(few)
+    with pytest.raises(ValueError, match="three cells shared with the baseline, got 2"):
+        law.fit_factors(TRUE, dict(list(few.items())[:2]), few)
+
+
+def test_gap_power_law_is_recovered():
+    base = points()
+    quantized = {(n, d): v + 0.05 * (n / 1e8) ** -0.2 * (d / 1e10) ** 0.1 for (n, d), v in base.items()}
+    found = law.fit_gap_power(quantized, base)
+    assert (found.scale, found.n_power, found.d_power) == pytest.approx((0.05, -0.2, 0.1), abs=1e-4)
+
+
+@needs_published
+def test_published_file_is_read_whole_and_gives_the_published_means():
+    recipes = published.load()
+    assert len(recipes) == 34 and sum(map(len, recipes.values())) == 568  # 574 rows, 6 of them twice
+    means = {name: 1e3 * np.mean(list(published.gaps(recipes[name], recipes["bf16"]).values())) for name in recipes}
+    assert means["forward: 1x16 + 4/6"] == pytest.approx(50.5, abs=0.05)
+    assert means["backward: SR"] == pytest.approx(11.1, abs=0.05)
+    assert recipes["bf16"][(30482560, 749993984)] == pytest.approx(3.4226, abs=5e-5)
+
+
+@needs_published
+@pytest.mark.parametrize(
+    ("other", "low", "mean", "high", "misses"),
+    [
+        ("nvidia", 0.215, 0.274, 0.324, 0),
+        ("nvidia + 4/6", 0.190, 0.236, 0.272, 1),
+        ("tetrajet2", 0.126, 0.179, 0.250, 14),
+    ],
+)
+def test_where_the_claim_of_20_percent_holds(other, low, mean, high, misses):
+    found = published.reduction(published.load(), "quartet2", other)
+    assert found.summary() == pytest.approx((low, mean, high), abs=6e-4)
+    assert (found.misses, len(found.cells)) == (misses, 21)
+
+
+@needs_published
+def test_coupled_form_fits_the_published_baseline_far_better_than_the_additive_one():
+    base = published.load()["bf16"]
+    fits = {form: law.fit_law(base, form) for form in law.FORMS}
+    assert law.rms(fits["additive"], base) == pytest.approx(7.2e-3, rel=0.02)
+    assert law.rms(fits["coupled"], base) == pytest.approx(3.45e-3, rel=0.02)
+    rest = {cell: v for cell, v in base.items() if cell[0] != 49556736}
+    assert law.rms(law.fit_law(rest, "coupled", fits["coupled"]), rest) < 1e-3
+
+
+def test_a_cell_that_occurs_with_two_losses_is_an_error(tmp_path):
+    path = tmp_path / "runs.csv"
+    path.write_text("size,N,D,scheme,variant,final_loss\n30M,1,2,bf16,-,3.0\n30M,1,2,bf16,-,3.1\n")
+    with pytest.raises(ValueError, match=r"occurs with 3.0 and 3.1"):
+        published.load(path)
+
+
+def test_command_line_fits_our_own_runs(tmp_path):
+    for recipe, eff_n in (("bf16", 1.0), ("quartet2", 0.8)):
+        for i, n in enumerate((3e7, 1e8, 2e8)):
+            for j, steps in enumerate((1000, 4000, 16000)):
+                loss = float(TRUE.loss(n, steps * 262144, eff_n))
+                write_run(
+                    tmp_path / "runs", recipe, 0, loss, name=f"{recipe}-{i}-{j}", parameters_non_embedding=int(n),
+                    steps=steps, tokens_per_step=262144,
+                )  # fmt: skip
+    command = [sys.executable, str(SCRIPT), "--runs", f"{tmp_path}/runs/*", "--fit", "ours", "--draws", "5"]
+    done = subprocess.run([*command, "--out", str(tmp_path / "law")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "law" / "law.json").read_text())
+    assert found["factors"]["quartet2"]["eff_n"] == pytest.approx(0.8, abs=0.01)
+    assert "| quartet2 | 9 |" in (tmp_path / "law" / "law.md").read_text()
+    assert (tmp_path / "law" / "law.png").read_bytes()[:4] == b"\x89PNG"
