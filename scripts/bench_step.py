@@ -1,12 +1,12 @@
-"""Time whole training steps (forward, backward, clip, AdamW) of models under recipes, on one GPU, and compare with bf16.
+"""Time whole training steps (forward, backward, clip, AdamW) on one GPU, and compare with bf16 in the same run.
 
-    python scripts/bench_step.py models=llama_30m,llama_100m,wide recipes=bf16,quartet2,nvidia [steps=25] [json=FILE] [key=value ...]
+    python scripts/bench_step.py models=llama_30m,llama_100m,wide recipes=bf16,quartet2 [steps=25] [json=FILE]
 
 Any further key=value is an override of train.py (compile=false, backend=reference, model.residual_dtype=bfloat16).
-`wide` is the 24-layer 2048-wide model of the speed issue. Recipes may carry overrides: recipes='quartet2;quant.fprop.x.tensor_scale=pow2'.
-Every model and recipe is built anew in this process, on random tokens. Reported: min and median over the timed steps (CUDA
-events around each whole step), tokens/s, MFU by the named formula, peak memory, the time of the first step (compilation included),
-recompilations after the second step, and the ratio of the medians to bf16 of the same model in the same run.
+`wide` is the 24-layer, 2048-wide model of the speed issue. A recipe may carry overrides of its own, behind semicolons:
+recipes='bf16,quartet2;quant.fprop.x.tensor_scale=pow2'. Every model and recipe is built anew in this process, on random
+tokens. Reported: min, median and max over the timed steps (CUDA events around each), tokens/s, MFU by the named formula,
+peak memory, the first step's time (compilation included), recompilations after the second step, ratios to bf16.
 """
 
 import gc
@@ -14,6 +14,7 @@ import json
 import sys
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -124,7 +125,7 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist) -> T
         nats = step(5 + index)
         events[index + 1].record()
     torch.cuda.synchronize()
-    times = [a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False)]
+    times = [a.elapsed_time(b) for a, b in pairwise(events)]
     rate = 1e3 * tokens / median(times)
     peak = peak_flops(ranks.device)
     return Timing(
@@ -149,17 +150,17 @@ def graphs() -> int:
 
 
 def table(timings: list[Timing]) -> str:
-    lines = [
-        "model      recipe                 min ms  median     max   ratio  Mtok/s   MFU   GiB  (ratio)  first s  recompiled"
-    ]
+    head = "model       recipe                  min ms  median     max   ratio  Mtok/s    MFU    GiB   ratio"
+    lines = [head + "  first s  recompiled"]
     for t in timings:
         base = next((b for b in timings if b.model == t.model and b.recipe == "bf16"), None)
         ratio = f"{t.ms_median / base.ms_median:.3f}" if base else "-"
         memory = f"{t.memory_gib / base.memory_gib:.3f}" if base else "-"
         mfu = f"{100 * t.mfu:.1f}%" if t.mfu else "-"
         lines.append(
-            f"{t.model:<10} {t.recipe:<22} {t.ms_min:6.1f}  {t.ms_median:6.1f}  {t.ms_max:6.1f}  {ratio:>6}  {t.tokens_per_second / 1e6:6.3f}"
-            f"  {mfu:>5} {t.memory_gib:5.1f}  {memory:>7}  {t.first_step_s:7.1f}  {t.recompilations:>10}"
+            f"{t.model:<11} {t.recipe:<22} {t.ms_min:7.1f} {t.ms_median:7.1f} {t.ms_max:7.1f} {ratio:>7} "
+            f"{t.tokens_per_second / 1e6:7.3f} {mfu:>6} {t.memory_gib:6.1f} {memory:>7} {t.first_step_s:8.1f} "
+            f"{t.recompilations:>11}"
         )
     return "\n".join(lines)
 
