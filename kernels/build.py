@@ -11,7 +11,6 @@ CUTLASS checkout). On a Blackwell machine the first use of a kernel calls build(
 
 import argparse
 import fcntl
-import functools
 import hashlib
 import importlib.util
 import json
@@ -116,7 +115,6 @@ def cutlass_version(root: Path) -> str:
     return ".".join(re.search(rf"CUTLASS_{part}\s+(\d+)", text)[1] for part in ("MAJOR", "MINOR", "PATCH"))
 
 
-@functools.cache
 def library_path(unit: Unit) -> Path:
     """Where the library of the present sources lies, built or not. Needs neither nvcc nor CUTLASS."""
     digest = hashlib.sha256("\0".join((*unit.flags, os.environ.get("CUTLASS_PATH", CUTLASS_PACKAGE))).encode())

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kernels import build
 from kernels.gemm_nvfp4 import rules
-from kernels.gemm_nvfp4.operands import prepare
+from kernels.gemm_nvfp4.operands import crop, prepare
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.scale_layout import COLUMN_MULTIPLE
 
@@ -38,7 +38,7 @@ def gemm_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor, alpha: Tensor, out_dtype: torch.d
     """alpha * A B^T on raw operands, checked by the public function (kernels/gemm_nvfp4). `kind` does not matter."""
     left, right = prepare(a), prepare(b, COLUMN_MULTIPLE)
     d = gemm_op(left.codes, left.scales, right.codes, right.scales, alpha, out_dtype)
-    return d if right.rows == d.shape[1] else d.narrow(1, 0, right.rows).contiguous()
+    return crop(d, right.rows)
 
 
 @torch.library.custom_op("nibble::gemm_nvfp4_cutlass", mutates_args=(), device_types="cuda")

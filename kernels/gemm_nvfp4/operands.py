@@ -39,3 +39,11 @@ def prepare(operand: NVFP4Tensor, row_multiple: int = 1) -> HardwareOperand:
     if extra_rows or extra_bytes:
         codes = F.pad(codes, (0, extra_bytes, 0, extra_rows))
     return HardwareOperand(codes.contiguous(), swizzle(scales).view(torch.float8_e4m3fn), rows)
+
+
+def crop(d: Tensor, columns: int) -> Tensor:
+    """The first `columns` columns of a result, contiguous; d itself if it has no more."""
+    if d.shape[1] == columns:
+        return d
+    # Not d[:, :columns].contiguous(): a CPU build of torch can't trace that on fake CUDA tensors (2.13).
+    return d.narrow(1, 0, columns).clone(memory_format=torch.contiguous_format)

@@ -8,7 +8,7 @@ elsewhere.
 import torch
 from torch import Tensor
 
-from kernels.gemm_nvfp4.operands import prepare
+from kernels.gemm_nvfp4.operands import crop, prepare
 from kernels.nvfp4 import NVFP4Tensor
 
 # torch asks for multiples of 16 of both extents of its second operand, more than the 8 that TMA needs.
@@ -47,4 +47,4 @@ def gemm_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor, alpha: Tensor, out_dtype: torch.d
         swizzle_b=swizzles,
         output_dtype=out_dtype,
     )
-    return d if right.rows == d.shape[1] else d.narrow(1, 0, right.rows).contiguous()
+    return crop(d, right.rows)
