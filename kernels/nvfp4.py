@@ -38,6 +38,15 @@ class NVFP4Tensor:
             scales = scales.repeat_interleave(NVFP4_BLOCK, dim=0)
         return decode(unpack(self.codes)) * scales
 
+    def transposed(self) -> "NVFP4Tensor":
+        """The packed transpose [C, R], with the same codes and scales. ValueError for other than 16x16 blocks."""
+        if not self.is_square:
+            raise ValueError(
+                "only 16x16 blocks can be transposed; 1x16 blocks must be quantized again along the other axis"
+            )
+        codes = pack(unpack(self.codes).t().contiguous())
+        return NVFP4Tensor(codes, self.block_scales.t().contiguous(), self.global_scale)
+
     def dequantize(self) -> Tensor:
         """float32 [R, C] with all scales: (codes * block_scales) * global_scale, one FP32 rounding."""
         return self.values() * self.global_scale

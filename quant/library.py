@@ -1,0 +1,67 @@
+"""The recipe files of configs/quant, read without Hydra: for tests, scripts, and rules that name another recipe."""
+
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import configs
+from quant.recipe import SLOTS, SPEC_FIELDS, Recipe
+
+FOLDER = Path(configs.__file__).parent / "quant"
+# Keys of a recipe file that belong to the precision plan (quant/plan.py), not to the recipe.
+PLAN_KEYS = ("rules", "high_precision")
+
+
+def names() -> list[str]:
+    """The recipes in configs/quant, sorted."""
+    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
+
+
+def mapping(name: str) -> dict[str, Any]:
+    """The file of recipe `name` as a plain mapping. Raises ValueError that names the nearest recipe."""
+    known = names()
+    if name not in known:
+        near = get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known)}"
+        raise ValueError(f"no recipe {name!r} in configs/quant; {hint}")
+    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+
+
+def load(name: str) -> Recipe:
+    """Recipe `name` of configs/quant."""
+    return build(mapping(name))
+
+
+def build(values: dict[str, Any]) -> Recipe:
+    """A recipe from a mapping in the form of a recipe file, possibly overridden; a GEMM may be "none"."""
+    fields = {key: value for key, value in values.items() if key not in PLAN_KEYS}
+    has_file = fields.get("name") in names()
+    base = Recipe.from_dict(_recipe_fields(mapping(fields["name"]))) if has_file else None
+    return Recipe.from_dict(fields, base)
+
+
+def label(recipe: Recipe) -> str:
+    """The recipe's name and each field that differs from its file: "quartet2 fprop.x.select=absmax"."""
+    if recipe.name not in names():
+        return recipe.name
+    base, own = _flat(load(recipe.name).to_dict()), _flat(recipe.to_dict())
+    changed = {key: value for key, value in own.items() if base[key] != value}
+    # Fields that follow from others of the same slot add nothing.
+    for slot in SLOTS:
+        follow = SPEC_FIELDS[1:] if own[f"{slot}.grid"] == "none" else ("target_max", "scale_cap")
+        if f"{slot}.grid" in changed or f"{slot}.select" in changed or f"{slot}.rounding" in changed:
+            changed = {key: value for key, value in changed.items() if key not in {f"{slot}.{name}" for name in follow}}
+    return " ".join([recipe.name, *(f"{key}={value}" for key, value in changed.items())])
+
+
+def _recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in PLAN_KEYS}
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out

@@ -1,0 +1,226 @@
+"""The linear layer of every recipe: one autograd function, three GEMMs, six operand slots (quant/recipe.py).
+
+Kept from forward to backward, and nothing else: for dgrad.w and wgrad.x what their `source` names.
+    fprop, fprop_transposed   what fprop multiplied: NVFP4 codes and scales, FP8 bytes and scale, or the tensor itself
+    input, dgrad.w            nothing: the FP32 master weight is there anyway
+    input, wgrad.x            the operand of wgrad itself, quantized in the forward where it is quantized (random bits
+                              are counters, so it is the same operand), else x in BF16
+The gradient of the quantizers is the straight-through one: dX and dW are those of the quantized product.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels import gemm as gemms
+from kernels import quantize as ops
+from kernels.nvfp4 import NVFP4Tensor
+from kernels.quantize import Quantized
+from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe
+
+# Contraction axis of each operand in its natural layout.
+AXES = {"fprop.x": 1, "fprop.w": 1, "dgrad.dy": 1, "dgrad.w": 0, "wgrad.dy": 0, "wgrad.x": 0}
+FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+# What an operand can be made from: the tensor as it came, or what an earlier quantization left.
+Held = Tensor | NVFP4Tensor | Quantized
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the quantizers of one call share: the recipe, the random state, and who counts (quant/stats.py) or None."""
+
+    recipe: Recipe
+    rng: Tensor
+    layer: Tensor
+    watch: Any = None
+
+
+class QuantLinear(nn.Module):
+    """y = x W^T with the GEMMs of a recipe. x [..., K] bf16 -> y [..., N] bf16; weight [N, K] float32, no bias.
+
+    rng: int64 [3] (seed, step, micro-batch), one tensor shared by all layers, updated in place by the trainer before
+    each micro-batch and left alone until its backward is done. It is not a buffer: DDP must not broadcast it.
+    Raises ValueError for a bias, for an input that is not bf16, and from the quantizers for shapes that don't divide.
+    """
+
+    def __init__(self, linear: nn.Linear, recipe: Recipe, layer: int, rng: Tensor):
+        super().__init__()
+        if linear.bias is not None:
+            raise ValueError("quantized linear layers have no bias; build the model with bias=False")
+        self.weight = linear.weight
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.recipe = recipe
+        self.rng = rng
+        self.watch = None
+        self.register_buffer("layer", torch.tensor(layer, device=rng.device), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.bfloat16:
+            raise ValueError(f"QuantLinear takes bfloat16 (the compute dtype of a converted model); got {x.dtype}")
+        keep = torch.is_grad_enabled() and self.weight.requires_grad
+        context = Context(self.recipe, self.rng, self.layer, self.watch)
+        y = QuantizedProduct.apply(x.reshape(-1, self.in_features), self.weight, self.rng, self.layer, context, keep)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, recipe={self.recipe.name}"
+
+
+class QuantizedProduct(torch.autograd.Function):
+    """X [M,K] bf16, W [N,K] float32 -> Y [M,N] bf16; dX bf16, dW float32."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, rng: Tensor, layer: Tensor, context: Context, keep: bool) -> Tensor:
+        w = weight.to(torch.bfloat16)
+        recipe = context.recipe
+        signs = rotation_signs(context, "fprop")
+        save = {slot: keep and keeps_fprop(recipe, slot) for slot in FPROP_SLOT}
+        qx = make_operand(x, "fprop.x", context, signs, also_packed=save["wgrad.x"])
+        qw = make_operand(w, "fprop.w", context, signs, also_packed=save["dgrad.w"])
+        if keep:
+            kept_w = hold(qw, recipe.operand("fprop.w")) if save["dgrad.w"] else weight
+            kept_x = hold(qx, recipe.operand("fprop.x")) if save["wgrad.x"] else keep_input(x, context)
+            parts = flatten(kept_w), flatten(kept_x)
+            ctx.save_for_backward(rng, layer, *parts[0], *parts[1])
+            ctx.kinds, ctx.split, ctx.context = (type(kept_w), type(kept_x)), len(parts[0]), context
+        return product(qx, qw, "fprop", recipe.fprop, torch.bfloat16)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        rng, layer, *parts = ctx.saved_tensors
+        context = replace(ctx.context, rng=rng, layer=layer)
+        kept_w = rebuild(ctx.kinds[0], parts[: ctx.split])
+        kept_x = rebuild(ctx.kinds[1], parts[ctx.split :])
+        dy = dy.contiguous()
+        dx = data_gradient(dy, kept_w, context) if ctx.needs_input_grad[0] else None
+        dw = weight_gradient(dy, kept_x, context) if ctx.needs_input_grad[1] else None
+        return dx, dw, None, None, None, None
+
+
+def data_gradient(dy: Tensor, kept_w: Held, context: Context) -> Tensor:
+    """dX [M,K] bf16 = dY [M,N] W [N,K]. kept_w: the FP32 master, or what fprop used."""
+    signs = rotation_signs(context, "dgrad")
+    w = kept_w.to(torch.bfloat16) if isinstance(kept_w, Tensor) else kept_w
+    a = make_operand(dy, "dgrad.dy", context, signs)
+    return product(a, make_operand(w, "dgrad.w", context, signs), "dgrad", context.recipe.dgrad, torch.bfloat16)
+
+
+def weight_gradient(dy: Tensor, kept_x: Held, context: Context) -> Tensor:
+    """dW [N,K] float32 = dY^T X. kept_x: x in BF16, what fprop used, or the operand itself (`keep_input`)."""
+    signs = rotation_signs(context, "wgrad")
+    a = make_operand(dy, "wgrad.dy", context, signs)
+    if context.recipe.operand("wgrad.x").source != "input" or isinstance(kept_x, Tensor):
+        b = make_operand(kept_x, "wgrad.x", context, signs)
+    else:
+        b = as_it_is(kept_x, "wgrad.x", context)
+    return product(a, b, "wgrad", context.recipe.wgrad, torch.float32)
+
+
+def product(a: Quantized, b: Quantized, kind: str, gemm: Gemm, out_dtype: torch.dtype) -> Tensor:
+    """One GEMM; 1/dim of the unnormalised rotation goes into the scalar on the FP32 accumulator."""
+    return gemms.gemm(a, b, kind, 1.0 / gemm.rotation_dim if gemm.rotation_dim else 1.0, out_dtype)
+
+
+def rotation_signs(context: Context, name: str) -> Tensor | None:
+    """float32 [dim] shared by both operands of the GEMM, or None without a rotation."""
+    gemm = context.recipe.gemm(name)
+    if gemm.rotation_dim is None:
+        return None
+    if gemm.rotation.signs == "none":
+        return torch.ones(gemm.rotation_dim, device=context.rng.device)
+    fixed = gemm.rotation.signs == "fixed"
+    return ops.rht_signs(context.rng, context.layer, GEMMS.index(name), gemm.rotation_dim, fixed)
+
+
+def make_operand(held: Held, slot: str, context: Context, signs: Tensor | None, also_packed: bool = False) -> Quantized:
+    """The operand of a slot from what is there; `also_packed` keeps its NVFP4 codes beside the GEMM's own wish."""
+    operand = context.recipe.operand(slot)
+    if operand.source == "fprop_transposed" and not isinstance(held, Tensor):
+        return as_it_is(held, slot, context)
+    want = wanted(context.recipe, slot, also_packed and operand.spec.is_nvfp4)
+    arguments = operand.spec, AXES[slot], signs, operand.amax, (context.rng, context.layer, SLOTS.index(slot), want)
+    if context.watch is not None:
+        context.watch.count(slot, held, operand, AXES[slot], signs, context.rng, context.layer)
+    if isinstance(held, NVFP4Tensor):
+        return as_it_is(held, slot, context) if is_plain(operand, signs) else quantize_packed(held, *arguments)
+    if isinstance(held, Quantized):  # FP8: its one scale stays outside
+        inner = quantize_tensor(held.values, *arguments)
+        return replace(inner, scale=held.scale if inner.scale is None else inner.scale * held.scale)
+    return quantize_tensor(held, *arguments)
+
+
+def quantize_tensor(x: Tensor, spec, axis: int, signs: Tensor | None, amax: str | float, rest: tuple) -> Quantized:
+    largest = None if spec.grid == "none" else ops.amax(x, axis, signs, spec.per_row)
+    return ops.quantize(x, spec, axis, fixed_or(amax, largest), signs, *rest)
+
+
+def quantize_packed(p: NVFP4Tensor, spec, axis: int, signs: Tensor | None, amax: str | float, rest: tuple) -> Quantized:
+    largest = None if spec.grid == "none" else ops.amax_packed(p, axis, signs, spec.per_row)
+    return ops.requantize(p, spec, axis, fixed_or(amax, largest), signs, *rest)
+
+
+def fixed_or(amax: str | float, largest: Tensor | None) -> Tensor | None:
+    """A fixed amax is that of the tensor the quantizer sees: rotated, not normalised, without an outer scale."""
+    return largest if amax == "exact" or largest is None else torch.full_like(largest, amax)
+
+
+def is_plain(operand: Operand, signs: Tensor | None) -> bool:
+    return not operand.is_quantized and signs is None
+
+
+def wanted(recipe: Recipe, slot: str, also_packed: bool) -> tuple[str, ...]:
+    """Packed codes for a GEMM that multiplies those, if both its operands have them; else values."""
+    operands = recipe.gemm(slot.split(".")[0]).operands
+    want = gemms.wants() if all(operand.spec.is_nvfp4 for operand in operands) else "values"
+    return (want, "packed") if also_packed and want != "packed" else (want,)
+
+
+def as_it_is(held: NVFP4Tensor | Quantized, slot: str, context: Context) -> Quantized:
+    """A kept operand without another quantization, in the natural layout of the slot."""
+    if isinstance(held, Quantized):
+        return held
+    quantized_here = context.recipe.operand(slot).source == "input"  # then it is stored along this slot's contraction
+    if "packed" in wanted(context.recipe, slot, False):
+        return Quantized(None, held.global_scale, held if quantized_here else held.transposed())
+    plain = ops.dequantize(held)
+    return replace(plain, values=plain.values.t()) if quantized_here else plain
+
+
+def keeps_fprop(recipe: Recipe, slot: str) -> bool:
+    """Whether the backward's operand `slot` is made from what fprop multiplied (else from the tensor itself)."""
+    return recipe.operand(slot).source != "input" and recipe.operand(f"fprop.{FPROP_SLOT[slot]}").is_quantized
+
+
+def keep_input(x: Tensor, context: Context) -> Held:
+    """What wgrad needs of the original x: its operand, made now and smaller than x, or x itself."""
+    operand = context.recipe.operand("wgrad.x")
+    if operand.source != "input" or not operand.is_quantized:
+        return x
+    return hold(make_operand(x, "wgrad.x", context, rotation_signs(context, "wgrad"), also_packed=True), operand)
+
+
+def hold(quantized: Quantized, operand: Operand) -> Held:
+    """The smallest exact form of an operand: NVFP4 codes, or FP8 bytes beside their scale."""
+    if quantized.packed is not None:
+        return quantized.packed
+    return Quantized(quantized.values.to(FLOAT8[operand.spec.grid]), quantized.scale)
+
+
+def flatten(held: Held) -> tuple[Tensor, ...]:
+    if isinstance(held, Tensor):
+        return (held,)
+    if isinstance(held, NVFP4Tensor):
+        return held.codes, held.block_scales, held.global_scale
+    return held.values, held.scale
+
+
+def rebuild(kind: type, parts: list[Tensor]) -> Held:
+    """The inverse of `flatten`; FP8 bytes become BF16 values again."""
+    if kind is NVFP4Tensor:
+        return NVFP4Tensor(*parts)
+    if kind is Quantized:
+        return Quantized(parts[0].to(torch.bfloat16), parts[1])
+    return parts[0]

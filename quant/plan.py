@@ -1,0 +1,178 @@
+"""Which recipe each linear layer gets: ordered rules over module names, resolved once, saved with the run."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+
+from quant import library
+from quant.linear import QuantLinear
+from quant.recipe import SLOTS, Recipe
+
+# Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
+HEAD = "lm_head"
+BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose name matches the glob `match` get `recipe`."""
+
+    match: str
+    recipe: Recipe
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The `quant` group of the configuration: a recipe, rules over it, and blocks kept in BF16 at either end."""
+
+    recipe: Recipe
+    rules: tuple[Rule, ...] = ()
+    high_precision_first: int = 0
+    high_precision_last: int = 0
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "Precision":
+        """From the whole group as a plain mapping (configs/quant/*.yaml). Raises ValueError that says what to type."""
+        ends = mapping.get("high_precision") or {}
+        rules = []
+        for rule in mapping.get("rules") or []:
+            if not isinstance(rule, Mapping) or set(rule) != {"match", "recipe"}:
+                raise ValueError(f"quant.rules: got {rule!r}; write '[{{match: \"blocks.0.*\", recipe: bf16}}]'")
+            rules.append(Rule(str(rule["match"]), library.load(str(rule["recipe"]))))
+        counts = {"first": 0, "last": 0} | dict(ends)
+        if set(counts) != {"first", "last"} or not all(isinstance(n, int) and n >= 0 for n in counts.values()):
+            raise ValueError(f"quant.high_precision={dict(ends)}: give whole numbers of blocks as first and last")
+        return cls(library.build(dict(mapping)), tuple(rules), counts["first"], counts["last"])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One linear layer. index: its number among all nn.Linear of the model, part of the random counters."""
+
+    index: int
+    name: str
+    shape: tuple[int, int]
+    recipe: Recipe
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every linear layer of a model with its recipe."""
+
+    label: str
+    entries: tuple[Entry, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able: the recipes used, resolved, and each layer's. What the numerics hash of a run takes."""
+        recipes = {library.label(entry.recipe): entry.recipe.to_dict() for entry in self.entries}
+        layers = [
+            {"index": e.index, "name": e.name, "shape": list(e.shape), "recipe": library.label(e.recipe)}
+            for e in self.entries
+        ]
+        return {"label": self.label, "recipes": recipes, "layers": layers}
+
+    def table(self) -> str:
+        """One line for the layers of the same role, recipe and reason, with their blocks, then each recipe's slots."""
+        groups: dict[tuple[str, str, str], list[Entry]] = {}
+        for entry in self.entries:
+            role = BLOCK.sub("blocks.*.", entry.name)
+            groups.setdefault((role, library.label(entry.recipe), entry.reason), []).append(entry)
+        lines = [f"{'layers':28} {'blocks':>8}  {'recipe':24} why"]
+        lines += [f"{role:28} {_numbers(found):>8}  {name:24} {why}" for (role, name, why), found in groups.items()]
+        used = {library.label(entry.recipe): entry.recipe for entry in self.entries}
+        return "\n".join(lines + [line for name, recipe in used.items() for line in describe(name, recipe)])
+
+
+def describe(name: str, recipe: Recipe) -> list[str]:
+    """Lines that spell out a recipe's slots; one line for one that quantizes nothing."""
+    if not recipe.is_quantized:
+        return [f"{name}: all six operands unquantized"]
+    lines = [f"{name}:"]
+    for slot in SLOTS:
+        operand, spec = recipe.operand(slot), recipe.operand(slot).spec
+        rotation = recipe.gemm(slot.split(".")[0]).rotation
+        turned = f", rotation {rotation.dim} {rotation.signs}" if rotation.dim else ""
+        if not operand.is_quantized:
+            lines.append(f"  {slot:9} bf16, source {operand.source}")
+            continue
+        block = "x".join(map(str, spec.scales[-1].block)) if spec.is_nvfp4 else spec.scales[-1].block
+        eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""
+        how = f"{spec.grid} {block} {spec.select} {spec.rounding}{eden}"
+        lines.append(
+            f"  {slot:9} {how}, max {spec.target_max:g} cap {spec.scale_cap:g}, source {operand.source}{turned}"
+        )
+    return lines
+
+
+def resolve(model: nn.Module, precision: Precision) -> Plan:
+    """Assign a recipe to every nn.Linear: the base recipe, then BF16 end blocks, then the rules; the last match wins.
+
+    Raises ValueError for a rule that matches no layer (with the nearest name) and for more BF16 blocks than there are.
+    """
+    linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    eligible = [name for name, _ in linears if name != HEAD]
+    bf16 = library.load("bf16")
+    chosen = {name: (precision.recipe, "recipe") for name in eligible}
+    chosen |= {name: (bf16, "quant.high_precision") for name in _end_blocks(eligible, precision)}
+    for rule in precision.rules:
+        matched = [name for name in eligible if fnmatchcase(name, rule.match)]
+        if not matched:
+            near = get_close_matches(rule.match, eligible, n=1, cutoff=0.3)
+            hint = f"did you mean {near[0]!r}?" if near else f"layers: {', '.join(eligible[:6])}"
+            raise ValueError(f"quant.rules: {rule.match!r} matches no layer that can be quantized; {hint}")
+        chosen |= {name: (rule.recipe, f"rule {rule.match}") for name in matched}
+    chosen[HEAD] = (bf16, "the head stays in bf16")
+    entries = [
+        Entry(index, name, (module.out_features, module.in_features), *chosen[name])
+        for index, (name, module) in enumerate(linears)
+    ]
+    return Plan(_label(precision), tuple(entries))
+
+
+def convert(model: nn.Module, plan: Plan, rng: Tensor) -> nn.Module:
+    """Replace every nn.Linear by a QuantLinear with the same Parameter, in place; state_dict keys do not change.
+
+    rng: int64 [3] on the model's device, shared by all layers: (seed, step, micro-batch), updated in place by the
+    trainer. Call it after the model is built and on its device, before compile and DDP/FSDP. Returns model.
+    """
+    for entry in plan.entries:
+        parent_name, _, child = entry.name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        setattr(parent, child, QuantLinear(getattr(parent, child), entry.recipe, entry.index, rng))
+    return model
+
+
+def _numbers(entries: list[Entry]) -> str:
+    """Block numbers of the entries, runs as "0-5"."""
+    runs: list[list[int]] = []
+    for number in sorted(int(found[1]) for entry in entries if (found := BLOCK.search(entry.name))):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _end_blocks(names: list[str], precision: Precision) -> list[str]:
+    first, last = precision.high_precision_first, precision.high_precision_last
+    if not first and not last:
+        return []
+    numbers = {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
+    blocks = max(numbers.values(), default=-1) + 1
+    if first + last > blocks:
+        raise ValueError(f"quant.high_precision: first={first} and last={last} of a model with {blocks} blocks")
+    return [name for name, number in numbers.items() if number < first or number >= blocks - last]
+
+
+def _label(precision: Precision) -> str:
+    """The recipe's label, plus what rules and BF16 blocks change."""
+    ends = {"first": precision.high_precision_first, "last": precision.high_precision_last}
+    parts = [library.label(precision.recipe)]
+    parts += [f"{rule.match}={library.label(rule.recipe)}" for rule in precision.rules]
+    return " ".join(parts + [f"{end}{count}=bf16" for end, count in ends.items() if count])

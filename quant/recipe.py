@@ -1,0 +1,231 @@
+"""A recipe: how the operands of a linear layer's three GEMMs are quantized. Frozen plain data, built from a mapping.
+
+GEMM    product                      contraction         operands, in slot order
+fprop   Y[M,N]  = X[M,K] W[N,K]^T    K, in features      0 fprop.x   1 fprop.w
+dgrad   dX[M,K] = dY[M,N] W[N,K]     N, out features     2 dgrad.dy  3 dgrad.w
+wgrad   dW[N,K] = dY^T X             M, tokens           4 wgrad.dy  5 wgrad.x
+Source: design.md section 2.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from typing import Any
+
+from kernels.spec import NVFP4_SCALES, TENSOR_FP32, QuantSpec, ScaleLevel
+
+GEMMS = ("fprop", "dgrad", "wgrad")
+OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+SLOTS = tuple(f"{gemm}.{operand}" for gemm in GEMMS for operand in OPERANDS[gemm])
+# Slots that may take what fprop used, and where fprop used it.
+FPROP_SLOT = {"dgrad.w": "w", "wgrad.x": "x"}
+SOURCES = ("input", "fprop", "fprop_transposed")
+ROTATION_DIMS = (16, 32, 64, 128)
+SIGNS = ("random", "fixed", "none")
+# The slots' spec fields as they are written in a recipe file; the rest of an Operand is `amax` and `source`.
+SPEC_FIELDS = tuple(field.name for field in fields(QuantSpec))
+DEFAULT_SCALES = {"none": (), "e2m1": NVFP4_SCALES, "e4m3": (TENSOR_FP32,), "e5m2": (TENSOR_FP32,)}
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The random Hadamard transform of both operands of a GEMM along the contraction; dim None: no rotation.
+
+    signs: random (fresh per step and micro-batch), fixed (one vector for ever), none (all +1). rounds is 1: a second
+    round is not built.
+    """
+
+    dim: int | None = None
+    rounds: int = 1
+    signs: str = "random"
+
+    def __post_init__(self):
+        if self.dim is not None and self.dim not in ROTATION_DIMS:
+            raise ValueError(f"rotation.dim={self.dim!r}; use null or one of {', '.join(map(str, ROTATION_DIMS))}")
+        if self.signs not in SIGNS:
+            raise ValueError(f"rotation.signs={self.signs!r}; use one of {', '.join(SIGNS)}")
+        if self.rounds != 1:
+            raise ValueError(f"rotation.rounds={self.rounds!r}; only 1 is implemented")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One slot: its quantizer, where its tensor comes from, and how its amax is found ("exact" or a fixed value)."""
+
+    spec: QuantSpec
+    source: str = "input"
+    amax: str | float = "exact"
+
+    def __post_init__(self):
+        if self.source not in SOURCES:
+            raise ValueError(f"source={self.source!r} is unknown; use one of {', '.join(SOURCES)}")
+        if not (self.amax == "exact" or (isinstance(self.amax, float) and self.amax > 0)):
+            raise ValueError(f"amax={self.amax!r}: use exact, or a positive number (delayed amax is not built)")
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.spec.grid != "none"
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """One product: its two operands in slot order and the rotation that both share."""
+
+    rotation: Rotation
+    operands: tuple[Operand, Operand]
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(operand.is_quantized for operand in self.operands)
+
+    @property
+    def rotation_dim(self) -> int | None:
+        """dim of the rotation that runs: none where neither operand is quantized."""
+        return self.rotation.dim if self.is_quantized else None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The six slots. Raises ValueError for combinations that would compute something else than they say."""
+
+    name: str
+    fprop: Gemm
+    dgrad: Gemm
+    wgrad: Gemm
+
+    def __post_init__(self):
+        for slot in SLOTS:
+            try:
+                _check_slot(self, slot)
+            except ValueError as error:
+                raise ValueError(f"recipe {self.name}: {slot}: {error}") from None
+
+    def gemm(self, name: str) -> Gemm:
+        return getattr(self, name)
+
+    def operand(self, slot: str) -> Operand:
+        """The operand of a slot such as "dgrad.w"."""
+        gemm, name = slot.split(".")
+        return self.gemm(gemm).operands[OPERANDS[gemm].index(name)]
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(self.gemm(name).is_quantized for name in GEMMS)
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any], base: "Recipe | None" = None) -> "Recipe":
+        """Build a recipe from `{name, fprop: {rotation, x, w}, dgrad: {...}, wgrad: {...}}`.
+
+        A GEMM may be the string "none": both grids are none and each `source` is that of `base` ("input" without one).
+        Fields left out have their defaults. Raises ValueError that names the nearest known key or the allowed values.
+        """
+        _check_keys(mapping, ("name", *GEMMS), "quant")
+        gemms = {}
+        for gemm in GEMMS:
+            if gemm not in mapping:
+                raise ValueError(f"quant.{gemm} is missing; give {{rotation, {', '.join(OPERANDS[gemm])}}} or none")
+            gemms[gemm] = _gemm_from(mapping[gemm], gemm, base)
+        return cls(str(mapping.get("name", "unnamed")), **gemms)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that decides the numerics, resolved (target_max and scale_cap as numbers), JSON-able."""
+        out: dict[str, Any] = {"name": self.name}
+        for gemm in GEMMS:
+            out[gemm] = {"rotation": asdict(self.gemm(gemm).rotation)}
+            for name, operand in zip(OPERANDS[gemm], self.gemm(gemm).operands, strict=True):
+                spec = {field: getattr(operand.spec, field) for field in SPEC_FIELDS}
+                spec["scales"] = [write_level(level) for level in operand.spec.scales]
+                out[gemm][name] = spec | {"amax": operand.amax, "source": operand.source}
+        return out
+
+
+def _gemm_from(mapping: Any, gemm: str, base: Recipe | None) -> Gemm:
+    if mapping == "none":
+        sources = [operand.source for operand in base.gemm(gemm).operands] if base else ["input", "input"]
+        return Gemm(Rotation(), tuple(Operand(QuantSpec.resolve("none"), source) for source in sources))
+    if not isinstance(mapping, Mapping):
+        raise ValueError(f"quant.{gemm}={mapping!r}: give a mapping, or none")
+    _check_keys(mapping, ("rotation", *OPERANDS[gemm]), f"quant.{gemm}")
+    rotation = mapping.get("rotation") or {}
+    _check_keys(rotation, [field.name for field in fields(Rotation)], f"quant.{gemm}.rotation")
+    try:
+        turned = Rotation(**rotation)
+    except ValueError as error:
+        raise ValueError(f"quant.{gemm}.{error}") from None
+    operands = (_operand_from(mapping.get(name) or {}, f"quant.{gemm}.{name}") for name in OPERANDS[gemm])
+    return Gemm(turned, tuple(operands))
+
+
+def _operand_from(mapping: Mapping[str, Any], path: str) -> Operand:
+    _check_keys(mapping, (*SPEC_FIELDS, "amax", "source"), path)
+    values = dict(mapping)
+    grid = values.setdefault("grid", "none")
+    try:
+        for name in ("target_max", "scale_cap"):
+            if isinstance(values.get(name), int | str):
+                values[name] = float(values[name])
+        levels = values.get("scales")
+        values["scales"] = DEFAULT_SCALES.get(grid, ()) if levels is None else tuple(map(read_level, levels))
+        amax, source = values.pop("amax", "exact"), values.pop("source", "input")
+        return Operand(QuantSpec.resolve(**values), source, float(amax) if isinstance(amax, int) else amax)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def read_level(text: str) -> ScaleLevel:
+    """ "tensor fp32", "row fp32", "1x16 e4m3", "16x16 e4m3" -> ScaleLevel."""
+    block, _, number_format = str(text).partition(" ")
+    rows, _, columns = block.partition("x")
+    if rows.isdigit() and columns.isdigit():
+        return ScaleLevel((int(rows), int(columns)), number_format)
+    if block not in ("tensor", "row") or not number_format:
+        raise ValueError(f"scale level {text!r}; write 'tensor fp32', 'row fp32', '1x16 e4m3' or '16x16 e4m3'")
+    return ScaleLevel(block, number_format)
+
+
+def write_level(level: ScaleLevel) -> str:
+    """The inverse of `read_level`."""
+    return f"{level.block if isinstance(level.block, str) else 'x'.join(map(str, level.block))} {level.format}"
+
+
+def _check_keys(mapping: Mapping[str, Any], known: Any, path: str) -> None:
+    for key in mapping:
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            raise ValueError(f"{path}: unknown field {key!r}; {hint}")
+
+
+def _check_slot(recipe: Recipe, slot: str) -> None:
+    """What a slot's own fields can't tell: what it asks of the rotation and of fprop."""
+    gemm = recipe.gemm(slot.split(".")[0])
+    operand = recipe.operand(slot)
+    spec = operand.spec
+    if spec.rounding == "ms_eden" and gemm.rotation.dim is None:
+        raise ValueError("rounding=ms_eden is unbiased only behind a random rotation; set rotation.dim=128")
+    if operand.source == "input":
+        return
+    if slot not in FPROP_SLOT:
+        raise ValueError(f"source={operand.source}: only {' and '.join(FPROP_SLOT)} can reuse what fprop made")
+    used = recipe.operand(f"fprop.{FPROP_SLOT[slot]}").spec
+    if used.grid != "none" and recipe.fprop.rotation.dim is not None:
+        raise ValueError(f"source={operand.source}: fprop's operand is rotated along its own contraction; use input")
+    if used.per_row:
+        raise ValueError(f"source={operand.source}: fprop's operand has a scale per row of the other axis; use input")
+    if operand.source == "fprop_transposed" and operand.is_quantized:
+        if used.grid == "none":
+            raise ValueError(
+                f"source=fprop_transposed, but fprop.{FPROP_SLOT[slot]}.grid=none; set {slot}.source=input"
+            )
+        if (used.grid, used.scales) != (spec.grid, spec.scales) or not (used.is_square or used.grid != "e2m1"):
+            raise ValueError(
+                "source=fprop_transposed reuses fprop's codes: it needs fprop's grid and scales, 16x16 blocks"
+            )
+        if spec.rounding != used.rounding:
+            raise ValueError(
+                f"rounding={spec.rounding} can't act on fprop's codes as they are; use source=input or fprop"
+            )
+        if gemm.rotation.dim is not None:
+            raise ValueError(
+                "source=fprop_transposed reuses fprop's codes, which are not rotated; set rotation.dim=null"
+            )

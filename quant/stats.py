@@ -1,0 +1,100 @@
+"""Counters per slot: values beyond the grid, blocks whose scale vanished, elements rounded to zero.
+
+For evaluations: eager and off the training path. The counts come from the reference's arithmetic on the very operands,
+amax and random bits of the step, whichever back end the GEMMs use.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kernels.formats import BY_NAME
+from kernels.nvfp4 import NVFP4Tensor
+from kernels.quantize import Quantized
+from kernels.quantize import reference_impl as reference
+from quant.linear import QuantLinear
+from quant.recipe import SLOTS, Operand
+
+
+class SlotCounter:
+    """Collects the counts of one layer. `count` is called by quant.linear just before each quantization."""
+
+    def __init__(self):
+        self.slots: dict[str, dict[str, Tensor]] = {}
+
+    def count(
+        self,
+        slot: str,
+        held: Any,
+        operand: Operand,
+        axis: int,
+        signs: Tensor | None,
+        rng: Tensor,
+        layer: Tensor,
+    ) -> None:
+        """Add the counts of one operand: what is quantized, its slot's recipe, the contraction axis, random state."""
+        if not operand.is_quantized:
+            return
+        with torch.no_grad():
+            counts = count_operand(_tensor(held), operand, axis, signs, rng, layer, SLOTS.index(slot))
+        total = self.slots.setdefault(slot, {})
+        for name, value in counts.items():
+            total[name] = total[name] + value if name in total else value
+
+
+def count_operand(
+    x: Tensor, operand: Operand, axis: int, signs: Tensor | None, rng: Tensor, layer: Tensor, slot: int
+) -> dict[str, Tensor]:
+    """int64 [] counts of one operand: elements, clipped, zeroed, blocks, underflow_blocks, non_finite.
+
+    clipped: elements beyond the grid's largest value. zeroed: non-zero elements with code 0. underflow_blocks: blocks
+    that hold a non-zero element and whose scale rounded to zero. non_finite: 1 if amax was NaN or Inf.
+    """
+    spec = operand.spec
+    y = reference.stored(x, axis, signs)
+    largest = reference.amax(x, axis, signs, spec.per_row) if operand.amax == "exact" else y.new_tensor(operand.amax)
+    scale = reference.tensor_scale(largest, spec)
+    counts = {"elements": y.new_tensor(y.numel()), "non_finite": (~largest.isfinite()).any()}
+    if not spec.is_nvfp4:
+        elements = y / (scale if axis == 1 else scale.t())
+        zero = reference.round_nearest(elements, BY_NAME[spec.grid]) == 0
+        clipped = elements.abs() > BY_NAME[spec.grid].max_value
+        counts |= {"clipped": clipped.sum(), "zeroed": (zero & (y != 0)).sum()}
+        return {name: value.to(torch.int64) for name, value in counts.items()}
+    blocks = reference.quantize_blocks(y, spec, scale, rng, layer, slot, signs)
+    non_zero = (y != 0).view(blocks.codes.shape)
+    counts["clipped"] = (blocks.elements.abs() > BY_NAME[spec.grid].max_value).sum()
+    counts["zeroed"] = ((blocks.codes == 0) & non_zero).sum()
+    counts["blocks"] = y.new_tensor(blocks.scales.numel())
+    vanished = ~blocks.alive & non_zero.any(dim=-1, keepdim=True) & largest.isfinite()
+    counts["underflow_blocks"] = vanished.sum()
+    return {name: value.to(torch.int64) for name, value in counts.items()}
+
+
+def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[str, dict[str, int]]]:
+    """{layer: {slot: {counter: number}}} of everything quantized while step_fn() runs (a forward, or with backward).
+
+    Runs step_fn eagerly. The caller sets the random state and discards the gradients. Synchronizes the device.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    for module in layers.values():
+        module.watch = SlotCounter()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            step_fn()
+        return {
+            name: {
+                slot: {key: int(value) for key, value in counts.items()} for slot, counts in module.watch.slots.items()
+            }
+            for name, module in layers.items()
+            if module.watch.slots
+        }
+    finally:
+        for module in layers.values():
+            module.watch = None
+
+
+def _tensor(held: Tensor | NVFP4Tensor | Quantized) -> Tensor:
+    return held if isinstance(held, Tensor) else held.values() if isinstance(held, NVFP4Tensor) else held.values
