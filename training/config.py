@@ -150,7 +150,7 @@ class CheckpointSection:
     every: float | None = 500  # steps; null: only when stopped and at the end
     keep_last: int = 2
     keep_every: int | None = None  # steps; these are never deleted
-    asynchronous: bool = False
+    asynchronous: bool = True  # files are written while training goes on
 
     def __post_init__(self) -> None:
         self.every = whole("checkpoint.every", self.every, null="for the end only")
@@ -216,6 +216,8 @@ class TrainConfig:
     backend: str = "auto"
     compile: str = "auto"  # auto: on a GPU
     deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
+    nonfinite: str = "stop"  # what a NaN or infinite loss or gradient leads to: stop, skip, rollback
+    watchdog_s: float = 1800  # a rank without progress for longer (compilation included) ends the job
     dry_run: bool = False
 
     def __post_init__(self) -> None:
@@ -226,6 +228,8 @@ class TrainConfig:
         self.data.check()
         self.parallel = choice("parallel", self.parallel, ("auto", "ddp", "fsdp", "hsdp"))
         self.backend = choice("backend", self.backend, ("auto", "reference", "triton"))
+        self.nonfinite = choice("nonfinite", self.nonfinite, ("stop", "skip", "rollback"))
+        in_range("watchdog_s", self.watchdog_s, 1, 1e6)
         self.compile = choice("compile", self.compile, SWITCH)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: needs an integer from 0 to 2^63 - 1")

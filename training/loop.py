@@ -24,20 +24,11 @@ from training.distributed import Dist, SharedFlag
 from training.evaluate import evaluate, save_rows
 from training.loggers import Loggers
 from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, peak_flops
+from training.nonfinite import Guard, Recovery, first_non_finite
 from training.optim import clip_gradients, set_lr
 from training.runfolder import RunFolder
 from training.signals import NAMES, StopFlag
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient norm that is NaN or infinite. `step` is the first such step, 1-based."""
-
-    def __init__(self, step: int, loss: float, grad_norm: float, folder: str):
-        super().__init__(
-            f"step {step}: loss {loss}, gradient norm {grad_norm}. Stopped; nothing after the last checkpoint in "
-            f"{folder}/checkpoints was saved. Lower optim.lr, or look for the cause with a smaller log.every"
-        )
-        self.step = step
+from training.watchdog import Watchdog
 
 
 @dataclass
@@ -64,6 +55,7 @@ class Parts:
     loggers: Loggers
     console: Console
     stop: StopFlag
+    watchdog: Watchdog
 
 
 class Trainer:
@@ -78,6 +70,8 @@ class Trainer:
         self._buffer = StepBuffer(parts.config.log.every, device)
         self._peak = peak_flops(device)
         self._stop = SharedFlag(parts.ranks)
+        self._guard = Guard(parts.state.optimizers, device)
+        self._recovery = Recovery(parts.config.nonfinite, parts, self.event)
         self._window_start = time.perf_counter()
         self._started = time.perf_counter()
         self._wall_before = self.state.extra.get("wall_s", 0.0)
@@ -87,10 +81,10 @@ class Trainer:
         """Train to the end or until asked to stop. Returns the process's exit code."""
         if self._evaluation_due() and not self._evaluated():
             self._evaluate(self.p.evalset)  # killed between a checkpoint and its evaluation
-        batches = self.p.batches(self._resumed_at)
+        self._batches = self.p.batches(self._resumed_at)
         self._restart_clock()
         while self.state.step < self.numbers.steps:
-            self._train_step(batches)
+            self._train_step()
             level = self._stop.poll(self.p.stop.level)
             save = bool(level) or self._due(self.p.config.checkpoint.every)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
@@ -106,17 +100,18 @@ class Trainer:
                 self._restart_clock()
         return self._finish()
 
-    def _train_step(self, batches: Iterator[Tensor]) -> None:
+    def _train_step(self) -> None:
         step, numbers = self.state.step, self.numbers
         micro_batches = numbers.micro_batches_of(self.p.ranks.rank)
         for micro in micro_batches:
-            tokens = next(batches)
+            tokens = next(self._batches)
             self._set_rng(step, micro)
             with self.p.accumulate(micro == micro_batches[-1]):
                 nats = self.p.loss(tokens)
                 (nats / numbers.tokens_per_step).backward()
             self._buffer.add_nats(nats)
         grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
+        self._guard.watch(grad_norm)
         set_lr(self.optimizer, numbers.schedule.lr(step))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -127,6 +122,7 @@ class Trainer:
     def _set_rng(self, step: int, micro: int) -> None:
         self.p.rng[1].fill_(step)  # fills take a scalar argument: no copy from the host, no synchronization
         self.p.rng[2].fill_(micro)
+        self.p.watchdog.beat(step, f"micro-batch {micro}")
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.state.step % every == 0
@@ -142,7 +138,7 @@ class Trainer:
         self._window_start = time.perf_counter()
 
     def _flush(self) -> None:
-        """Read the buffered steps from the device and log them. Raises NonFiniteError."""
+        """Read the buffered steps from the device and log them, up to the first non-finite one."""
         if not self._buffer.count:
             return
         values = self._buffer.read(self.p.ranks.sum)
@@ -151,11 +147,19 @@ class Trainer:
         self._window_start = now
         first = self.state.step - len(values) + 1
         rows = [self._train_row(first + i, nats, norm, ms) for i, (nats, norm) in enumerate(values)]
+        bad = first_non_finite(rows)
+        if bad is not None:
+            return self._recover(rows[:bad], rows[bad])
         self._log(*rows)
         self.p.console.step(rows[-1])
-        for row in rows:
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise NonFiniteError(row["step"], row["loss"], row["grad_norm"], str(self.p.folder.path))
+
+    def _recover(self, good: list[dict[str, Any]], bad: dict[str, Any]) -> None:
+        """The steps after the bad one did nothing (nonfinite.Guard); go on as the policy says, or raise."""
+        self._log(*good)
+        self._recovery.handle(bad["step"], bad["loss"], bad["grad_norm"])
+        self._guard.lower()
+        self._batches = self.p.batches(self.state.step)
+        self._restart_clock()
 
     def _train_row(self, step: int, nats: float, grad_norm: float, ms: float) -> dict[str, Any]:
         tokens_per_second = 1e3 * self.numbers.tokens_per_step / ms
