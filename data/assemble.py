@@ -111,8 +111,8 @@ def _check_split(splits: dict[str, Any], shared: int, val_groups: int) -> None:
     for split, other in (("train", "val"), ("val", "train")):
         if splits[split]["documents"] == 0:
             raise ValueError(
-                f"the {split} side has no document ({splits[other]['documents']} are {other}): give data.val_files=..., "
-                "another data.val_fraction, or more text"
+                f"the {split} side has no document ({splits[other]['documents']} are {other}): give "
+                "data.val_files=..., another data.val_fraction, or more text"
             )
     if shared:
         raise ValueError(

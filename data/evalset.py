@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from data.tokens import TokenSet
-from data.windows import StreamWindows, open_windows
+from data.windows import Span, StreamWindows, Windows, open_windows, read_spans
+
+_CHUNK = 256  # sequences at a time: bounds the memory that building the list takes
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,9 @@ class Segments:
 class EvalSet:
     """`count` validation targets in sequences of seq_len, spread evenly over val; count=None takes every target once.
 
-    Attributes: sequences (how many), targets (how many count), segments. With packing=bos_bestfit the sequences are rows
-    of the packed layout, and None means every row. Raises ValueError, with the numbers, when val is shorter than asked.
+    Attributes: sequences (how many), targets (how many count), segments. With packing=bos_bestfit the sequences are
+    rows of the packed layout, and None means every row. Raises ValueError, with the
+    numbers, when val is shorter than asked.
     """
 
     def __init__(self, tokens: TokenSet, seq_len: int, count: int | None, split: str = "val", packing: str = "stream"):
@@ -115,12 +118,12 @@ class EvalSet:
         out = np.empty((count, self.seq_len + 1), np.int64)
         for row, spans in zip(out, self._spans[first : first + count], strict=True):
             read_spans(self.stream, spans, row)
+        self.stream.check(out)
         return out
 
     def _segments(self) -> Segments:
         pieces = [self._segments_of(i, min(_CHUNK, self.sequences - i)) for i in range(0, self.sequences, _CHUNK)]
         sequence, row, begin, end, size = (np.concatenate(column) for column in zip(*pieces, strict=True))
-        begin[(sequence == self.sequences - 1) & (begin == 0)] = self._tail
         return Segments(sequence, _numbered(self.stream.documents[row, 2]), begin, end, size)
 
     def _segments_of(self, first: int, count: int) -> tuple[np.ndarray, ...]:
@@ -134,6 +137,29 @@ class EvalSet:
         counted = np.ones_like(row, bool)
         if first + count == self.sequences:
             counted[-1, : self._tail] = False
-        new = np.ones_like(row, bool)  # a segment starts where the row starts, the document changes, or a BOS is passed
+        # A segment starts where the sequence does, where the document changes, and at and after a BOS.
+        new = np.ones_like(row, bool)
         new[:, 1:] = (row[:, 1:] != row[:, :-1]) | (since_bos[:, 1:] <= 1) | (counted[:, 1:] != counted[:, :-1])
-        at = np.flatnonzero(new & counted)
+        at = np.flatnonzero(new)
+        length = np.diff(at, append=new.size)
+        begin = at % self.seq_len
+        columns = (
+            first + at // self.seq_len,
+            row.ravel()[at],
+            begin,
+            begin + length,
+            np.add.reduceat(sizes.ravel(), at),
+        )
+        return tuple(column[counted.ravel()[at]] for column in columns)
+
+
+def _positions(spans: list[Span]) -> np.ndarray:
+    return np.concatenate([np.arange(start, start + length) for start, length in spans])
+
+
+def _numbered(groups: np.ndarray) -> np.ndarray:
+    """Group names -> 0, 1, 2, ... in order of first appearance."""
+    _, first, inverse = np.unique(groups, return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return rank[inverse]

@@ -76,8 +76,8 @@ def disk_full_explained(root: Path) -> Iterator[None]:
             raise
         free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
         raise RuntimeError(
-            f"the disk that holds {root} is full ({free / 1e6:.0f} MB free). Token shards take about 0.5 bytes per byte "
-            "of text, twice that while they are made. Free some space or set paths.data to another disk, then run "
+            f"the disk that holds {root} is full ({free / 1e6:.0f} MB free). Token shards take about 0.5 bytes per "
+            "byte of text, twice that while they are made. Free some space or set paths.data to another disk, then run "
             "the same command again: finished parts are kept"
         ) from error
 

@@ -68,8 +68,8 @@ def _load(spec: DataSpec) -> Any:
         )
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"datasets could not open data.hub_path={spec.hub_path} (hub_name={spec.hub_name}, hub_split={spec.hub_split}, "
-            f"hub_data_files={spec.hub_data_files}): {type(error).__name__}: {error}"
+            f"datasets could not open data.hub_path={spec.hub_path} (hub_name={spec.hub_name}, "
+            f"hub_split={spec.hub_split}, hub_data_files={spec.hub_data_files}): {type(error).__name__}: {error}"
         ) from error
     return loaded if spec.hub_streaming else loaded.to_iterable_dataset()
 
@@ -95,6 +95,6 @@ def _revision(spec: DataSpec) -> str:
         return HfApi().dataset_info(spec.hub_path, revision=spec.hub_revision).sha
     except OSError as error:
         raise RuntimeError(
-            f"could not ask the hub which commit {spec.hub_path} is at ({type(error).__name__}); when offline, give it: "
-            "data.hub_revision=<40 hex digits>"
+            f"could not ask the hub which commit {spec.hub_path} is at ({type(error).__name__}); when offline, "
+            "give it: data.hub_revision=<40 hex digits>"
         ) from error

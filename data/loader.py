@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.order import Permutation
 from data.tokens import TokenSet
-from data.windows import open_windows, read_window
+from data.windows import open_windows, read_spans
 
 PREFETCH_BATCHES = 4
 
@@ -43,7 +43,8 @@ class Loader:
         """Global samples first .. first + count as int64 [count, seq_len + 1]: inputs [:, :-1], targets [:, 1:]."""
         out = np.empty((count, self.seq_len + 1), np.int64)
         for row, (index, offset) in zip(out, self._locate(first, count).tolist(), strict=True):
-            read_window(self.stream, self.windows, index, offset, row)
+            read_spans(self.stream, self.windows.spans(index, offset), row)
+        self.stream.check(out)
         return torch.from_numpy(out)
 
     def sample_hash(self, first: int, count: int) -> str:
@@ -75,7 +76,9 @@ class Loader:
             stop.set()
             thread.join()
 
-    def _read_ahead(self, ranges: Iterator[tuple[int, int]], pin: bool, ready: queue.Queue, stop: threading.Event) -> None:
+    def _read_ahead(
+        self, ranges: Iterator[tuple[int, int]], pin: bool, ready: queue.Queue, stop: threading.Event
+    ) -> None:
         def put(item: Tensor | Exception | None) -> bool:
             while not stop.is_set():
                 try:

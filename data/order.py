@@ -9,8 +9,6 @@ import hashlib
 import numpy as np
 
 _ROUNDS = 8
-# Below 2^16 points a Feistel network reaches few of the possible permutations; small sets walk through this domain.
-_LEAST_HALF_BITS = 8
 
 
 class Permutation:
@@ -20,7 +18,8 @@ class Permutation:
         if count < 1:
             raise ValueError(f"a permutation needs at least one element, got {count}")
         self.count = count
-        self.half = max(_LEAST_HALF_BITS, ((count - 1).bit_length() + 1) // 2)
+        # The smallest even number of bits: fewer than 4 * count points, so walks take under 4 steps on average.
+        self.half = max(1, ((count - 1).bit_length() + 1) // 2)
         self.keys = [
             np.uint64(int.from_bytes(hashlib.blake2b(f"{key}/{i}".encode(), digest_size=8).digest(), "little"))
             for i in range(_ROUNDS)

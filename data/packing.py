@@ -44,9 +44,9 @@ def load_layout(tokens: TokenSet, split: str, row_tokens: int) -> tuple[np.ndarr
 
 
 def pack(documents: Iterator[tuple[int, int]], row_tokens: int) -> Iterator[list[tuple[int, int]]]:
-    """Documents (first token, tokens) in order -> full rows of pieces (first token, length). A last short row is dropped.
+    """Documents (first token, tokens) in order -> full rows of pieces (first token, length).
 
-    Among documents of equal length the one that came first is taken.
+    A last short row is dropped. Among documents of equal length the one that came first is taken.
     """
     buffer: list[tuple[int, int, int]] = []  # (length, order, first token), sorted
     arrivals = enumerate(documents)
@@ -94,7 +94,10 @@ def _store(stream: Stream, row_tokens: int, folder: Path) -> None:
     info["documents_sha256"] = stream.tokens.manifest["splits"][stream.name]["documents_sha256"]
     write_json(work / "info.json", info)
     work.rename(folder)
-    say(f"packed {stream.name} into {rows:,} rows of {row_tokens} tokens; {100 * (1 - kept):.1f} % of the tokens cropped away")
+    say(
+        f"packed {stream.name} into {rows:,} rows of {row_tokens} tokens; "
+        f"{100 * (1 - kept):.1f} % of the tokens cropped away"
+    )
 
 
 def _documents(stream: Stream) -> Iterator[tuple[int, int]]:

@@ -1,7 +1,7 @@
 """Tokenize a source in parts of a few megabytes on all cores.
 
-A part is one file: consecutive rows of one unit with their tokens. Which rows form a part depends on the source only, so
-finished parts survive a kill and the rest is made exactly as it would have been.
+A part is one file: consecutive rows of one unit with their tokens. Which rows form a part depends on the source only,
+so finished parts survive a kill and the rest is made exactly as it would have been.
 """
 
 import os
@@ -24,8 +24,8 @@ from data.split import group_of
 from data.tokenizer import TextTokenizer, dtype_for
 
 PART_CHARACTERS = 4 << 20
-# Columns of a part's `documents`: tokens with BOS, bytes of text, name of the document's group, 1 if validation, 1 if the
-# bytes of its tokens don't add up to those of its text (the tokenizer changes text).
+# Columns of a part's `documents`: tokens with BOS, bytes of text, name of the document's group, 1 if validation, 1 if
+# the bytes of its tokens don't add up to those of its text (the tokenizer changes text).
 TOKENS, BYTES, GROUP, IS_VAL, INEXACT = range(5)
 _worker_tokenizer: list[TextTokenizer] = []  # filled once per worker process
 
@@ -81,7 +81,9 @@ def read_parts(
         for row in source.rows(unit, skip):
             if max_rows and ordinal == max_rows:
                 break
-            if part.characters >= PART_CHARACTERS:  # a full part is closed by the next row, so that the last one is known
+            if (
+                part.characters >= PART_CHARACTERS
+            ):  # a full part is closed by the next row, so that the last one is known
                 parts.append(part.path)
                 yield part
                 index += 1
@@ -146,7 +148,7 @@ def _finished(folder: Path, role: str, unit: int) -> tuple[int, int, bool]:
 
 
 def _valid_utf8(text: str) -> str:
-    """A lone surrogate (half of an escaped pair in JSON) is no character and has no UTF-8: it becomes a question mark."""
+    """A lone surrogate (half of an escaped pair in JSON) has no UTF-8: it becomes a question mark."""
     try:
         text.encode()
         return text

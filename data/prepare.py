@@ -184,5 +184,8 @@ def _report(folder: Path, manifest: dict[str, Any]) -> None:
             f"({split['bytes'] / split['tokens']:.3f} a token), {len(split['shards'])} shards"
         )
         if split["inexact_documents"]:
-            say(f"  {split['inexact_documents']} documents don't survive the tokenizer unchanged: bits per byte is approximate")
+            say(
+                f"  {split['inexact_documents']} documents don't survive the tokenizer unchanged: "
+                "their bits per byte are approximate"
+            )
     say(f"tokenizer {manifest['tokenizer']['hash'][:12]}, data {manifest['fingerprint'][:12]}: {folder}")

@@ -31,7 +31,9 @@ class Progress:
 
     def _show(self, end: str, done: bool = False) -> None:
         seconds = max(time.monotonic() - self.begin, 1e-9)
-        line = f"{self.label}: {self.bytes / 1e6:.1f} MB of text, {seconds:.0f} s, {self.bytes / 1e6 / seconds:.1f} MB/s"
+        line = (
+            f"{self.label}: {self.bytes / 1e6:.1f} MB of text, {seconds:.0f} s, {self.bytes / 1e6 / seconds:.1f} MB/s"
+        )
         share = self.share()
         if share and not done:
             line += f", {100 * share:.0f} % read, {seconds / share - seconds:.0f} s left"

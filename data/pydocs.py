@@ -25,13 +25,18 @@ class PydocsSource:
 
     def __init__(self) -> None:
         self.root = Path(sysconfig.get_paths()["stdlib"])
-        self.paths = [p for p in sorted(self.root.rglob("*.py")) if not _NOT_PROSE & set(p.relative_to(self.root).parts)]
+        self.paths = [
+            p for p in sorted(self.root.rglob("*.py")) if not _NOT_PROSE & set(p.relative_to(self.root).parts)
+        ]
         self._read = 0
 
     def fingerprint(self) -> dict[str, str]:
         """Python's version and the names and sizes of the modules that are read (parsing them takes seconds)."""
         listing = [(p.relative_to(self.root).as_posix(), p.stat().st_size) for p in self.paths]
-        return {"python": f"{platform.python_implementation()} {platform.python_version()}", "files": json_hash(listing)}
+        return {
+            "python": f"{platform.python_implementation()} {platform.python_version()}",
+            "files": json_hash(listing),
+        }
 
     def row_count(self) -> int | None:
         """Unknown before the modules are parsed: one without a docstring is left out."""
@@ -50,7 +55,8 @@ class PydocsSource:
 
         for name in sorted(topics):
             yield Row(topics[name].strip() + "\n", "pydoc", name)
-        for self._read, path in enumerate(self.paths, 1):
+        for number, path in enumerate(self.paths, 1):
+            self._read = number
             text = module_text(path)
             if text:
                 yield Row(text, "stdlib", path.relative_to(self.root).as_posix())

@@ -9,6 +9,7 @@ import gzip
 import io
 import json
 import os
+import zlib
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -19,6 +20,8 @@ from data.spec import DataSpec, as_list
 
 # `zstd --long=27`: decoding such files needs a window of 128 MiB.
 ZSTD_MAX_WINDOW = 1 << 27
+# Compressed bytes at a time: a highly compressed file may unpack to a hundred times as much.
+_ZSTD_READ_BYTES = 1 << 17
 # A plain text file is one document; one longer than this is cut at line ends, so that memory stays bounded.
 TXT_ROW_CHARACTERS = 1 << 20
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
@@ -180,12 +183,49 @@ def _decoded(path: Path, handle: IO[bytes]) -> Iterator[str]:
     if path.suffix == ".gz":
         stream = gzip.GzipFile(fileobj=handle)
     elif path.suffix == ".zst":
+        stream = io.BufferedReader(_ZstdFile(handle), 1 << 20)
+    try:
+        # newline="\n": the default would split lines at a bare carriage return and change the text.
+        yield from io.TextIOWrapper(stream, "utf-8", newline="\n")
+    except (EOFError, UnicodeDecodeError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{path}: {error}; is the file cut off or damaged?") from error
+
+
+class _ZstdFile(io.RawIOBase):
+    """Decompressed bytes of all frames of a file. Unlike zstandard's own reader, a file that is cut off is an error."""
+
+    def __init__(self, handle: IO[bytes]):
         import zstandard
 
-        decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
-        stream = decompressor.stream_reader(handle, read_across_frames=True)
-    # newline="\n": the default would split lines at a bare carriage return and change the text.
-    return iter(io.TextIOWrapper(stream, "utf-8", newline="\n"))
+        self.handle = handle
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=ZSTD_MAX_WINDOW)
+        self.error = zstandard.ZstdError
+        self.frame = self.decompressor.decompressobj()
+        self.has_begun = False
+        self.waiting = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.waiting:
+            compressed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame, self.has_begun = self.decompressor.decompressobj(), False
+            compressed = compressed or self.handle.read(_ZSTD_READ_BYTES)
+            if not compressed:
+                if self.has_begun:
+                    raise EOFError("the last zstd frame is not complete")
+                return 0
+            self.has_begun = True
+            try:
+                self.waiting = memoryview(self.frame.decompress(compressed))
+            except self.error as error:
+                raise EOFError(f"zstd: {error}") from error
+        size = min(len(buffer), len(self.waiting))
+        buffer[:size] = self.waiting[:size]
+        self.waiting = self.waiting[size:]
+        return size
 
 
 def _txt(path: Path, lines: Iterator[str], root: Path) -> Iterator[Row]:

@@ -1,8 +1,12 @@
 """What text a run reads and how it becomes tokens: plain fields that a Hydra schema can embed."""
 
+import re
 from dataclasses import dataclass, fields
+from shlex import quote
 from typing import Any
 
+# What Hydra's grammar takes without quotation marks.
+_PLAIN = re.compile(r"[\w/.*?@%$+-]+")
 SOURCES = ("files", "hub", "pydocs")
 VAL_RULES = ("hash", "paper")
 PACKINGS = ("stream", "bos_bestfit")
@@ -59,11 +63,15 @@ class DataSpec:
         _one_of("data.val_rule", self.val_rule, VAL_RULES)
         _one_of("data.packing", self.packing, PACKINGS)
         if self.source == "files" and not as_list(self.files):
-            raise ValueError("data.files is empty: give a path or a glob, such as data.files='corpus/train-*.jsonl.zst'")
+            raise ValueError(
+                "data.files is empty: give a path or a glob, such as data.files='corpus/train-*.jsonl.zst'"
+            )
         if self.source == "hub" and not self.hub_path:
             raise ValueError("data.hub_path is empty: give a data set's name, such as data.hub_path=allenai/c4")
         if self.tokenizer is None and self.vocab_size < 257:
-            raise ValueError(f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 257 or more (256 bytes and BOS)")
+            raise ValueError(
+                f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 257 or more (256 bytes and BOS)"
+            )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
         for name, least in (("tokenizer_train_bytes", 1), ("shard_tokens", 1), ("workers", 0), ("max_documents", 0)):
@@ -71,10 +79,10 @@ class DataSpec:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be {least} or more")
 
     def overrides(self) -> list[str]:
-        """The fields that differ from the defaults, as command-line overrides that can be pasted into a shell."""
+        """Command-line overrides, quoted for a shell, that give this spec; data=text sets this class's defaults."""
         default = DataSpec()
         changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        return [f"data.{name}={_quoted(getattr(self, name))}" for name in changed]
+        return ["data=text", *(quote(f"data.{name}={_hydra_value(getattr(self, name))}") for name in changed)]
 
 
 def as_list(value: Any) -> list[str]:
@@ -89,12 +97,14 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
 
 
-def _quoted(value: Any) -> str:
+def _hydra_value(value: Any) -> str:
+    """A value in Hydra's override grammar."""
     if value is None:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, (int, float)):
         return str(value)
-    items = as_list(value)
-    return f"'{items[0]}'" if isinstance(value, str) else "'[" + ",".join(items) + "]'"
+    if isinstance(value, str):
+        return value if _PLAIN.fullmatch(value) else '"' + value.replace('"', '\\"') + '"'
+    return "[" + ",".join(_hydra_value(v) for v in value) + "]"

@@ -22,9 +22,9 @@ def val_rule(spec: DataSpec, groups: Callable[[], Iterable[int]], row_count: int
     """The function (group, row number) -> is it validation?
 
     hash: a seeded hash of the group below val_fraction; needs to know nothing else, so it never changes for a document
-    when more text is added. paper: `datasets`' train_test_split(test_size=0.0005, seed=2357) over documents in the order
-    of their first row, which needs their number: `row_count` where each row is a document and the source knows it, else
-    one pass over the source, `groups()`.
+    when more text is added. paper: `datasets`' train_test_split(test_size=0.0005, seed=2357) over documents in the
+    order of their first row, which needs their number: `row_count` where each row is a document and the source knows
+    it, else one pass over the source, `groups()`.
     """
     if spec.val_rule == "hash":
         limit = int(spec.val_fraction * 2**64)

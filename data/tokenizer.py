@@ -135,7 +135,9 @@ def _find_bos(vocab: dict[str, int], bos: str | None, path: Path) -> str:
     for name in names:
         if name in vocab:
             return name
-    raise ValueError(f"{path} has no BOS token (looked for {', '.join(names)}): name one of its tokens with data.bos=...")
+    raise ValueError(
+        f"{path} has no BOS token (looked for {', '.join(names)}): name one of its tokens with data.bos=..."
+    )
 
 
 def _is_byte_level(description: dict[str, Any]) -> bool:

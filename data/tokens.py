@@ -1,7 +1,9 @@
 """A prepared token folder, memory-mapped and checked."""
 
 import json
+from bisect import bisect_right
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ class TokenSet:
         try:
             self.manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text())
         except FileNotFoundError as error:
-            raise FileNotFoundError(f"{path} is no token folder (no manifest.json): run scripts/prepare_data.py") from error
+            raise FileNotFoundError(
+                f"{path} is no token folder (no manifest.json): run scripts/prepare_data.py"
+            ) from error
         except ValueError as error:
             raise RuntimeError(f"{self.path / 'manifest.json'} is damaged ({error}): {_REMEDY}") from error
         if self.manifest["format"] != FORMAT:
@@ -55,8 +59,8 @@ class TokenSet:
         """Raise ValueError unless the model's vocabulary is this tokenizer's."""
         if model_vocab_size != self.vocab_size:
             raise ValueError(
-                f"the model has {model_vocab_size} token embeddings and the tokenizer of {self.path} has {self.vocab_size} "
-                f"entries: set the model's vocab_size to {self.vocab_size}, or prepare the data with "
+                f"the model has {model_vocab_size} token embeddings and the tokenizer of {self.path} has "
+                f"{self.vocab_size} entries: set the model's vocab_size to {self.vocab_size}, or prepare the data with "
                 f"data.vocab_size={model_vocab_size}"
             )
 
@@ -86,23 +90,30 @@ class Stream:
         entry = tokens.manifest["splits"][name]
         self.tokens, self.name, self.length = tokens, name, int(entry["tokens"])
         self.files = [tokens.path / shard["file"] for shard in entry["shards"]]
-        # Plain array views: slicing numpy's memmap class costs microseconds more, and a batch takes hundreds.
+        # Plain array views and a list: numpy's memmap class and searchsorted cost microseconds, a batch takes hundreds.
         self._shards = [np.asarray(np.memmap(file, tokens.dtype, "r")) for file in self.files]
-        self._starts = np.cumsum([0] + [len(shard) for shard in self._shards])
+        self._starts = list(accumulate((len(shard) for shard in self._shards), initial=0))
         shape = (int(entry["documents"]), 3)
         self.documents = np.asarray(np.memmap(tokens.path / f"{name}-documents.bin", "<i8", "r", shape=shape))
 
     def read(self, start: int, out: np.ndarray) -> None:
-        """Copy tokens start .. start + len(out) into `out`, across shards. Raises RuntimeError for an impossible id."""
-        shard = int(np.searchsorted(self._starts, start, "right")) - 1
+        """Copy tokens start .. start + len(out) into `out`, across shards; check() them afterwards."""
+        shard = bisect_right(self._starts, start) - 1
         done = 0
         while done < len(out):
-            piece = self._shards[shard][start + done - self._starts[shard] :][: len(out) - done]
+            begin = start + done - self._starts[shard]
+            piece = self._shards[shard][begin : begin + len(out) - done]
             out[done : done + len(piece)] = piece
-            if len(piece) and piece.max() >= self.tokens.vocab_size:
-                raise RuntimeError(
-                    f"{self.files[shard]} holds token {piece.max()}, the vocabulary has {self.tokens.vocab_size} entries "
-                    f"(altered shard): {_REMEDY}"
-                )
             done += len(piece)
             shard += 1
+
+    def check(self, tokens: np.ndarray) -> None:
+        """Raise RuntimeError, naming the shard, if tokens that were read hold an id beyond the vocabulary."""
+        if tokens.max() < self.tokens.vocab_size:
+            return
+        for file, shard in zip(self.files, self._shards, strict=True):
+            if shard.max() >= self.tokens.vocab_size:
+                raise RuntimeError(
+                    f"{file} holds token {shard.max()}, the vocabulary has {self.tokens.vocab_size} entries "
+                    f"(altered shard): {_REMEDY}"
+                )

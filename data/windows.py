@@ -4,7 +4,7 @@ A sequence is a list of spans (first token, length) of the stream. StreamWindows
 offset; PackedWindows follows the layout of data.packing. Both are pure functions of a window's number.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -54,12 +54,12 @@ class PackedWindows:
 
     def spans(self, index: int, offset: int) -> Iterator[Span]:
         """The row's documents in order; their lengths sum to seq_len + 1."""
-        for start, length in self.pieces[self.rows[index] : self.rows[index + 1]].tolist():
-            yield start, length
+        for piece in self.pieces[self.rows[index] : self.rows[index + 1]].tolist():
+            yield piece[0], piece[1]
 
 
 def open_windows(tokens: TokenSet, split: str, seq_len: int, packing: str) -> Windows:
-    """The windows of a split for data.packing = stream | bos_bestfit. Raises ValueError if there is not one sequence."""
+    """The windows of a split for data.packing = stream | bos_bestfit. Raises ValueError if there is none."""
     if packing == "stream":
         return StreamWindows(tokens.split(split), seq_len)
     if packing == "bos_bestfit":
@@ -67,10 +67,10 @@ def open_windows(tokens: TokenSet, split: str, seq_len: int, packing: str) -> Wi
     raise ValueError(f"data.packing={packing!r} is none of stream, bos_bestfit")
 
 
-def read_window(stream: Stream, windows: Windows, index: int, offset: int, out: np.ndarray) -> None:
+def read_spans(stream: Stream, spans: Iterable[Span], out: np.ndarray) -> None:
     """Copy one sequence into out [seq_len + 1]."""
     done = 0
-    for start, length in windows.spans(index, offset):
+    for start, length in spans:
         stream.read(start, out[done : done + length])
         done += length
 

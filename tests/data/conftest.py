@@ -1,0 +1,70 @@
+"""Small deterministic text, files of it, and one prepared token folder."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from data.prepare import prepare
+from data.spec import DataSpec
+from data.tokens import TokenSet
+
+SYLLABLES = "ba ko ti rum sel ve nor da pli gan ho ix tra mu len".split()
+
+
+def text_of(seed: int, words: int) -> str:
+    """Pseudo-words with punctuation, paragraphs and a few characters of two, three and four bytes."""
+    rng = random.Random(seed)
+    pieces = []
+    for i in range(words):
+        pieces.append("".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))))
+        pieces.append(rng.choice([" ", " ", " ", ", ", ". ", "\n\n", " é ", " 数 ", " 😀 "]) if i % 7 == 0 else " ")
+    return "".join(pieces)
+
+
+def rows_of(count: int, words: int = 120, first: int = 0) -> list[dict[str, str]]:
+    """Rows as in the corpus; every fifth document has two rows. Lengths vary by a factor of three."""
+    rows = []
+    for i in range(first, first + count):
+        rows.append({"text": text_of(i, words // 2 + (i * 37) % words), "source": f"s{i % 3}", "id": f"doc-{i}"})
+        if i % 5 == 0:
+            rows.append({"text": text_of(10_000 + i, words), "source": f"s{i % 3}", "id": f"doc-{i}"})
+    return rows
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def make_rows():
+    return rows_of
+
+
+@pytest.fixture(scope="session")
+def jsonl():
+    return write_jsonl
+
+
+@pytest.fixture(scope="session")
+def source_file(tmp_path_factory) -> Path:
+    """96 rows of 80 documents, about 80 kB."""
+    return write_jsonl(tmp_path_factory.mktemp("source") / "text.jsonl", rows_of(80))
+
+
+@pytest.fixture(scope="session")
+def spec(source_file) -> DataSpec:
+    """12 shards, a tenth of the documents in val."""
+    return DataSpec(files=str(source_file), vocab_size=400, val_fraction=0.1, shard_tokens=3000, workers=1)
+
+
+@pytest.fixture(scope="session")
+def folder(spec, tmp_path_factory) -> Path:
+    return prepare(spec, tmp_path_factory.mktemp("tokens"))
+
+
+@pytest.fixture
+def tokens(folder) -> TokenSet:
+    return TokenSet(folder, verify=True)
