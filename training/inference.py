@@ -1,0 +1,115 @@
+"""A trained model out of its run folder, for export and for sampling text. One process, no optimizer, no recipe."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
+from training.checkpoint import load_model
+from training.manifest import latest_good, problems, step_name
+from training.storage import CheckpointError
+
+
+def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
+    """The newest whole checkpoint, or that of `step`. Raises CheckpointError where there is none or it is damaged."""
+    if step is None:
+        found = latest_good(run_dir)
+        if found is None:
+            raise CheckpointError(f"{run_dir} has no checkpoint; is it a run folder, such as runs/<name>?")
+        return found
+    path = run_dir / "checkpoints" / step_name(step)
+    reasons = problems(path)
+    if reasons:
+        raise CheckpointError(f"{path} can't be used: {'; '.join(reasons[:3])}")
+    return path
+
+
+def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[Llama, dict[str, Any], int]:
+    """(model on the CPU in FP32 with the master weights, run.json, step). Computes without any recipe."""
+    run_dir = Path(run_dir)
+    path = find_checkpoint(run_dir, step)
+    run = json.loads((run_dir / "run.json").read_text())
+    shape = {key.removeprefix("model."): value for key, value in run["numerics"].items() if key.startswith("model.")}
+    config = LlamaConfig(**shape, max_seq_len=run["seq_len"])
+    model = Llama(config, compute_dtype=torch.float32)
+    meta = load_model(path, model)
+    model.rope.copy_(rope_table(config.max_seq_len, config.head_dim, config.rope_theta))
+    return model.eval(), run, meta["step"]
+
+
+def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:
+    """config.json of transformers' LlamaForCausalLM."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.hidden,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "head_dim": config.head_dim,
+        "max_position_embeddings": config.max_seq_len,
+        "rms_norm_eps": config.norm_eps,
+        # transformers 5 reads rope_parameters, earlier ones rope_theta
+        "rope_theta": config.rope_theta,
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,
+        "bos_token_id": bos_id,
+        "eos_token_id": None,
+    }
+
+
+def transformers_weights(model: Llama) -> dict[str, Tensor]:
+    """Our weights under transformers' names: q,k,v and gate,up split, rows of q and k permuted (their RoPE turns the
+    halves of a head, ours neighbouring pairs)."""
+    state = model.state_dict()
+    out = {
+        "model.embed_tokens.weight": state["embed.weight"],
+        "model.norm.weight": state["norm.weight"],
+        "lm_head.weight": state["lm_head.weight"],
+    }
+    for i in range(model.config.layers):
+        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
+        q, k, v = state[ours + "attn.qkv.weight"].chunk(3)
+        gate, up = state[ours + "mlp.gate_up.weight"].chunk(2)
+        out |= {
+            theirs + "self_attn.q_proj.weight": permute_for_half_split(q, model.config.heads),
+            theirs + "self_attn.k_proj.weight": permute_for_half_split(k, model.config.heads),
+            theirs + "self_attn.v_proj.weight": v,
+            theirs + "self_attn.o_proj.weight": state[ours + "attn.out.weight"],
+            theirs + "mlp.gate_proj.weight": gate,
+            theirs + "mlp.up_proj.weight": up,
+            theirs + "mlp.down_proj.weight": state[ours + "mlp.down.weight"],
+            theirs + "input_layernorm.weight": state[ours + "attn_norm.weight"],
+            theirs + "post_attention_layernorm.weight": state[ours + "mlp_norm.weight"],
+        }
+    return {name: tensor.contiguous() for name, tensor in out.items()}
+
+
+@torch.no_grad()
+def sample(model: Llama, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
+    """Yield `count` token ids that follow `prompt`; temperature 0 takes the likeliest. The context is the model's
+    training length; older tokens fall out of it."""
+    if not prompt:
+        raise ValueError("the prompt needs at least one token; BOS starts a document")
+    generator = torch.Generator().manual_seed(seed)
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = model(torch.tensor([tokens[-model.config.max_seq_len :]]))[0, -1].float()
+        if temperature == 0:
+            choice = int(logits.argmax())
+        else:
+            best = logits.topk(min(top_k, len(logits)))
+            choice = int(
+                best.indices[torch.multinomial((best.values / temperature).softmax(0), 1, generator=generator)]
+            )
+        tokens.append(choice)
+        yield choice
