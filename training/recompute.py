@@ -1,7 +1,7 @@
 """Activation checkpointing: keep only each block's input and compute the block again in the backward.
 
 Costs about a third more time and saves nearly all activations. The recomputed values are the same bits: random bits are
-counters of (seed, step, micro-batch, layer), and the random state still holds the micro-batch's numbers in its backward.
+counters of (seed, step, micro-batch, layer), and the random state still holds them in that micro-batch's backward.
 """
 
 import functools
