@@ -1,0 +1,1 @@
+"""`python -m kernels.selftest`: which kernels run on this machine, whether they are right, and how fast they are."""

@@ -1,0 +1,74 @@
+"""python -m kernels.selftest: on any machine; on a Blackwell GPU it is the proof that the 4-bit path works there.
+
+For each kernel: runs and right / WRONG / compiled, not run here / not compiled / not here, and why. Exit status 1 if
+any is WRONG. On a Blackwell GPU the first call compiles what is missing (minutes); speed comes last.
+"""
+
+import argparse
+import platform
+import sys
+
+import torch
+
+from kernels import backend, build
+from kernels.gemm_nvfp4 import BACKENDS, cutlass_impl
+from kernels.selftest import gemms, host, quantizers, shapes, speed
+from kernels.selftest.report import WRONG, Line
+
+SMALL = [(kind, *shape) for shape in shapes.RAGGED for kind in ("fprop", "dgrad", "wgrad")]
+TOKENS = 4096  # of the model shapes: enough for 2-SM tiles on every layer but the smallest
+
+
+def machine() -> list[str]:
+    """What this is: versions, GPU, compiler, cache."""
+    gpu = "no GPU"
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        arch = f"sm_{properties.major}{properties.minor}"
+        gpu = f"{properties.name}, {arch}, {properties.multi_processor_count} SMs"
+    return [
+        f"machine: Python {platform.python_version()}, torch {torch.__version__}, {gpu}",
+        f"kernels: cache {build.cache_dir()}; compile: {build.cannot_build() or 'possible here'}",
+    ]
+
+
+def gemm_shapes(device: str) -> list[tuple[str, int, int, int]]:
+    """Ragged shapes everywhere; on a GPU also every GEMM of every model preset and published layer."""
+    if device == "cpu":
+        return SMALL
+    large = [gemm for layers in (*shapes.PRESETS, *shapes.PUBLISHED) for gemm in shapes.gemms(layers, TOKENS)]
+    return [*SMALL, *large]
+
+
+def lines(device: str) -> list[Line]:
+    """Every check that this machine can make."""
+    sizes = [(128, 256)] if device == "cpu" else [(256, 384), (4096, 2560), (16384, 1024)]
+    out = host.checks() + quantizers.check_backend("triton", sizes, device)
+    out += [gemms.check_backend(name, gemm_shapes(device), device) for name in BACKENDS if name != "emulated"]
+    return out + gemms.compiled_kernels()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m kernels.selftest", description="Check every kernel of this machine."
+    )
+    parser.add_argument("--no-speed", action="store_true", help="do not time the linear layers")
+    options = parser.parse_args(arguments)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    print("\n".join(machine()), flush=True)
+    report = lines(device)
+    print("\n".join(map(str, report)), flush=True)
+    if device == "cuda" and not options.no_speed:
+        chosen = backend.use("auto", device)
+        print(f"back ends: {chosen}")
+        print("\n".join(speed.table()), flush=True)
+        if cutlass_impl.unavailable() is None:
+            print("\n".join(speed.gemm_lines()))
+    wrong = sum(line.state == WRONG for line in report)
+    print(f"{len(report)} checks, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

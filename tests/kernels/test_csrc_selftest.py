@@ -1,0 +1,124 @@
+"""selftest: it must find faults. Right back ends pass, each kind of broken one is called WRONG."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from kernels import build
+from kernels.gemm_nvfp4 import BACKENDS, emulated_impl
+from kernels.quantize import reference_impl
+from kernels.selftest import __main__ as selftest
+from kernels.selftest import gemms, quantizers, report, shapes
+
+SMALL = [("fprop", 33, 40, 208), ("wgrad", 16, 24, 48)]
+
+
+class Broken:
+    """gemm_nvfp4 with a fault put into the operands or the result of the emulated one."""
+
+    def __init__(self, fault):
+        self.fault = fault
+
+    def unavailable(self):
+        return None
+
+    def gemm_nvfp4(self, a, b, alpha, out_dtype, kind):
+        return self.fault(a, b, alpha, out_dtype, kind)
+
+
+def transposed_block(a, b, alpha, out_dtype, kind):
+    scales = a.block_scales.view(torch.uint8).clone()
+    scales[:, [0, 1]] = scales[:, [1, 0]]  # two groups' scales exchanged
+    return emulated_impl.gemm_nvfp4(
+        replace(a, block_scales=scales.view(torch.float8_e4m3fn)), b, alpha, out_dtype, kind
+    )
+
+
+def one_wrong_code(a, b, alpha, out_dtype, kind):
+    codes = a.codes.clone()
+    codes[-1, -1] ^= 1
+    return emulated_impl.gemm_nvfp4(replace(a, codes=codes), b, alpha, out_dtype, kind)
+
+
+def alpha_after_rounding(a, b, alpha, out_dtype, kind):
+    one = torch.ones_like(alpha)
+    return (emulated_impl.gemm_nvfp4(a, b, one, out_dtype, kind) * (alpha * 1.01)).to(out_dtype)
+
+
+def no_alpha(a, b, alpha, out_dtype, kind):
+    return emulated_impl.gemm_nvfp4(a, b, torch.ones_like(alpha), out_dtype, kind)
+
+
+def raises(a, b, alpha, out_dtype, kind):
+    raise RuntimeError("error 1000: no kernel image is available")
+
+
+@pytest.mark.parametrize("fault", [transposed_block, one_wrong_code, alpha_after_rounding, no_alpha, raises])
+def test_a_wrong_gemm_is_called_wrong(monkeypatch, fault):
+    monkeypatch.setitem(BACKENDS, "cutlass", Broken(fault))
+    assert gemms.check_backend("cutlass", SMALL, "cpu").state == report.WRONG
+
+
+def test_a_right_gemm_in_another_order_passes_within_the_bound(monkeypatch):
+    def reordered(a, b, alpha, out_dtype, kind):
+        parts = [a.values()[:, i::4] @ b.values()[:, i::4].t() for i in range(4)]
+        return ((parts[3] + parts[2]) + (parts[1] + parts[0])).mul(alpha).to(out_dtype)
+
+    monkeypatch.setitem(BACKENDS, "cutlass", Broken(reordered))
+    line = gemms.check_backend("cutlass", SMALL, "cpu")
+    assert line.state == report.RIGHT, line
+
+
+class BrokenQuantizer:
+    """The reference with a bias: every element is 2 % too small."""
+
+    def __getattr__(self, name):
+        return getattr(reference_impl, name)
+
+    def quantize(self, x, spec, axis, amax, signs, rng, layer, slot, want):
+        return reference_impl.quantize(x * 0.98, spec, axis, amax, signs, rng, layer, slot, want)
+
+
+def test_quantizer_checks_pass_the_reference_and_catch_a_shrinkage():
+    slot = quantizers.SLOTS[0]
+    assert quantizers.check_slot(reference_impl, slot, [(16, 32)], "cpu")[:2] == ([], 0)
+    failures, differ, _ = quantizers.check_slot(BrokenQuantizer(), slot, [(16, 32)], "cpu")
+    assert differ and "bytes differ" in failures[0]
+    right = quantizers.check_sr_mean(reference_impl, "reference", "cpu", draws=8)
+    wrong = quantizers.check_sr_mean(BrokenQuantizer(), "broken", "cpu", draws=8)
+    assert (right.state, wrong.state) == (report.RIGHT, report.WRONG), (right, wrong)
+
+
+def test_without_a_gpu_the_report_names_every_kernel_and_why_it_does_not_run(capsys, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    monkeypatch.setattr(build, "cannot_build", lambda: "nvcc not found")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert selftest.main([]) == 0
+    out = capsys.readouterr().out
+    for unit in build.UNITS.values():
+        if unit.arch != "host":
+            assert f"{unit.name:34} not compiled             nvcc not found" in out
+    assert "gemm_nvfp4 cutlass                 not here                 needs a CUDA GPU" in out
+    assert out.splitlines()[-1].endswith("0 wrong")
+
+
+def test_a_wrong_line_fails_the_command(monkeypatch, capsys):
+    monkeypatch.setattr(selftest, "lines", lambda _: [report.judge("some kernel", ["3 of 4 bytes differ"], "")])
+    assert selftest.main(["--no-speed"]) == 1
+    assert "1 wrong" in capsys.readouterr().out
+
+
+def test_shapes_are_those_of_the_model_presets():
+    folder = Path(__file__).parents[2] / "configs" / "model"
+    for layers in shapes.PRESETS:
+        preset = yaml.safe_load((folder / f"{layers.name}.yaml").read_text())
+        assert (layers.width, layers.hidden) == (preset["width"], preset["hidden"])
+    assert shapes.gemms(shapes.PUBLISHED[-1], 64)[:3] == [
+        ("fprop", 64, 18432, 6144),
+        ("dgrad", 64, 6144, 18432),
+        ("wgrad", 18432, 6144, 64),
+    ]
