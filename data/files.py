@@ -74,7 +74,8 @@ def disk_full_explained(root: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = os.statvfs(root).f_bavail * os.statvfs(root).f_frsize
+        there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
+        free = os.statvfs(there).f_bavail * os.statvfs(there).f_frsize
         raise RuntimeError(
             f"the disk that holds {root} is full ({free / 1e6:.0f} MB free). Token shards take about 0.5 bytes per "
             "byte of text, twice that while they are made. Free some space or set paths.data to another disk, then run "

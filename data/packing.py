@@ -39,8 +39,10 @@ def load_layout(tokens: TokenSet, split: str, row_tokens: int) -> tuple[np.ndarr
             raise RuntimeError(f"{folder / name}.bin is damaged: delete {folder}; it is made again")
     if info["documents_sha256"] != tokens.manifest["splits"][split]["documents_sha256"]:
         raise RuntimeError(f"{folder} belongs to other documents: delete it; it is made again")
-    rows = np.memmap(folder / "rows.bin", "<i8", "r")
-    return np.asarray(rows), np.asarray(np.memmap(folder / "pieces.bin", "<i8", "r", shape=(int(rows[-1]), 2)))
+    rows = np.asarray(np.memmap(folder / "rows.bin", "<i8", "r"))
+    if len(rows) == 1:  # not one row: there is no empty memory map
+        return rows, np.zeros((0, 2), "<i8")
+    return rows, np.asarray(np.memmap(folder / "pieces.bin", "<i8", "r", shape=(int(rows[-1]), 2)))
 
 
 def pack(documents: Iterator[tuple[int, int]], row_tokens: int) -> Iterator[list[tuple[int, int]]]:

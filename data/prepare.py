@@ -32,7 +32,8 @@ def ensure(spec: DataSpec, root: Path | str) -> Path:
     """
     if spec.path:
         return _given(spec)
-    plan = _plan(spec, Path(root))
+    with disk_full_explained(Path(root)):
+        plan = _plan(spec, Path(root))
     if plan.folder.is_dir():
         return plan.folder
     if plan.train.size is None or plan.train.size > SMALL_SOURCE_BYTES:
@@ -57,12 +58,13 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
     """
     if spec.path:
         return _given(spec)
-    plan = _plan(spec, Path(root))
-    with disk_full_explained(plan.root), locked(plan.root / f".lock-{plan.key}"):
-        if plan.folder.is_dir():
-            _verify(plan.folder)
-        else:
-            _make(plan)
+    with disk_full_explained(Path(root)):
+        plan = _plan(spec, Path(root))
+        with locked(plan.root / f".lock-{plan.key}"):
+            if plan.folder.is_dir():
+                _verify(plan.folder)
+            else:
+                _make(plan)
     return plan.folder
 
 

@@ -90,6 +90,7 @@ class FileSource:
         self._done = sum(p.stat().st_size for p in self.paths[:unit])
         with open(path, "rb") as self._handle:
             yield from self._parse(path, self._handle, skip)
+        self._done += path.stat().st_size
 
     def _parse(self, path: Path, handle: IO[bytes], skip: int) -> Iterator[Row]:
         kind = _kind(path)

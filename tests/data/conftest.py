@@ -10,7 +10,7 @@ from data.prepare import prepare
 from data.spec import DataSpec
 from data.tokens import TokenSet
 
-SYLLABLES = "ba ko ti rum sel ve nor da pli gan ho ix tra mu len".split()
+SYLLABLES = ["ba", "ko", "ti", "rum", "sel", "ve", "nor", "da", "pli", "gan", "ho", "ix", "tra", "mu", "len"]
 
 
 def text_of(seed: int, words: int) -> str:

@@ -49,7 +49,7 @@ def test_every_element_is_as_likely_at_every_place():
 
 
 def test_neighbours_land_far_apart():
-    """Steps between images of neighbours have a random permutation's mean length, count / 3, within 5 standard errors."""
+    """Steps between images of neighbours are count / 3 long on average, within 5 standard errors."""
     count = 50_000
     steps = np.abs(np.diff(Permutation(count, "key")(np.arange(count))))
     # A step's standard deviation is count / sqrt(18).

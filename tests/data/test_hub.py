@@ -1,0 +1,100 @@
+"""The `datasets` source on local data, through the code that reads the hub: packaged loaders, folders, save_to_disk."""
+
+import dataclasses
+
+import pytest
+
+from data.prepare import prepare
+from data.sources import open_source
+from data.spec import DataSpec
+from data.tokens import TokenSet
+
+datasets = pytest.importorskip("datasets")
+
+
+@pytest.fixture(autouse=True)
+def private_cache(tmp_path, monkeypatch):
+    """`datasets` keeps converted copies in its cache; not in the home folder of whoever runs the tests."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def rows(make_rows):
+    return make_rows(40)
+
+
+def read(spec: DataSpec, root) -> list[tuple]:
+    source = open_source(spec, root)
+    return [tuple(row) for unit in range(source.units) for row in source.rows(unit, 0)]
+
+
+def expected(rows):
+    return [(row["text"], row["source"], row["id"]) for row in rows]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_json_files_of_several_shards(tmp_path, rows, jsonl, streaming):
+    files = [str(jsonl(tmp_path / f"{i}.jsonl", rows[i * 16 : (i + 1) * 16])) for i in range(3)]
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=files, hub_streaming=streaming)
+    assert read(spec, tmp_path) == expected(rows)
+    source = open_source(spec, tmp_path)
+    if streaming:
+        assert source.units == 3
+        assert [tuple(row) for row in source.rows(1, 5)] == expected(rows[21:32])
+
+
+def test_a_folder_of_parquet_files(tmp_path, rows):
+    folder = tmp_path / "set"
+    (folder / "data").mkdir(parents=True)
+    datasets.Dataset.from_list(rows[:20]).to_parquet(folder / "data" / "train-00000-of-00002.parquet")
+    datasets.Dataset.from_list(rows[20:]).to_parquet(folder / "data" / "train-00001-of-00002.parquet")
+    assert read(DataSpec(source="hub", hub_path=str(folder)), tmp_path) == expected(rows)
+
+
+def test_a_saved_dataset(tmp_path, rows):
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    assert read(DataSpec(source="hub", hub_path=str(tmp_path / "set")), tmp_path) == expected(rows)
+
+
+def test_prepared_tokens_equal_those_of_the_same_files(tmp_path, rows, jsonl, monkeypatch):
+    monkeypatch.setattr("data.parts.PART_CHARACTERS", 5000)
+    file = str(jsonl(tmp_path / "t.jsonl", rows))
+    local = DataSpec(files=file, vocab_size=300, val_fraction=0.2, workers=1)
+    hub = dataclasses.replace(local, files=None, source="hub", hub_path="json", hub_data_files=file)
+    one, other = (TokenSet(prepare(spec, tmp_path / "out")) for spec in (local, hub))
+    assert one.fingerprint == other.fingerprint and one.path != other.path
+
+
+def test_the_papers_rule_and_a_row_limit_on_a_streamed_set(tmp_path, jsonl):
+    from data.split import paper_val_documents
+
+    rows = [{"text": f"text number {i}"} for i in range(2500)]
+    file = str(jsonl(tmp_path / "t.jsonl", rows))
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=file, id_key=None, source_key=None, vocab_size=260)
+    spec = dataclasses.replace(spec, val_rule="paper", max_documents=2100, workers=1)
+    tokens = TokenSet(prepare(spec, tmp_path / "out"))
+    splits = tokens.manifest["splits"]
+    assert (splits["val"]["documents"], splits["train"]["documents"]) == (2, 2098)
+    assert len(paper_val_documents(2100, 2357)) == 2
+
+
+def test_changed_files_change_the_fingerprint(tmp_path, rows, jsonl):
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=str(tmp_path / "*.jsonl"))
+    prints = []
+    for last in (30, 31):
+        jsonl(tmp_path / "t.jsonl", rows[:last])
+        prints.append(open_source(spec, tmp_path).fingerprint())
+    assert prints[0] != prints[1]
+
+
+def test_a_missing_set_is_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match=r"datasets could not open data\.hub_path=nobody/nothing"):
+        open_source(DataSpec(source="hub", hub_path="nobody/nothing"), tmp_path)
+
+
+def test_wrong_text_key_names_the_columns(tmp_path, rows, jsonl):
+    file = str(jsonl(tmp_path / "t.jsonl", rows))
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=file, text_key="body")
+    with pytest.raises(ValueError, match=r"data\.text_key=body; the row's keys are text, source, id"):
+        read(spec, tmp_path)

@@ -1,0 +1,277 @@
+"""From files to a token folder: contents, split, repeatability, and nothing lost by a kill."""
+
+import dataclasses
+import errno
+import hashlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.parts
+from data.prepare import ensure, prepare
+from data.spec import DataSpec
+from data.tokenizer import TextTokenizer
+from data.tokens import TokenSet
+
+# Prepares argv[1] into argv[2] in parts of 6,000 characters, with argv[3] workers.
+DRIVER = """
+import sys
+import data.parts
+from data.prepare import prepare
+from data.spec import DataSpec
+data.parts.PART_CHARACTERS = 6000
+if __name__ == "__main__":
+    spec = DataSpec(files=sys.argv[1], vocab_size=300, val_fraction=0.1, shard_tokens=20_000, workers=int(sys.argv[3]))
+    print(prepare(spec, sys.argv[2]))
+"""
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """SHA-256 of each file; without layouts and locks that other tests may have put there."""
+    files = [p for p in sorted(folder.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def decoded(folder: Path, split: str) -> list[str]:
+    """The texts of a split, from its tokens."""
+    tokens, tokenizer = TokenSet(folder), TextTokenizer(folder / "tokenizer.json")
+    stream = tokens.split(split)
+    everything = np.empty(stream.length, np.int64)
+    stream.read(0, everything)
+    starts = [*stream.documents[:, 0].tolist(), stream.length]
+    pieces = [everything[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    assert all(piece[0] == tokens.bos_id and tokens.bos_id not in piece[1:] for piece in pieces)
+    return [tokenizer.tokenizer.decode(piece[1:]) for piece in pieces]
+
+
+def test_tokens_are_the_text_and_sides_are_disjoint(folder, make_rows):
+    rows = make_rows(80)
+    texts = {split: decoded(folder, split) for split in ("train", "val")}
+    assert sorted(texts["train"] + texts["val"]) == sorted(row["text"] for row in rows)
+    of_text = {row["text"]: (row["source"], row["id"]) for row in rows}
+    sides = {split: {of_text[text] for text in texts[split]} for split in texts}
+    assert sides["val"] and not sides["train"] & sides["val"]
+    # Order is kept: the train texts are the rows without the val ones.
+    assert texts["train"] == [row["text"] for row in rows if (row["source"], row["id"]) in sides["train"]]
+
+
+def test_the_manifest_counts_what_is_there(folder, make_rows):
+    manifest = TokenSet(folder).manifest
+    sizes = [len(text.encode()) for text in decoded(folder, "val")]
+    split = manifest["splits"]["val"]
+    assert (split["documents"], split["bytes"], split["inexact_documents"]) == (len(sizes), sum(sizes), 0)
+    assert split["tokens"] * 2 == sum(shard["size"] for shard in split["shards"])
+    train = manifest["splits"]["train"]["shards"]
+    assert len(train) > 5 and {shard["size"] for shard in train[:-1]} == {6000}
+    assert TokenSet(folder).split("val").documents[:, 1].tolist() == sizes
+
+
+def test_the_same_text_gives_the_same_folder_on_any_number_of_workers(spec, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(data.parts, "PART_CHARACTERS", 10_000)
+    again = prepare(dataclasses.replace(spec, workers=2), tmp_path)
+    assert again.name == folder.name and contents(again) == contents(folder)
+
+
+def test_a_rerun_changes_nothing_and_compares_checksums(spec, folder):
+    before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
+    assert prepare(spec, folder.parent) == folder
+    assert {p: p.stat().st_mtime_ns for p in folder.iterdir()} == before
+    shard = folder / "train-00002.bin"
+    good = shard.read_bytes()
+    try:
+        shard.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+        with pytest.raises(RuntimeError, match=r"train-00002\.bin differs from its checksum.*delete the folder"):
+            prepare(spec, folder.parent)
+    finally:
+        shard.write_bytes(good)
+
+
+def test_another_source_or_option_gives_another_folder(spec, folder, tmp_path, make_rows, jsonl):
+    changed = jsonl(tmp_path / "text.jsonl", make_rows(81))
+    assert ensure(dataclasses.replace(spec, files=str(changed)), tmp_path).name != folder.name
+    for option in ({"val_fraction": 0.2}, {"split_seed": 1}, {"shard_tokens": 5000}, {"max_documents": 50}):
+        assert ensure(dataclasses.replace(spec, **option), tmp_path).name != folder.name, option
+
+
+def test_contents_have_one_fingerprint_however_they_are_cut(spec, folder, tmp_path):
+    other = TokenSet(ensure(dataclasses.replace(spec, shard_tokens=5000), tmp_path))
+    assert other.fingerprint == TokenSet(folder).fingerprint
+    other = TokenSet(ensure(dataclasses.replace(spec, split_seed=1), tmp_path))
+    assert other.fingerprint != TokenSet(folder).fingerprint
+
+
+def test_val_files_override_the_split(tmp_path, make_rows, jsonl):
+    train, val = jsonl(tmp_path / "t.jsonl", make_rows(40)), jsonl(tmp_path / "v.jsonl", make_rows(8, first=100))
+    spec = DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1)
+    folder = prepare(spec, tmp_path / "out")
+    assert decoded(folder, "train") == [row["text"] for row in make_rows(40)]
+    assert decoded(folder, "val") == [row["text"] for row in make_rows(8, first=100)]
+
+
+def test_a_document_on_both_sides_is_an_error(tmp_path, make_rows, jsonl):
+    train, val = jsonl(tmp_path / "t.jsonl", make_rows(40)), jsonl(tmp_path / "v.jsonl", make_rows(8, first=39))
+    with pytest.raises(ValueError, match=r"1 rows of the train files belong to one of the 8 validation documents"):
+        prepare(DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1), tmp_path / "out")
+
+
+def test_the_papers_rule_is_datasets_train_test_split(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    from data.split import paper_val_documents
+
+    for count in (1, 1999, 2000, 2001, 50_001):
+        numbers = datasets.Dataset.from_dict({"n": range(count)}) if count > 1 else None
+        if numbers:
+            test = numbers.train_test_split(test_size=0.0005, seed=2357)["test"]["n"]
+            assert paper_val_documents(count, 2357).tolist() == list(test), count
+        else:
+            assert paper_val_documents(count, 2357).tolist() == [0]
+
+
+@pytest.mark.parametrize("id_key", [None, "id"])
+def test_the_papers_rule_takes_whole_documents(tmp_path, jsonl, id_key):
+    """3,000 rows: as documents of their own, or two rows to a document, of which the drawn ones go to val whole."""
+    from data.split import paper_val_documents
+
+    rows = [{"text": f"text number {i}", "source": "s", "id": str(i // 2)} for i in range(3000)]
+    spec = DataSpec(files=str(jsonl(tmp_path / "t.jsonl", rows)), id_key=id_key, val_rule="paper", vocab_size=260)
+    folder = prepare(dataclasses.replace(spec, workers=1), tmp_path / "out")
+    if id_key is None:
+        drawn = sorted(paper_val_documents(3000, 2357).tolist())
+    else:
+        drawn = [
+            row for document in sorted(paper_val_documents(1500, 2357)) for row in (2 * document, 2 * document + 1)
+        ]
+    assert decoded(folder, "val") == [f"text number {i}" for i in drawn]
+
+
+def test_empty_texts_are_dropped_and_half_characters_replaced(tmp_path):
+    (tmp_path / "t.jsonl").write_text(
+        '{"text": ""}\n{"text": "a \\ud83d b"}\n' + '{"text": "some text, some text"}\n' * 40
+    )
+    spec = DataSpec(files=f"{tmp_path}/t.jsonl", vocab_size=258, val_fraction=0.3, workers=1)
+    folder = prepare(spec, tmp_path / "out")
+    texts = decoded(folder, "train") + decoded(folder, "val")
+    assert len(texts) == 41 and "a ? b" in texts
+
+
+def test_an_empty_side_is_an_error(tmp_path, jsonl, make_rows):
+    source = jsonl(tmp_path / "t.jsonl", make_rows(4))
+    spec = DataSpec(files=str(source), vocab_size=280, val_fraction=1e-9, workers=1)
+    with pytest.raises(ValueError, match=r"the val side has no document \(5 are train\): give data\.val_files"):
+        prepare(spec, tmp_path / "out")
+
+
+def test_wide_vocabularies_take_four_bytes(tmp_path, jsonl, make_rows):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = sorted({word for row in make_rows(5) for word in re.split(r"(\s)", row["text"])} | {"[UNK]"})
+    vocab = {"<s>": 0, **{word: 70_000 + i for i, word in enumerate(words)}}
+    tokenizer = Tokenizer(models.WordLevel(vocab, "[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    tokenizer.add_special_tokens(["<s>"])
+    tokenizer.save(str(tmp_path / "wide.json"))
+    source = jsonl(tmp_path / "t.jsonl", make_rows(20))
+    spec = DataSpec(files=str(source), tokenizer=str(tmp_path / "wide.json"), val_fraction=0.2, workers=1)
+    tokens = TokenSet(prepare(spec, tmp_path / "out"), verify=True)
+    assert tokens.dtype == np.uint32 and tokens.vocab_size == 70_000 + len(words)
+    out = np.empty(50, np.int64)
+    tokens.split("train").read(0, out)
+    assert out[0] == 0 and out[1:].max() >= 70_000
+    assert tokens.manifest["splits"]["train"]["inexact_documents"] > 0  # unknown words lose their bytes: it is said
+
+
+def test_large_sources_ask_for_the_command(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.SMALL_SOURCE_BYTES", 10)
+    with pytest.raises(FileNotFoundError) as caught:
+        ensure(spec, tmp_path)
+    command = str(caught.value).splitlines()[-1].strip()
+    wanted = [f"data.files={spec.files}", "data.vocab_size=400", f"paths.data={tmp_path}"]
+    assert command.startswith("python scripts/prepare_data.py data=text ") and all(w in command for w in wanted)
+
+
+def test_a_given_folder_is_taken_as_it_is(folder, tmp_path):
+    assert ensure(DataSpec(path=str(folder)), tmp_path) == folder
+    with pytest.raises(FileNotFoundError, match=r"data\.path=.*no manifest\.json"):
+        ensure(DataSpec(path=str(tmp_path)), tmp_path)
+
+
+def test_a_full_disk_is_explained_and_leaves_no_debris(spec, tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data.files.os.fsync", full)
+        with pytest.raises(RuntimeError, match=r"the disk that holds .* is full .*set paths\.data.*finished parts"):
+            prepare(dataclasses.replace(spec, tokenizer=None), tmp_path)
+    assert not list(tmp_path.rglob(".tmp-*"))
+    assert TokenSet(prepare(spec, tmp_path), verify=True)
+
+
+def start(source: Path, root: Path, workers: int) -> subprocess.Popen:
+    script = root.parent / "driver.py"
+    script.write_text(DRIVER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(data.parts.__file__).parents[1])}
+    command = [sys.executable, str(script), str(source), str(root), str(workers)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+
+def finished_parts(root: Path) -> list[Path]:
+    return sorted(root.glob(".text-*/parts/train-*.npz"))
+
+
+def workers_of(pid: int) -> list[int]:
+    result = subprocess.run(["ps", "--ppid", str(pid), "-o", "pid="], capture_output=True, text=True, check=False)
+    return [int(word) for word in result.stdout.split()]
+
+
+def test_kill_9_loses_no_finished_part(tmp_path, make_rows, jsonl, monkeypatch):
+    source = jsonl(tmp_path / "t.jsonl", make_rows(900))
+    root = tmp_path / "killed"
+    process = start(source, root, 2)
+    while len(finished_parts(root)) < 4:
+        assert process.poll() is None, "ended before it could be killed"
+        time.sleep(0.002)
+    children = workers_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in children):  # orphans would wait for work forever
+        assert time.monotonic() < deadline, f"workers {children} outlived their parent"
+        time.sleep(0.1)
+    done = {path.name for path in finished_parts(root)}
+    assert len(done) >= 4 and not list(root.glob("text-*"))
+    resumed, written = prepare_here(source, root, monkeypatch)
+    straight, all_parts = prepare_here(source, tmp_path / "straight", monkeypatch)
+    assert contents(resumed) == contents(straight)
+    assert not written & done and written | done == all_parts and len(all_parts) > 20
+
+
+def prepare_here(source: Path, root: Path, monkeypatch) -> tuple[Path, set[str]]:
+    """What DRIVER does, in this process; returns the folder and the names of the parts written."""
+    written = set()
+    atomic_write = data.parts.atomic_write
+
+    def recorded(path: Path):
+        written.add(path.name)
+        return atomic_write(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.parts, "PART_CHARACTERS", 6000)
+        patch.setattr(data.parts, "atomic_write", recorded)
+        spec = DataSpec(files=str(source), vocab_size=300, val_fraction=0.1, shard_tokens=20_000, workers=1)
+        return prepare(spec, root), written
+
+
+def test_two_at_once_do_the_work_once(tmp_path, make_rows, jsonl):
+    source = jsonl(tmp_path / "t.jsonl", make_rows(60))
+    both = [start(source, tmp_path / "out", 1) for _ in range(2)]
+    folders = {p.communicate(timeout=300)[0].strip() for p in both}
+    assert [p.returncode for p in both] == [0, 0] and len(folders) == 1
+    assert TokenSet(folders.pop(), verify=True)

@@ -1,0 +1,127 @@
+"""The BPE is reproducible, BOS can't be smuggled in, and bytes per token add up to the text."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.tokenizer import TextTokenizer, dtype_for, tokenizer_file, train_bpe
+
+TRAIN = """
+import sys
+from pathlib import Path
+from data.tokenizer import train_bpe
+texts = Path(sys.argv[1]).read_text(encoding="utf-8").split("\\n\\n")
+train_bpe(iter(texts), 400, 60_000, Path(sys.argv[2]))
+"""
+HARD = [
+    "",
+    "plain text",
+    " leading",
+    "tabs\tand\r\nlines\n\n\n",
+    "naïve 数字 😀",
+    "quotes <|bos|> inside",
+    "\x00\x7f",
+    "  ",
+]
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory, make_rows) -> Path:
+    path = tmp_path_factory.mktemp("bpe") / "tokenizer.json"
+    train_bpe((row["text"] for row in make_rows(40)), 400, 10**9, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def llama_like(tmp_path_factory) -> Path:
+    """As Llama-2's: a space in front of the text, spaces as U+2581, unknown characters as bytes, its own BOS rule."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}}
+    for token in ("\u2581", "a", "b", "c", "\u2581a", "\u2581ab", "ab", "\u00e9"):
+        vocab[token] = len(vocab)
+    merges = [("\u2581", "a"), ("a", "b"), ("\u2581a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path
+
+
+def test_training_is_the_same_on_any_number_of_threads(tmp_path, make_rows):
+    text = tmp_path / "text"
+    text.write_text("\n\n".join(row["text"] for row in make_rows(60)), encoding="utf-8")
+    results = []
+    for threads in ("1", "2", "4"):
+        out = tmp_path / f"{threads}.json"
+        environment = {**os.environ, "RAYON_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        subprocess.run([sys.executable, "-c", TRAIN, str(text), str(out)], check=True, env=environment)
+        results.append(out.read_bytes())
+    assert results[0] == results[1] == results[2]
+    assert len(json.loads(results[0])["model"]["vocab"]) == 400
+
+
+def test_only_the_first_bytes_are_used(tmp_path):
+    def texts():
+        yield from ["abcabc abcabc " * 50] * 3
+        raise AssertionError("read past the limit")
+
+    train_bpe(texts(), 260, 1500, tmp_path / "t.json")
+    assert TextTokenizer(tmp_path / "t.json").vocab_size == 260
+
+
+def test_text_survives_and_has_no_bos_inside(bpe):
+    tokenizer = TextTokenizer(bpe)
+    assert (tokenizer.bos, tokenizer.bos_id, tokenizer.vocab_size, tokenizer.prefix_bytes) == ("<|bos|>", 0, 400, 0)
+    for text, ids in zip(HARD, tokenizer.encode(HARD), strict=True):
+        assert ids[0] == 0 and (ids[1:] != 0).all(), text
+        assert tokenizer.tokenizer.decode(ids[1:].tolist(), skip_special_tokens=False) == text
+        assert tokenizer.token_bytes[ids].sum() == len(text.encode()), text
+
+
+def test_many_texts_come_back_in_order_whatever_the_grouping(bpe, monkeypatch):
+    tokenizer = TextTokenizer(bpe)
+    texts = [f"text {i} " * (1 + i % 5) for i in range(50)]
+    whole = [ids.tolist() for ids in tokenizer.encode(texts)]
+    monkeypatch.setattr("data.tokenizer._BATCH_CHARACTERS", 30)
+    assert [ids.tolist() for ids in tokenizer.encode(texts)] == whole and len(whole) == 50
+
+
+def test_a_given_tokenizer_with_a_space_prefix_counts_true_bytes(llama_like):
+    tokenizer = TextTokenizer(llama_like)
+    assert (tokenizer.bos, tokenizer.bos_id, tokenizer.vocab_size, tokenizer.prefix_bytes) == ("<s>", 1, 267, 1)
+    for text in ("ab a", "é 数\n", "abc", "x </s> y"):
+        (ids,) = tokenizer.encode([text])
+        assert ids[0] == 1 and 1 not in ids[1:] and 2 not in ids[1:]
+        assert tokenizer.token_bytes[ids].sum() - 1 == len(text.encode()), text
+
+
+def test_hash_ignores_spacing_but_not_contents(bpe, tmp_path):
+    description = json.loads(bpe.read_text())
+    (tmp_path / "spaced.json").write_text(json.dumps(description, indent=3))
+    description["model"]["merges"] = description["model"]["merges"][:-1]
+    (tmp_path / "other.json").write_text(json.dumps(description))
+    assert TextTokenizer(tmp_path / "spaced.json").hash == TextTokenizer(bpe).hash
+    assert TextTokenizer(tmp_path / "other.json").hash != TextTokenizer(bpe).hash
+
+
+def test_ids_are_two_bytes_while_they_fit():
+    assert dtype_for(65_536) == np.uint16 and dtype_for(65_537) == np.uint32
+
+
+def test_errors_say_what_to_type(bpe, tmp_path):
+    with pytest.raises(ValueError, match=r"gives a BPE of only \d+ entries.*data\.vocab_size=\d+ or less"):
+        train_bpe(iter(["abc abc"]), 5000, 100, tmp_path / "t.json")
+    assert not (tmp_path / "t.json").exists()
+    with pytest.raises(ValueError, match=r"no BOS token \(looked for <nothing>\).*data\.bos="):
+        TextTokenizer(bpe, "<nothing>")
+    with pytest.raises(ValueError, match=r"data\.tokenizer=.*no such file"):
+        tokenizer_file(str(tmp_path))
