@@ -1,7 +1,8 @@
 """Which recipe each linear layer gets: ordered rules over module names, resolved once, saved with the run."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -9,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernels.spec import NVFP4_BLOCK
 from quant import library
+from quant.library import AnyRecipe
 from quant.linear import QuantLinear
-from quant.recipe import SLOTS, Recipe
+from quant.recipe import SLOTS, Gemm, Recipe
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -23,14 +26,14 @@ class Rule:
     """Layers whose name matches the glob `match` get `recipe`."""
 
     match: str
-    recipe: Recipe
+    recipe: AnyRecipe
 
 
 @dataclass(frozen=True)
 class Precision:
     """The `quant` group of the configuration: a recipe, rules over it, and blocks kept in BF16 at either end."""
 
-    recipe: Recipe
+    recipe: AnyRecipe
     rules: tuple[Rule, ...] = ()
     high_precision_first: int = 0
     high_precision_last: int = 0
@@ -57,7 +60,7 @@ class Entry:
     index: int
     name: str
     shape: tuple[int, int]
-    recipe: Recipe
+    recipe: AnyRecipe
     reason: str
 
 
@@ -67,6 +70,27 @@ class Plan:
 
     label: str
     entries: tuple[Entry, ...]
+    recipe: AnyRecipe
+
+    @property
+    def fullgraph(self) -> bool:
+        """Whether torch.compile(fullgraph=True) can take the converted model."""
+        return all(getattr(entry.recipe, "fullgraph", True) for entry in self.entries)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any layer quantizes an operand."""
+        return any(entry.recipe.is_quantized for entry in self.entries)
+
+    def check_tokens(self, micro_tokens: int) -> None:
+        """Raise ValueError where a wgrad's blocks or rotation don't divide the tokens of a micro-batch."""
+        for entry in self.entries:
+            needed = _divisor(entry.recipe.wgrad) if isinstance(entry.recipe, Recipe) else 1
+            if micro_tokens % needed:
+                raise ValueError(
+                    f"{entry.name}: wgrad contracts over the {micro_tokens} tokens of a micro-batch, which {needed} "
+                    f"(rotation or block) does not divide; choose batch.micro or batch.seq_len so that it does"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able: the recipes used, resolved, and each layer's. What the numerics hash of a run takes."""
@@ -89,8 +113,10 @@ class Plan:
         return "\n".join(lines + [line for name, recipe in used.items() for line in describe(name, recipe)])
 
 
-def describe(name: str, recipe: Recipe) -> list[str]:
-    """Lines that spell out a recipe's slots; one line for one that quantizes nothing."""
+def describe(name: str, recipe: AnyRecipe) -> list[str]:
+    """Lines that spell out a recipe's slots; one line for a scheme, or for a recipe that quantizes nothing."""
+    if not isinstance(recipe, Recipe):
+        return [f"{name}: {', '.join(f'{key} {value}' for key, value in recipe.to_dict().items())}"]
     if not recipe.is_quantized:
         return [f"{name}: all six operands unquantized"]
     lines = [f"{name}:"]
@@ -132,20 +158,70 @@ def resolve(model: nn.Module, precision: Precision) -> Plan:
         Entry(index, name, (module.out_features, module.in_features), *chosen[name])
         for index, (name, module) in enumerate(linears)
     ]
-    return Plan(_label(precision), tuple(entries))
+    for entry in entries:
+        _check_shape(entry)
+    return Plan(_label(precision), tuple(entries), precision.recipe)
 
 
 def convert(model: nn.Module, plan: Plan, rng: Tensor) -> nn.Module:
-    """Replace every nn.Linear by a QuantLinear with the same Parameter, in place; state_dict keys do not change.
+    """Replace every nn.Linear by a QuantLinear (or a scheme's layer) with the same Parameter and name, in place.
 
     rng: int64 [3] on the model's device, shared by all layers: (seed, step, micro-batch), updated in place by the
     trainer. Call it after the model is built and on its device, before compile and DDP/FSDP. Returns model.
+    Raises RuntimeError where this machine can't run a scheme.
     """
     for entry in plan.entries:
         parent_name, _, child = entry.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        setattr(parent, child, QuantLinear(getattr(parent, child), entry.recipe, entry.index, rng))
+        setattr(parent, child, _layer(getattr(parent, child), entry, rng))
     return model
+
+
+def plan_of(model: nn.Module, mapping: Mapping[str, Any]) -> Plan:
+    """The plan of the whole `quant` group as a plain mapping."""
+    return resolve(model, Precision.from_dict(mapping))
+
+
+@contextmanager
+def unquantized(model: nn.Module) -> Iterator[None]:
+    """Within it every QuantLinear multiplies in BF16, as the `bf16` recipe does: to report what quantization costs."""
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    before = [layer.recipe for layer in layers]
+    bf16 = library.load("bf16")
+    try:
+        for layer in layers:
+            layer.recipe = bf16
+        yield
+    finally:
+        for layer, recipe in zip(layers, before, strict=True):
+            layer.recipe = recipe
+
+
+def _layer(linear: nn.Linear, entry: Entry, rng: Tensor) -> nn.Module:
+    if isinstance(entry.recipe, Recipe):
+        return QuantLinear(linear, entry.recipe, entry.index, rng)
+    entry.recipe.require()
+    return entry.recipe.build(linear, entry.index, rng)
+
+
+def _check_shape(entry: Entry) -> None:
+    """Raise ValueError where blocks or rotation don't divide the features of a layer."""
+    rows, columns = entry.shape
+    if not isinstance(entry.recipe, Recipe):
+        return entry.recipe.check(entry.name, columns, rows)
+    for gemm, contraction in (("fprop", columns), ("dgrad", rows)):
+        needed = _divisor(entry.recipe.gemm(gemm))
+        if contraction % needed:
+            raise ValueError(
+                f"{entry.name}: {gemm} contracts over {contraction} features, which {needed} (rotation or block) does "
+                f"not divide; keep it in BF16 with quant.rules='[{{match: {entry.name}, recipe: bf16}}]'"
+            )
+    return None
+
+
+def _divisor(gemm: Gemm) -> int:
+    """What must divide the contraction of a GEMM: its rotation, or NVFP4's block."""
+    return gemm.rotation_dim or (NVFP4_BLOCK if any(operand.spec.is_nvfp4 for operand in gemm.operands) else 1)
 
 
 def _numbers(entries: list[Entry]) -> str:
