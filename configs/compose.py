@@ -20,11 +20,13 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from configs import grid
 from configs.schema import FREE_FORM, known_keys, register
 from training.config import TrainConfig, suggestion
 
 ROOT = Path(__file__).resolve().parent
 GEMM_SLOTS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
+CELL = "cell"  # of an experiment grid: written out before composition, so not a key of the schema
 NONE_MARK = "_none_"  # how `quant.dgrad=none` travels through Hydra, which would replace the mapping by the string
 
 
@@ -48,8 +50,15 @@ def groups() -> dict[str, list[str]]:
 
 
 def compose(overrides: list[str]) -> Composed:
-    """Compose configs/train.yaml with `overrides`. Raises ConfigError, and nothing else, for a user's mistake."""
-    parsed = [check(override) for override in parse(overrides)]
+    """Compose configs/train.yaml with `overrides`. Raises ConfigError, and nothing else, for a user's mistake.
+
+    `experiment=<grid> cell=<name>` is written out first (configs/grid.py); both names are then among the choices.
+    """
+    try:
+        resolved = grid.resolve(overrides)
+    except grid.GridError as error:
+        raise ConfigError(str(error)) from error
+    parsed = [check(override) for override in parse(resolved.overrides)]
     for override in parsed:
         if override.is_sweep_override():
             raise ConfigError(f"{override.input_line}: several values; add -m to run them one after another")
@@ -59,6 +68,8 @@ def compose(overrides: list[str]) -> Composed:
         with initialize_config_dir(str(ROOT), version_base="1.3"):
             full = hydra_compose("train", overrides=lines, return_hydra_config=True)
         choices = own_choices(full.hydra.runtime.choices)
+        if resolved.cell:
+            choices |= {"experiment": resolved.experiment, "cell": resolved.cell}
         tree = full.copy()
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
@@ -73,7 +84,7 @@ def compose(overrides: list[str]) -> Composed:
 def sweep(overrides: list[str]) -> list[list[str]]:
     """The cartesian product of `a=1,2 b=x,y` as lists of plain overrides, the first one varying slowest."""
     alternatives = []
-    for override in [check(item) for item in parse(overrides)]:
+    for override in [item if item.key_or_group == CELL else check(item) for item in parse(overrides)]:
         if override.is_sweep_override():
             key = override.get_key_element()
             alternatives.append([f"{key}={value}" for value in override.sweep_string_iterator()])
@@ -99,11 +110,15 @@ def check(override: Override) -> Override:
     key = override.key_or_group
     known_groups = groups()
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
-        raise ConfigError(f"{override.input_line}: Hydra's own settings have no effect here; folders are paths.runs and run.name")
+        raise ConfigError(
+            f"{override.input_line}: Hydra's own settings have no effect here; folders are paths.runs and run.name"
+        )
     if key in known_groups and not override.is_delete():
         check_choices(override, known_groups[key])
     elif key not in known_keys() and not key.startswith(tuple(f"{name}." for name in FREE_FORM)):
-        raise ConfigError(f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups])}; --help lists the groups")
+        raise ConfigError(
+            f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups])}; --help lists the groups"
+        )
     return override
 
 

@@ -1,0 +1,100 @@
+import pytest
+
+from configs import grid
+from configs.compose import ConfigError, compose, sweep
+from quant import library
+from training.derive import derive
+
+PUBLISHED_TOKENS = 749993984, 12 * 10**9 // 262144 * 262144  # the D of published_runs.csv: steps * 262144
+WIDTH_30M = 30482560
+
+
+def small_grid(**changes):
+    base = {"base": ["seed=0"], "axes": {"size": {"a": ["model=llama_tiny"], "b": []}, "length": "tokens={tokens}"}}
+    return {**base, "cells": [{"size": ["a", "b"], "length": "0.75B"}, {"size": "a", "length": ["1.5M"]}], **changes}
+
+
+def test_cells_are_products_of_a_block_in_the_order_of_the_file():
+    assert grid.expand(small_grid()) == {
+        "a/0.75B": ["seed=0", "model=llama_tiny", "tokens=750000000"],
+        "b/0.75B": ["seed=0", "tokens=750000000"],
+        "a/1.5M": ["seed=0", "model=llama_tiny", "tokens=1500000"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("cells", "message"),
+    [
+        ([{"size": "c", "length": "1B"}], "axis size has no value 'c'"),
+        ([{"size": "a"}], "needs each of size, length; got size"),
+        ([{"size": "a", "length": "much"}], r"axis length: can't read \{tokens\} from 'much'; write 0.75B"),
+    ],
+)
+def test_a_wrong_block_is_named(cells, message):
+    with pytest.raises(grid.GridError, match=message):
+        grid.expand(small_grid(cells=cells))
+
+
+def test_published_grid_has_its_126_cells_and_token_counts():
+    cells = grid.expand(grid.load("c4_grid"))
+    assert len(cells) == 126 and sum(name.startswith("200M/") for name in cells) == 18
+    for cell, tokens in zip(("30M/0.75B/quartet2", "30M/12B/bf16"), PUBLISHED_TOKENS, strict=True):
+        numbers = derive(compose(cells[cell]).config, WIDTH_30M, world=1)
+        assert (numbers.tokens, numbers.tokens_per_step, numbers.seq_len) == (tokens, 262144, 512)
+
+
+def test_corpus_grids_have_the_lengths_of_the_protocol():
+    screen = compose(["experiment=corpus_screen", "cell=sr/s3"]).config
+    numbers = derive(screen, WIDTH_30M, world=1)
+    assert (numbers.steps, numbers.tokens_per_step, numbers.schedule.lr_peak, screen.seed) == (3052, 65536, 6e-4, 3)
+    ranking = compose(["experiment=corpus_ranking", "cell=bf16/x2/s0"]).config
+    numbers = derive(ranking, WIDTH_30M, world=1)
+    assert (numbers.steps, numbers.tokens_per_step, numbers.schedule.lr_peak) == (2861, 262144, 2.4e-3)
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_every_recipe_of_every_grid_builds(name):
+    seen = set()
+    for cell, overrides in grid.expand(grid.load(name)).items():
+        recipe = tuple(item for item in overrides if item.startswith("quant"))
+        if recipe in seen:
+            continue
+        seen.add(recipe)
+        built = library.build(compose(overrides).config.quant)
+        assert built.is_quantized == ("quant=bf16" not in recipe), cell
+    assert len(seen) >= 4
+
+
+def test_forward_only_cells_reuse_the_quantized_operands_and_backward_only_ones_the_exact():
+    def recipe(cell):
+        return library.build(compose(["experiment=c4_ablations", f"cell=30M/0.75B/{cell}"]).config.quant)
+
+    forward, backward = recipe("forward_16x16"), recipe("backward_eden")
+    assert not forward.dgrad.is_quantized and not forward.wgrad.is_quantized
+    assert forward.operand("wgrad.x").source == "fprop" and forward.operand("dgrad.w").source == "fprop_transposed"
+    assert not backward.fprop.is_quantized and backward.operand("dgrad.dy").spec.rounding == "ms_eden"
+
+
+def test_run_names_follow_the_cell_and_other_numerics_get_another_name():
+    def name(*extra):
+        return compose(["experiment=corpus_screen", "cell=bf16/s0", *extra]).config.run.name
+
+    assert name() == name("paths.runs=/scratch", "compile=false", "data.files=a.jsonl") == "corpus_screen-bf16-s0"
+    assert name("optim.lr=1e-3") != name() != name("optim.lr=2e-3") and name("optim.lr=1e-3").startswith(name() + "-")
+    assert name("run.name=mine") == "mine"
+
+
+def test_the_command_line_knows_cells():
+    composed = compose(["experiment=corpus_screen", "cell=quartet2/s1", "seed=7"])
+    assert composed.config.seed == 7 and composed.choices["cell"] == "quartet2/s1"
+    assert composed.choices["experiment"] == "corpus_screen" and composed.choices["quant"] == "quartet2"
+    jobs = sweep(["experiment=corpus_screen", "cell=bf16/s0,bf16/s1"])
+    assert [job[1] for job in jobs] == ["cell=bf16/s0", "cell=bf16/s1"]
+    for overrides, message in (
+        (["experiment=corpus_screen", "cell=quartet/s1"], "has no cell quartet/s1; for example cell=quartet2/s1"),
+        (["experiment=corpus_screen"], "is a grid and needs a cell"),
+        (["experiment=c4_gird", "cell=x"], "did you mean experiment=c4_grid"),
+        (["cell=x"], "needs experiment=<grid>"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            compose(overrides)
