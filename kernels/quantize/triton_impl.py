@@ -1,0 +1,327 @@
+"""Fused quantizers in Triton: the functions of reference_impl.py on any CUDA GPU, launched as torch custom operators.
+
+Bits agree with the reference as design.md 3.7 says. Every 1x16 NVFP4 slot, rotated or not, along either axis, from BF16
+or packed codes, is triton_kernels.quantize_kernel; maxima of rotated tensors are its amax_kernel; 16x16 tiles and FP8
+are in triton_tiles.py. Unrotated maxima stay plain PyTorch, so that Inductor computes them inside the kernel that
+produces the tensor. Launch shapes are fixed (CONFIGS, from scripts/bench_quantize.py --tune), never tuned at run time.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.nvfp4 import NVFP4Tensor
+from kernels.quantize import Quantized, reference_impl, triton_tiles
+from kernels.quantize.triton_kernels import ROTATION_TILE, amax_kernel, quantize_kernel, signs_kernel
+from kernels.spec import NVFP4_BLOCK, QuantSpec
+
+INTERPRET = bool(triton.knobs.runtime.interpret)
+ROTATION_DIMS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile; programs: grid size per multiprocessor."""
+
+    tile: int
+    warps: int
+    stages: int
+    programs: int
+
+
+# By (kernel, axis); axis 2 is both. What --tune found best on an H100.
+CONFIGS: dict[tuple[str, int], Launch] = {
+    ("rtn", 0): Launch(64, 8, 2, 2),
+    ("rtn", 1): Launch(64, 8, 2, 2),
+    ("four_over_six", 0): Launch(64, 8, 2, 2),
+    ("four_over_six", 1): Launch(64, 8, 2, 2),
+    ("sr", 0): Launch(64, 8, 2, 2),
+    ("sr", 1): Launch(64, 8, 2, 2),
+    ("ms_eden", 0): Launch(64, 8, 2, 2),
+    ("ms_eden", 1): Launch(64, 8, 2, 2),
+    ("rtn_packed", 0): Launch(64, 8, 2, 2),
+    ("rtn_packed", 1): Launch(64, 8, 2, 2),
+    ("sr_packed", 0): Launch(64, 8, 2, 2),
+    ("sr_packed", 1): Launch(64, 8, 2, 2),
+    ("ms_eden_packed", 0): Launch(64, 8, 2, 2),
+    ("ms_eden_packed", 1): Launch(64, 8, 2, 2),
+    ("amax", 0): Launch(64, 4, 3, 4),
+    ("amax", 1): Launch(64, 4, 3, 4),
+    ("amax", 2): Launch(128, 8, 3, 2),
+    ("amax_packed", 0): Launch(64, 4, 3, 4),
+    ("amax_packed", 1): Launch(64, 4, 3, 4),
+}
+
+
+def config_key(is_packed: bool, axis: int, rounding: str, four_over_six: bool) -> tuple[str, int]:
+    """The entry of CONFIGS that a quantizer runs with."""
+    name = "four_over_six" if four_over_six and not is_packed else rounding
+    return f"{name}_packed" if is_packed else name, axis
+
+
+def unavailable() -> str | None:
+    """Why this back end can't run: no CUDA GPU (unless Triton interprets), or one older than sm_80 (no BF16 dot)."""
+    if INTERPRET:
+        return None
+    if not torch.cuda.is_available():
+        return "needs a CUDA GPU"
+    major, minor = torch.cuda.get_device_capability()
+    return None if major >= 8 else f"needs sm_80 or newer; this is sm_{major}{minor}"
+
+
+def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
+    return torch.ops.nibble.rht_signs(rng, layer, gemm, dim, fixed)
+
+
+def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
+    if signs is None or per_row:
+        return reference_impl.amax(x, axis, signs, per_row)
+    return torch.ops.nibble.amax(x, None, *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
+
+
+def amax_both(x: Tensor, signs_axis1: Tensor, signs_axis0: Tensor) -> tuple[Tensor, Tensor]:
+    """(amax along axis 1, amax along axis 0) of x, each after its own rotation, from one read of x."""
+    if signs_axis1.shape != signs_axis0.shape:
+        return amax(x, 1, signs_axis1, False), amax(x, 0, signs_axis0, False)
+    return torch.ops.nibble.amax(x, None, signs_axis0, signs_axis1)
+
+
+def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
+    if signs is None or per_row:
+        return reference_impl.amax_packed(p, axis, signs, per_row)
+    scales = p.block_scales.view(torch.uint8)
+    return torch.ops.nibble.amax(p.codes, scales, *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
+
+
+def quantize(
+    x: Tensor,
+    spec: QuantSpec,
+    axis: int,
+    amax: Tensor | None,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    slot: int,
+    want: tuple[str, ...],
+) -> Quantized:
+    if spec.grid == "none" or (not spec.is_nvfp4 and signs is not None):
+        return reference_impl.quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
+    if not spec.is_nvfp4 or spec.is_square:
+        return triton_tiles.quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
+    return _nvfp4(x, None, None, spec, axis, amax, signs, rng, layer, slot, want)
+
+
+def requantize(
+    p: NVFP4Tensor,
+    spec: QuantSpec,
+    axis: int,
+    amax: Tensor | None,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    slot: int,
+    want: tuple[str, ...],
+) -> Quantized:
+    if not spec.is_nvfp4 or spec.is_square:
+        values = dequantize(p).values
+        out = quantize(values, spec, axis, amax, signs, rng, layer, slot, want)
+        scale = p.global_scale if out.scale is None else out.scale * p.global_scale
+        packed = out.packed and NVFP4Tensor(out.packed.codes, out.packed.block_scales, scale)
+        return Quantized(out.values, scale, packed)
+    scales = p.block_scales.view(torch.uint8)
+    return _nvfp4(p.codes, scales, p.global_scale, spec, axis, amax, signs, rng, layer, slot, want)
+
+
+def dequantize(p: NVFP4Tensor) -> Quantized:
+    values = torch.ops.nibble.unpack_values(p.codes, p.block_scales.view(torch.uint8))
+    return Quantized(values, p.global_scale)
+
+
+def _nvfp4(src, scales, outer, spec, axis, amax, signs, rng, layer, slot, want) -> Quantized:
+    rotation_blocks = signs.shape[0] // NVFP4_BLOCK if signs is not None else 1
+    values, scale, codes, block_scales = torch.ops.nibble.quantize(
+        src,
+        scales,
+        outer,
+        amax,
+        signs,
+        rng,
+        layer,
+        axis,
+        spec.target_max,
+        spec.scale_cap,
+        spec.tensor_scale == "pow2",
+        spec.select == "four_over_six",
+        spec.rounding,
+        rotation_blocks if spec.eden_block == "rotation" else 1,
+        spec.eden_space == "scaled",
+        slot,
+        "values" in want,
+        "packed" in want,
+    )
+    packed = NVFP4Tensor(codes, block_scales.view(torch.float8_e4m3fn), scale) if "packed" in want else None
+    return Quantized(values if "values" in want else None, scale, packed)
+
+
+# --------------------------------------------------------------------------------------------------- launches
+
+
+@lru_cache
+def rotation_matrix(dim: int, device: torch.device) -> Tensor:
+    """BF16 [128, 128]: block-diagonal Hadamard (identity for dim 1), columns permuted as triton_kernels.py explains."""
+    n = torch.arange(ROTATION_TILE.value)
+    j, lane, b = n // 8, (n % 8) // 2, n % 2
+    block = reference_impl.hadamard(dim, torch.device("cpu"))
+    matrix = torch.block_diag(*[block] * (ROTATION_TILE.value // dim))[:, 32 * lane + 2 * j + b]
+    return matrix.to(torch.bfloat16).contiguous().to(device)
+
+
+def grid_size(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
+    """At most per_multiprocessor programs on each; 3 in all when interpreting, so that tests see the tile loop."""
+    limit = 3
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
+    return (min(tiles, limit),)
+
+
+def _dim(signs: Tensor | None) -> int:
+    dim = 1 if signs is None else signs.shape[0]
+    if dim not in (1, *ROTATION_DIMS):
+        raise ValueError(f"the Triton back end rotates by 16, 32, 64 or 128, not {dim}: use the reference back end")
+    return dim
+
+
+def launch_quantize(
+    src: Tensor,
+    src_scales: Tensor | None,
+    src_global: Tensor | None,
+    amax: Tensor,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    axis: int,
+    target: float,
+    cap: float,
+    pow2: bool,
+    four_over_six: bool,
+    rounding: str,
+    eden_groups: int,
+    eden_scaled: bool,
+    slot: int,
+    store_values: bool,
+    store_packed: bool,
+    config: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, scale, codes, block scale bytes); a tensor that isn't wanted is empty."""
+    is_packed = src_scales is not None
+    src = src.contiguous()
+    outputs = _allocate(src, is_packed, axis, store_values, store_packed)
+    values, scale, codes, block_scales = outputs
+    rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    config = config or CONFIGS[config_key(is_packed, axis, rounding, four_over_six)]
+    lines, contraction = (rows, columns) if axis == 1 else (columns, rows)
+    tiles = triton.cdiv(lines, config.tile) * triton.cdiv(contraction, ROTATION_TILE.value)
+    dim = _dim(signs)
+    quantize_kernel[grid_size(tiles, src.device, config.programs)](
+        src, src_scales, src_global, rotation_matrix(dim, src.device), signs, amax, rng, layer,
+        values, codes, block_scales, scale, rows, columns,
+        AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
+        DIM=dim, TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
+        EDEN_GROUPS=eden_groups, SCALED=eden_scaled, STREAM=16 + slot,
+        STORE_VALUES=store_values, STORE_PACKED=store_packed, TILE=config.tile, STAGES=config.stages,
+        INTERPRET=INTERPRET, num_warps=config.warps,
+    )  # fmt: skip
+    return outputs
+
+
+def _allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store_packed: bool):
+    rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    stored_rows, contraction = (rows, columns) if axis == 1 else (columns, rows)
+    return (
+        src.new_empty((rows, columns) if store_values else (0,), dtype=torch.bfloat16),
+        src.new_empty((), dtype=torch.float32),
+        src.new_empty((stored_rows, contraction // 2) if store_packed else (0,), dtype=torch.uint8),
+        src.new_empty((stored_rows, contraction // NVFP4_BLOCK) if store_packed else (0,), dtype=torch.uint8),
+    )
+
+
+def launch_amax(
+    src: Tensor, src_scales: Tensor | None, signs0: Tensor | None, signs1: Tensor | None, config: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """(amax rotated along axis 1, amax rotated along axis 0), FP32 []; empty for an axis without signs."""
+    is_packed = src_scales is not None
+    src = src.contiguous()
+    rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    along0, along1 = signs0 is not None, signs1 is not None
+    amax0, amax1 = (src.new_zeros(() if along else (0,), dtype=torch.float32) for along in (along0, along1))
+    config = config or CONFIGS["amax_packed" if is_packed else "amax", 2 if along0 and along1 else int(along1)]
+    tile_r, tile_c = 128 if along0 else config.tile, 128 if along1 else config.tile
+    tiles = triton.cdiv(rows, tile_r) * triton.cdiv(columns, tile_c)
+    dim = _dim(signs0 if along0 else signs1)
+    amax_kernel[grid_size(tiles, src.device, config.programs)](
+        src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1, rows, columns,
+        ALONG_0=along0, ALONG_1=along1, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, DIM=dim,
+        TILE=config.tile, STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps,
+    )  # fmt: skip
+    return amax1, amax0
+
+
+@torch.library.custom_op("nibble::rht_signs", mutates_args=())
+def _rht_signs_op(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
+    signs = torch.empty(dim, dtype=torch.float32, device=rng.device)
+    signs_kernel[(1,)](rng, layer, signs, STREAM=gemm, DIM=dim, FIXED=fixed, num_warps=1)
+    return signs
+
+
+@_rht_signs_op.register_fake
+def _(rng, layer, gemm, dim, fixed):
+    return rng.new_empty(dim, dtype=torch.float32)
+
+
+@torch.library.custom_op("nibble::amax", mutates_args=())
+def _amax_op(
+    src: Tensor, src_scales: Tensor | None, signs0: Tensor | None, signs1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return launch_amax(src, src_scales, signs0, signs1)
+
+
+@_amax_op.register_fake
+def _(src, src_scales, signs0, signs1):
+    shapes = (() if signs is not None else (0,) for signs in (signs1, signs0))
+    return tuple(src.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("nibble::quantize", mutates_args=())
+def _quantize_op(
+    src: Tensor,
+    src_scales: Tensor | None,
+    src_global: Tensor | None,
+    amax: Tensor,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    axis: int,
+    target: float,
+    cap: float,
+    pow2: bool,
+    four_over_six: bool,
+    rounding: str,
+    eden_groups: int,
+    eden_scaled: bool,
+    slot: int,
+    store_values: bool,
+    store_packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_quantize(
+        src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
+        eden_groups, eden_scaled, slot, store_values, store_packed,
+    )  # fmt: skip
+
+
+@_quantize_op.register_fake
+def _(src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
+      eden_groups, eden_scaled, slot, store_values, store_packed):  # fmt: skip
+    return _allocate(src, src_scales is not None, axis, store_values, store_packed)

@@ -1,0 +1,222 @@
+"""Triton quantizers that need no rotation tile: NVFP4 with one scale for 16x16 elements, FP8, and decoding.
+
+A 16x16 tile is one group of 256 here. Indices follow the stored operand [rows, contraction] through strides, so that
+one kernel serves both axes; these run on weights (16x16), which are small beside activations. FP8 values are written as
+real float8 [rows, contraction], contiguous along the contraction, which is the only layout that sm_90's FP8 GEMM takes.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.nvfp4 import NVFP4Tensor
+from kernels.quantize import Quantized
+from kernels.quantize.triton_kernels import quantize_groups, tensor_scale
+from kernels.spec import NVFP4_BLOCK, QuantSpec
+from kernels.triton_common import divide, e2m1_code, e2m1_value, e4m3_byte, e4m3_value, load_key, round_fp8
+
+INTERPRET = bool(triton.knobs.runtime.interpret)
+FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+@triton.jit
+def square_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, ROWS, COLUMNS,
+                  row_stride, column_stride, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
+                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr,
+                  STORE_PACKED: tl.constexpr, TILES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """TILES neighbouring 16x16 tiles of the stored operand [ROWS, COLUMNS] a program."""
+    T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, T)
+    factor = tl.where(T < 2.0**-60, 2.0**64, 1.0)
+    columns_of_tiles = COLUMNS // 16
+    tile = (tl.program_id(0) * TILES + tl.arange(0, TILES)).to(tl.int64)
+    inside = tile < (ROWS // 16) * columns_of_tiles
+    element = tl.arange(0, 256)
+    row = (tile // columns_of_tiles * 16)[:, None] + (element // 16)[None, :]
+    column = (tile % columns_of_tiles * 16)[:, None] + (element % 16)[None, :]
+    offsets = row * row_stride + column * column_stride
+    y = tl.load(src_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32) * factor
+    key = (0, 0, 0, 0, 0)
+    if ROUNDING == "sr":
+        key = load_key(rng_ptr, layer_ptr, STREAM)
+    # Four random words serve four neighbours of one row: call number = row * columns / 4 + column / 4.
+    quad = tl.arange(0, 64)
+    call_row = (tile // columns_of_tiles * 16)[:, None] + (quad // 4)[None, :]
+    call = call_row * (COLUMNS // 4) + (tile % columns_of_tiles * 4)[:, None] + (quad % 4)[None, :]
+    codes, scale = quantize_groups(y, T, factor, call, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET)
+    if STORE_VALUES:
+        tl.store(values_ptr + offsets, (codes * scale[:, None]).to(tl.bfloat16), mask=inside[:, None])
+    if STORE_PACKED:
+        low, high = tl.split(tl.reshape(e2m1_code(codes, y), [TILES, 128, 2]))
+        half = tl.arange(0, 128)
+        byte_row = (tile // columns_of_tiles * 16)[:, None] + (half // 8)[None, :]
+        byte = byte_row * (COLUMNS // 2) + (tile % columns_of_tiles * 8)[:, None] + (half % 8)[None, :]
+        tl.store(codes_ptr + byte, (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
+        tl.store(scales_ptr + tile, e4m3_byte(scale), mask=inside)
+
+
+@triton.jit
+def fp8_kernel(src_ptr, amax_ptr, values_ptr, scale_ptr, ROWS, COLUMNS, row_stride, column_stride,
+               TARGET: tl.constexpr, POW2: tl.constexpr, PER_ROW: tl.constexpr, IS_E4M3: tl.constexpr,
+               TILE_R: tl.constexpr, TILE_C: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """One TILE_R x TILE_C tile of the stored operand: float8 bytes, contiguous, and the tensor's or the rows' scale."""
+    row = (tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)).to(tl.int64)
+    column = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
+    x = tl.load(src_ptr + row[:, None] * row_stride + column[None, :] * column_stride, mask=mask, other=0.0)
+    if PER_ROW:
+        scale = tensor_scale(tl.load(amax_ptr + row, mask=row < ROWS, other=1.0), TARGET, POW2)
+        if tl.program_id(1) == 0:
+            tl.store(scale_ptr + row, scale, mask=row < ROWS)
+    else:
+        scale = tl.zeros([TILE_R], tl.float32) + tensor_scale(tl.load(amax_ptr), TARGET, POW2)
+        tl.store(scale_ptr + row * 0, scale, mask=(row == 0) & (tl.program_id(1) == 0))
+    # A tiny scale's reciprocal would be infinite: the same power of two on both sides leaves the quotient as it is.
+    factor = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+    divisor = scale * factor
+    reciprocal = tl.div_rn(1.0, divisor)
+    quotient = divide(x.to(tl.float32) * factor[:, None], divisor[:, None], reciprocal[:, None], INTERPRET)
+    bits = round_fp8(quotient, IS_E4M3)
+    sign = (bits.to(tl.int32, bitcast=True) >> 24) & 128
+    if IS_E4M3:
+        magnitude = (tl.abs(bits) * 2.0**-120).to(tl.int32, bitcast=True) >> 20
+    else:
+        magnitude = (tl.abs(bits) * 2.0**-112).to(tl.int32, bitcast=True) >> 21
+    tl.store(values_ptr + row[:, None] * COLUMNS + column[None, :], (magnitude | sign).to(tl.uint8), mask=mask)
+
+
+@triton.jit
+def unpack_kernel(codes_ptr, scales_ptr, values_ptr, R, C, SQUARE: tl.constexpr, BLOCK: tl.constexpr):
+    """values = codes * block_scales as BF16; BLOCK groups of 16 a program."""
+    group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    mask = group < R * (C // 16)
+    scale_index = (group // (C // 16) // 16) * (C // 16) + group % (C // 16) if SQUARE else group
+    scale = e4m3_value(tl.load(scales_ptr + scale_index, mask=mask, other=0))[:, None]
+    codes = tl.load(codes_ptr + group[:, None] * 8 + tl.arange(0, 8)[None, :], mask=mask[:, None], other=0).to(tl.int32)
+    values = tl.reshape(tl.join(e2m1_value(codes & 15) * scale, e2m1_value(codes >> 4) * scale), [BLOCK, 16])
+    offsets = group[:, None] * 16 + tl.arange(0, 16)[None, :]
+    tl.store(values_ptr + offsets, values.to(tl.bfloat16), mask=mask[:, None])
+
+
+def quantize(
+    x: Tensor,
+    spec: QuantSpec,
+    axis: int,
+    amax: Tensor,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    slot: int,
+    want: tuple[str, ...],
+) -> Quantized:
+    """16x16 NVFP4 or FP8 of an unrotated x; FP8 values are float8 tensors (e4m3fn or e5m2) with x's shape."""
+    if not spec.is_nvfp4:
+        limit, pow2 = spec.scale_cap * spec.target_max, spec.tensor_scale == "pow2"
+        codes, scale = torch.ops.nibble.quantize_fp8(x, amax, axis, limit, pow2, spec.per_row, spec.grid == "e4m3")
+        values = codes.view(FP8_DTYPES[spec.grid])
+        return Quantized(values if axis == 1 else values.t(), scale)
+    if signs is not None:
+        raise ValueError("16x16 blocks can't be rotated along one axis; use 1x16 blocks in this slot, or rotation none")
+    values, scale, codes, block_scales = torch.ops.nibble.quantize_square(
+        x, amax, rng, layer, axis, spec.target_max, spec.scale_cap, spec.tensor_scale == "pow2",
+        spec.select == "four_over_six", spec.rounding, slot, "values" in want, "packed" in want,
+    )  # fmt: skip
+    packed = NVFP4Tensor(codes, block_scales.view(torch.float8_e4m3fn), scale) if "packed" in want else None
+    return Quantized(values if "values" in want else None, scale, packed)
+
+
+def _stored_shape(x: Tensor, axis: int) -> tuple[int, int, int, int]:
+    """(rows, contraction, row stride, contraction stride) of x as the stored operand."""
+    rows, columns = x.shape
+    strides = x.stride()
+    return (rows, columns, *strides) if axis == 1 else (columns, rows, strides[1], strides[0])
+
+
+@torch.library.custom_op("nibble::quantize_square", mutates_args=())
+def _quantize_square_op(
+    x: Tensor,
+    amax: Tensor,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    axis: int,
+    target: float,
+    cap: float,
+    pow2: bool,
+    four_over_six: bool,
+    rounding: str,
+    slot: int,
+    store_values: bool,
+    store_packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x = x.contiguous()
+    outputs = _allocate_square(x, axis, store_values, store_packed)
+    values, scale, codes, block_scales = outputs
+    rows, columns, row_stride, column_stride = _stored_shape(x, axis)
+    tiles_a_program = 8
+    grid = (triton.cdiv(rows * columns // NVFP4_BLOCK**2, tiles_a_program),)
+    square_kernel[grid](
+        x, amax, rng, layer, values, codes, block_scales, scale, rows, columns, row_stride, column_stride,
+        TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
+        STORE_VALUES=store_values, STORE_PACKED=store_packed, TILES=tiles_a_program, INTERPRET=INTERPRET, num_warps=4,
+    )  # fmt: skip
+    return outputs
+
+
+def _allocate_square(x: Tensor, axis: int, store_values: bool, store_packed: bool):
+    rows, columns, _, _ = _stored_shape(x, axis)
+    scales = (rows // NVFP4_BLOCK, columns // NVFP4_BLOCK)
+    return (
+        x.new_empty(x.shape if store_values else (0,), dtype=torch.bfloat16),
+        x.new_empty((), dtype=torch.float32),
+        x.new_empty((rows, columns // 2) if store_packed else (0,), dtype=torch.uint8),
+        x.new_empty(scales if store_packed else (0,), dtype=torch.uint8),
+    )
+
+
+@_quantize_square_op.register_fake
+def _(x, amax, rng, layer, axis, target, cap, pow2, four_over_six, rounding, slot, store_values, store_packed):
+    return _allocate_square(x, axis, store_values, store_packed)
+
+
+@torch.library.custom_op("nibble::quantize_fp8", mutates_args=())
+def _quantize_fp8_op(
+    x: Tensor, amax: Tensor, axis: int, target: float, pow2: bool, per_row: bool, is_e4m3: bool
+) -> tuple[Tensor, Tensor]:
+    codes, scale = _allocate_fp8(x, axis, per_row)
+    rows, columns, row_stride, column_stride = _stored_shape(x, axis)
+    tile_r, tile_c = (16, 256) if axis == 1 else (64, 64)
+    fp8_kernel[(triton.cdiv(rows, tile_r), triton.cdiv(columns, tile_c))](
+        x, amax.contiguous(), codes, scale, rows, columns, row_stride, column_stride,
+        TARGET=target, POW2=pow2, PER_ROW=per_row, IS_E4M3=is_e4m3, TILE_R=tile_r, TILE_C=tile_c, INTERPRET=INTERPRET,
+        num_warps=4,
+    )  # fmt: skip
+    return codes, scale
+
+
+def _allocate_fp8(x: Tensor, axis: int, per_row: bool) -> tuple[Tensor, Tensor]:
+    rows, columns, _, _ = _stored_shape(x, axis)
+    scale = () if not per_row else (rows, 1) if axis == 1 else (1, rows)
+    return x.new_empty((rows, columns), dtype=torch.uint8), x.new_empty(scale, dtype=torch.float32)
+
+
+@_quantize_fp8_op.register_fake
+def _(x, amax, axis, target, pow2, per_row, is_e4m3):
+    return _allocate_fp8(x, axis, per_row)
+
+
+@torch.library.custom_op("nibble::unpack_values", mutates_args=())
+def _unpack_op(codes: Tensor, scales: Tensor) -> Tensor:
+    rows, columns = codes.shape[0], codes.shape[1] * 2
+    values = codes.new_empty((rows, columns), dtype=torch.bfloat16)
+    block = 128
+    unpack_kernel[(triton.cdiv(rows * columns // NVFP4_BLOCK, block),)](
+        codes, scales, values, rows, columns, SQUARE=scales.shape[0] != rows, BLOCK=block, num_warps=4
+    )
+    return values
+
+
+@_unpack_op.register_fake
+def _(codes, scales):
+    return codes.new_empty((codes.shape[0], codes.shape[1] * 2), dtype=torch.bfloat16)

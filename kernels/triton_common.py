@@ -1,0 +1,169 @@
+"""Triton building blocks of the 4-bit quantizers: rounding, division, Philox bits, E2M1 and E4M3 codes.
+
+Everything here is FP32 and 32-bit integer arithmetic: no float8 cast and no inline PTX, so that the kernels compile for
+every architecture and the interpreter gives the same bits (its float8 casts are wrong, kernels.md 6). The definition is
+kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
+"""
+
+import triton
+import triton.language as tl
+
+# 1.5 * 2^(23 - mantissa_bits): adding and subtracting that many binades rounds to the format's step (formats.py).
+E2M1_SHIFT = tl.constexpr(1.5 * 2.0**22)
+E4M3_SHIFT = tl.constexpr(1.5 * 2.0**20)
+E5M2_SHIFT = tl.constexpr(1.5 * 2.0**21)
+E4M3_MIN_NORMAL = tl.constexpr(2.0**-6)
+E5M2_MIN_NORMAL = tl.constexpr(2.0**-14)
+E4M3_MAX = tl.constexpr(448.0)
+E5M2_MAX = tl.constexpr(57344.0)
+EXPONENT_MASK = tl.constexpr(0x7F800000)
+RANDOM_RANGE = tl.constexpr(2.0**24)
+
+
+@triton.jit
+def binade(magnitude):
+    """The power of two at or below a positive FP32 value."""
+    return (magnitude.to(tl.int32, bitcast=True) & EXPONENT_MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_e2m1(x):
+    """formats.round_nearest(x, E2M1). The product inside each fma is exact, so fused or not gives the same bits."""
+    x = tl.minimum(tl.maximum(x, -6.0), 6.0)
+    power = binade(tl.maximum(tl.abs(x), 1.0))
+    return tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, x))
+
+
+@triton.jit
+def round_e4m3(x):
+    """formats.round_nearest(x, E4M3) of non-negative x."""
+    x = tl.minimum(x, E4M3_MAX)
+    power = tl.maximum(binade(x), E4M3_MIN_NORMAL)
+    return tl.fma(power, -E4M3_SHIFT, tl.fma(power, E4M3_SHIFT, x))
+
+
+@triton.jit
+def stochastic_e2m1(x, random24):
+    """formats.round_stochastic(x, E2M1, random24); the neighbour towards zero comes from the nearest one, exactly."""
+    magnitude = tl.minimum(tl.abs(x), 6.0)
+    power = binade(tl.maximum(magnitude, 1.0))
+    nearest = tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, magnitude))
+    step = power * 0.5
+    low = tl.where(nearest > magnitude, nearest - step, nearest)
+    # frac * 2^24 = (magnitude - low) * (2^25 / power), exactly: the factor is 2^25's exponent less power's.
+    scale = (0x4C000000 - (power.to(tl.int32, bitcast=True) - 0x3F800000)).to(tl.float32, bitcast=True)
+    rounded = tl.where(random24 < (magnitude - low) * scale, low + step, low)
+    return tl.where(x < 0.0, -rounded, rounded)
+
+
+@triton.jit
+def stochastic_e4m3(x, random24):
+    """formats.round_stochastic(x, E4M3, random24) of non-negative x."""
+    x = tl.minimum(x, E4M3_MAX)
+    step = tl.maximum(binade(x), E4M3_MIN_NORMAL) * 0.125
+    steps = tl.div_rn(x, step)
+    low = tl.floor(steps)
+    return tl.where(random24 < (steps - low) * RANDOM_RANGE, low + 1.0, low) * step
+
+
+@triton.jit
+def round_fp8(x, IS_E4M3: tl.constexpr):
+    """formats.round_nearest(x, E4M3 or E5M2) of signed x."""
+    MAX: tl.constexpr = E4M3_MAX if IS_E4M3 else E5M2_MAX
+    TINY: tl.constexpr = E4M3_MIN_NORMAL if IS_E4M3 else E5M2_MIN_NORMAL
+    SHIFT: tl.constexpr = E4M3_SHIFT if IS_E4M3 else E5M2_SHIFT
+    x = tl.minimum(tl.maximum(x, -MAX), MAX)
+    power = tl.maximum(binade(tl.abs(x)), TINY)
+    return tl.fma(power, -SHIFT, tl.fma(power, SHIFT, x))
+
+
+@triton.jit
+def divide(x, d, reciprocal, INTERPRET: tl.constexpr):
+    """IEEE x / d from reciprocal = RN(1 / d): Markstein's correction, one fused remainder and one fused update.
+
+    Three instructions an element instead of about ten. The interpreter's fma rounds twice, so it divides.
+    """
+    if INTERPRET:
+        return tl.where(reciprocal == 0.0, 0.0, tl.div_rn(x, d))
+    quotient = x * reciprocal
+    return tl.fma(tl.fma(-quotient, d, x), reciprocal, quotient)
+
+
+@triton.jit
+def e2m1_code(value, source):
+    """nvfp4.encode: grid value -> code 0 .. 15 (int32), the sign bit taken from `source`.
+
+    |value| * 2^-126 puts E2M1's subnormal 0.5 on FP32's subnormal 2^-127, so that the code is the bits from 22 up.
+    """
+    magnitude = (tl.abs(value) * 2.0**-126).to(tl.int32, bitcast=True) >> 22
+    return magnitude | ((source.to(tl.int32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def e2m1_value(code):
+    """nvfp4.decode: code 0 .. 15 (int32) -> FP32 grid value."""
+    magnitude = ((code & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
+    return tl.where(code >= 8, -magnitude, magnitude)
+
+
+@triton.jit
+def e4m3_byte(value):
+    """The byte of a non-negative E4M3 value held in FP32: bias 7 instead of 127, so 2^-120 aligns the subnormals."""
+    return ((value * 2.0**-120).to(tl.int32, bitcast=True) >> 20).to(tl.uint8)
+
+
+@triton.jit
+def e4m3_value(byte):
+    """The FP32 value of a non-negative E4M3 byte (block scales have no sign and no NaN)."""
+    return ((byte.to(tl.int32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
+def next_power_of_two(x):
+    """formats.next_power_of_two."""
+    return ((x.to(tl.int32, bitcast=True) + 0x7FFFFF) & EXPONENT_MASK).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """philox.philox4x32 on uint32 words."""
+    for _ in tl.static_range(10):
+        high0 = tl.umulhi(c0, 0xD2511F53)
+        high1 = tl.umulhi(c2, 0xCD9E8D57)
+        low0 = c0 * 0xD2511F53
+        low1 = c2 * 0xCD9E8D57
+        c0 = high1 ^ c1 ^ k0
+        c2 = high0 ^ c3 ^ k1
+        c1 = low1
+        c3 = low0
+        k0 = k0 + 0x9E3779B9
+        k1 = k1 + 0xBB67AE85
+    return c0, c1, c2, c3
+
+
+@triton.jit
+def load_key(rng_ptr, layer_ptr, STREAM: tl.constexpr):
+    """(key 0, key 1, step, micro-batch, layer << 8 | stream) as uint32, from the int64 device tensors of design 3.5."""
+    seed = tl.load(rng_ptr)
+    step = tl.load(rng_ptr + 1)
+    micro_batch = tl.load(rng_ptr + 2)
+    last = tl.load(layer_ptr) * 256 + STREAM
+    return (
+        (seed & 0xFFFFFFFF).to(tl.uint32),
+        ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32),
+        (step & 0xFFFFFFFF).to(tl.uint32),
+        (micro_batch & 0xFFFFFFFF).to(tl.uint32),
+        (last & 0xFFFFFFFF).to(tl.uint32),
+    )
+
+
+@triton.jit
+def top24(word):
+    """The top 24 bits of a 32-bit word as an FP32 integer, exact."""
+    return (word >> 8).to(tl.int32).to(tl.float32)
+
+
+@triton.jit
+def max_nan(a, b):
+    """Maximum that keeps NaN; the plain one would hide a NaN in amax."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -1,0 +1,214 @@
+"""Compare every Triton quantizer with the reference: python scripts/check_fast.py [--small] [--json out.json]
+
+Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and BF16
+sources, the input families of style.md 3.4, ragged sizes. Prints the share of codes and block scales that differ and
+fails (exit code 1) where it exceeds what design.md 3.7 allows: 0 for RTN and SR without rotation, else 1e-5, and the
+tensor scale, amax and signs always equal where no rotation precedes them.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from torch import Tensor
+
+from kernels import nvfp4
+from kernels.quantize import Quantized, reference_impl, triton_impl
+from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+
+SPECS = {
+    "rtn": QuantSpec.resolve("e2m1", NVFP4_SCALES),
+    "rtn_46": QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six"),
+    "rtn_pow2": QuantSpec.resolve("e2m1", NVFP4_SCALES, tensor_scale="pow2"),
+    "sr": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr"),
+    "ms_eden": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden"),
+    "ms_eden_rotation": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation"),
+    "ms_eden_upstream": QuantSpec.resolve(
+        "e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation", eden_space="scaled"
+    ),
+}
+UNROTATED_ONLY = {
+    "square_rtn": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES),
+    "square_46": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, select="four_over_six"),
+    "square_sr": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, rounding="sr"),
+    "e4m3": QuantSpec.resolve("e4m3", FP8_SCALES[0]),
+    "e5m2": QuantSpec.resolve("e5m2", FP8_SCALES[0]),
+    "e4m3_rows": QuantSpec.resolve("e4m3", FP8_SCALES[1]),
+}
+# Allowed share of differing codes or scales where a sum decides (design.md 3.7).
+SUM_TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: which quantizer, where its input comes from, and the limit that holds."""
+
+    spec: str
+    axis: int
+    rotation: int
+    source: str
+    family: str
+    shape: tuple[int, int]
+
+    @property
+    def limit(self) -> float:
+        exact = self.rotation == 1 and "46" not in self.spec and "eden" not in self.spec
+        return 0.0 if exact else SUM_TOLERANCE
+
+
+def inputs(rows: int, columns: int, device: str) -> dict[str, Tensor]:
+    """The input families of style.md 3.4, BF16 [rows, columns]."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    gaussian = torch.randn(rows, columns, generator=generator)
+    one_hot = torch.zeros_like(gaussian)
+    one_hot[rows // 2, :16] = gaussian[0, :16]
+    ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0]).repeat(rows, columns // 8)
+    powers = torch.exp2(torch.randint(-24, 3, (rows, columns // 16), generator=generator).float())
+    families = {
+        "randn": gaussian,
+        "zeros": torch.zeros_like(gaussian),
+        "one_hot_block": one_hot,
+        "all_equal": torch.full_like(gaussian, 0.7),
+        "ties": ties * torch.where(gaussian < 0, -1.0, 1.0),
+        "subnormal_scales": gaussian * powers.repeat_interleave(16, 1),
+        "max_finite": gaussian.sign() * torch.finfo(torch.bfloat16).max,
+        "tiny": gaussian * 2.0**-118,
+        "gradient": gaussian * 2.0**-30,
+    }
+    return {name: x.to(torch.bfloat16).to(device) for name, x in families.items()}
+
+
+def cases(small: bool) -> Iterator[Case]:
+    shapes = [(32, 160)] if small else [(4096, 1024), (1040, 2816), (272, 144), (16, 128), (65536, 1024)]
+    for shape in shapes:
+        families = list(inputs(16, 16, "cpu")) if shape[0] < 60000 else ["randn"]
+        families = ["randn", "subnormal_scales"] if small else families
+        rotations = (1, 16) if small else (1, 16, 32, 64, 128)
+        for axis in (0, 1):
+            for family in families:
+                for spec in UNROTATED_ONLY:
+                    yield Case(spec, axis, 1, "bf16", family, shape)
+                for spec in SPECS:
+                    for rotation in rotations:
+                        needs_rotation = "rotation" in spec or "upstream" in spec
+                        if shape[axis] % rotation or (needs_rotation and rotation == 1):
+                            continue
+                        for source in ("bf16", "packed"):
+                            if source == "packed" and (shape[1] % 16 or family in ("tiny", "max_finite")):
+                                continue
+                            yield Case(spec, axis, rotation, source, family, shape)
+
+
+def run(case: Case, x: Tensor) -> dict[str, float]:
+    """Shares of differing values: {"amax", "scale", "codes", "block_scales", "values"}."""
+    spec = {**SPECS, **UNROTATED_ONLY}[case.spec]
+    rng = torch.tensor([0x1234_5678_9ABC_DEF0, 7, 3], device=x.device)
+    layer = torch.tensor(5, device=x.device)
+    shares = {}
+    signs = None
+    if case.rotation > 1:
+        signs = reference_impl.rht_signs(rng, layer, 2, case.rotation, False)
+        fast_signs = triton_impl.rht_signs(rng, layer, 2, case.rotation, False)
+        shares["signs"] = _share(fast_signs, signs)
+    want = ("values", "packed") if spec.is_nvfp4 else ("values",)
+    if case.source == "packed":
+        first = reference_impl.amax(x, 1, None, False)
+        x = reference_impl.quantize(x, SPECS["rtn_46"], 1, first, None, None, None, 0, ("packed",)).packed
+        amax = [m.amax_packed(x, case.axis, signs, spec.per_row) for m in (reference_impl, triton_impl)]
+        calls = [m.requantize for m in (reference_impl, triton_impl)]
+    else:
+        amax = [m.amax(x, case.axis, signs, spec.per_row) for m in (reference_impl, triton_impl)]
+        calls = [m.quantize for m in (reference_impl, triton_impl)]
+    shares["amax_ulp"] = _relative(amax[1], amax[0])
+    expected, got = (call(x, spec, case.axis, amax[0], signs, rng, layer, 5, want) for call in calls)
+    return shares | _compare(got, expected)
+
+
+def _compare(got: Quantized, expected: Quantized) -> dict[str, float]:
+    shares = {"scale": _share(got.scale, expected.scale), "values": _share(got.values, expected.values)}
+    if expected.packed is None:
+        return shares
+    stored = got.values if got.values.shape == got.packed.shape else got.values.t()
+    stored = stored if torch.equal(stored.float(), got.packed.values()) else got.values.t()
+    shares["packed_values"] = _share(got.packed.values(), stored)
+    codes, scales = zip(*((_codes(q), q.packed.block_scales.view(torch.uint8)) for q in (got, expected)), strict=True)
+    return shares | {"codes": _share(*codes), "block_scales": _share(*scales)}
+
+
+def _codes(q: Quantized) -> Tensor:
+    """Unpacked codes with minus zero as zero: a tensor core gives +0 where the input was -0."""
+    codes = nvfp4.unpack(q.packed.codes)
+    return torch.where(codes == 8, 0, codes)
+
+
+def _share(got: Tensor, expected: Tensor) -> float:
+    if got.shape != expected.shape:
+        return float("inf")
+    got, expected = got.float(), expected.float()
+    return ((got != expected) & ~(got.isnan() & expected.isnan())).double().mean().item()
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    """Largest relative difference in units of 2^-24."""
+    got, expected = got.double(), expected.double()
+    return ((got - expected).abs() / expected.abs().clamp(min=1e-300)).nan_to_num().max().item() * 2**24
+
+
+def verdict(case: Case, shares: dict[str, float], elements: int) -> bool:
+    """Whether every share is allowed. Small tensors may have one differing block even where 1e-5 is the limit."""
+    # A sum of 128 terms in FP32, in another order: 128 roundings of half an ulp at most.
+    amax_limit = 128.0 if case.rotation > 1 else 0.0
+    limits = {"amax_ulp": amax_limit, "signs": 0.0, "scale": 0.0, "packed_values": 0.0}
+    if "46" in case.spec and shares["values"] == 0:
+        # Both branches can give the very same values (codes 4 times 1.5 s, say); then the sums' last bits pick one.
+        limits |= {"codes": 1.0, "block_scales": 1.0}
+    slack = 16 / elements if case.limit else 0.0
+    return all(share <= limits.get(name, max(case.limit, slack)) for name, share in shares.items())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="small shapes: for Triton's interpreter on a CPU")
+    parser.add_argument("--json", type=Path, help="write every comparison here")
+    parser.add_argument("--verbose", action="store_true", help="print every comparison, not only the summary")
+    args = parser.parse_args()
+    if reason := triton_impl.unavailable():
+        print(f"the Triton back end can't run here: {reason} (or set TRITON_INTERPRET=1)")
+        return 2
+    device = "cpu" if triton_impl.INTERPRET else "cuda"
+    rows, cached = [], (None, {})
+    for case in cases(args.small):
+        if cached[0] != case.shape:
+            cached = (case.shape, inputs(*case.shape, device))
+        shares = run(case, cached[1][case.family])
+        ok = verdict(case, shares, case.shape[0] * case.shape[1])
+        rows.append({**case.__dict__, "ok": ok, **shares})
+        if args.verbose or not ok:
+            print("ok  " if ok else "FAIL", case, {k: f"{v:.3g}" for k, v in shares.items() if v})
+    summarize(rows)
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+    return 0 if all(row["ok"] for row in rows) else 1
+
+
+def summarize(rows: list[dict]) -> None:
+    """One line for each quantizer: comparisons, failures, largest shares."""
+    print(f"{'quantizer':18} {'rotation':>8} {'cases':>6} {'failed':>6}  largest share of differing")
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["spec"], "yes" if row["rotation"] > 1 else "no"), []).append(row)
+    for (spec, rotated), members in groups.items():
+        parts = ("amax_ulp", "scale", "block_scales", "codes", "values")
+        largest = {part: max(row.get(part, 0.0) for row in members) for part in parts}
+        text = "  ".join(f"{part} {value:.2g}" for part, value in largest.items())
+        print(f"{spec:18} {rotated:>8} {len(members):6} {sum(not row['ok'] for row in members):6}  {text}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
