@@ -3,7 +3,7 @@
 import os
 import sys
 
-# Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; with other kinds of run it does no harm.
+# Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from configs.cli import read_command_line

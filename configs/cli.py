@@ -68,4 +68,6 @@ def read_command_line(arguments: list[str]) -> CommandLine:
 
 def help_text() -> str:
     width = max(map(len, groups()))
-    return HELP.format(groups="\n".join(f"  {name:<{width}}  {', '.join(options)}" for name, options in groups().items()))
+    return HELP.format(
+        groups="\n".join(f"  {name:<{width}}  {', '.join(options)}" for name, options in groups().items())
+    )

@@ -45,16 +45,18 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
     seq_len = config.batch.seq_len
     sequences = batch_sequences(config)
     micro = config.batch.micro or default_micro(sequences, config.model.micro_tokens // seq_len)
+    fitting = largest_divisor(sequences, micro)
     if sequences % micro:
         raise ValueError(
             f"batch of {sequences} sequences is not a multiple of batch.micro={micro}; "
-            f"set batch.micro={largest_divisor(sequences, micro)} or batch.sequences={max(1, sequences // micro) * micro}"
+            f"set batch.micro={fitting} or batch.sequences={max(1, sequences // micro) * micro}"
         )
     if (sequences // micro) % world:
+        smaller = largest_divisor(sequences // world, micro) if sequences % world == 0 else 1
+        larger = micro * world * max(1, sequences // (micro * world))
         raise ValueError(
             f"{sequences // micro} micro-batches (batch.sequences={sequences} / batch.micro={micro}) don't divide over "
-            f"{world} GPUs; set batch.micro={largest_divisor(sequences // world, micro) if sequences % world == 0 else 1}"
-            f" or batch.sequences={micro * world * max(1, sequences // (micro * world))}"
+            f"{world} GPUs; set batch.micro={smaller} or batch.sequences={larger}"
         )
     tokens_per_step = sequences * seq_len
     steps = run_steps(config, parameters_non_embedding, tokens_per_step)

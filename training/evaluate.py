@@ -1,7 +1,7 @@
 """Validation on a fixed token list (data/evalset.py), on all ranks.
 
 The list is cut into the same batches on any number of ranks, because a quantizer's amax belongs to its batch, and the
-batches are dealt round-robin. Nats are summed in FP64 per (sequence, document) segment; those rows are what runs pair on.
+batches are dealt round-robin. Nats are summed in FP64 per (sequence, document) segment: the rows that runs pair on.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,5 @@ def save_rows(path: Path, evalset: EvalSet, nats: np.ndarray) -> None:
     part = evalset.segments
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "wb") as file:
-        np.savez(
-            file, sequence=part.sequence, document=part.document, nats=nats, tokens=part.tokens, bytes=part.bytes
-        )
+        np.savez(file, sequence=part.sequence, document=part.document, nats=nats, tokens=part.tokens, bytes=part.bytes)
     temporary.replace(path)

@@ -29,8 +29,10 @@ def one_line_errors() -> Iterator[Outcome]:
         yield outcome
     except torch.OutOfMemoryError as error:
         outcome.code = FAILED
-        say(f"out of GPU memory ({str(error).splitlines()[0]}); set a smaller batch.micro (another run: it is part of "
-            "the numerics), or parallel=fsdp on several GPUs")
+        say(
+            f"out of GPU memory ({str(error).splitlines()[0]}); set a smaller batch.micro (another run: it is part of "
+            "the numerics), or parallel=fsdp on several GPUs"
+        )
     except OSError as error:
         outcome.code = FAILED
         say(str(error))

@@ -5,6 +5,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from quant import library
+from quant.plan import HEAD, Plan
+from quant.recipe import Recipe
 from training.config import TrainConfig
 from training.derive import Numbers
 
@@ -47,6 +50,22 @@ def numerics(
             "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},
         }
     )
+
+
+def plan_numerics(plan: Plan) -> dict[str, Any]:
+    """The precision plan for `numerics`: the base recipe's fields, then every layer that has another recipe.
+
+    Names of recipes don't count: two ways to write the same six slots are the same run.
+    """
+    slots = slots_of(plan.recipe)
+    others = {e.name: e.recipe for e in plan.entries if e.name != HEAD and slots_of(e.recipe) != slots}
+    used = {library.label(recipe): slots_of(recipe) for recipe in others.values()}
+    layers = {name.replace(".", "/"): library.label(recipe) for name, recipe in others.items()}
+    return {**slots, "recipes": used, "layers": layers}
+
+
+def slots_of(recipe: Recipe) -> dict[str, Any]:
+    return {key: value for key, value in recipe.to_dict().items() if key != "name"}
 
 
 def hash_of(numerics: dict[str, Any]) -> str:

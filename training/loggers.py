@@ -41,7 +41,10 @@ class Loggers:
         except Exception as error:  # a tracker may raise anything; the run must go on
             self._sinks.pop(name, None)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            print(f"warning: {name} is off for the rest of this run ({reason}); metrics.jsonl has everything", file=sys.stderr)
+            print(
+                f"warning: {name} is off for the rest of this run ({reason}); metrics.jsonl has everything",
+                file=sys.stderr,
+            )
 
 
 class TensorBoardSink:

@@ -4,7 +4,6 @@ Order within a step that has several duties: the losses are read and checked, th
 model is evaluated; so a failing evaluation never costs the checkpoint, and a non-finite state is never saved.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -13,6 +12,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from data.evalset import EvalSet
@@ -216,8 +216,6 @@ class Trainer:
             save_rows(self.p.folder.path / "eval" / f"{step}.npz", evalset, nats)
         self._log({"kind": "eval", "step": step, "tokens": self.state.tokens, **summary, "time": time.time()})
         self._count_slots(evalset)
-        if summary["loss"] < self.state.extra.get("best_loss", math.inf):
-            self.state.extra |= {"best_loss": summary["loss"], "best_step": step}
         beside = f" (unquantized {summary['loss_bf16']:.4f})" if "loss_bf16" in summary else ""
         self.p.console.say(
             f"eval at step {step}: {summary['loss']:.4f} +- {summary['se']:.4f} nats/token{beside}, "
@@ -229,7 +227,9 @@ class Trainer:
         """Clipping and underflow of every operand slot on the first evaluation batch, forward and backward."""
         if self.p.count_slots is None:
             return
-        tokens = evalset.samples(0, min(self.numbers.micro, evalset.sequences)).to(self.p.ranks.device)
+        # A whole micro-batch, repeating sequences if there are fewer: its size must divide as in training.
+        tokens = evalset.samples(0, min(self.numbers.micro, evalset.sequences))
+        tokens = tokens[torch.arange(self.numbers.micro) % len(tokens)].to(self.p.ranks.device)
 
         def step() -> None:
             self._set_rng(self.state.step, 0)
@@ -257,7 +257,9 @@ class Trainer:
         return 0
 
     def _result(self, final: dict[str, float]) -> dict[str, Any]:
-        train = [row for row in self.p.loggers.file.rows() if row["kind"] == "train"]
+        rows = self.p.loggers.file.rows()
+        train = [row for row in rows if row["kind"] == "train"]
+        best = min((row for row in rows if row["kind"] == "eval"), key=lambda row: row["loss"])
         return {
             "status": "finished",
             "step": self.state.step,
@@ -265,8 +267,8 @@ class Trainer:
             "final_loss": final["loss"],
             "final_bpb": final["bpb"],
             "final_se": final["se"],
-            "best_loss": self.state.extra["best_loss"],
-            "best_step": self.state.extra["best_step"],
+            "best_loss": best["loss"],
+            "best_step": best["step"],
             "wall_s": self._wall_s(),
             "train_loss_last": train[-1]["loss"] if train else None,
             "ms_per_step_median": median(row["ms_per_step"] for row in train) if train else None,

@@ -69,7 +69,7 @@ class StepBuffer:
         self.count += 1
 
     def read(self, reduce: Any) -> list[tuple[float, float]]:
-        """(nats of all ranks, gradient norm) per step, and start over. Waits for the device. `reduce` sums over ranks."""
+        """(nats over ranks, gradient norm) per step, and start over. Waits for the device. `reduce` sums over ranks."""
         values = self._values[: self.count].clone()
         values[:, 0] = reduce(values[:, 0].contiguous())
         self._values.zero_()

@@ -29,13 +29,17 @@ class StartScreen:
 
     def __str__(self) -> str:
         n, shape = self.numbers, self.shape
-        count = f"{shape.parameters_non_embedding:,} parameters + {2 * shape.vocab_size * shape.width:,} in embedding and lm_head"
+        ends = 2 * shape.vocab_size * shape.width
+        count = f"{shape.parameters_non_embedding:,} parameters + {ends:,} in embedding and lm_head"
         lines = [
             ("run", f"{self.name} -> {self.folder}"),
             ("device", f"{self.device}, {n.world} process{'es' if n.world > 1 else ''}, parallel={self.parallel}"),
             ("back ends", ", ".join(f"{op}: {name}" for op, name in self.backends.items())),
             ("compile", "torch.compile, full graph" if self.compiled else "off"),
-            ("model", f"{self.model}: {shape.layers} x {shape.width}, {shape.heads} heads, hidden {shape.hidden}; {count}"),
+            (
+                "model",
+                f"{self.model}: {shape.layers} x {shape.width}, {shape.heads} heads, hidden {shape.hidden}; {count}",
+            ),
             ("recipe", self.recipe),
             *(("", line) for line in self.plan_lines),
             ("data", f"{self.data}, vocabulary {shape.vocab_size:,}{self._epochs()}"),
@@ -62,7 +66,9 @@ class StartScreen:
     def _schedule(self) -> str:
         s = self.numbers.schedule
         decay = f", {s.decay_steps} decay steps" if s.decay_steps else ""
-        return f"{s.name}, peak {s.lr_peak:.3g}, {s.warmup_steps} warm-up steps{decay}, end {s.lr_peak * s.end_factor:.3g}"
+        return (
+            f"{s.name}, peak {s.lr_peak:.3g}, {s.warmup_steps} warm-up steps{decay}, end {s.lr_peak * s.end_factor:.3g}"
+        )
 
     def _parts(self) -> str:
         return ", ".join(f"{name} {size:.1f}" for name, size in self.memory.parts.items())

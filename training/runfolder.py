@@ -1,8 +1,8 @@
 """The folder of a run: what is written at its start and end, and whether it may be continued.
 
-    config.yaml run.json plan.json env.json start.txt   at start
-    metrics.jsonl eval/<step>.npz checkpoints/          while it goes
-    result.json                                         at the end
+config.yaml run.json plan.json env.json start.txt   at start
+metrics.jsonl eval/<step>.npz checkpoints/          while it goes
+result.json                                         at the end
 """
 
 import json

@@ -80,14 +80,18 @@ def test_peak_rate_is_the_presets_unless_given():
 
 
 def test_none_gemm_keeps_the_sources():
-    quant = compose(["quant=quartet2", "quant.dgrad=none", "quant.wgrad=none", "quant.wgrad.x.source=input"]).config.quant
+    quant = compose(
+        ["quant=quartet2", "quant.dgrad=none", "quant.wgrad=none", "quant.wgrad.x.source=input"]
+    ).config.quant
     assert quant["dgrad"] == {"dy": {"grid": "none", "source": "input"}, "w": {"grid": "none", "source": "fprop"}}
     assert quant["wgrad"]["x"] == {"grid": "none", "source": "input"}
     assert quant["fprop"]["x"]["grid"] == "e2m1"
 
 
 def test_one_field_of_one_operand():
-    quant = compose(["quant=quartet2", "quant.fprop.x.select=absmax", "quant.rules=[{match: 'blocks.0.*', recipe: bf16}]"])
+    quant = compose(
+        ["quant=quartet2", "quant.fprop.x.select=absmax", "quant.rules=[{match: 'blocks.0.*', recipe: bf16}]"]
+    )
     assert quant.config.quant["fprop"]["x"]["select"] == "absmax"
     assert quant.config.quant["fprop"]["w"]["select"] == "four_over_six"
     assert quant.config.quant["rules"] == [{"match": "blocks.0.*", "recipe": "bf16"}]
@@ -108,7 +112,9 @@ def test_the_composed_text_composes_again():
 
 def test_sweep_is_the_product_in_order():
     jobs = sweep(["model=llama_30m", "quant=bf16,sr", "seed=0,1"])
-    assert jobs == [["model=llama_30m", f"quant={quant}", f"seed={seed}"] for quant in ("bf16", "sr") for seed in (0, 1)]
+    assert jobs == [
+        ["model=llama_30m", f"quant={quant}", f"seed={seed}"] for quant in ("bf16", "sr") for seed in (0, 1)
+    ]
 
 
 def test_sweep_checks_every_choice():

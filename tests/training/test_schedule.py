@@ -27,7 +27,13 @@ def test_cosine_by_hand():
 def test_cosine_is_one_cycle(steps):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     reference = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=9e-4, total_steps=steps, pct_start=0.1, div_factor=100, final_div_factor=0.1, cycle_momentum=False
+        optimizer,
+        max_lr=9e-4,
+        total_steps=steps,
+        pct_start=0.1,
+        div_factor=100,
+        final_div_factor=0.1,
+        cycle_momentum=False,
     )
     ours = Schedule("cosine", 9e-4, steps, steps // 10, 0.01, 0.1)
     for step in range(steps):

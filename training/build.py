@@ -1,0 +1,113 @@
+"""The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.evalset import EvalSet
+from data.loader import Loader
+from data.tokens import TokenSet
+from models.llama import Llama, LlamaConfig
+from quant.plan import Plan, convert
+from quant.stats import slot_stats
+from training.checkpoint import TrainState, load
+from training.config import TrainConfig
+from training.derive import Numbers
+from training.distributed import Dist
+from training.loggers import Loggers, build_sinks
+from training.loss import LossModel
+from training.manifest import latest_good, remove_temporary
+from training.metrics import MetricsFile
+from training.runfolder import RunFolder
+
+
+def set_torch_flags(config: TrainConfig) -> None:
+    """Exact FP32 (no TF32), no reduced-precision sums (design.md 3.2), and the same bits in every run."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # we never read what we didn't write
+
+
+def build_model(shape: LlamaConfig, plan: Plan, seed: int, rng: Tensor) -> tuple[Llama, str]:
+    """The initialized and converted model on rng's device, and the init hash."""
+    with rng.device:
+        model = Llama(shape)
+    init_hash = model.init_weights(seed)
+    convert(model, plan, rng)
+    return model, init_hash
+
+
+def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.device) -> None:
+    """Compile in place: the whole loss, or block by block where FSDP gathers between blocks."""
+    if not is_compiled(config, device):
+        return
+    for module in loss.model.blocks if mode in ("fsdp", "hsdp") else [loss]:
+        module.compile(fullgraph=True, dynamic=False)
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    return device.type == "cuda" if config.compile == "auto" else config.compile == "true"
+
+
+def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
+    """Load the newest good checkpoint, if there is one. True if the run goes on rather than starts."""
+
+    def find() -> str | None:
+        remove_temporary(folder.path / "checkpoints")
+        found = latest_good(folder.path)
+        return str(found) if found else None
+
+    path = ranks.on_main(find)
+    if path is None:
+        return False
+    load(path, state, ranks.group)
+    if ranks.is_main:
+        print(f"resuming from {path}: step {state.step}, {state.tokens:,} tokens", flush=True)
+    return True
+
+
+def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ranks: Dist, step: int) -> Loggers:
+    """Cut the metrics back to the resumed step, then open the sinks (rank 0 only)."""
+    file = MetricsFile(folder.path)
+    if not ranks.is_main:
+        return Loggers(file, {})
+    file.truncate(step)
+    return Loggers(file, build_sinks(config.logger, folder.path, run, run["numerics"]))
+
+
+def eval_sets(config: TrainConfig, tokens: TokenSet) -> tuple[EvalSet, EvalSet]:
+    """The fixed lists of the evaluations during training and at the end; a list longer than val means all of val."""
+    every = EvalSet(tokens, config.batch.seq_len, None, packing=config.data.packing)
+
+    def listed(count: int | None) -> EvalSet:
+        if count is None or count >= every.targets:
+            return every
+        return EvalSet(tokens, config.batch.seq_len, count, packing=config.data.packing)
+
+    return listed(config.evaluate.tokens), listed(config.evaluate.final_tokens)
+
+
+def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int) -> Iterator[Tensor]:
+    """This rank's micro-batches from `first_step` to the end, read ahead and copied to the device."""
+    ranges = (
+        (step * numbers.sequences + micro * numbers.micro, numbers.micro)
+        for step in range(first_step, numbers.steps)
+        for micro in numbers.micro_batches_of(ranks.rank)
+    )
+    for tokens in loader.prefetch(ranges):
+        yield tokens.to(ranks.device, non_blocking=True)
+
+
+def slot_counter(model: Llama, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
+    """Counts clipping and underflow per slot while a given step runs, outside of the compiled graph."""
+    if not plan.is_quantized:
+        return None
+
+    def count(step: Callable[[], None]) -> dict[str, Any]:
+        with torch.compiler.set_stance("force_eager"):
+            return slot_stats(model, step)
+
+    return count
