@@ -1,5 +1,6 @@
 """Best-fit packing: full rows that start at documents, the largest that fits first, the shortest cropped."""
 
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -21,7 +22,7 @@ def documents(*lengths: int) -> list[tuple[int, int]]:
 
 
 def test_by_hand():
-    """Row of 10: 7 is the largest that fits, then 3. Then 5, then nothing fits 5, so the shortest (6) is cropped to 5."""
+    """Rows of 10: 7 is the largest that fits, then 3; then 6, and as nothing fits the 4 left, 5 is cropped; then 12."""
     lengths = (5, 7, 12, 3, 6)
     starts = dict(zip(lengths, (start for start, _ in documents(*lengths)), strict=True))
     rows = list(pack(iter(documents(*lengths)), 10))
@@ -54,7 +55,7 @@ def test_rows_are_full_and_hold_beginnings_of_different_documents(tokens):
     index = tokens.split("train").documents[:, 0].tolist()
     lengths = dict(zip(index, np.diff([*index, tokens.split("train").length]).tolist(), strict=True))
     assert len(set(pieces[:, 0].tolist())) == len(pieces)  # no document twice
-    for begin, end in zip(rows, rows[1:], strict=False):
+    for begin, end in itertools.pairwise(rows):
         row = pieces[begin:end]
         assert row[:, 1].sum() == ROW
         assert all(length == lengths[start] for start, length in row[:-1].tolist())  # only the last may be cropped
@@ -70,9 +71,7 @@ def test_the_loader_reads_the_layout(tokens):
     tokens.split("train").read(0, stream)
     batch = loader.samples(0, 2 * n)
     assert (batch[:, 0] == tokens.bos_id).all()
-    expected = [
-        np.concatenate([stream[s : s + k] for s, k in pieces[a:b]]) for a, b in zip(rows, rows[1:], strict=False)
-    ]
+    expected = [np.concatenate([stream[s : s + k] for s, k in pieces[a:b]]) for a, b in itertools.pairwise(rows)]
     where = loader._locate(0, 2 * n)[:, 0]
     assert sorted(where[:n].tolist()) == sorted(where[n:].tolist()) == list(range(n))
     for sample, index in zip(batch, where, strict=True):

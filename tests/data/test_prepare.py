@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import hashlib
+import itertools
 import os
 import re
 import signal
@@ -46,7 +47,7 @@ def decoded(folder: Path, split: str) -> list[str]:
     everything = np.empty(stream.length, np.int64)
     stream.read(0, everything)
     starts = [*stream.documents[:, 0].tolist(), stream.length]
-    pieces = [everything[a:b].tolist() for a, b in zip(starts, starts[1:], strict=False)]
+    pieces = [everything[a:b].tolist() for a, b in itertools.pairwise(starts)]
     assert all(piece[0] == tokens.bos_id and tokens.bos_id not in piece[1:] for piece in pieces)
     return [tokenizer.tokenizer.decode(piece[1:]) for piece in pieces]
 
