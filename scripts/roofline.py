@@ -1,9 +1,9 @@
 """python scripts/roofline.py: a PREDICTION of the speed of recipe quartet2 on GPUs that nobody here has.
 
 For each GEMM the time is its FLOPs over what was published or measured to be reachable; for each quantizer its bytes
-For each GEMM the time is its FLOPs over what was published or measured to be reachable; for each quantizer its bytes
 over the reachable bandwidth. Nothing overlaps. Two columns for the quantizers: memory bound, and at the 48 % of copy
 speed that the first fused kernel reached on an H100 (kernels.md, section 8). Set beside the published speed-ups
+(quartet2.md d.6), which leave amax out; ours has it in.
 """
 
 import argparse
