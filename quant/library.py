@@ -8,8 +8,11 @@ import yaml
 
 import configs
 from quant.recipe import SLOTS, SPEC_FIELDS, Recipe
+from quant.schemes import SCHEMES
 
 FOLDER = Path(configs.__file__).parent / "quant"
+# Six operand slots, or a scheme that those can't say (quant/schemes).
+AnyRecipe = Recipe | Any
 # Keys of a recipe file that belong to the precision plan (quant/plan.py), not to the recipe.
 PLAN_KEYS = ("rules", "high_precision")
 
@@ -29,21 +32,25 @@ def mapping(name: str) -> dict[str, Any]:
     return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
 
 
-def load(name: str) -> Recipe:
+def load(name: str) -> AnyRecipe:
     """Recipe `name` of configs/quant."""
     return build(mapping(name))
 
 
-def build(values: dict[str, Any]) -> Recipe:
+def build(values: dict[str, Any]) -> AnyRecipe:
     """A recipe from a mapping in the form of a recipe file, possibly overridden; a GEMM may be "none"."""
-    fields = {key: value for key, value in values.items() if key not in PLAN_KEYS}
+    fields = _recipe_fields(values)
+    if "scheme" in fields:
+        return _scheme(str(fields["scheme"])).from_dict(fields)
     has_file = fields.get("name") in names()
     base = Recipe.from_dict(_recipe_fields(mapping(fields["name"]))) if has_file else None
     return Recipe.from_dict(fields, base)
 
 
-def label(recipe: Recipe) -> str:
+def label(recipe: AnyRecipe) -> str:
     """The recipe's name and each field that differs from its file: "quartet2 fprop.x.select=absmax"."""
+    if not isinstance(recipe, Recipe):
+        return recipe.label
     if recipe.name not in names():
         return recipe.name
     base, own = _flat(load(recipe.name).to_dict()), _flat(recipe.to_dict())
@@ -54,6 +61,12 @@ def label(recipe: Recipe) -> str:
         if f"{slot}.grid" in changed or f"{slot}.select" in changed or f"{slot}.rounding" in changed:
             changed = {key: value for key, value in changed.items() if key not in {f"{slot}.{name}" for name in follow}}
     return " ".join([recipe.name, *(f"{key}={value}" for key, value in changed.items())])
+
+
+def _scheme(name: str) -> Any:
+    if name not in SCHEMES:
+        raise ValueError(f"quant.scheme={name!r} is unknown; schemes: {', '.join(SCHEMES)}")
+    return SCHEMES[name]
 
 
 def _recipe_fields(values: dict[str, Any]) -> dict[str, Any]:

@@ -162,10 +162,13 @@ def quantize_blocks(
     """Codes and block scales of the stored, rotated operand y [rows, contraction] under tensor scale `scale`."""
     groups = y.view(y.shape[0], -1, NVFP4_BLOCK)
     ratio = _block_max(groups, spec.is_square) / (spec.target_max * scale)
-    noise = philox.random24(rng, layer, slot, y.numel()).view(groups.shape) if spec.rounding == "sr" else None
-    blocks = _round_blocks(groups, ratio, scale, noise)
+    branches = 2 if spec.select == "four_over_six" else 1
+    noise = (None,) * branches
+    if spec.rounding == "sr":  # each branch rounds by words of its own
+        noise = philox.random24(rng, layer, slot, branches * y.numel()).view(branches, *groups.shape)
+    blocks = _round_blocks(groups, ratio, scale, noise[0])
     if spec.select == "four_over_six":
-        blocks = _lower_error(blocks, _round_blocks(groups, 1.5 * ratio, scale, noise), spec.is_square)
+        blocks = _lower_error(blocks, _round_blocks(groups, 1.5 * ratio, scale, noise[1]), spec.is_square)
     if spec.rounding == "ms_eden":
         noise = philox.random24(rng, layer, slot, ratio.numel()).view(ratio.shape)
         return _correct(blocks, spec, noise, signs)

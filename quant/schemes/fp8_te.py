@@ -86,7 +86,7 @@ class Fp8TE:
 
     def build(self, linear: nn.Linear, index: int, rng: Tensor) -> "TELinear":
         """The layer that replaces `linear`. Nothing in it is random, so `index` and `rng` go unused."""
-        return TELinear(linear, self.scaling)
+        return TELinear(linear, self)
 
 
 def unavailable(scaling: str) -> str | None:
@@ -136,34 +136,33 @@ class TELinear(nn.Module):
     The product of all leading dimensions of x must be a multiple of 8 (Transformer Engine raises otherwise). With
     delayed scaling the state is four buffers (scale_fwd, amax_history_fwd, scale_bwd, amax_history_bwd), plain float32
     tensors in state_dict; Transformer Engine's own pickled `_extra_state` never appears. Evaluation leaves the state
-    untouched.
+    untouched. While `recipe` is one that quantizes nothing (quant.plan.unquantized sets it), y is the BF16 product.
     Raises ValueError for a bias or an input that is not bf16.
     """
 
-    def __init__(self, linear: nn.Linear, scaling: str):
+    def __init__(self, linear: nn.Linear, recipe: Fp8TE):
         super().__init__()
         if linear.bias is not None:
             raise ValueError("quantized linear layers have no bias; build the model with bias=False")
         self.weight = linear.weight
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.scaling = scaling
+        self.recipe = recipe
+        self.is_delayed = recipe.scaling == "delayed"
         self.engine: Engine | None = None
-        if scaling == "delayed":
+        if self.is_delayed:
             for direction, (_, count) in DIRECTIONS.items():
                 self.register_buffer(f"scale_{direction}", self.weight.new_ones(count))
                 self.register_buffer(f"amax_history_{direction}", self.weight.new_zeros(AMAX_HISTORY, count))
 
-    @property
-    def is_delayed(self) -> bool:
-        return self.scaling == "delayed"
-
     # Dynamo can't trace Transformer Engine's global state; a planned graph break beats a failed trace.
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        import transformer_engine.pytorch as te
-
         if x.dtype != torch.bfloat16:
             raise ValueError(f"TELinear takes bfloat16 (the compute dtype of a converted model); got {x.dtype}")
+        if not self.recipe.is_quantized:
+            return nn.functional.linear(x, self.weight.to(torch.bfloat16))
+        import transformer_engine.pytorch as te
+
         if self.engine is None or self.engine.history is not self._buffers.get("amax_history_fwd"):
             self.engine = self.start()
         is_training = torch.is_grad_enabled()
@@ -198,7 +197,7 @@ class TELinear(nn.Module):
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager, RecipeState
 
-        recipe = te_recipe(self.scaling)
+        recipe = te_recipe(self.recipe.scaling)
         linear = te.Linear(
             self.in_features,
             self.out_features,
@@ -243,7 +242,7 @@ class TELinear(nn.Module):
         tex.fused_amax_and_scale_update_after_reduction(amax, [history], [scale], "max", held.dtype, held.recipe.margin)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, recipe=fp8_te/{self.scaling}"
+        return f"{self.in_features}, {self.out_features}, recipe={self.recipe.name}/{self.recipe.scaling}"
 
 
 class Bf16Weight(torch.autograd.Function):

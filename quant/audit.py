@@ -1,0 +1,204 @@
+"""What each quantizer does to data whose answer is known: squared error, alignment, bias; beside published figures.
+
+All errors are relative, |Q(x) - x|^2 / |x|^2. Alignment is <Q(x), x> / <x, x> - 1. Bias is an unbiased estimate of
+|E Q(x) - x|^2 / |x|^2 from many draws of the random bits: zero if averaging over seeds falls as 1/n.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import quantize as ops
+from kernels.gemm import gemm
+from kernels.quantize import Quantized
+from kernels.quantize.reference_impl import hadamard
+from kernels.spec import GROWING_SCALE_CAP, NO_CLIP_MAX, NVFP4_SCALES, QuantSpec
+from quant.recipe import SLOTS, Recipe, write_level
+
+SHAPE = (1024, 2048)  # 2M elements: the error of a Gaussian's MSE is 0.1 %
+CURVE_SHAPE = (32, 1024)
+DRAWS = (1, 4, 16, 64, 256)
+GROUPS = 16  # groups of draws for the jackknife
+TOLERANCE = 0.01
+# Beyond this many standard errors, and above the resolution that CURVE_SHAPE and 256 draws have, a bias is real.
+BIAS_Z, BIAS_RESOLUTION = 4.0, 5e-6
+GEMM_RATIO = 2.4
+
+
+@dataclass(frozen=True)
+class Quantizer:
+    """One way of quantizing an operand, with the rotation it runs behind."""
+
+    spec: QuantSpec
+    rotation_dim: int | None
+
+    @property
+    def label(self) -> str:
+        spec = self.spec
+        if not spec.is_nvfp4:
+            return f"{spec.grid} {write_level(spec.scales[0])}"
+        eden = f"/{spec.eden_block}" if spec.rounding == "ms_eden" else ""
+        space = " scaled" if spec.eden_space == "scaled" else ""
+        how = f"{write_level(spec.scales[1]).split()[0]} {spec.rounding}{eden}{space}"
+        return (
+            how
+            + (" +4/6" if spec.select == "four_over_six" else "")
+            + f" rht{self.rotation_dim}" * bool(self.rotation_dim)
+        )
+
+
+# A branch chosen after random rounding: not a recipe, kept as the example of a bias (recipes.md 6.3).
+BIASED_EXAMPLE = Quantizer(
+    QuantSpec.resolve(
+        "e2m1",
+        NVFP4_SCALES,
+        select="four_over_six",
+        rounding="sr",
+        target_max=NO_CLIP_MAX,
+        scale_cap=GROWING_SCALE_CAP,
+    ),
+    None,
+)
+SR = Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr"), 128)
+MS_EDEN = Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden"), 128)
+MS_EDEN_128 = Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation"), 128)
+
+# Relative MSE x1e-3 on N(0,1), keyed by a quantizer's label without its rotation. Sources: issue 2's figures, which are
+# Quartet II's Table 1 to more digits (quartet2.md d.3); the FP8 rows are recipes.md 1.
+PUBLISHED_MSE = {
+    "1x16 rtn": 9.05,
+    "1x16 rtn +4/6": 7.56,
+    "16x16 rtn": 12.40,
+    "16x16 rtn +4/6": 12.38,
+    "1x16 sr": 23.5,
+    "1x16 ms_eden/16": 9.32,
+    "1x16 ms_eden/rotation": 9.7,
+    "1x16 ms_eden/rotation scaled": 9.7,
+    "e4m3 tensor fp32": 0.702,
+    "e5m2 tensor fp32": 2.78,
+}
+
+
+def quantizers(recipes: list[Recipe]) -> dict[Quantizer, list[str]]:
+    """The different quantizers of the recipes and where each is used."""
+    found: dict[Quantizer, list[str]] = {}
+    for recipe in recipes:
+        for slot in SLOTS:
+            operand, dim = recipe.operand(slot), recipe.gemm(slot.split(".")[0]).rotation_dim
+            if operand.is_quantized and operand.source != "fprop_transposed":
+                found.setdefault(Quantizer(operand.spec, dim), []).append(f"{recipe.name}.{slot}")
+    return found
+
+
+def published(quantizer: Quantizer) -> float | None:
+    """Published relative MSE on N(0,1), x1e-3; a rotation leaves it as it is."""
+    return PUBLISHED_MSE.get(Quantizer(quantizer.spec, None).label)
+
+
+def gaussian(shape: tuple[int, int], seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def student_t(shape: tuple[int, int], seed: int) -> Tensor:
+    """Student-t with 3 degrees of freedom: a normal over the root of a mean of three squares."""
+    parts = torch.randn((4, *shape), generator=torch.Generator().manual_seed(seed))
+    return (parts[0] / parts[1:].square().mean(dim=0).sqrt()).bfloat16()
+
+
+def sparse(shape: tuple[int, int], seed: int) -> Tensor:
+    """Two normal entries in each 128, the rest zero: the kind of block on which MS-EDEN is biased."""
+    generator = torch.Generator().manual_seed(seed)
+    places = torch.rand((shape[0], shape[1] // 128, 128), generator=generator).topk(2, dim=-1).indices
+    mask = torch.zeros(shape[0], shape[1] // 128, 128).scatter_(-1, places, 1.0)
+    return (torch.randn(shape, generator=generator) * mask.view(shape)).bfloat16()
+
+
+INPUTS: dict[str, Callable[[tuple[int, int], int], Tensor]] = {
+    "normal": gaussian,
+    "student_t": student_t,
+    "sparse": sparse,
+}
+
+
+def draw(quantizer: Quantizer, x: Tensor, seed: int, slot: int = 0) -> tuple[Quantized, Tensor | None]:
+    """One quantization along axis 1 and its signs; every seed is another draw of all random bits."""
+    rng, layer = torch.tensor([seed, 0, 0], device=x.device), torch.tensor(0, device=x.device)
+    dim, spec = quantizer.rotation_dim, quantizer.spec
+    signs = ops.rht_signs(rng, layer, 0, dim) if dim else None
+    return ops.quantize(x, spec, 1, ops.amax(x, 1, signs, spec.per_row), signs, rng, layer, slot), signs
+
+
+def estimate(quantizer: Quantizer, x: Tensor, seed: int) -> Tensor:
+    """FP32 Q(x) in x's own coordinates: dequantized and rotated back."""
+    out, signs = draw(quantizer, x, seed)
+    y = out.values.to(torch.float32) * out.scale
+    if signs is None:
+        return y
+    dim = signs.shape[0]
+    return ((y.view(-1, dim) @ hadamard(dim, x.device)) * (signs / dim)).view(x.shape)
+
+
+def errors(quantizer: Quantizer, x: Tensor, seed: int = 1) -> tuple[float, float]:
+    """(relative squared error, alignment) of one draw."""
+    exact, got = x.double(), estimate(quantizer, x, seed).double()
+    power = exact.square().sum()
+    return float((got - exact).square().sum() / power), float((got * exact).sum() / power - 1)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Relative squared error of the mean of n draws, for each n of DRAWS; the bias and its standard error."""
+
+    errors: tuple[float, ...]
+    bias: float
+    standard_error: float
+
+    @property
+    def is_biased(self) -> bool:
+        return self.bias > BIAS_Z * self.standard_error + BIAS_RESOLUTION
+
+
+def bias_curve(quantizer: Quantizer, x: Tensor) -> Curve:
+    """Average over seeds 1 .. n.
+
+    The bias is the mean inner product of the errors of two different groups of draws: independent, so its expectation
+    is |E Q - x|^2. Its standard error is a jackknife over the groups.
+    """
+    exact = x.double()
+    power = exact.square().sum()
+    total, means, curve = torch.zeros_like(exact), [], []
+    group = torch.zeros_like(exact)
+    per_group = DRAWS[-1] // GROUPS
+    for n in range(1, DRAWS[-1] + 1):
+        error = estimate(quantizer, x, n).double() - exact
+        total, group = total + error, group + error
+        if n % per_group == 0:
+            means.append(group.flatten() / per_group)
+            group = torch.zeros_like(exact)
+        if n in DRAWS:
+            curve.append(float((total / n).square().sum() / power))
+    products = torch.stack(means)
+    products = products @ products.t() / power
+    left_out = torch.stack([_off_diagonal(products, skip) for skip in range(GROUPS)])
+    spread = ((left_out - left_out.mean()).square().sum() * (GROUPS - 1) / GROUPS).sqrt()
+    return Curve(tuple(curve), float(_off_diagonal(products, None)), float(spread))
+
+
+def _off_diagonal(products: Tensor, skip: int | None) -> Tensor:
+    keep = [i for i in range(products.shape[0]) if i != skip]
+    part = products[keep][:, keep]
+    return (part.sum() - part.trace()) / (len(keep) * (len(keep) - 1))
+
+
+def gemm_error(quantizer: Quantizer, draws: int = 4) -> float:
+    """Relative squared error of A B^T, both operands quantized behind one rotation; A, B [512, 2048], mean of draws."""
+    a, b = gaussian((512, 2048), 11), gaussian((512, 2048), 12)
+    exact = a.double() @ b.double().t()
+    total = 0.0
+    for seed in range(1, draws + 1):
+        left, right = draw(quantizer, a, seed, slot=2)[0], draw(quantizer, b, seed, slot=3)[0]
+        got = gemm(left, right, "fprop", 1.0 / (quantizer.rotation_dim or 1), torch.float32)
+        total += float((got.double() - exact).square().sum() / exact.square().sum())
+    return total / draws

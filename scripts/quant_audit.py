@@ -1,0 +1,123 @@
+"""Error, alignment and bias of every quantizer of the recipes, beside the published figures. CPU, under a minute.
+
+    python scripts/quant_audit.py                  # all recipes
+    python scripts/quant_audit.py quartet2 sr --check --json audit.json
+
+--check exits with 1 if a published figure is missed by more than 1 %, a stochastic quantizer of a recipe is biased on
+dense data, SR with Four-over-Six is not, or MS-EDEN's GEMM gains less than 2.4 over SR's.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from kernels import backend
+from quant import audit, library
+from quant.audit import Curve, Quantizer
+from quant.recipe import Recipe
+
+
+def row(quantizer: Quantizer, used_by: list[str]) -> dict[str, Any]:
+    """Everything measured of one quantizer, plain numbers."""
+    out: dict[str, Any] = {
+        "quantizer": quantizer.label,
+        "used_by": used_by,
+        "published_mse": audit.published(quantizer),
+    }
+    for name, make in audit.INPUTS.items():
+        mse, alignment = audit.errors(quantizer, make(audit.SHAPE, 0))
+        curve = curve_of(quantizer, make, mse)
+        out[name] = {
+            "mse": mse,
+            "alignment": alignment,
+            "curve": dict(zip(map(str, audit.DRAWS), curve.errors, strict=True)),
+            "bias": curve.bias,
+            "bias_se": curve.standard_error,
+            "is_biased": curve.is_biased,
+        }
+    if out["published_mse"] is not None:
+        out["agrees"] = abs(out["normal"]["mse"] * 1e3 / out["published_mse"] - 1) <= audit.TOLERANCE
+    return out
+
+
+def curve_of(quantizer: Quantizer, make, mse: float) -> Curve:
+    """The bias curve; a deterministic quantizer's is flat and needs no draws."""
+    if quantizer.rotation_dim is None and not quantizer.spec.draws_random_bits:
+        return Curve((mse,) * len(audit.DRAWS), mse, 0.0)
+    return audit.bias_curve(quantizer, make(audit.CURVE_SHAPE, 1))
+
+
+def checks(rows: list[dict[str, Any]], ratio: float) -> dict[str, bool]:
+    """What --check asks, by name."""
+    out = {f"{r['quantizer']}: MSE within 1 % of {r['published_mse']}e-3": r["agrees"] for r in rows if "agrees" in r}
+    for r in rows:
+        if r["quantizer"] == audit.BIASED_EXAMPLE.label:
+            out["SR with 4/6 is biased"] = r["normal"]["is_biased"]
+        elif " sr" in r["quantizer"] or "ms_eden" in r["quantizer"]:
+            out[f"{r['quantizer']}: error falls as 1/n on N(0,1)"] = not r["normal"]["is_biased"]
+    out[f"GEMM: SR / MS-EDEN squared error at least {audit.GEMM_RATIO}"] = ratio >= audit.GEMM_RATIO
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    head = (
+        f"{'quantizer':36}{'MSE':>8}{'published':>11}{'':7}{'align':>8}{'t(3)':>8}{'align':>8}{'sparse':>8}{'align':>8}"
+    )
+    lines = ["Relative squared error and alignment, x1e-3", head]
+    for r in rows:
+        shown, verdict = r["published_mse"], {True: "agrees", False: "MISSED", None: ""}[r.get("agrees")]
+        cells = "".join(
+            f"{r[name]['mse'] * 1e3:8.3f}{r[name]['alignment'] * 1e3:8.2f}" for name in ("student_t", "sparse")
+        )
+        normal = f"{r['normal']['mse'] * 1e3:8.3f}{'-' if shown is None else format(shown, 'g'):>11} {verdict:6}"
+        lines.append(f"{r['quantizer']:36}{normal}{r['normal']['alignment'] * 1e3:8.2f}{cells}")
+    lines += ["", "Squared error of the mean of n draws, x1e-6: falls as 1/n, or stops at the bias (+- standard error)"]
+    lines.append(f"{'quantizer':36}{'input':10}" + "".join(f"{f'n={n}':>9}" for n in audit.DRAWS))
+    lines += [curve_line(r, name) for r in rows for name in audit.INPUTS]
+    return "\n".join(lines)
+
+
+def curve_line(r: dict[str, Any], name: str) -> str:
+    part = r[name]
+    points = "".join(f"{value * 1e6:9.1f}" for value in part["curve"].values())
+    size = f"{part['bias'] * 1e6:.1f} +- {part['bias_se'] * 1e6:.1f}"
+    return f"{r['quantizer']:36}{name:10}{points}   {'stops at ' if part['is_biased'] else 'falls as 1/n; bias '}{size}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", nargs="*", help=f"default: all ({', '.join(library.names())})")
+    parser.add_argument("--check", action="store_true", help="exit with 1 if a figure does not come out")
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON ('-': standard output, no table)")
+    args = parser.parse_args()
+    backend.use("reference")
+    try:
+        loaded = [library.load(name) for name in args.recipes or library.names()]
+    except ValueError as error:
+        parser.error(str(error))
+    recipes = [recipe for recipe in loaded if isinstance(recipe, Recipe)]  # a scheme's quantizers are not ours
+    used = audit.quantizers(recipes)
+    used |= {audit.BIASED_EXAMPLE: ["example of a bias, no recipe"]}
+    used |= {} if audit.MS_EDEN_128 in used else {audit.MS_EDEN_128: ["override eden_block=rotation"]}
+    rows = [row(quantizer, where) for quantizer, where in used.items()]
+    ratio = audit.gemm_error(audit.SR) / audit.gemm_error(audit.MS_EDEN)
+    verdicts = checks(rows, ratio)
+    report = {"rows": rows, "gemm_sr_over_ms_eden": ratio, "checks": verdicts}
+    if args.json == "-":
+        print(json.dumps(report, indent=1))
+    else:
+        print(table(rows))
+        print("\nUsed by\n" + "\n".join(f"  {r['quantizer']:36}{', '.join(r['used_by'])}" for r in rows))
+        print(f"\nGEMM with both operands quantized: SR's squared error is {ratio:.3f} times MS-EDEN's\n")
+        print("\n".join(f"{'ok    ' if passed else 'FAILED'} {name}" for name, passed in verdicts.items()))
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=1))
+    return 1 if args.check and not all(verdicts.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
