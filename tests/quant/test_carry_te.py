@@ -1,5 +1,7 @@
-"""The one delicate step of scripts/carry_te.py: which bytes of a CUDA library are zeroed. (Tried on the real one: all 90
-sm_90 cubins of libtransformer_engine 2.20.2 come out with the same checksums.)"""
+"""The delicate step of scripts/carry_te.py: which bytes of a CUDA library are zeroed.
+
+Tried by hand on the real one: cuobjdump extracts the same 90 sm_90 cubins from libtransformer_engine 2.20.2 as before.
+"""
 
 import struct
 import sys

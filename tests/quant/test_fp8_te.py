@@ -6,16 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
-from quant.schemes import SCHEMES, fp8_te
+from quant import library
+from quant.plan import convert, plan_of
+from quant.schemes import fp8_te
 from quant.schemes.fp8_te import Fp8TE, TELinear
 
 sys.path.insert(0, str(Path(__file__).parent))
 import fake_te
 
-RECIPE_FILE = Path(__file__).parents[2] / "configs" / "quant" / "fp8_te.yaml"
 IN, OUT, TOKENS = 32, 48, 16
 
 
@@ -54,12 +54,41 @@ def train_step(layer: TELinear, step: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 
 def test_recipe_file_is_current_scaling():
-    mapping = yaml.safe_load(RECIPE_FILE.read_text())
-    mapping = {key: value for key, value in mapping.items() if key not in ("rules", "high_precision")}
-    recipe = SCHEMES[mapping["scheme"]].from_dict(mapping)
+    recipe = library.load("fp8_te")
     assert recipe == Fp8TE("current")
-    assert recipe.label == "fp8_te/current"
-    assert recipe.fullgraph is False and recipe.is_quantized
+    assert library.label(recipe) == "fp8_te/current"
+    assert recipe.is_quantized
+
+
+def small_model() -> nn.Module:
+    """Names as in models/llama.py, as far as the plan needs them."""
+    block = nn.ModuleDict({"up": nn.Linear(32, 48, bias=False), "down": nn.Linear(48, 32, bias=False)})
+    return nn.ModuleDict({"blocks": nn.ModuleList([block]), "lm_head": nn.Linear(32, 64, bias=False)})
+
+
+def test_plan_gives_layers_to_transformer_engine_and_says_so(te, monkeypatch):
+    monkeypatch.setattr(fp8_te, "unavailable", lambda scaling: None)
+    mapping = library.mapping("fp8_te") | {"scaling": "delayed", "rules": [{"match": "*.down", "recipe": "bf16"}]}
+    model = small_model()
+    names = set(model.state_dict())
+    made = plan_of(model, mapping)
+    assert made.label.startswith("fp8_te/delayed") and made.fullgraph is False and made.is_quantized
+    assert "fp8_te/delayed" in made.table() and made.to_dict()["recipes"]["fp8_te/delayed"]["scaling"] == "delayed"
+    convert(model, made, torch.zeros(3, dtype=torch.int64))
+    assert isinstance(model["blocks"][0]["up"], TELinear)
+    assert not isinstance(model["blocks"][0]["down"], TELinear) and not isinstance(model["lm_head"], TELinear)
+    state = {"scale_fwd", "amax_history_fwd", "scale_bwd", "amax_history_bwd"}
+    assert set(model.state_dict()) - names == {f"blocks.0.up.{name}" for name in state}
+
+
+def test_plan_of_a_machine_that_lacks_it_fails_before_a_layer_is_replaced():
+    model = small_model()
+    made = plan_of(model, library.mapping("fp8_te"))
+    if fp8_te.unavailable("current") is None:
+        pytest.skip("this machine has Transformer Engine and a GPU")
+    with pytest.raises(RuntimeError, match=r"recipe fp8_te/current: .*Transformer Engine"):
+        convert(model, made, torch.zeros(3, dtype=torch.int64))
+    assert not any(isinstance(module, TELinear) for module in model.modules())
 
 
 def test_scalings_have_different_numerics_records():
@@ -84,7 +113,7 @@ def test_layer_of_unfit_shape_is_refused_by_name():
 
 def test_bias_is_refused():
     with pytest.raises(ValueError, match="bias=False"):
-        TELinear(nn.Linear(IN, OUT), "current")
+        TELinear(nn.Linear(IN, OUT), Fp8TE())
 
 
 # --- where it can't run ---------------------------------------------------------------------------------------------
@@ -151,7 +180,7 @@ def test_micro_batches_accumulate(te):
 
 def test_state_dict_is_the_weight_and_plain_tensors(te):
     linear = nn.Linear(IN, OUT, bias=False)
-    layer = TELinear(linear, "delayed")
+    layer = TELinear(linear, Fp8TE("delayed"))
     assert layer.weight is linear.weight
     assert set(make_layer("current").state_dict()) == {"weight"}
     train_step(layer, 0)
@@ -231,6 +260,19 @@ def test_evaluation_leaves_the_state_untouched(te):
     assert all(torch.equal(before[name], value) for name, value in layer.state_dict().items())
     for a, b in zip(train_step(layer, 2), train_step(twin, 2), strict=True):
         assert torch.equal(a, b)
+
+
+def test_other_recipe_without_quantization_gives_the_bf16_product(te):
+    layer = make_layer("delayed")
+    train_step(layer, 0)
+    before = layer.amax_history_fwd.clone()
+    x, _ = batch(1)
+    own, layer.recipe = layer.recipe, library.load("bf16")
+    with torch.no_grad():
+        y = layer(x)
+    layer.recipe = own
+    assert torch.equal(y, nn.functional.linear(x, layer.weight.to(torch.bfloat16)))
+    assert torch.equal(layer.amax_history_fwd, before)
 
 
 def test_amax_is_the_largest_over_ranks(te, monkeypatch):
