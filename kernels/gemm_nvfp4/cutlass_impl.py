@@ -75,7 +75,14 @@ def library(name: str) -> ctypes.CDLL:
 def launch(
     name: str, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, alpha: Tensor, d: Tensor, k: int
 ) -> None:
-    """Run kernel `name` on the current stream, into d [M, N]. Raises RuntimeError with CUTLASS's or CUDA's message."""
+    """Run kernel `name` on the current stream, into d [M, N].
+
+    Raises ValueError for a tensor that TMA can't address and RuntimeError with CUTLASS's or CUDA's message.
+    """
+    tensors = {"a": a, "a_scales": a_scales, "b": b, "b_scales": b_scales, "d": d}
+    for tensor_name, tensor in tensors.items():
+        if tensor.data_ptr() % rules.TMA_BYTES:
+            raise ValueError(f"{tensor_name} starts at an address that is not a multiple of 16 bytes; call .clone()")
     kernel = library(name)
     (m, n), device = d.shape, d.device
     sm_count = torch.cuda.get_device_properties(device).multi_processor_count

@@ -187,3 +187,10 @@ def test_disagreeing_arguments_are_named():
         gemm_nvfp4(a, a, out_dtype=torch.float16)
     with pytest.raises(ValueError, match="backend='cuda'"):
         gemm_nvfp4(a, a, backend="cuda")
+
+
+def test_misaligned_operands_are_named_before_the_launch():
+    a, b = operands.prepare(packed(16, 32, 0)), operands.prepare(packed(8, 32, 1))
+    shifted = torch.empty(a.codes.numel() + 1, dtype=torch.uint8)[1:].view_as(a.codes)
+    with pytest.raises(ValueError, match="a starts at an address that is not a multiple of 16"):
+        cutlass_impl.launch("any", shifted, a.scales, b.codes, b.scales, torch.ones(()), torch.empty(16, 8), 32)
