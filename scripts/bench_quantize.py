@@ -1,7 +1,7 @@
 """Time every Triton quantizer on one GPU: python scripts/bench_quantize.py [--tune] [--json out.json]
 
-Each line: median microseconds, bytes moved (inputs read once, outputs written once) per second, and that bandwidth as a
-share of a device-to-device copy measured in the same run. --tune times all launch shapes and prints the best one of each
+Each line: median microseconds, bytes moved (inputs read once, outputs written once) per second, and that bandwidth as
+a share of a device-to-device copy measured in the same run. --tune times all launch shapes and prints the best of each
 kernel, to be copied into triton_impl.CONFIGS. Bits are checked by scripts/check_fast.py, not here.
 """
 
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels.quantize import triton_impl, triton_tiles
+from kernels.quantize import triton_impl
 from kernels.quantize.triton_impl import CONFIGS, Launch
-from kernels.spec import NO_CLIP_MAX, TABLE_A1
+from kernels.spec import TABLE_A1
 
 PACKED_BYTES = 0.5 + 1 / 16
 

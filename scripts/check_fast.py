@@ -1,7 +1,7 @@
 """Compare every Triton quantizer with the reference: python scripts/check_fast.py [--small] [--json out.json]
 
-Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and BF16
-sources, the input families of style.md 3.4, ragged sizes. Prints the share of codes and block scales that differ and
+Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and
+BF16 sources, the input families of style.md 3.4, ragged sizes. Prints the share of codes and block scales that differ and
 fails (exit code 1) where it exceeds what design.md 3.7 allows: 0 for RTN and SR without rotation, else 1e-5, and the
 tensor scale, amax and signs always equal where no rotation precedes them.
 """
