@@ -1,0 +1,118 @@
+"""Linear cross-entropy on a GPU: chunks of BF16 logits, one kernel that turns a chunk into losses and dlogits in place.
+
+For a chunk of tokens: logits = bf16(h W^T) by a library GEMM; one program per token reads its row once into registers,
+forms max, sum and loss in FP32, and writes bf16(softmax - onehot) over the logits; two GEMMs add to dh and dW in FP32.
+Bytes per logit: 2 written by the GEMM, 2 read and 2 written by the kernel, 2 + 2 read by the two GEMMs.
+Differs from the reference only in the order of FP32 sums and in exp(x - max) / sum instead of exp(x - logsumexp).
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import cublaslt
+from kernels.gemm import cublaslt_impl
+
+# Large enough for full-speed GEMMs and few passes over dW, small enough not to decide the peak memory.
+CHUNK_BYTES = 512 * 2**20
+WARPS = 32
+
+
+def unavailable() -> str | None:
+    """Why this can't run here, or None: it needs what the cuBLASLt GEMM needs."""
+    return cublaslt_impl.unavailable()
+
+
+@triton.jit
+def nats_kernel(logits, targets, nats, vocab, BLOCK: tl.constexpr, WRITE_GRADIENT: tl.constexpr):
+    """logits: BF16 [tokens, vocab], overwritten by dlogits if asked; nats: FP32 [tokens]. One program per token."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    inside = index < vocab
+    at = logits + row * vocab + index
+    x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+    target = tl.load(targets + row)
+    largest = tl.max(x, axis=0)
+    exponentials = tl.exp(x - largest)
+    total = tl.sum(exponentials, axis=0)
+    # Picked from the registers: another thread of this program may have overwritten the row already.
+    picked = tl.sum(tl.where(index == target, x, 0.0), axis=0)
+    tl.store(nats + row, largest + tl.log(total) - picked)
+    if WRITE_GRADIENT:
+        gradient = exponentials * (1.0 / total) - tl.where(index == target, 1.0, 0.0)
+        tl.store(at, gradient.to(tl.bfloat16), mask=inside)
+
+
+def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+    if per_token or not (torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)):
+        nats = token_nats(h.detach(), weight.detach().to(torch.bfloat16), targets)
+        return nats if per_token else nats.sum()
+    return _SumLoss.apply(h, weight, targets)
+
+
+class _SumLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total, dh, dweight = loss_and_gradients(h, weight.to(torch.bfloat16), targets)
+        # dh waits in FP32, so that the factor of the backward is applied before its one rounding.
+        ctx.save_for_backward(dh, dweight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dh, dweight = ctx.saved_tensors
+        return (dh * grad).to(torch.bfloat16), dweight * grad, None
+
+
+@torch.library.custom_op("nibble::loss_and_gradients", mutates_args=())
+def loss_and_gradients(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """h [T, d] bf16, head [V, d] bf16, targets int64 [T] -> (sum of nats [], dh [T, d], dW [V, d]), all FP32."""
+    dh = torch.empty(h.shape, dtype=torch.float32, device=h.device)
+    dweight = torch.empty(head.shape, dtype=torch.float32, device=h.device)
+    total = torch.zeros((), dtype=torch.float32, device=h.device)
+    one = cublaslt.constant(1.0, h.device)
+    for start, rows in chunks(h, head):
+        logits = torch.mm(rows, head.t())
+        total += nats_of(logits, targets[start : start + len(rows)], write_gradient=True).sum()
+        cublaslt.matmul(logits, head, one, dh[start : start + len(rows)])
+        cublaslt.matmul(logits.t(), rows, one, dweight, beta=1.0 if start else 0.0)
+    return total, dh, dweight
+
+
+@loss_and_gradients.register_fake
+def _(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    fp32 = torch.float32
+    return h.new_empty((), dtype=fp32), h.new_empty(h.shape, dtype=fp32), h.new_empty(head.shape, dtype=fp32)
+
+
+@torch.library.custom_op("nibble::token_nats", mutates_args=())
+def token_nats(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    """h [T, d] bf16, head [V, d] bf16, targets int64 [T] -> nats of each token, FP32 [T]. No gradient."""
+    parts = [
+        nats_of(torch.mm(rows, head.t()), targets[start : start + len(rows)], write_gradient=False)
+        for start, rows in chunks(h, head)
+    ]
+    return torch.cat(parts)
+
+
+@token_nats.register_fake
+def _(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+    return h.new_empty(targets.shape, dtype=torch.float32)
+
+
+def chunks(h: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first token, rows of h) so that a chunk's BF16 logits take at most CHUNK_BYTES."""
+    count = max(128, CHUNK_BYTES // (2 * head.shape[0]) // 128 * 128)
+    for start in range(0, h.shape[0], count):
+        yield start, h[start : start + count]
+
+
+def nats_of(logits: Tensor, targets: Tensor, write_gradient: bool) -> Tensor:
+    """FP32 [T] losses of contiguous BF16 logits [T, V]; with write_gradient the logits become dlogits."""
+    nats = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    block = triton.next_power_of_2(logits.shape[1])
+    nats_kernel[(logits.shape[0],)](logits, targets, nats, logits.shape[1], block, write_gradient, num_warps=WARPS)
+    return nats
