@@ -28,7 +28,7 @@ from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
 from training.config import TrainConfig
 from training.distributed import Dist, setup
-from training.launch import compile_loss, set_torch_flags
+from training.build import compile_loss, set_torch_flags
 from training.loss import LossModel
 from training.metrics import MFU_FORMULA, peak_flops
 from training.optim import build_optimizer, clip_gradients
