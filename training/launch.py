@@ -35,12 +35,11 @@ from training.distributed import Dist, setup, teardown
 from training.identity import default_name, hash_of, numerics, plan_numerics
 from training.loop import Parts, Trainer
 from training.loss import LossModel
-from training.memory import estimate
+from training.memory import estimate, saves_packed
 from training.optim import build_optimizer
 from training.parallel import choose, parallelize
 from training.report import StartScreen
 from training.runfolder import RunFolder, environment
-from training.shapes import check_shapes, saves_packed
 from training.signals import RunLock, StopFlag
 from training.watchdog import Watchdog
 
@@ -103,7 +102,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
         model = Llama(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
     plan = plan_of(model, config.quant)
-    check_shapes(plan, numbers)
+    plan.check_tokens(numbers.micro_tokens)
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
     flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)

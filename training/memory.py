@@ -16,6 +16,7 @@ gradients of the MLP (3 F + 2 D in BF16, and its operands once more as exact BF1
 from dataclasses import dataclass
 
 from models.llama import LlamaConfig
+from quant.plan import Plan
 
 BYTES_STATE = 16  # per parameter: FP32 weight, gradient, two moments
 BYTES_BF16 = 2.0
@@ -49,3 +50,8 @@ def estimate(config: LlamaConfig, micro_tokens: int, packed: bool, shards: int =
         "temporaries": micro_tokens * temporaries + LOGITS_CHUNK_BYTES,
     }
     return MemoryEstimate({name: size / GIB for name, size in parts.items()})
+
+
+def saves_packed(plan: Plan) -> bool:
+    """Whether the forward keeps its activations in 4 bits (in the layers that the recipe quantizes)."""
+    return any(entry.recipe.operand("fprop.x").is_quantized for entry in plan.entries)
