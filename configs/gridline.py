@@ -1,0 +1,56 @@
+"""Command lines of the grid scripts: key=value words, some of them the script's own, the rest overrides of train.py."""
+
+import difflib
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from configs import grid
+
+
+@dataclass(frozen=True)
+class GridLine:
+    """`cells`: chosen cells and their overrides; `extra`: overrides for all; `own`: the script's keys."""
+
+    experiment: str
+    cells: dict[str, list[str]]
+    extra: list[str]
+    own: dict[str, str]
+
+    @property
+    def runs(self) -> Path:
+        """Folder of the runs, from paths.runs=..., or runs/."""
+        return Path(next((v.split("=", 1)[1] for v in reversed(self.extra) if v.startswith("paths.runs=")), "runs"))
+
+    def run_name(self, cell: str) -> str:
+        return grid.run_name(self.experiment, cell, self.extra)
+
+
+def read(words: list[str], own: dict[str, str]) -> GridLine:
+    """`own`: {key: default}; `experiment` and `only` (a glob over cell names, commas between several) always exist.
+
+    GridError for a missing experiment, an unknown one, a pattern that matches no cell, or a misspelt own key.
+    """
+    own = {"only": "*", **own}
+    extra, experiment = [], None
+    for word in words:
+        key, equals, value = word.partition("=")
+        near = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
+        if not equals:
+            raise grid.GridError(f"can't read {word!r}; write key=value")
+        if key == "experiment":
+            experiment = value
+        elif key in own:
+            own[key] = value
+        elif near and "." not in key:
+            raise grid.GridError(f"unknown key {key!r}; did you mean {near[0]}?")
+        else:
+            extra.append(word)
+    if experiment is None:
+        raise grid.GridError(f"experiment=<grid> is missing; grids: {', '.join(grid.names())}")
+    cells = grid.expand(grid.load(experiment))
+    patterns = own["only"].split(",")
+    chosen = {name: o for name, o in cells.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+    if not chosen:
+        raise grid.GridError(f"only={own['only']} matches none of the {len(cells)} cells, such as {next(iter(cells))}")
+    return GridLine(experiment, chosen, extra, own)

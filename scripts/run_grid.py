@@ -1,0 +1,190 @@
+"""Run what is missing of an experiment grid: one run a GPU, side by side; stopped runs go on, finished ones stay.
+
+    python scripts/run_grid.py experiment=corpus_screen                          all GPUs of this machine
+    python scripts/run_grid.py experiment=corpus_screen only='bf16/*,quartet2/*' gpus=0,1 per_gpu=2
+    python scripts/run_grid.py experiment=c4_grid launcher=slurm slurm.partition=gpu slurm.timeout_min=1440
+
+Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (say what would run, and stop), slurm.*.
+Everything else is passed to train.py. On a CPU one run at a time. Output of each run: <runs>/.grid/<run>.log.
+A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
+second one started beside it or after it takes only what nobody runs. Ctrl-C and SIGTERM stop the runs after their
+current step, saved; the same command goes on.
+"""
+
+import fcntl
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+from analysis import states
+from configs import gridline, slurm
+from configs.grid import GridError
+
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
+POLL_S = 0.5
+
+
+@dataclass
+class Running:
+    """A started run: its cell, the slot it occupies, its process."""
+
+    cell: str
+    slot: str | None
+    process: subprocess.Popen
+    began: float = field(default_factory=time.monotonic)
+
+
+def pending(line: gridline.GridLine) -> list[str]:
+    """Cells that nobody has finished or is running, stopped ones first: they are nearest to a result."""
+    found = {cell: states.state_of(line.runs, line.run_name(cell)).status for cell in line.cells}
+    return [c for c in found if found[c] == states.STOPPED] + [
+        c for c in found if found[c] in (states.MISSING, states.FAILED)
+    ]
+
+
+def command(line: gridline.GridLine, cell: str) -> list[str]:
+    return [sys.executable, str(TRAIN), f"experiment={line.experiment}", f"cell={cell}", *line.extra]
+
+
+def start(line: gridline.GridLine, cell: str, slot: str | None) -> Running | None:
+    """Start one run; None when another process holds or has finished the cell by now. The child inherits the lock."""
+    name = line.run_name(cell)
+    lock = states.cell_lock(line.runs, name)
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (line.runs / name / "result.json").exists() and states.state_of(line.runs, name).status == states.DONE:
+            return None
+        environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
+        with open(lock.with_suffix(".log"), "ab") as log:
+            process = subprocess.Popen(
+                command(line, cell),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(descriptor,),
+                start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
+            )
+        return Running(cell, slot, process)
+    except BlockingIOError:
+        return None
+    finally:
+        os.close(descriptor)  # the child's copy keeps the lock
+
+
+def gpu_slots(wanted: str, per_gpu: int) -> list[str | None]:
+    """CUDA_VISIBLE_DEVICES per lane, first lane of every GPU first; [None] without one. GridError for an absent GPU."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    try:
+        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout.splitlines()
+        here = [str(i) for i in range(len([row for row in listed if row.startswith("GPU ")]))]
+    except (OSError, subprocess.TimeoutExpired):
+        here = []
+    if here and visible is not None:
+        here = [gpu for gpu in visible.split(",") if gpu]
+    if not here and wanted == "all":
+        return [None]
+    chosen = here if wanted == "all" else wanted.split(",")
+    if missing := sorted(set(chosen) - set(here)):
+        raise GridError(f"gpus={wanted}: no GPU {', '.join(missing)} here (there are: {', '.join(here) or 'none'})")
+    return [gpu for _ in range(per_gpu) for gpu in chosen]
+
+
+def run_local(line: gridline.GridLine) -> int:
+    """Keep every slot busy until nothing is left. Returns 1 if a run failed, 75 if stopped, else 0."""
+    slots = gpu_slots(line.own["gpus"], int(line.own["per_gpu"]))
+    queue, running, failed = pending(line), [], []
+    stopping: list[int] = []
+
+    def stop(number: int, frame: object) -> None:
+        stopping.append(number)
+        for run in running:
+            run.process.send_signal(signal.SIGTERM)
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    print(f"{line.experiment}: {len(line.cells)} cells, {len(queue)} to run on {len(slots)} slot(s)", flush=True)
+    try:
+        while (queue and not stopping) or running:
+            while queue and slots and not stopping:
+                begin(line, queue.pop(0), slots, running)
+            time.sleep(POLL_S)
+            for run in [r for r in running if r.process.poll() is not None]:
+                running.remove(run)
+                slots.append(run.slot)
+                if run.process.returncode != 0 and not stopping:
+                    failed.append(run.cell)
+                report(line, run, len(queue), len(running))
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    for cell in failed:
+        print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
+    return 1 if failed else 75 if stopping else 0
+
+
+def begin(line: gridline.GridLine, cell: str, slots: list[str | None], running: list[Running]) -> None:
+    run = start(line, cell, slots[0])
+    if run is None:
+        print(f"{cell}: finished or running elsewhere, left alone", flush=True)
+        return
+    slots.pop(0)
+    running.append(run)
+    place = "the CPU" if run.slot is None else f"GPU {run.slot}"
+    print(f"{cell}: started on {place}, pid {run.process.pid}", flush=True)
+
+
+def report(line: gridline.GridLine, run: Running, queued: int, running: int) -> None:
+    state = states.state_of(line.runs, line.run_name(run.cell))
+    loss = "" if state.loss is None else f", final loss {state.loss:.4f}"
+    minutes = (time.monotonic() - run.began) / 60
+    print(
+        f"{run.cell}: {state.status} at step {state.step} after {minutes:.1f} min (exit code {run.process.returncode})"
+        f"{loss}; {running} running, {queued} waiting",
+        flush=True,
+    )
+
+
+def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
+    """One job array of what is missing; see configs/slurm.py."""
+    cells = pending(line)
+    jobs = slurm.submit(
+        line.experiment, line.runs / ".grid" / "slurm", [command(line, cell) for cell in cells], options
+    )
+    for cell, job in zip(cells, jobs, strict=True):
+        print(f"{cell}: submitted as job {job}")
+    print(f"{line.experiment}: {len(cells)} of {len(line.cells)} cells submitted")
+    return 0
+
+
+def main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if words else 2
+    options = dict(word[6:].split("=", 1) for word in words if word.startswith("slurm.") and "=" in word)
+    try:
+        line = gridline.read([w for w in words if not w.startswith("slurm.")], OWN)
+        if line.own["launcher"] not in ("local", "slurm"):
+            raise GridError(f"launcher={line.own['launcher']}: write launcher=local or launcher=slurm")
+        if line.own["list"] == "true":
+            for cell in pending(line):
+                print(shlex.join(command(line, cell)))
+            return 0
+        if line.own["launcher"] == "slurm":
+            return submit(line, options)
+        return run_local(line)
+    except GridError as error:
+        print(f"run_grid: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

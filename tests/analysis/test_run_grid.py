@@ -1,0 +1,156 @@
+import importlib.util
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from analysis import states
+from configs import grid
+
+HERE = Path(__file__).parent
+SCRIPT = HERE.parents[1] / "scripts" / "run_grid.py"
+ONLY = "only=bf16/s[0-3]"
+
+
+@pytest.fixture
+def run_grid(monkeypatch):
+    spec = importlib.util.spec_from_file_location("run_grid", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["run_grid"] = module  # its dataclass looks itself up there
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "TRAIN", HERE / "fake_train.py")
+    monkeypatch.setattr(module, "POLL_S", 0.05)
+    yield module
+    del sys.modules["run_grid"]
+
+
+def start_script(runs, *words):
+    """run_grid.py as a process of its own, with the stand-in for train.py."""
+    code = f"import sys, importlib.util as u; s = u.spec_from_file_location('run_grid', {str(SCRIPT)!r})\n"
+    code += (
+        "m = u.module_from_spec(s); sys.modules['run_grid'] = m; s.loader.exec_module(m); from pathlib import Path\n"
+    )
+    code += f"m.TRAIN = Path({str(HERE / 'fake_train.py')!r}); m.POLL_S = 0.05; sys.exit(m.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "experiment=corpus_screen", ONLY, f"paths.runs={runs}", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def starts(runs, cell):
+    return (runs / grid.run_name("corpus_screen", cell) / "starts").read_text().splitlines()
+
+
+def wait_until(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited too long"
+        time.sleep(0.02)
+
+
+def test_runs_every_cell_once_and_never_again(run_grid, tmp_path, capsys):
+    words = ["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}"]
+    assert run_grid.main(words) == 0
+    for seed in range(4):
+        assert states.state_of(tmp_path, f"corpus_screen-bf16-s{seed}") == states.State("done", 20, 3.0)
+    assert run_grid.main(words) == 0
+    assert "4 cells, 0 to run" in capsys.readouterr().out
+    assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
+
+
+def test_one_run_a_gpu_side_by_side(run_grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_grid, "gpu_slots", lambda wanted, per_gpu: ["0", "1"])
+    began = time.monotonic()
+    words = ["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}", "log.every=0.05"]
+    assert run_grid.main(words) == 0
+    used = [starts(tmp_path, f"bf16/s{seed}")[0].split()[1] for seed in range(4)]
+    assert sorted(used) == ["0", "0", "1", "1"]
+    assert time.monotonic() - began < 15
+
+
+def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, tmp_path):
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100'\necho 'GPU 1: H100'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert run_grid.gpu_slots("all", 2) == ["0", "1", "0", "1"]
+    assert run_grid.gpu_slots("1", 1) == ["1"]
+    with pytest.raises(grid.GridError, match="no GPU 7 here"):
+        run_grid.gpu_slots("0,7", 1)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert run_grid.gpu_slots("all", 1) == ["1"]
+
+
+def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, capsys):
+    words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}", "seed=666"]
+    assert run_grid.main(words) == 1
+    output = capsys.readouterr().out
+    log = output.split("FAILED bf16/s0: see ")[1].strip()
+    assert "no such data" in Path(log).read_text()
+
+
+def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
+    script = start_script(tmp_path, "log.every=0.1")
+    name = tmp_path / "corpus_screen-bf16-s0" / "metrics.jsonl"
+    wait_until(lambda: states.last_step(name) >= 3)
+    script.send_signal(signal.SIGTERM)
+    assert script.wait(timeout=30) == 75
+    state = states.state_of(tmp_path, "corpus_screen-bf16-s0")
+    assert state.status == "stopped" and 3 <= state.step < 20
+    again = start_script(tmp_path, "log.every=0")
+    assert again.wait(timeout=60) == 0
+    assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done"
+    assert len(starts(tmp_path, "bf16/s0")) == 2 and len(starts(tmp_path, "bf16/s3")) == 1
+
+
+def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_path):
+    script = start_script(tmp_path, "log.every=0.15")
+    metrics = tmp_path / "corpus_screen-bf16-s0" / "metrics.jsonl"
+    wait_until(lambda: states.last_step(metrics) >= 2)
+    script.kill()
+    script.wait()
+    assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "running"
+    second = start_script(tmp_path, "log.every=0")
+    output = second.communicate(timeout=60)[0]
+    assert second.returncode == 0 and "4 cells, 3 to run" in output
+    wait_until(lambda: states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done")
+    assert len(starts(tmp_path, "bf16/s0")) == 1
+
+
+def test_two_scripts_at_once_share_the_work(tmp_path):
+    scripts = [start_script(tmp_path, "log.every=0.03") for _ in range(2)]
+    assert [script.wait(timeout=90) for script in scripts] == [0, 0]
+    assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
+
+
+def test_slurm_submits_one_job_a_missing_cell(run_grid, tmp_path, capsys):
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    words = [
+        "experiment=corpus_screen",
+        "only=bf16/s[01]",
+        f"paths.runs={tmp_path}",
+        "launcher=slurm",
+        "slurm.cluster=local",
+    ]
+    assert run_grid.main([*words, "slurm.timeout_min=5"]) == 0
+    assert capsys.readouterr().out.count("submitted as job") == 2
+    wait_until(lambda: all(states.state_of(tmp_path, f"corpus_screen-bf16-s{s}").status == "done" for s in (0, 1)), 60)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experiment=corpus_screen", "only=none/*"], "only=none/\\* matches none of the 76 cells"),
+        (["experiment=corpus_scren"], "did you mean corpus_screen"),
+        (["experiment=corpus_screen", "launcher=slrum"], "write launcher=local or launcher=slurm"),
+        (["experiment=corpus_screen", "lancher=slurm"], "unknown key 'lancher'; did you mean launcher"),
+        (["only=bf16"], "experiment=<grid> is missing"),
+    ],
+)
+def test_mistakes_are_named(run_grid, words, message, capsys):
+    assert run_grid.main(words) == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
