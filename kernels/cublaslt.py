@@ -158,7 +158,8 @@ def matmul(left: Tensor, right: Tensor, alpha: Tensor, out: Tensor, beta: float 
 
     left [P, k], right [k, Q]: BF16, or FP8 (left contiguous, right a transposed view, all dims multiples of 16), each
     row-major or a transposed view. alpha: float32 [] on the device. out: row-major [P, Q] float32 or bfloat16. beta: 0
-    (out may be uninitialised) or 1. Returns out. Runs on the current stream. Raises RuntimeError where cuBLASLt has no algorithm.
+    (out may be uninitialised) or 1. Returns out, computed on the current stream. Raises RuntimeError where cuBLASLt has
+    no algorithm.
     """
     device = left.device
     library, lt = handle(device.index)

@@ -227,9 +227,9 @@ def launch_quantize(
     dim = _dim(signs)
     quantize_kernel[grid_size(tiles, src.device, config.programs)](
         src, src_scales, src_global, rotation_matrix(dim, src.device), signs, amax, rng, layer,
-        values, codes, block_scales, scale, rows, columns,
+        values, codes, block_scales, scale, rows, columns, dim,
         AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
-        DIM=dim, TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
+        TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
         EDEN_GROUPS=eden_groups, SCALED=eden_scaled, STREAM=16 + slot,
         STORE_VALUES=store_values, STORE_PACKED=store_packed, TILE=config.tile, STAGES=config.stages,
         INTERPRET=INTERPRET, num_warps=config.warps,
@@ -262,8 +262,8 @@ def launch_amax(
     tiles = triton.cdiv(rows, tile_r) * triton.cdiv(columns, tile_c)
     dim = _dim(signs0 if along0 else signs1)
     amax_kernel[grid_size(tiles, src.device, config.programs)](
-        src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1, rows, columns,
-        ALONG_0=along0, ALONG_1=along1, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, DIM=dim,
+        src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1, rows, columns, dim,
+        ALONG_0=along0, ALONG_1=along1, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows,
         TILE=config.tile, STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps,
     )  # fmt: skip
     return amax1, amax0

@@ -49,13 +49,13 @@ def _natural_order(y, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_rotation(rotation_ptr, signs_ptr, factor, HAS_SIGNS: tl.constexpr, DIM: tl.constexpr,
+def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr,
                    INTERPRET: tl.constexpr):  # fmt: skip
     """BF16 [128, 128]: diag(signs) @ permuted block-diagonal Hadamard, times a power of two."""
     i = tl.arange(0, 128)
     rotation = tl.load(rotation_ptr + i[:, None] * 128 + i[None, :]).to(tl.float32)
     if HAS_SIGNS:
-        rotation = rotation * tl.load(signs_ptr + i % DIM)[:, None]
+        rotation = rotation * tl.load(signs_ptr + i % dim)[:, None]
     rotation = rotation * factor
     return rotation if INTERPRET else rotation.to(tl.bfloat16)
 
@@ -178,9 +178,9 @@ def tensor_scale(amax, RANGE: tl.constexpr, POW2: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs_ptr, amax_ptr, rng_ptr, layer_ptr,
-                    values_ptr, codes_ptr, scales_ptr, scale_ptr, R, C,
+                    values_ptr, codes_ptr, scales_ptr, scale_ptr, R, C, dim,
                     AXIS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, HAS_SIGNS: tl.constexpr,
-                    DIM: tl.constexpr, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
+                    TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                     SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                     STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
                     TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
@@ -197,7 +197,7 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
     key = (0, 0, 0, 0, 0)
     if ROUNDING != "rtn":
         key = load_key(rng_ptr, layer_ptr, STREAM)
-    rotation = _load_rotation(rotation_ptr, signs_ptr, factor, HAS_SIGNS, DIM, INTERPRET)
+    rotation = _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS, INTERPRET)
     TILE_R: tl.constexpr = 128 if AXIS == 0 else TILE
     TILE_C: tl.constexpr = TILE if AXIS == 0 else 128
     contraction = R if AXIS == 0 else C
@@ -241,17 +241,17 @@ def _atomic_max(pointer, value):
 
 
 @triton.jit
-def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, R, C,
+def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, R, C, dim,
                 ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr,
-                DIM: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Largest magnitude of [R, C] rotated along axis 0 and/or axis 1, from one read; atomically into zeroed FP32 []."""
     program = tl.program_id(0)
     TILE_R: tl.constexpr = 128 if ALONG_0 else TILE
     TILE_C: tl.constexpr = 128 if ALONG_1 else TILE
     if ALONG_0:
-        rotation0 = _load_rotation(rotation_ptr, signs0_ptr, 1.0, True, DIM, INTERPRET)
+        rotation0 = _load_rotation(rotation_ptr, signs0_ptr, dim, 1.0, True, INTERPRET)
     if ALONG_1:
-        rotation1 = _load_rotation(rotation_ptr, signs1_ptr, 1.0, True, DIM, INTERPRET)
+        rotation1 = _load_rotation(rotation_ptr, signs1_ptr, dim, 1.0, True, INTERPRET)
     largest0 = tl.zeros([TILE_C], tl.float32)
     largest1 = tl.zeros([TILE_R], tl.float32)
     tiles_c = tl.cdiv(C, TILE_C)

@@ -9,14 +9,14 @@ triton = pytest.importorskip("triton")
 if triton.knobs.runtime.interpret:
     pytest.skip("TRITON_INTERPRET=1: nothing to compile", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.quantize import triton_impl, triton_kernels, triton_tiles
+from kernels.quantize import triton_impl, triton_kernels, triton_tiles  # noqa: E402
 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
-    DIM=128, TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False,
+    TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False,
     STREAM=16, STORE_VALUES=True, STORE_PACKED=False, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
 )  # fmt: skip
 QUANTIZE = {
@@ -67,7 +67,7 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int):
 def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
     constants = dict(zip(("ALONG_0", "ALONG_1"), along, strict=True))
     launch = triton_impl.CONFIGS["amax", 2 if all(along) else int(along[1])]
-    constants |= dict(PACKED=False, SQUARE=False, DIM=128, TILE=launch.tile, STAGES=launch.stages, INTERPRET=False)
+    constants |= dict(PACKED=False, SQUARE=False, TILE=launch.tile, STAGES=launch.stages, INTERPRET=False)
     assert compile_kernel(triton_kernels.amax_kernel, constants, target, launch.warps).asm["cubin"]
 
 
