@@ -2,8 +2,8 @@
 
 from functools import partial
 
-from kernels.gemm_nvfp4 import BACKENDS, routing
+from kernels.gemm_nvfp4 import routing
 
 WANTS = "packed"
-unavailable = BACKENDS["emulated"].unavailable
+unavailable = partial(routing.unavailable, "emulated")
 gemm = partial(routing.gemm, backend="emulated")

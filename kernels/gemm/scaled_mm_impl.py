@@ -1,9 +1,9 @@
-"""NVFP4 GEMMs on 4-bit tensor cores by torch (see kernels/gemm_nvfp4); others as in the reference."""
+"""NVFP4 GEMMs on 4-bit tensor cores by torch (see kernels/gemm_nvfp4); others as by cublaslt."""
 
 from functools import partial
 
-from kernels.gemm_nvfp4 import BACKENDS, routing
+from kernels.gemm_nvfp4 import routing
 
 WANTS = "packed"
-unavailable = BACKENDS["scaled_mm"].unavailable
+unavailable = partial(routing.unavailable, "scaled_mm")
 gemm = partial(routing.gemm, backend="scaled_mm")

@@ -1,14 +1,15 @@
 """gemm_nvfp4 without 4-bit tensor cores: unpack to the exact values, multiply them as the emulated path does.
 
 Operands come as [rows, contraction]; `kind` says which of them are transposed views of what the layer holds, and they
-are turned back, so that `kernels.gemm` makes the same library call on the same layouts as without packing: the same
-bits.
+are turned back, so that `kernels.gemm` makes the same library call on the same layouts as without packing: same bits.
 """
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kernels.gemm import reference_impl
+from kernels.gemm import cublaslt_impl, reference_impl
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 
@@ -24,13 +25,19 @@ def unavailable() -> str | None:
 def gemm_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor, alpha: Tensor, out_dtype: torch.dtype, kind: str) -> Tensor:
     """alpha * A B^T on raw operands, checked by the public function (kernels/gemm_nvfp4)."""
     turn_a, turn_b = TRANSPOSED[kind]
-    return reference_impl.gemm(
-        Quantized(_values(a, turn_a), alpha), Quantized(_values(b, turn_b), None), kind, 1, out_dtype
-    )
+    left, right = Quantized(_values(a, turn_a), alpha), Quantized(_values(b, turn_b), None)
+    return values_gemm(left.values).gemm(left, right, kind, 1.0, out_dtype)
+
+
+def values_gemm(values: Tensor) -> ModuleType:
+    """The back end of kernels.gemm that multiplies values on their device."""
+    return cublaslt_impl if values.is_cuda else reference_impl
 
 
 def _values(operand: NVFP4Tensor, transposed: bool) -> Tensor:
+    """In the layer's own layout, as the quantizers give it: row-major BF16 on a GPU, a transposed FP32 view on a CPU."""
     values = operand.values()
-    if values.is_cuda:
-        values = values.to(torch.bfloat16)  # exact: at most 6 significant bits
-    return values.t() if transposed else values
+    if not values.is_cuda:
+        return values.t() if transposed else values
+    values = values.to(torch.bfloat16)  # exact: at most 6 significant bits
+    return values.t().contiguous() if transposed else values

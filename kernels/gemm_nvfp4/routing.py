@@ -3,9 +3,17 @@
 import torch
 from torch import Tensor
 
-from kernels.gemm import reference_impl
-from kernels.gemm_nvfp4 import gemm_nvfp4
+from kernels.gemm import cublaslt_impl
+from kernels.gemm_nvfp4 import BACKENDS, gemm_nvfp4
+from kernels.gemm_nvfp4.emulated_impl import values_gemm
 from kernels.quantize import Quantized
+
+
+def unavailable(backend: str) -> str | None:
+    """Why `backend` can't serve a training run: its own reason, or that of the GEMM it leaves the other products to."""
+    if reason := BACKENDS[backend].unavailable():
+        return reason
+    return cublaslt_impl.unavailable() if torch.cuda.is_available() else None
 
 
 def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: torch.dtype, backend: str) -> Tensor:
@@ -22,4 +30,4 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
             f"{kind}: the {packed} operand is NVFP4, the {other} is not; FP4 tensor cores (gemm={backend}) need both. "
             "Quantize both slots or neither, or ask for the emulation: backend gemm=reference"
         )
-    return reference_impl.gemm(a, b, kind, alpha_const, out_dtype)
+    return values_gemm(a.values).gemm(a, b, kind, alpha_const, out_dtype)

@@ -29,7 +29,7 @@ class Layers:
 
 # The model presets of configs/model (a test compares them).
 PRESETS = (
-    Layers("llama_tiny", 256, 768),
+    Layers("llama_tiny", 256, 640),
     Layers("llama_30m", 640, 1792),
     Layers("llama_50m", 768, 2048),
     Layers("llama_100m", 1024, 2816),
