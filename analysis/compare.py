@@ -82,12 +82,9 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 
 def _without_seed(run: Run) -> tuple:
-    """Hashable numerics without the seeds: those separate runs of a group, they do not separate groups."""
+    """Hashable numerics without the seed, which tells the runs of a group apart."""
     numerics = run.info["numerics"]
-    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k.split(".")[-1] not in SEED_FIELDS))
-
-
-SEED_FIELDS = ("seed", "init_seed", "data_seed", "rounding_seed")
+    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k != "seed"))
 
 
 def pick_baseline(groups: list[Group], name: str | None) -> Group:

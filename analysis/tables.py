@@ -51,6 +51,11 @@ CSV_HEADER = (
 )
 
 
+def methods(rows: list[Row]) -> str:
+    """How the intervals were made, each way once."""
+    return "Intervals by: " + "; ".join(dict.fromkeys(row.gap.method for row in rows if row.gap)) + "."
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """One row as strings in the order of HEADER."""
     gap = row.gap

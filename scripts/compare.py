@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-from analysis import tables
+from analysis import noise, tables
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
 from analysis.runs import find_runs
 
@@ -20,6 +20,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", help="recipe to subtract (default: bf16, else the first)")
     parser.add_argument("--out", type=Path, help="folder for the outputs (default: compare/ beside the first run)")
     parser.add_argument("--allow-mixed", action="store_true", help="go on where data, tokenizer, batch or model differ")
+    parser.add_argument("--floor", type=Path, default=noise.CACHE, help="noise floors measured by noise_floor.py")
     return parser.parse_args()
 
 
@@ -31,7 +32,7 @@ def write(out: Path, groups: list[Group], base: Group, rows: list[Row], notes: l
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png")]
     paths[0].write_text(tables.to_csv(rows))
     warnings = "".join(f"\n**Mixed:** {note}\n" for note in notes)
-    paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE}\n{warnings}")
+    paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE} {tables.methods(rows)}\n{warnings}")
     plots.save(plots.figure(groups, base), paths[2])
     return paths
 
@@ -46,13 +47,14 @@ def main() -> int:
             raise ValueError(f"these runs can't be compared:\n  {listing}\nLeave some out, or add --allow-mixed.")
         groups = group_runs(runs)
         base = pick_baseline(groups, args.baseline)
-        rows = table(groups, base)
+        floor = noise.floor_for(base.runs[0], noise.load(args.floor))
+        rows = table(groups, base, floor)
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"MIXED: {note}")
-    print(tables.text(rows), tables.NOTE, sep="\n\n")
+    print(tables.text(rows), tables.NOTE, tables.methods(rows), sep="\n\n")
     paths = write(args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0

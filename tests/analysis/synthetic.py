@@ -59,7 +59,7 @@ def write_run(
     fields["tokens"] = fields["steps"] * fields["tokens_per_step"]
     fields["numerics"] = {"seed": seed, "recipe": label, "optim.lr": 1e-3, **(numerics or {})}
     fields["name"] = name or f"{fields['model']}-{label}-{seed}"
-    fields["hash"] = f"{abs(hash((label, seed))):08x}"[:8]
+    fields.setdefault("hash", f"{label}-{seed}-{fields['model']}")
     path = root / fields["name"]
     (path / "eval").mkdir(parents=True)
     (path / "run.json").write_text(json.dumps(fields))

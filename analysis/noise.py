@@ -1,0 +1,133 @@
+"""The noise floor: how far runs of one recipe end apart, per model, length and data; cached for every later comparison.
+
+Three kinds of difference are told apart where such runs exist: an exact rerun (same hash), the same initialization with
+other rounding bits or weights nudged at the start (same seed, numerics `rounding_seed` or `perturb`), and new seeds.
+Standard deviations are pooled over recipes with their degrees of freedom: recipes differ in mean, hardly in spread.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.runs import Run
+
+CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
+NUDGES = ("rounding_seed", "perturb")
+KINDS = ("rerun", "nudge", "seed")
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A pooled standard deviation [nats/token] with its degrees of freedom."""
+
+    sd: float
+    df: int
+
+    def seeds_to_resolve(self, difference: float) -> int:
+        """Runs per recipe that resolve `difference`: 16 sd^2 / d^2 + 1 (two-sided 5 %, power about 80 %)."""
+        return math.ceil(16 * self.sd**2 / difference**2 + 1)
+
+
+def key_of(run: Run) -> str:
+    """What a noise floor belongs to: model, length, batch, data, tokenizer."""
+    info = run.info
+    parts = [info["model"], f"{info['steps']}x{info['tokens_per_step']}", f"seq{info['seq_len']}"]
+    return " ".join([*parts, f"data {info['data_fingerprint']}", f"tokenizer {info['tokenizer_hash']}"])
+
+
+def measure(runs: list[Run]) -> dict[str, dict]:
+    """{key: {kind: Spread fields, recipes: {label: {mean, sd, seeds}}}} of finished runs; empty kinds left out."""
+    found: dict[str, dict] = {}
+    keyed: dict[str, list[Run]] = {}
+    for run in runs:
+        if run.finished and math.isfinite(run.result["final_loss"]):
+            keyed.setdefault(key_of(run), []).append(run)
+    for key, members in keyed.items():
+        spreads = {kind: pooled(clusters(members, kind)) for kind in KINDS}
+        entry = {kind: asdict(spread) for kind, spread in spreads.items() if spread}
+        if entry:
+            found[key] = entry | {"recipes": per_recipe(members)}
+    return found
+
+
+def clusters(runs: list[Run], kind: str) -> list[list[float]]:
+    """Final losses of runs that differ in nothing but `kind`, one list per cluster."""
+    groups: dict[tuple, list[float]] = {}
+    for run in runs:
+        if kind == "rerun":
+            identity = (run.info["hash"],)
+        elif kind == "nudge":
+            identity = (_recipe(run), run.info["seed"])
+        elif is_nudged(run):
+            continue
+        else:
+            identity = (_recipe(run),)
+        groups.setdefault(identity, []).append(run)
+    losses = []
+    for members in groups.values():
+        unique = {r.info["hash"]: r for r in members}.values() if kind != "rerun" else members
+        losses.append([float(r.result["final_loss"]) for r in unique])
+    return losses
+
+
+def pooled(groups: list[list[float]]) -> Spread | None:
+    """sqrt(sum df var / sum df); None when no group has two runs."""
+    df = sum(len(g) - 1 for g in groups)
+    if df == 0:
+        return None
+    squares = sum(float(np.sum((np.array(g) - np.mean(g)) ** 2)) for g in groups)
+    return Spread(math.sqrt(squares / df), df)
+
+
+def per_recipe(runs: list[Run]) -> dict[str, dict[str, float]]:
+    labelled: dict[str, dict[str, float]] = {}
+    for run in runs:
+        if not is_nudged(run):
+            labelled.setdefault(run.info["recipe_label"], {})[run.info["hash"]] = run.result["final_loss"]
+    table = {}
+    for label, losses in labelled.items():
+        values = np.array(list(losses.values()))
+        table[label] = {"mean": float(values.mean()), "seeds": len(values)}
+        if len(values) > 1:
+            table[label]["sd"] = float(values.std(ddof=1))
+    return table
+
+
+def is_nudged(run: Run) -> bool:
+    return any(run.info["numerics"].get(key) not in (None, 0, 0.0) for key in NUDGES)
+
+
+def load(path: Path = CACHE) -> dict[str, dict]:
+    """The cached floors; {} when nothing was measured yet."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def floor_for(run: Run, floors: dict[str, dict]) -> tuple[float, float] | None:
+    """(sd between seeds, degrees of freedom) for runs like this one, or None."""
+    entry = floors.get(key_of(run), {}).get("seed")
+    return (entry["sd"], entry["df"]) if entry else None
+
+
+def text(floors: dict[str, dict]) -> str:
+    """What a person wants to read: spreads by kind and how many seeds resolve 10e-3 and 2e-3 nats."""
+    lines = []
+    for key, entry in floors.items():
+        lines.append(key)
+        for kind in KINDS:
+            if kind in entry:
+                spread = Spread(**entry[kind])
+                needed = ", ".join(f"{spread.seeds_to_resolve(d)} for {d * 1e3:g}e-3" for d in (0.01, 0.005, 0.002))
+                lines.append(f"  {kind:6} sd {spread.sd * 1e3:7.3f}e-3  df {spread.df:2}  runs needed: {needed}")
+        for label, row in entry["recipes"].items():
+            sd = f"sd {row['sd'] * 1e3:.3f}e-3" if "sd" in row else "one seed"
+            lines.append(f"    {label:24} mean {row['mean']:.4f}  {sd}  seeds {row['seeds']}")
+    return "\n".join(lines)
+
+
+def _recipe(run: Run) -> tuple:
+    """Everything but seeds and nudges."""
+    numerics = run.info["numerics"]
+    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k not in ("seed", *NUDGES)))

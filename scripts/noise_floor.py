@@ -1,0 +1,39 @@
+"""Measure how far runs of one recipe end apart, and cache it for compare.py's verdicts.
+
+python scripts/noise_floor.py 'runs/corpus_screen-*'
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+from analysis import noise
+from analysis.runs import find_runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", help="run folders, or quoted globs; finished ones count")
+    parser.add_argument(
+        "--cache", type=Path, default=noise.CACHE, help="floors measured here replace those of the same key"
+    )
+    args = parser.parse_args()
+    try:
+        floors = noise.measure(find_runs(args.runs))
+    except ValueError as error:
+        print(f"noise_floor: {error}", file=sys.stderr)
+        return 2
+    if not floors:
+        print("noise_floor: no two finished runs differ in the seed alone; run another seed", file=sys.stderr)
+        return 2
+    args.cache.parent.mkdir(parents=True, exist_ok=True)
+    args.cache.write_text(json.dumps(noise.load(args.cache) | floors, indent=1) + "\n")
+    print(noise.text(floors), f"written: {args.cache}", sep="\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

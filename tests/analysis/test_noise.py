@@ -1,0 +1,78 @@
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import write_run
+
+from analysis import noise
+from analysis.compare import group_runs, pick_baseline, table
+from analysis.runs import find_runs
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+def seeds(root, recipe, losses, **kwargs):
+    for seed, loss in enumerate(losses):
+        write_run(root, recipe, seed, loss, **kwargs)
+
+
+def test_spreads_are_pooled_over_recipes_by_hand(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02, 3.04])  # squares .0008, df 2
+    seeds(tmp_path, "sr", [3.10, 3.12])  # squares .0002, df 1
+    floors = noise.measure(find_runs([f"{tmp_path}/*"]))
+    (entry,) = floors.values()
+    assert entry["seed"]["df"] == 3 and entry["seed"]["sd"] == pytest.approx(math.sqrt(0.001 / 3))
+    assert entry["recipes"]["bf16"] == {"mean": pytest.approx(3.02), "seeds": 3, "sd": pytest.approx(0.02)}
+    assert "rerun" not in entry
+
+
+def test_reruns_nudges_and_seeds_are_told_apart(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    write_run(tmp_path, "bf16", 0, 3.00002, name="rerun")
+    write_run(tmp_path, "bf16", 0, 3.004, name="nudged", numerics={"perturb": 1e-6}, hash="other")
+    (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
+    assert entry["rerun"] == {"sd": pytest.approx(0.00002 / math.sqrt(2)), "df": 1}
+    assert entry["nudge"]["df"] == 1 and entry["nudge"]["sd"] == pytest.approx(0.004 / math.sqrt(2), rel=0.01)
+    assert entry["seed"]["df"] == 1 and entry["seed"]["sd"] == pytest.approx(0.02 / math.sqrt(2), rel=0.01)
+
+
+def test_other_lengths_and_data_have_their_own_floor(tmp_path):
+    seeds(tmp_path, "bf16", [3.0, 3.1])
+    seeds(tmp_path, "bf16", [2.0, 2.3], data_fingerprint="other", name=None, model="llama_30m")
+    floors = noise.measure(find_runs([f"{tmp_path}/*"]))
+    assert sorted(round(f["seed"]["sd"] * math.sqrt(2), 3) for f in floors.values()) == [0.1, 0.3]
+
+
+def test_number_of_seeds_that_resolve_a_difference():
+    # 16 * (.003 / .01)^2 + 1 = 2.44 -> 3; 16 * (.003 / .002)^2 + 1 = 37
+    assert noise.Spread(0.003, 10).seeds_to_resolve(0.01) == 3
+    assert noise.Spread(0.003, 10).seeds_to_resolve(0.002) == 37
+
+
+def test_unfinished_and_diverged_runs_do_not_count(tmp_path):
+    seeds(tmp_path, "bf16", [3.0, 3.1])
+    write_run(tmp_path, "bf16", 5, 9.0, steps_done=60)
+    (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
+    assert entry["recipes"]["bf16"]["seeds"] == 2
+
+
+def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
+    seeds(tmp_path / "runs", "bf16", [3.0, 3.001])
+    seeds(tmp_path / "runs", "sr", [3.005, 3.006])  # per-seed gaps agree: the paired interval alone would be tiny
+    groups = group_runs(find_runs([f"{tmp_path}/runs/*"]))
+    base = pick_baseline(groups, None)
+    assert table(groups, base)[1].gap.verdict == "resolved"
+    assert table(groups, base, floor=(0.01, 8))[1].gap.verdict == "not resolved: inside the noise"
+    cache = tmp_path / "floor.json"
+    noisy = tmp_path / "noisy"
+    seeds(noisy, "bf16", [3.0, 3.02, 3.04])
+    runs = [f"{noisy}/*", "--cache", str(cache)]
+    done = subprocess.run(
+        [sys.executable, SCRIPTS / "noise_floor.py", *runs], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0 and "sd  20.000e-3  df  2" in done.stdout
+    command = [sys.executable, SCRIPTS / "compare.py", f"{tmp_path}/runs/*", "--floor", str(cache)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert "noise floor sd 20.00e-3, df 2" in done.stdout and "not resolved" in done.stdout
