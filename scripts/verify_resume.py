@@ -29,12 +29,21 @@ sys.path.insert(0, str(REPOSITORY))
 from training.checkpoint import read_all  # noqa: E402
 from training.manifest import checkpoints, latest_good  # noqa: E402
 
-# Small enough for 20 restarts on two cores: the restarts, about 6 s of imports each, take most of the time.
+# Small enough for 20 restarts on two cores, where starting Python takes most of the time. log.every=1 lets this
+# script see every step as it happens.
 TINY = [
     "model=llama_tiny",
+    "model.layers=1",
+    "model.width=128",
+    "model.heads=2",
+    "model.hidden=128",
     "quant=quartet2",
+    "batch.seq_len=128",
+    "batch.sequences=2",
+    "batch.micro=1",
     "evaluate.every=null",
-    "evaluate.final_tokens=8192",
+    "evaluate.final_tokens=1024",
+    "evaluate.slots=false",
     "compile=false",
 ]
 STALL_S = 600
@@ -56,6 +65,7 @@ def command(arguments: argparse.Namespace, folder: Path, world: int, parallel: s
         *(TINY if not any(o.startswith("model=") for o in arguments.overrides) else []),
         f"steps={arguments.steps}",
         f"checkpoint.every={arguments.every}",
+        "log.every=1",
         *arguments.overrides,
         f"run.name={folder.name}",
         f"paths.runs={folder.parent}",
