@@ -167,3 +167,9 @@ def top24(word):
 def max_nan(a, b):
     """Maximum that keeps NaN; the plain one would hide a NaN in amax."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def largest_magnitude(x, AXIS: tl.constexpr, INTERPRET: tl.constexpr):
+    """max |x| along AXIS, NaN if there is one. The interpreter runs a custom reduction element by element: too slow."""
+    return tl.max(tl.abs(x), AXIS) if INTERPRET else tl.reduce(tl.abs(x), AXIS, max_nan)

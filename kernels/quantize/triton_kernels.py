@@ -25,6 +25,7 @@ from kernels.triton_common import (
     e2m1_value,
     e4m3_byte,
     e4m3_value,
+    largest_magnitude,
     load_key,
     max_nan,
     next_power_of_two,
@@ -260,13 +261,13 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
         col0 = (tile % tiles_c) * TILE_C
         x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, TILE_R, TILE_C, PACKED, SQUARE, INTERPRET)
         if ALONG_1:
-            largest1 = max_nan(largest1, tl.reduce(tl.abs(tl.dot(x, rotation1)), 1, max_nan))
+            largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
         if ALONG_0:
-            largest0 = max_nan(largest0, tl.reduce(tl.abs(tl.dot(tl.trans(x), rotation0)), 1, max_nan))
+            largest0 = max_nan(largest0, largest_magnitude(tl.dot(tl.trans(x), rotation0), 1, INTERPRET))
     if ALONG_1:
-        _atomic_max(amax1_ptr, tl.reduce(largest1, 0, max_nan))
+        _atomic_max(amax1_ptr, largest_magnitude(largest1, 0, INTERPRET))
     if ALONG_0:
-        _atomic_max(amax0_ptr, tl.reduce(largest0, 0, max_nan))
+        _atomic_max(amax0_ptr, largest_magnitude(largest0, 0, INTERPRET))
 
 
 @triton.jit

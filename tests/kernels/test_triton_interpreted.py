@@ -1,0 +1,53 @@
+"""The Triton quantizers against the reference on a CPU, in Triton's interpreter: scripts/check_fast.py --small.
+
+In a process of its own: whether kernels are interpreted is fixed when they are imported. The GPU runs all cases.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def comparisons(tmp_path_factory) -> list[dict]:
+    out = tmp_path_factory.mktemp("check") / "rows.json"
+    command = [sys.executable, "scripts/check_fast.py", "--small", "--json", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert out.exists(), result.stdout + result.stderr
+    return json.loads(out.read_text())
+
+
+def test_every_quantizer_agrees_with_the_reference(comparisons):
+    wrong = [row for row in comparisons if not row["ok"]]
+    assert not wrong, wrong[:3]
+
+
+def test_all_kinds_of_slots_were_compared(comparisons):
+    """Both axes, packed and BF16 sources, rotated and not, every rounding."""
+    seen = {(row["spec"], row["axis"], row["source"], row["rotation"] > 1) for row in comparisons}
+    for spec in ("rtn", "rtn_46", "sr", "ms_eden"):
+        assert {(spec, a, s, r) for a in (0, 1) for s in ("bf16", "packed") for r in (False, True)} <= seen
+    assert {("square_rtn", 1, "bf16", False), ("e4m3_rows", 0, "bf16", False), ("e5m2", 1, "bf16", False)} <= seen
+
+
+def test_plain_and_stochastic_rounding_agree_bit_for_bit(comparisons):
+    plain = [r for r in comparisons if r["rotation"] == 1 and r["spec"] in ("rtn", "rtn_pow2", "sr", "square_sr")]
+    assert plain
+    for row in plain:
+        assert row["codes"] == row["block_scales"] == row["scale"] == row["values"] == 0, row
+
+
+@pytest.mark.gpu
+def test_every_quantizer_agrees_with_the_reference_on_the_gpu(tmp_path):
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "scripts/check_fast.py", "--json", str(out)]
+    result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
