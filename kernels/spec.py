@@ -91,7 +91,7 @@ class QuantSpec:
 
     @property
     def per_row(self) -> bool:
-        return bool(self.scales) and self.scales[0].block == ROW
+        return len(self.scales) > 0 and self.scales[0].block == ROW
 
     @property
     def draws_random_bits(self) -> bool:
