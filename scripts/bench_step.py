@@ -7,12 +7,14 @@ Any further key=value is an override of train.py (compile=false, backend=referen
 recipes='bf16,quartet2;quant.fprop.x.tensor_scale=pow2'. Every model and recipe is built anew in this process, on random
 tokens. Reported: min, median and max over the timed steps (CUDA events around each), tokens/s, MFU by the named formula,
 peak memory, the first step's time (compilation included), recompilations after the second step, ratios to bf16.
+profile=true adds the time of each GPU kernel in one step.
 """
 
 import gc
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +23,15 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
+from torch import Tensor
 
 from configs.compose import compose
 from kernels import backend
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
+from training.build import compile_loss, set_torch_flags
 from training.config import TrainConfig
 from training.distributed import Dist, setup
-from training.build import compile_loss, set_torch_flags
 from training.loss import LossModel
 from training.metrics import MFU_FORMULA, peak_flops
 from training.optim import build_optimizer, clip_gradients
@@ -65,13 +68,11 @@ class Timing:
     last_loss: float
 
 
-def build(
-    model: str, recipe: str, extra: list[str], ranks: Dist
-) -> tuple[TrainConfig, LlamaConfig, LossModel, torch.Tensor]:
+def build(model: str, recipe: str, extra: list[str], ranks: Dist) -> tuple[TrainConfig, LlamaConfig, LossModel, Tensor]:
     """The converted, compiled loss and its random-state tensor."""
     name, *overrides = recipe.split(";")
     chosen = WIDE if model == "wide" else [f"model={model}"]
-    config = compose([*chosen, f"quant={name}", "data=text", *overrides, *extra]).config
+    config = compose([*chosen, f"quant={name}", "data=pydocs", *overrides, *extra]).config
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
     m = config.model
@@ -88,7 +89,7 @@ def build(
     return config, shape, loss, rng
 
 
-def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist) -> Timing:
+def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, profile: bool) -> Timing:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
@@ -102,7 +103,7 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist) -> T
     ]
     tokens = sequences * SEQ_LEN
 
-    def step(index: int) -> torch.Tensor:
+    def step(index: int) -> Tensor:
         rng[1].fill_(index)
         nats = loss(batches[index % len(batches)])
         (nats / tokens).backward()
@@ -127,6 +128,8 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist) -> T
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in pairwise(events)]
     rate = 1e3 * tokens / median(times)
+    if profile:
+        print(kernel_table(lambda: step(0)), flush=True)
     peak = peak_flops(ranks.device)
     return Timing(
         model=model,
@@ -142,6 +145,18 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist) -> T
         recompilations=graphs() - compiled,
         last_loss=nats.item() / tokens,
     )
+
+
+def kernel_table(step: Callable[[], Tensor], rows: int = 45) -> str:
+    """Where the GPU's time of one step goes: total ms and count of each kernel, longest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        step()
+        torch.cuda.synchronize()
+    events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    lines = [f"  {total / 1e3:8.2f} ms in all kernels"]
+    lines += [f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}" for e in events[:rows]]
+    return "\n".join(lines)
 
 
 def graphs() -> int:
@@ -166,7 +181,13 @@ def table(timings: list[Timing]) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    options = {"models": "llama_30m,llama_100m,wide", "recipes": "bf16,quartet2", "steps": "25", "json": ""}
+    options = {
+        "models": "llama_30m,llama_100m,wide",
+        "recipes": "bf16,quartet2",
+        "steps": "25",
+        "json": "",
+        "profile": "false",
+    }
     extra = []
     for argument in arguments:
         key, _, value = argument.partition("=")
@@ -185,7 +206,7 @@ def main(arguments: list[str]) -> int:
     for model in options["models"].split(","):
         for recipe in options["recipes"].split(","):
             try:
-                timings.append(run(model, recipe, int(options["steps"]), extra, ranks))
+                timings.append(run(model, recipe, int(options["steps"]), extra, ranks, options["profile"] == "true"))
                 print(table(timings[-1:]).splitlines()[1], flush=True)
             except Exception as error:  # one failing recipe must not cost the others' measurements
                 print(f"{model} {recipe}: failed: {type(error).__name__}: {str(error)[:2000]}", flush=True)
