@@ -5,7 +5,7 @@
 Any further key=value is an override of train.py (compile=false, backend=reference, model.residual_dtype=bfloat16).
 `wide` is the 24-layer, 2048-wide model of the speed issue. A recipe may carry overrides of its own, behind semicolons:
 recipes='bf16,quartet2;quant.fprop.x.tensor_scale=pow2'. Every model and recipe is built anew in this process, on random
-tokens. Reported: min, median and max over the timed steps (CUDA events around each), tokens/s, MFU by the named formula,
+tokens. Reported: min, median and max over the timed steps (CUDA events), tokens/s, MFU by the named formula,
 peak memory, the first step's time (compilation included), recompilations after the second step, ratios to bf16.
 profile=true adds the time of each GPU kernel in one step.
 """
