@@ -1,0 +1,114 @@
+"""What a training run costs: hours from measured throughput, disk, and a labelled prediction for B200. No torch.
+
+Throughput lives in results/throughput.json: {"device", "rows": [{model, recipe, tokens_per_second, flops_per_token,
+source}]}, written by `scripts/plan.py measure=...` from finished runs or from scripts/bench_step.py's JSON.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from analysis.runs import Run
+
+TABLE = Path(__file__).resolve().parents[1] / "results" / "throughput.json"
+# Dense BF16 peaks as NVIDIA states them. Prediction for B200: the MFU measured on an H100 in BF16, whatever the recipe:
+# native NVFP4 GEMMs pay from about 3B parameters on (quartet2.md, d.6), and none of these grids has such a model.
+H100_PEAK, B200_PEAK = 989e12, 2250e12
+BYTES_CHECKPOINT = 12  # a parameter: FP32 master weight and two AdamW moments
+BYTES_EVALUATION = 40  # a row of eval/<step>.npz
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a grid and what follows from its configuration. `base_recipe`: the file its recipe started from."""
+
+    name: str
+    model: str
+    recipe: str
+    base_recipe: str
+    steps: int
+    tokens: int
+    parameters: int
+    flops_per_token: int
+    memory_gib: float
+    kept_checkpoints: int
+
+    @property
+    def flops(self) -> float:
+        return float(self.flops_per_token) * self.tokens
+
+    @property
+    def disk_gib(self) -> float:
+        """Checkpoints kept; metrics and evaluations add a few MB."""
+        return self.kept_checkpoints * BYTES_CHECKPOINT * self.parameters / 2**30
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens per second of one GPU and where the figure is from ("measured", or how it was carried over)."""
+
+    tokens_per_second: float
+    source: str
+
+
+def load(path: Path = TABLE) -> dict:
+    """The measured table; an empty one when nothing was measured yet."""
+    return json.loads(path.read_text()) if path.exists() else {"device": None, "rows": []}
+
+
+def speed_of(cell: Cell, rows: list[dict]) -> Speed | None:
+    """Measured for this model and recipe; else the recipe it varies; else another model's at equal MFU; else None."""
+    for recipe, how in ((cell.recipe, "measured"), (cell.base_recipe, f"as {cell.base_recipe}")):
+        same = [row for row in rows if row["recipe"] == recipe]
+        for row in same:
+            if row["model"] == cell.model:
+                return Speed(row["tokens_per_second"], how)
+        if same:
+            near = min(same, key=lambda row: abs(np.log(row["flops_per_token"] / cell.flops_per_token)))
+            scaled = near["tokens_per_second"] * near["flops_per_token"] / cell.flops_per_token
+            return Speed(scaled, f"MFU of {near['model']}" + ("" if how == "measured" else f" {how}"))
+    return None
+
+
+def gpu_hours(cell: Cell, rows: list[dict]) -> tuple[float | None, str]:
+    """(GPU-hours on the measured device, source of the figure)."""
+    speed = speed_of(cell, rows)
+    return (None, "not measured") if speed is None else (cell.tokens / speed.tokens_per_second / 3600, speed.source)
+
+
+def b200_hours(cell: Cell, rows: list[dict]) -> float | None:
+    """Predicted GPU-hours on a B200: this model's BF16 hours on an H100 times 989/2250."""
+    plain = Cell(**{**cell.__dict__, "recipe": "bf16", "base_recipe": "bf16"})
+    hours, _ = gpu_hours(plain, rows)
+    return None if hours is None else hours * H100_PEAK / B200_PEAK
+
+
+def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:
+    """(device, rows) from finished single-GPU runs, the fastest of each model and recipe.
+
+    ValueError when they ran on different devices or on several GPUs: one table is about one device.
+    """
+    devices = {run.read_json("env.json").get("device", "unknown") for run in runs}
+    if len(devices) != 1 or any(run.read_json("env.json").get("device_count", 1) != 1 for run in runs):
+        raise ValueError(f"throughput needs single-GPU runs of one kind of device, got {', '.join(sorted(devices))}")
+    best: dict[tuple[str, str], dict] = {}
+    for run in runs:
+        key = (run.info["model"], run.info["recipe"])
+        if key not in best or best[key]["tokens_per_second"] < run.tokens_per_second:
+            best[key] = {
+                "model": key[0],
+                "recipe": key[1],
+                "tokens_per_second": round(run.tokens_per_second),
+                "flops_per_token": flops_per_token(run),
+                "source": f"{run.name}, median of {len(run.train['step'])} steps",
+            }
+    return devices.pop(), [best[key] for key in sorted(best)]
+
+
+def flops_per_token(run: Run) -> int:
+    """(6 N + 12 L d s), N with lm_head and without the embedding, from the run's numerics."""
+    shape = {key: run.info["numerics"][f"model.{key}"] for key in ("layers", "width")}
+    counted = run.info["parameters_non_embedding"] + run.info["vocab_size"] * shape["width"]
+    return 6 * counted + 12 * shape["layers"] * shape["width"] * run.info["seq_len"]

@@ -1,0 +1,171 @@
+"""What an experiment grid takes: steps, tokens, FLOPs, memory, disk, GPU-hours, cost, and which cells are done.
+
+    python scripts/plan.py experiment=c4_grid [only='30M/*'] [price=2.5] [price_b200=5] [details=false]
+    python scripts/plan.py measure='runs/*'      put the speed of finished runs into results/throughput.json
+    python scripts/plan.py measure=bench.json device='NVIDIA H100'     the same from scripts/bench_step.py json=...
+
+Other key=value words are overrides of train.py, as for run_grid.py. H100 hours come from measured throughput, B200
+hours are a prediction (analysis/costs.py says how). Prices are per GPU-hour, in any currency.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+from analysis import costs, states
+from analysis.costs import Cell
+from analysis.runs import find_runs
+from analysis.tables import tokens as short
+from configs import gridline
+from configs.compose import ConfigError, compose
+from configs.grid import GridError
+
+OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
+HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "H100 h", "from", "B200 h (predicted)")
+
+
+def cells_of(line: gridline.GridLine) -> list[Cell]:
+    """All chosen cells. Composing takes long, and only quant and seed differ between most cells: composed once each."""
+    composed, cells = {}, []
+    for name, overrides in line.cells.items():
+        shape = tuple(o for o in overrides if not o.startswith(("quant", "seed=")))
+        if shape not in composed:
+            composed[shape] = compose([*shape, *line.extra]).config
+        cells.append(cell_of(name, overrides, composed[shape]))
+    return cells
+
+
+def cell_of(name: str, overrides: list[str], config) -> Cell:
+    from training.derive import derive
+    from training.memory import estimate
+    from training.shapes import shape_of
+
+    shape = shape_of(config, config.data.vocab_size)
+    numbers = derive(config, shape.parameters_non_embedding, world=1)
+    recipe = next(o.split("=", 1)[1] for o in overrides if o.startswith("quant="))
+    packed = recipe != "bf16" and "quant.fprop=none" not in overrides
+    kept = config.checkpoint.keep_last + (
+        numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
+    )
+    return Cell(
+        name=name,
+        model=config.model.name,
+        recipe=next((o.split("=", 1)[1] for o in overrides if o.startswith("quant.name=")), recipe),
+        base_recipe=recipe,
+        steps=numbers.steps,
+        tokens=numbers.tokens,
+        parameters=shape.parameters,
+        flops_per_token=shape.flops_per_token(numbers.seq_len),
+        memory_gib=estimate(shape, numbers.micro_tokens, packed).total,
+        kept_checkpoints=kept,
+    )
+
+
+def row(cell: Cell, state: states.State, rows: list[dict]) -> tuple[str, ...]:
+    hours, source = costs.gpu_hours(cell, rows)
+    b200 = costs.b200_hours(cell, rows)
+    shown = state.status if state.status in (states.DONE, states.MISSING) else f"{state.status} {state.step}"
+    return (
+        cell.name,
+        shown,
+        f"{cell.steps:,}",
+        short(cell.tokens),
+        f"{cell.flops:.2e}",
+        f"{cell.memory_gib:.1f}",
+        f"{cell.disk_gib:.1f}",
+        "-" if hours is None else f"{hours:.2f}",
+        source,
+        "-" if b200 is None else f"{b200:.2f}",
+    )
+
+
+def totals(cells: list[Cell], found: dict[str, states.State], rows: list[dict], own: dict[str, str]) -> list[str]:
+    """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
+    left = {c.name: 0.0 if found[c.name].status == states.DONE else 1 - found[c.name].step / c.steps for c in cells}
+    counts = [s.status for s in found.values()]
+    lines = [", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))]
+    disk = sum(c.disk_gib for c in cells)
+    lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")
+    for label, hours_of, price in (
+        ("H100, from measured throughput", lambda c: costs.gpu_hours(c, rows)[0], own["price"]),
+        ("B200, predicted", lambda c: costs.b200_hours(c, rows), own["price_b200"]),
+    ):
+        hours = {c.name: hours_of(c) for c in cells}
+        known = {name: h for name, h in hours.items() if h is not None}
+        if not known:
+            lines.append(f"{label}: no throughput measured yet (scripts/plan.py measure='runs/*')")
+            continue
+        total, rest = sum(known.values()), sum(h * left[name] for name, h in known.items())
+        unknown = f" ({len(hours) - len(known)} cells unknown)" if len(known) < len(hours) else ""
+        cost = f", {total * float(price):,.0f} and {rest * float(price):,.0f} at {price} a GPU-hour" if price else ""
+        lines.append(f"{label}: {total:,.1f} GPU-hours, {rest:,.1f} of them left{cost}{unknown}")
+    return lines
+
+
+def measure(words: dict[str, str]) -> int:
+    """Write results/throughput.json; rows of other models and recipes stay."""
+    path = Path(words.get("table", costs.TABLE))
+    table = costs.load(path)
+    if words["measure"].endswith(".json"):
+        device, rows = words["device"], bench_rows(json.loads(Path(words["measure"]).read_text()), words["measure"])
+    else:
+        device, rows = costs.measured_rows([run for run in find_runs([words["measure"]]) if run.finished])
+    if table["device"] not in (None, device):
+        raise ValueError(f"{path} is about {table['device']}, not {device}; give table=another.json")
+    new = {(r["model"], r["recipe"]) for r in rows}
+    kept = [r for r in table["rows"] if (r["model"], r["recipe"]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"device": device, "rows": sorted([*kept, *rows], key=str)}, indent=1) + "\n")
+    print(f"{len(rows)} rows written, {len(kept)} kept: {path}")
+    return 0
+
+
+def bench_rows(timings: list[dict], source: str) -> list[dict]:
+    """Rows from bench_step.py's JSON; presets only, since the FLOPs come from the preset."""
+    from training.shapes import shape_of
+
+    rows = []
+    for timing in timings:
+        try:
+            config = compose([f"model={timing['model']}"]).config
+        except ConfigError:
+            continue  # `wide`, which is no preset
+        flops = shape_of(config, 32000).flops_per_token(512)
+        keep = {key: timing[key] for key in ("model", "recipe")} | {
+            "tokens_per_second": round(timing["tokens_per_second"])
+        }
+        rows.append(keep | {"flops_per_token": flops, "source": source})
+    return rows
+
+
+def main(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(__doc__)
+        return 0 if words else 2
+    try:
+        if any(word.startswith("measure=") for word in words):
+            return measure(dict(word.split("=", 1) for word in words))
+        line = gridline.read(words, OWN)
+        table = costs.load(Path(line.own["table"]))
+        cells = cells_of(line)
+    except (GridError, ConfigError, ValueError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
+    if line.own["details"] == "true":
+        lines = [HEADER, *(row(cell, found[cell.name], table["rows"]) for cell in cells)]
+        widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]
+        print(
+            "\n".join("  ".join(part.ljust(w) for part, w in zip(entry, widths, strict=True)) for entry in lines), "\n"
+        )
+    measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
+    print(
+        f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table["rows"], line.own), sep="\n"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

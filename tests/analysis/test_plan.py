@@ -1,0 +1,92 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from synthetic import write_run
+
+from analysis import costs
+from analysis.costs import Cell
+from analysis.runs import find_runs
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
+# llama_30m, 512 tokens: 6 (30,482,560 + 32000 * 640) + 12 * 6 * 640 * 512
+FLOPS_30M = 6 * (30_482_560 + 32_000 * 640) + 12 * 6 * 640 * 512
+
+
+def cell(model="llama_30m", recipe="quartet2", base=None, flops_per_token=1000):
+    return Cell("c", model, recipe, base or recipe, 100, 3_600_000, 10**6, flops_per_token, 1.0, 2)
+
+
+def rows(**speeds):
+    return [
+        {"model": name.split("__")[0], "recipe": name.split("__")[1], "tokens_per_second": v, "flops_per_token": 1000}
+        for name, v in speeds.items()
+    ]
+
+
+def plan(*words):
+    return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=120)
+
+
+def test_hours_from_measured_speed():
+    assert costs.gpu_hours(cell(), rows(llama_30m__quartet2=1000)) == (1.0, "measured")
+
+
+def test_a_variant_takes_the_speed_of_the_recipe_it_varies():
+    variant = cell(recipe="quartet2_no46", base="quartet2")
+    assert costs.gpu_hours(variant, rows(llama_30m__quartet2=500)) == (2.0, "as quartet2")
+
+
+def test_another_model_is_taken_at_equal_mfu_and_said_to_be():
+    large = cell("llama_100m", flops_per_token=4000)
+    hours, source = costs.gpu_hours(large, rows(llama_30m__quartet2=1000, llama_30m__bf16=9000))
+    assert hours == pytest.approx(4.0) and source == "MFU of llama_30m"
+    assert costs.gpu_hours(cell(), rows(llama_30m__bf16=9000)) == (None, "not measured")
+
+
+def test_b200_is_predicted_from_bf16_whatever_the_recipe():
+    # 3.6M tokens at 2,000 a second: half an hour; times 989 / 2250
+    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000)) == pytest.approx(0.5 * 989 / 2250)
+
+
+def test_disk_is_what_the_kept_checkpoints_take():
+    assert cell().disk_gib == pytest.approx(2 * 12 * 10**6 / 2**30)
+
+
+def test_throughput_is_read_from_runs_and_mixed_devices_are_refused(tmp_path):
+    shape = {"model.layers": 2, "model.width": 64}
+    write_run(tmp_path, "bf16", 0, 3.0, ms=10.0, numerics=shape)
+    write_run(tmp_path, "bf16", 1, 3.0, ms=8.0, numerics=shape)
+    device, found = costs.measured_rows(find_runs([f"{tmp_path}/*"]))
+    assert device == "cpu" and len(found) == 1 and found[0]["tokens_per_second"] == 128000
+    assert found[0]["flops_per_token"] == 6 * (3_000_000 + 4096 * 64) + 12 * 2 * 64 * 128
+    path = write_run(tmp_path, "sr", 0, 3.0, numerics=shape)
+    (path / "env.json").write_text(json.dumps({"device": "H100"}))
+    with pytest.raises(ValueError, match="one kind of device, got H100, cpu"):
+        costs.measured_rows(find_runs([f"{tmp_path}/*"]))
+
+
+def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
+    name = "corpus_ranking-bf16-x1-s0"
+    (tmp_path / "runs" / name).mkdir(parents=True)
+    result = {"status": "finished", "step": 2861, "final_loss": 3.4}
+    (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result))
+    table = {"device": "H100", "rows": rows(llama_30m__bf16=1_041_658)}  # 749,993,984 tokens take 0.2 hours
+    table["rows"][0]["flops_per_token"] = FLOPS_30M
+    (tmp_path / "speed.json").write_text(json.dumps(table))
+    words = [f"paths.runs={tmp_path}/runs", f"table={tmp_path}/speed.json", "price=10"]
+    done = plan("experiment=corpus_ranking", "only=bf16/x1/*", *words)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[1].split()[:4] == ["bf16/x1/s0", "done", "2,861", "750M"] and "missing" in lines[2]
+    assert f"{FLOPS_30M * 749993984:.2e}" in lines[1] and "0.20" in lines[1].split()
+    assert "1 done, 2 missing" in done.stdout
+    assert "H100, from measured throughput: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
+    assert "B200, predicted: 0.3 GPU-hours" in done.stdout
+
+
+def test_mistakes_are_named():
+    done = plan("experiment=corpus_rankin")
+    assert done.returncode == 2 and "did you mean corpus_ranking" in done.stderr
