@@ -4,6 +4,7 @@ Never runs code from the hub (`trust_remote_code` is not passed, and current `da
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,18 @@ class HubSource:
 
     def __init__(self, spec: DataSpec, root: Path):
         self.spec, self.root = spec, root
-        self._dataset = _load(spec)
-        self.units = max(self._dataset.num_shards, 1)
         self.size = None
         self._unit = 0
+
+    @cached_property
+    def _dataset(self) -> Any:
+        """Opened when rows are needed: to find a token folder that is there already takes no data set."""
+        return _load(self.spec)
+
+    @cached_property
+    def units(self) -> int:
+        """Number of pieces, one per file."""
+        return max(self._dataset.num_shards, 1)
 
     def fingerprint(self) -> dict[str, Any]:
         """Name, configuration, split and the exact revision; for local data the files' SHA-256 instead."""
@@ -45,8 +54,23 @@ class HubSource:
         """Rows of one file of the data set after the first `skip`."""
         self._unit = unit
         part = self._dataset.shard(num_shards=self.units, index=unit) if self.units > 1 else self._dataset
-        for number, row in enumerate(part.skip(skip) if skip else part, skip + 1):
+        for number, row in enumerate(_unbroken(part.skip(skip) if skip else part, self.spec), skip + 1):
             yield make_row(row, self.spec, f"{self.spec.hub_path}, unit {unit}, row {number}")
+
+
+def _unbroken(rows: Any, spec: DataSpec) -> Iterator[dict[str, Any]]:
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except Exception as error:  # which classes mean "network" differs between versions of the hub's client
+            raise RuntimeError(
+                f"reading {spec.hub_path} failed ({type(error).__name__}: {error}); run the same command again to go "
+                "on: finished parts are kept"
+            ) from error
+        yield row
 
 
 def _load(spec: DataSpec) -> Any:
@@ -93,8 +117,8 @@ def _revision(spec: DataSpec) -> str:
 
     try:
         return HfApi().dataset_info(spec.hub_path, revision=spec.hub_revision).sha
-    except OSError as error:
+    except Exception as error:  # which classes mean "network" differs between versions of the hub's client
         raise RuntimeError(
-            f"could not ask the hub which commit {spec.hub_path} is at ({type(error).__name__}); when offline, "
-            "give it: data.hub_revision=<40 hex digits>"
+            f"could not ask the hub which commit {spec.hub_path} is at ({type(error).__name__}: {error}); when "
+            "offline, give it, data.hub_revision=<40 hex digits>, or name a prepared folder, data.path=..."
         ) from error

@@ -2,9 +2,11 @@
 
 Rows of `row_tokens` tokens are filled one after the other from a buffer of the next documents: the longest document
 that fits whole goes in; when none fits, the shortest one in the buffer is cropped to fill the row exactly and its
-rest is dropped. So every token is seen with its document's beginning, at the price of the cropped tokens (about a
-third at sequence length 2048 on web text). The layout is computed once, when first needed, from the document index
-alone, and stored beside the shards; row i is the same ever after, so a resumed run reads what it would have read.
+rest is dropped. So every token is seen with its document's beginning, at the price of the cropped tokens: 57 % at
+sequence length 2048 on our corpus, whose books are cut in rows of some 5,700 tokens (the share is printed).
+
+The layout is computed once, when first needed, from the document index alone, and stored beside the shards; row i is
+the same ever after, so a resumed run reads what it would have read.
 """
 
 import bisect

@@ -104,18 +104,18 @@ def _add(part: Part, text: str, group: int, is_val: Callable[[int, int], bool], 
         part.is_val.append(is_val(group, ordinal))
 
 
-def load_part(path: Path) -> dict[str, np.ndarray] | None:
-    """A finished part's arrays (tokens, documents [n, 5], counts), or None if it is missing or broken."""
+def load_part(path: Path, names: tuple[str, ...] = ("tokens", "documents", "counts")) -> dict[str, np.ndarray] | None:
+    """A finished part's arrays (documents: [n, 5]), or None if it is missing or broken; only what is named is read."""
     try:
         with np.load(path) as arrays:
-            return {name: arrays[name] for name in ("tokens", "documents", "counts")}
+            return {name: arrays[name] for name in names}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
 
 
 def tokenize_part(part: Part, tokenizer: TextTokenizer) -> int:
     """Write one part atomically; returns the bytes of text in it."""
-    if part.path.exists() and load_part(part.path) is not None:  # made before a kill, after a part that was not
+    if load_part(part.path, ("counts",)) is not None:  # made before a kill, after a part that was not
         return 0
     texts = [_valid_utf8(text) for text in part.texts]
     documents = np.zeros((len(texts), 5), np.int64)
@@ -139,7 +139,7 @@ def _part_path(folder: Path, role: str, unit: int, index: int) -> Path:
 def _finished(folder: Path, role: str, unit: int) -> tuple[int, int, bool]:
     """(parts finished without a gap, rows in them, is the unit complete?)"""
     index = rows = 0
-    while (arrays := load_part(_part_path(folder, role, unit, index))) is not None:
+    while (arrays := load_part(_part_path(folder, role, unit, index), ("counts",))) is not None:
         index += 1
         rows += int(arrays["counts"][0])
         if arrays["counts"][1]:

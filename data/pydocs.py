@@ -29,6 +29,7 @@ class PydocsSource:
             p for p in sorted(self.root.rglob("*.py")) if not _NOT_PROSE & set(p.relative_to(self.root).parts)
         ]
         self._read = 0
+        self._texts: dict[Path, str] = {}  # the text is read twice, for the tokenizer and the tokens; parsing takes 4 s
 
     def fingerprint(self) -> dict[str, str]:
         """Python's version and the names and sizes of the modules that are read (parsing them takes seconds)."""
@@ -57,9 +58,10 @@ class PydocsSource:
             yield Row(topics[name].strip() + "\n", "pydoc", name)
         for number, path in enumerate(self.paths, 1):
             self._read = number
-            text = module_text(path)
-            if text:
-                yield Row(text, "stdlib", path.relative_to(self.root).as_posix())
+            if path not in self._texts:
+                self._texts[path] = module_text(path)
+            if self._texts[path]:
+                yield Row(self._texts[path], "stdlib", path.relative_to(self.root).as_posix())
 
 
 def module_text(path: Path) -> str:

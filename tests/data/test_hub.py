@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from data.prepare import prepare
+from data.prepare import ensure, prepare
 from data.sources import open_source
 from data.spec import DataSpec
 from data.tokens import TokenSet
@@ -90,7 +90,39 @@ def test_changed_files_change_the_fingerprint(tmp_path, rows, jsonl):
 def test_a_missing_set_is_one_clear_error(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(ValueError, match=r"datasets could not open data\.hub_path=nobody/nothing"):
-        open_source(DataSpec(source="hub", hub_path="nobody/nothing"), tmp_path)
+        read(DataSpec(source="hub", hub_path="nobody/nothing"), tmp_path)
+
+
+def test_without_a_network_the_commit_must_be_given(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", refuse)
+    spec = DataSpec(source="hub", hub_path="org/name", workers=1)
+    with pytest.raises(RuntimeError, match=r"which commit org/name is at .*no route.*data\.hub_revision=.*data\.path="):
+        ensure(spec, tmp_path)
+    # With the commit, neither the hub nor the data set is touched to see that tokens are missing.
+    with pytest.raises(
+        FileNotFoundError, match=r"large \(on the hub\).*\n.*prepare_data\.py data=text data\.source=hub"
+    ):
+        ensure(dataclasses.replace(spec, hub_revision="0" * 40), tmp_path)
+
+
+def test_a_broken_connection_says_that_it_can_go_on(tmp_path, rows, jsonl, monkeypatch):
+    file = str(jsonl(tmp_path / "t.jsonl", rows))
+    source = open_source(DataSpec(source="hub", hub_path="json", hub_data_files=file), tmp_path)
+
+    def broken(_):
+        yield from rows[:3]
+        raise TimeoutError("the hub went away")
+
+    monkeypatch.setattr("data.hub._load", lambda spec: type("Set", (), {"num_shards": 1, "__iter__": broken})())
+    received = []
+    with pytest.raises(
+        RuntimeError, match=r"reading json failed \(TimeoutError: the hub went away\); run the same command"
+    ):
+        received += [received.append(row) for row in source.rows(0, 0)]
+    assert [tuple(row) for row in received] == expected(rows[:3])
 
 
 def test_wrong_text_key_names_the_columns(tmp_path, rows, jsonl):
