@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from configs import grid
 from configs.cli import read_command_line
 from configs.compose import ConfigError, compose, groups, sweep
 
@@ -135,7 +136,9 @@ def test_flags():
 def test_every_group_choice_composes():
     for group, options in groups().items():
         for option in options:
-            extra = ["data.files=x.txt"] if option == "text" else ["data.hub_path=x"] if option == "hub" else []
+            extra = {"text": ["data.files=x.txt"], "hub": ["data.hub_path=x"]}.get(option, [])
+            if group == "experiment" and option in grid.names():
+                extra = [f"cell={next(iter(grid.expand(grid.load(option))))}"]
             assert compose([f"{group}={option}", *extra]).choices[group] == option
 
 

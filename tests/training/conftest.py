@@ -1,0 +1,75 @@
+"""A run small enough to train within a test: one block of width 128 on a few kilobytes of made-up text."""
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from configs.compose import compose
+from training.launch import Request, launch
+
+SMALL = [
+    "model=llama_tiny",
+    "model.layers=1",
+    "model.width=128",
+    "model.heads=2",
+    "model.hidden=128",
+    "data=text",
+    "data.vocab_size=300",
+    "data.val_fraction=0.2",
+    "data.workers=1",
+    "batch.seq_len=64",
+    "batch.sequences=8",
+    "batch.micro=4",
+    "steps=10",
+    "optim.lr=1e-2",
+    "log.every=4",
+    "evaluate.every=5",
+    "checkpoint.every=5",
+    "evaluate.slots=false",
+]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    """60 documents over a small vocabulary, so that there is something to learn within ten steps."""
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "su") for b in ("na", "re", "ti", "vo")]
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    with open(path, "w") as file:
+        for i in range(60):
+            text = " ".join(rng.choice(words) for _ in range(200))
+            file.write(json.dumps({"id": str(i), "source": "made up", "text": text}) + "\n")
+    return path
+
+
+@pytest.fixture(scope="session")
+def token_folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("tokens")
+
+
+@pytest.fixture
+def run(tmp_path, text_file, token_folder):
+    """run(*overrides) trains in this process and returns (exit code, run folder)."""
+
+    def start(*overrides: str, name: str | None = "test") -> tuple[int, Path]:
+        places = [f"data.files={text_file}", f"paths.data={token_folder}", f"paths.runs={tmp_path / 'runs'}"]
+        named = [] if name is None else [f"run.name={name}"]
+        composed = compose([*SMALL, *places, *named, *overrides])
+        code = launch(Request(composed.config, composed.yaml, composed.choices, "test"))
+        folders = sorted((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
+        return code, tmp_path / "runs" / name if name else folders[-1] if folders else None
+
+    return start
+
+
+@pytest.fixture
+def rows():
+    """rows(folder, kind): what metrics.jsonl has of that kind, in order."""
+
+    def read(folder: Path, kind: str) -> list[dict]:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [line for line in lines if line["kind"] == kind]
+
+    return read

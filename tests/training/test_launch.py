@@ -1,0 +1,172 @@
+"""Whole runs in miniature: they learn, leave what they promise, resume exactly, and refuse what they must."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from data.tokens import TokenSet
+from training.identity import IdentityError
+from training.manifest import checkpoints
+
+RECIPES = ["bf16", "fp8", "fp8_rowwise", "nvfp4_rtn", "sr", "nvidia", "tetrajet2", "quartet2", "quartet2_upstream"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_ten_steps_of_every_recipe_learn(run, rows, recipe):
+    code, folder = run(f"quant={recipe}", "evaluate.every=null", "checkpoint.every=null")
+    losses = [row["loss"] for row in rows(folder, "train")]
+    assert code == 0
+    assert losses[0] == pytest.approx(np.log(300), abs=0.05)  # a fresh model knows nothing of 300 tokens
+    assert losses[-1] < losses[0] - 0.8
+    assert json.loads((folder / "plan.json").read_text())["label"] == recipe
+
+
+def test_run_folder_holds_what_readers_need(run, rows):
+    _, folder = run("quant=quartet2", "evaluate.slots=true", "evaluate.bf16=true")
+    info = json.loads((folder / "run.json").read_text())
+    assert (info["recipe"], info["seed"], info["steps"], info["tokens_per_step"]) == ("quartet2", 0, 10, 512)
+    assert info["tokens"] == 5120 and info["parameters"] - info["parameters_non_embedding"] == 2 * 300 * 128
+    train = rows(folder, "train")
+    assert [row["step"] for row in train] == list(range(1, 11))
+    assert [row["tokens"] for row in train] == [512 * step for step in range(1, 11)]
+    assert len({row["samples"] for row in train}) == 10
+    assert train[0]["mfu"] is None and train[0]["lr"] == pytest.approx(1e-2)  # one warm-up step, no known CPU peak
+    evals = rows(folder, "eval")
+    assert [row["step"] for row in evals] == [5, 10]
+    assert evals[-1]["loss_bf16"] != evals[-1]["loss"]
+    with np.load(folder / "eval" / "10.npz") as saved:
+        assert saved["nats"].sum() / saved["tokens"].sum() == pytest.approx(evals[-1]["loss"], rel=1e-12)
+    result = json.loads((folder / "result.json").read_text())
+    assert (result["status"], result["step"]) == ("finished", 10)
+    assert result["final_loss"] == evals[-1]["loss"]
+    assert result["best_loss"] == min(row["loss"] for row in evals)
+    slots = rows(folder, "slots")[-1]["slots"]["blocks.0.attn.qkv"]
+    assert set(slots) == {"fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"}
+    assert (folder / "start.txt").read_text().splitlines()[0].startswith("run ")
+    assert rows(folder, "event")[0]["event"] == "start"
+
+
+def weights(folder, step):
+    from training.checkpoint import read_all
+
+    return read_all(folder / "checkpoints" / f"step_{step:08d}")
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "quartet2"])
+def test_interrupted_run_continues_bitwise(run, rows, monkeypatch, recipe):
+    """Stopped at step 6 by the flag that signals set, then the same command: as if nothing had happened."""
+    _, straight = run(f"quant={recipe}", name="straight")
+    from training.loop import Trainer
+    from training.signals import INTERRUPT
+
+    step = Trainer._train_step
+
+    def stopping(self):
+        step(self)
+        if self.state.step == 6:
+            self.p.stop.level = INTERRUPT
+
+    monkeypatch.setattr(Trainer, "_train_step", stopping)
+    code, resumed = run(f"quant={recipe}", name="resumed")
+    assert code == 0 and not (resumed / "result.json").exists()
+    assert [path.name for path in checkpoints(resumed / "checkpoints")][-1] == "step_00000006"
+    monkeypatch.setattr(Trainer, "_train_step", step)
+    assert run(f"quant={recipe}", name="resumed")[0] == 0
+    assert [row["event"] for row in rows(resumed, "event")].count("resume") == 1
+    for kind, fields in (("train", ("step", "loss", "grad_norm", "lr", "samples")), ("eval", ("step", "loss", "bpb"))):
+        first, second = ([[row[f] for f in fields] for row in rows(folder, kind)] for folder in (straight, resumed))
+        assert first == second
+    one, other = weights(straight, 10), weights(resumed, 10)
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_finished_run_says_so_and_is_left_alone(run, capsys):
+    _, folder = run()
+    before = (folder / "metrics.jsonl").read_text()
+    capsys.readouterr()
+    assert run()[0] == 0
+    assert "this run is finished (step 10, final loss" in (out := capsys.readouterr().out) and str(folder) in out
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_other_numerics_in_the_same_folder_are_refused_with_the_keys(run):
+    run()
+    with pytest.raises(IdentityError) as caught:
+        run("optim.weight_decay=0.2", "steps=12")
+    text = str(caught.value)
+    assert "optim.weight_decay: 0.1 (stored) -> 0.2 (now)" in text
+    assert "schedule.steps: 10 (stored) -> 12 (now)" in text
+    assert "run.name=test-2" in text and "seed:" not in text
+
+
+def test_what_does_not_change_numbers_may_change(run):
+    _, folder = run("steps=5")
+    (folder / "result.json").unlink()
+    assert run("steps=5", "log.every=1", "checkpoint.every=2", "evaluate.every=null", "backend=reference")[0] == 0
+
+
+def test_default_name_tells_model_recipe_length_seed_and_hash(run):
+    _, folder = run("quant=sr", "seed=3", name=None)
+    info = json.loads((folder / "run.json").read_text())
+    assert folder.name == info["name"] == f"llama_tiny-sr-5.12K-s3-{info['hash'][:8]}"
+    _, other = run("quant=sr", "seed=4", name=None)
+    assert other.name != folder.name
+
+
+def test_accumulation_equals_the_large_batch(run, rows):
+    """BF16 has no per-micro-batch scale, so only the order of FP32 sums differs; 10 steps amplify it a little."""
+    losses = {}
+    for micro in (1, 8):
+        _, folder = run(f"batch.micro={micro}", "evaluate.every=null", name=f"micro{micro}")
+        losses[micro] = [(row["loss"], row["grad_norm"]) for row in rows(folder, "train")]
+    np.testing.assert_allclose(losses[1][0], losses[8][0], rtol=2e-4)
+    np.testing.assert_allclose([loss for loss, _ in losses[1]], [loss for loss, _ in losses[8]], rtol=2e-3)
+    assert [row["samples"] for row in rows(folder, "train")]
+
+
+def test_recipes_of_one_seed_share_initialization_and_data(run, rows):
+    (_, one), (_, other) = run("quant=bf16", "steps=2", name="one"), run("quant=sr", "steps=2", name="other")
+    assert rows(one, "event")[0]["init_hash"] == rows(other, "event")[0]["init_hash"]
+    assert [r["samples"] for r in rows(one, "train")] == [r["samples"] for r in rows(other, "train")]
+    assert [r["loss"] for r in rows(one, "train")] != [r["loss"] for r in rows(other, "train")]
+
+
+def test_six_none_are_bitwise_the_baseline(run, rows):
+    none = [f"quant.{gemm}=none" for gemm in ("fprop", "dgrad", "wgrad")]
+    inputs = ["quant.dgrad.w.source=input", "quant.wgrad.x.source=input"]
+    (_, one), (_, other) = run("steps=3", name="one"), run("quant=quartet2", *none, *inputs, "steps=3", name="other")
+    assert [r["loss"] for r in rows(one, "train")] == [r["loss"] for r in rows(other, "train")]
+    numerics = [json.loads((folder / "run.json").read_text())["hash"] for folder in (one, other)]
+    assert numerics[0] == numerics[1]
+
+
+@pytest.mark.parametrize("preset", ["llama_tiny", "llama_30m", "llama_430m", "llama_1b9"])
+@pytest.mark.parametrize("recipe", ["bf16", "quartet2", "nvidia"])
+def test_dry_run_of_any_preset_prints_the_plan_and_writes_nothing(run, capsys, tmp_path, preset, recipe):
+    fields = ("layers", "width", "heads", "hidden")
+    from configs.compose import compose
+
+    shape = [f"model.{name}={getattr(compose([f'model={preset}']).config.model, name)}" for name in fields]
+    code, _ = run(f"model={preset}", *shape, f"quant={recipe}", "dry_run=true", "batch.seq_len=128")
+    out = capsys.readouterr().out
+    assert code == 0 and not (tmp_path / "runs").exists()
+    for part in (preset, recipe, "blocks.*.mlp.down", "GiB a GPU expected", "micro-batches", "peak 0.01"):
+        assert part in out
+
+
+def test_micro_batch_that_no_rotation_divides_is_refused_before_any_work(run, tmp_path):
+    with pytest.raises(ValueError, match=r"wgrad contracts over the 100 tokens.*batch\.micro"):
+        run("quant=quartet2", "batch.seq_len=50", "batch.micro=2")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_evaluation_lists_are_fixed_and_clipped_to_the_split(run, rows, token_folder):
+    _, folder = run("evaluate.tokens=128")
+    evals = rows(folder, "eval")
+    tokens = {row["step"]: np.load(folder / "eval" / f"{row['step']}.npz")["tokens"].sum() for row in evals}
+    val = TokenSet(next(path for path in token_folder.iterdir() if (path / "manifest.json").exists())).split("val")
+    assert tokens == {5: 128, 10: val.length - 1}
