@@ -35,7 +35,7 @@ def values_gemm(values: Tensor) -> ModuleType:
 
 
 def _values(operand: NVFP4Tensor, transposed: bool) -> Tensor:
-    """In the layer's own layout, as the quantizers give it: row-major BF16 on a GPU, a transposed FP32 view on a CPU."""
+    """In the layer's own layout, as the quantizers give it: row-major BF16 on a GPU, a transposed view on a CPU."""
     values = operand.values()
     if not values.is_cuda:
         return values.t() if transposed else values
