@@ -5,9 +5,10 @@ and the document index. `key` names the sources' contents and every option that 
 another folder. While it is made the folder is called .<name>-...; the last step is its rename.
 """
 
+import json
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ from data.files import disk_full_explained, json_hash, locked, say, write_json
 from data.parts import tokenize_source
 from data.sources import Source, open_source
 from data.spec import DataSpec, as_list
-from data.split import group_of, val_rule
+from data.split import group_of, is_val_by_hash, paper_choice
 from data.tokenizer import TextTokenizer, tokenizer_file, train_bpe
 
 # A training run prepares sources of up to this size on disk by itself: some ten seconds of one core. Above it the
 # person should know that it happens (GPUs would wait for it).
 SMALL_SOURCE_BYTES = 32_000_000
+IsVal = Callable[[int, int], bool]
 
 
 def ensure(spec: DataSpec, root: Path | str) -> Path:
@@ -113,7 +115,7 @@ def _make(plan: _Plan) -> None:
     say(f"preparing {plan.folder}")
     work = plan.root / f".{plan.folder.name}"
     (work / "parts").mkdir(parents=True, exist_ok=True)
-    is_val = (lambda group, ordinal: False) if plan.val else _val_rule(plan)
+    is_val = (lambda group, ordinal: False) if plan.val else _val_rule(plan, work)
     tokenizer = _tokenizer(plan, work, is_val)
     parts = {"train": _tokenize(plan, "train", is_val, tokenizer, work)}
     if plan.val:
@@ -127,14 +129,23 @@ def _make(plan: _Plan) -> None:
     _report(plan.folder, manifest)
 
 
-def _tokenize(plan: _Plan, role: str, is_val: Any, tokenizer: TextTokenizer, work: Path) -> list[Path]:
+def _tokenize(plan: _Plan, role: str, is_val: IsVal, tokenizer: TextTokenizer, work: Path) -> list[Path]:
     source = plan.val if role == "val" else plan.train
     limit = plan.spec.max_documents if role == "train" else 0
     return tokenize_source(source, role, is_val, tokenizer, work / "parts", plan.spec.workers, limit)
 
 
-def _val_rule(plan: _Plan) -> Any:
-    return val_rule(plan.spec, lambda: (group for _, group in _train_rows(plan)), plan.train.row_count())
+def _val_rule(plan: _Plan, work: Path) -> IsVal:
+    """The function (group, row number) -> is it validation? Kept on disk where it takes a pass over the text."""
+    spec = plan.spec
+    if spec.val_rule == "hash":
+        return lambda group, ordinal: is_val_by_hash(spec, group)
+    file = work / "parts" / "val.json"
+    if not file.exists():
+        groups = (group for _, group in _train_rows(plan))
+        write_json(file, paper_choice(spec, lambda: groups, plan.train.row_count()))
+    chosen = set(json.loads(file.read_text()))
+    return lambda group, ordinal: (ordinal if spec.id_key is None else group) in chosen
 
 
 def _train_rows(plan: _Plan) -> Iterator[tuple[str, int]]:
@@ -148,7 +159,7 @@ def _train_rows(plan: _Plan) -> Iterator[tuple[str, int]]:
             ordinal += 1
 
 
-def _tokenizer(plan: _Plan, work: Path, is_val: Any) -> TextTokenizer:
+def _tokenizer(plan: _Plan, work: Path, is_val: IsVal) -> TextTokenizer:
     """Copy the given tokenizer, or the one trained for these sources (kept under root/tokenizers), into the folder."""
     if plan.spec.tokenizer is not None:
         file = tokenizer_file(plan.spec.tokenizer)

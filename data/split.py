@@ -18,24 +18,26 @@ def group_of(row: Row, role: str, ordinal: int) -> int:
     return _hash64("\0".join(parts)) & _SIXTY_THREE_BITS
 
 
-def val_rule(spec: DataSpec, groups: Callable[[], Iterable[int]], row_count: int | None) -> Callable[[int, int], bool]:
-    """The function (group, row number) -> is it validation?
+def is_val_by_hash(spec: DataSpec, group: int) -> bool:
+    """The hash rule: a seeded hash of the document below val_fraction.
 
-    hash: a seeded hash of the group below val_fraction; needs to know nothing else, so it never changes for a document
-    when more text is added. paper: `datasets`' train_test_split(test_size=0.0005, seed=2357) over documents in the
-    order of their first row, which needs their number: `row_count` where each row is a document and the source knows
-    it, else one pass over the source, `groups()`.
+    It needs to know nothing else, so a document keeps its side when more text is added.
     """
-    if spec.val_rule == "hash":
-        limit = int(spec.val_fraction * 2**64)
-        return lambda group, ordinal: _hash64(f"{spec.split_seed}\0{group}") < limit
+    return _hash64(f"{spec.split_seed}\0{group}") < int(spec.val_fraction * 2**64)
+
+
+def paper_choice(spec: DataSpec, groups: Callable[[], Iterable[int]], row_count: int | None) -> list[int]:
+    """The paper's rule: the row numbers (where each row is a document, id_key None) or groups that are validation.
+
+    `datasets`' train_test_split(test_size=0.0005, seed=2357) over documents in the order of their first row. Needs
+    their number: `row_count` where each row is a document and the source knows it, else one pass over the source,
+    `groups()`.
+    """
     if spec.id_key is None:
         count = min(row_count, spec.max_documents or row_count) if row_count else sum(1 for _ in groups())
-        rows = set(paper_val_documents(count, spec.split_seed).tolist())
-        return lambda group, ordinal: ordinal in rows
+        return paper_val_documents(count, spec.split_seed).tolist()
     documents = list(dict.fromkeys(groups()))
-    chosen = {documents[i] for i in paper_val_documents(len(documents), spec.split_seed)}
-    return lambda group, ordinal: group in chosen
+    return [documents[i] for i in paper_val_documents(len(documents), spec.split_seed)]
 
 
 def paper_val_documents(count: int, seed: int) -> np.ndarray:
