@@ -49,7 +49,8 @@ class Quantizer:
         )
 
 
-# A branch chosen after random rounding: not a recipe, kept as the example of a bias (recipes.md 6.3).
+# A branch chosen after random rounding: not a recipe, kept as the example of a bias (recipes.md 6.3; published bias
+# 706e-6 on N(0,1), quartet2.md d.3).
 BIASED_EXAMPLE = Quantizer(
     QuantSpec.resolve(
         "e2m1",
@@ -73,6 +74,7 @@ PUBLISHED_MSE = {
     "16x16 rtn": 12.40,
     "16x16 rtn +4/6": 12.38,
     "1x16 sr": 23.5,
+    "1x16 sr +4/6": 17.5,
     "1x16 ms_eden/16": 9.32,
     "1x16 ms_eden/rotation": 9.7,
     "1x16 ms_eden/rotation scaled": 9.7,

@@ -6,7 +6,7 @@ With y the stored operand [rows, contraction] after rotation, v = target_max, C 
     s_g = rne_e4m3( max_g|y| / (v * T) ); 0 is replaced by 1 and the block's codes are 0 ("dead")
     u   = y / (s_g * T);  q = round_e2m1(u), to nearest even or stochastically by word `element` of Philox
     4/6:     also s4_g = rne_e4m3( 1.5 * (max_g|y| / (v * T)) ); with e = s_g^2 * sum_g (q - u)^2 the lower e wins, six
-             wins ties; a dead branch loses to a live one
+             wins ties; a dead branch loses to a live one; with SR the second branch rounds by words count .. 2 count - 1
     MS-EDEN: S = sum u^2 / sum u q over the group of 16; over the rotation block both sums are weighted by s_g^2
              (tensor space) or not (scaled space); 1 if the denominator is 0;
              s_g <- sr_e4m3( min(S * s_g, 448) ) by word `block` of Philox, 0 replaced by 1 and codes 0; q and T stay

@@ -1,0 +1,163 @@
+"""Which layer gets which recipe, and what conversion leaves alone."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from kernels import backend
+from quant import library
+from quant.linear import QuantLinear
+from quant.plan import Precision, convert, resolve
+from quant.stats import slot_stats
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(3 * width, width, bias=False)
+
+    def forward(self, x):
+        return x + self.out(self.qkv(x))
+
+
+class Model(nn.Module):
+    """Three blocks and a head, the names of models/llama.py."""
+
+    def __init__(self, width: int = 128):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(3))
+        self.lm_head = nn.Linear(width, 2 * width, bias=False)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    backend.use("reference")
+
+
+def plan(name: str = "quartet2", **group):
+    return resolve(Model(), Precision.from_dict(library.mapping(name) | group))
+
+
+def recipes_of(found) -> dict[str, str]:
+    return {entry.name: entry.recipe.name for entry in found.entries}
+
+
+def test_every_linear_but_the_head_gets_the_recipe():
+    found = plan()
+    names = recipes_of(found)
+    assert [entry.index for entry in found.entries] == list(range(7))
+    assert names.pop("lm_head") == "bf16"
+    assert set(names.values()) == {"quartet2"} and found.label == "quartet2"
+
+
+def test_last_rule_wins_over_end_blocks_and_recipe():
+    rules = [{"match": "blocks.*.qkv", "recipe": "sr"}, {"match": "blocks.2.*", "recipe": "nvidia"}]
+    found = plan(rules=rules, high_precision={"first": 1, "last": 0})
+    assert recipes_of(found) == {
+        "blocks.0.qkv": "sr",
+        "blocks.0.out": "bf16",
+        "blocks.1.qkv": "sr",
+        "blocks.1.out": "quartet2",
+        "blocks.2.qkv": "nvidia",
+        "blocks.2.out": "nvidia",
+        "lm_head": "bf16",
+    }
+    assert found.label == "quartet2 blocks.*.qkv=sr blocks.2.*=nvidia first1=bf16"
+
+
+def test_last_blocks_stay_in_bf16():
+    names = recipes_of(plan(high_precision={"first": 0, "last": 2}))
+    assert [name for name, recipe in names.items() if recipe == "quartet2"] == ["blocks.0.qkv", "blocks.0.out"]
+
+
+@pytest.mark.parametrize(
+    ("group", "message"),
+    [
+        ({"rules": [{"match": "block.0.*", "recipe": "bf16"}]}, "matches no layer that can be quantized; did you mean"),
+        ({"rules": [{"match": "lm_head", "recipe": "sr"}]}, "matches no layer that can be quantized"),
+        ({"rules": [{"match": "*", "recipe": "nvida"}]}, "did you mean 'nvidia'"),
+        ({"rules": ["blocks.0"]}, "write"),
+        ({"high_precision": {"first": 2, "last": 2}}, "of a model with 3 blocks"),
+        ({"high_precision": {"frist": 2}}, "whole numbers of blocks"),
+        ({"high_precision": {"first": -1}}, "whole numbers of blocks"),
+    ],
+)
+def test_errors(group, message):
+    with pytest.raises(ValueError, match=message):
+        plan(**group)
+
+
+def test_shapes_are_checked_before_any_work():
+    precision = Precision.from_dict(library.mapping("quartet2"))
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv: dgrad contracts over 192 features, which 128"):
+        resolve(Model(64), precision)
+    with pytest.raises(ValueError, match="fprop contracts over 24 features, which 16"):
+        resolve(Model(24), Precision.from_dict(library.mapping("nvfp4_rtn")))
+    resolve(Model(64), Precision.from_dict(library.mapping("tetrajet2"))).check_tokens(64)
+    with pytest.raises(ValueError, match="48 tokens"):
+        resolve(Model(64), Precision.from_dict(library.mapping("tetrajet2"))).check_tokens(48)
+
+
+def test_plan_is_json_and_a_table():
+    found = plan(rules=[{"match": "blocks.1.*", "recipe": "nvidia"}])
+    saved = json.loads(json.dumps(found.to_dict()))
+    assert saved["layers"][2] == {"index": 2, "name": "blocks.1.qkv", "shape": [384, 128], "recipe": "nvidia"}
+    assert set(saved["recipes"]) == {"quartet2", "nvidia", "bf16"}
+    table = found.table()
+    assert "blocks.*.qkv" in table and "0,2" in table and "ms_eden per 16" in table and "16x16" in table
+
+
+def test_conversion_keeps_parameters_and_state_dict_keys():
+    model = Model()
+    before = dict(model.named_parameters())
+    keys = list(model.state_dict())
+    rng = torch.tensor([1, 2, 3])
+    convert(model, plan(), rng)
+    assert list(model.state_dict()) == keys
+    assert all(parameter is before[name] for name, parameter in model.named_parameters())
+    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
+    assert len(layers) == 7 and all(layer.rng is rng for layer in layers)
+    assert [int(layer.layer) for layer in layers] == list(range(7))
+
+
+def test_slot_counters_of_a_step():
+    model = convert(Model(), plan(), torch.tensor([1, 2, 3]))
+    x = torch.randn(128, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    stats = slot_stats(model, lambda: model(x).float().square().mean().backward())
+    assert len(stats) == 6 and "lm_head" not in stats
+    slots = stats["blocks.1.qkv"]
+    assert list(slots) == ["fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"]
+    assert slots["fprop.x"]["elements"] == 128 * 128 and slots["fprop.x"]["blocks"] == 128 * 8
+    # QRTN clips a Gaussian's largest values by design; plain RTN only what a rounded-down scale pushes beyond 6.
+    assert 0.03 < slots["dgrad.dy"]["clipped"] / slots["dgrad.dy"]["elements"] < 0.06
+    assert all(module.watch is None for module in model.modules() if isinstance(module, QuantLinear))
+
+
+def test_slot_counters_by_hand():
+    """A layer whose input has one vanishing block, one clipped element and zeros."""
+    linear = nn.Linear(32, 16, bias=False)
+    mapping = library.mapping("nvfp4_rtn") | {"dgrad": "none", "wgrad": "none"}
+    layer = QuantLinear(linear, library.build(mapping), 0, torch.tensor([0, 0, 0]))
+    x = torch.zeros(4, 32)
+    x[0, :3] = torch.tensor([2688.0, 448.0, 64.0])  # codes 6, 1 and 0.14 -> 0
+    x[1, 0] = 2.0**-9  # scale 2^-9 / 6 rounds to zero
+    x[2, 0] = 6.375 * 0.9921875  # scale 1.054 rounds down to 1: beyond 6
+    stats = slot_stats(nn.ModuleDict({"layer": layer}), lambda: layer(x.bfloat16()))
+    assert stats["layer"]["fprop.x"] == {
+        "elements": 128,
+        "non_finite": 0,
+        "clipped": 1,
+        "zeroed": 2,
+        "blocks": 8,
+        "underflow_blocks": 1,
+    }
+    x[3, 3] = float("inf")
+    assert slot_stats(layer, lambda: layer(x.bfloat16()))[""]["fprop.x"]["non_finite"] == 1

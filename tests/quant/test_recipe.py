@@ -1,0 +1,139 @@
+"""Recipes as data: table a.1, the strict mapping, errors that name the way out, the files of configs/quant."""
+
+import json
+
+import pytest
+
+from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec, ScaleLevel
+from quant import library
+from quant.recipe import Recipe, read_level, write_level
+
+
+def changed(name: str, path: str, value) -> dict:
+    """The mapping of a recipe file with one field set."""
+    mapping = json.loads(json.dumps(library.mapping(name)))  # YAML aliases share nodes
+    *parents, last = path.split(".")
+    node = mapping
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return mapping
+
+
+def test_table_a1():
+    table = {
+        ("absmax", "rtn"): (6.0, 448.0),
+        ("four_over_six", "rtn"): (6.0, 256.0),
+        ("absmax", "sr"): (6 * 16 / 17, 448.0),
+        ("absmax", "ms_eden"): (6 * (16 / 17) / 0.93, 256.0),
+    }
+    for (select, rounding), (target, cap) in table.items():
+        spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, select, rounding)
+        assert spec.target_max == pytest.approx(target, rel=1e-15) and spec.scale_cap == cap
+    assert QuantSpec.resolve("e2m1", NVFP4_SCALES, target_max=5.5).target_max == 5.5
+
+
+@pytest.mark.parametrize("rounding", ["sr", "ms_eden"])
+def test_combinations_outside_the_table_need_both_numbers(rounding):
+    with pytest.raises(ValueError, match=r"not in table a\.1"):
+        QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six", rounding)
+    with pytest.raises(ValueError, match=r"not in table a\.1"):
+        QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six", rounding, target_max=5.6)
+    spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six", rounding, target_max=5.6, scale_cap=256)
+    assert (spec.target_max, spec.scale_cap) == (5.6, 256)
+
+
+@pytest.mark.parametrize("name", [name for name in library.names() if isinstance(library.load(name), Recipe)])
+def test_recipe_files_round_trip_and_spell_out_every_field(name):
+    recipe = library.load(name)
+    assert recipe.name == name
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+    mapping = library.mapping(name)
+    fields = set(recipe.to_dict()["fprop"]["x"])
+    for gemm, operands in {"fprop": "x w", "dgrad": "dy w", "wgrad": "dy x"}.items():
+        assert set(mapping[gemm]["rotation"]) == {"dim", "rounds", "signs"}
+        assert all(set(mapping[gemm][operand]) == fields for operand in operands.split())
+    assert mapping["rules"] == [] and mapping["high_precision"] == {"first": 0, "last": 0}
+    assert library.label(recipe) == name
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "check"),
+    [
+        ("fprop.w.select", "absmax", lambda r: r.fprop.operands[1].spec.scale_cap == 448),
+        ("wgrad.rotation.signs", "fixed", lambda r: r.wgrad.rotation.signs == "fixed"),
+        ("dgrad.rotation.dim", 32, lambda r: r.dgrad.rotation_dim == 32 and r.wgrad.rotation_dim == 128),
+        ("dgrad.dy.eden_block", "rotation", lambda r: r.operand("dgrad.dy").spec.eden_block == "rotation"),
+        ("dgrad.w.source", "input", lambda r: r.operand("dgrad.w").source == "input"),
+        ("fprop.x.tensor_scale", "pow2", lambda r: r.operand("fprop.x").spec.tensor_scale == "pow2"),
+        ("fprop.x.amax", 3, lambda r: r.operand("fprop.x").amax == 3.0),
+        ("wgrad.dy.grid", "none", lambda r: r.wgrad.is_quantized and not r.operand("wgrad.dy").is_quantized),
+        ("fprop.w.scales", ["tensor fp32", "16x16 e4m3"], lambda r: r.operand("fprop.w").spec.is_square),
+    ],
+)
+def test_overrides(path, value, check):
+    recipe = library.build(changed("quartet2", path, value))
+    assert check(recipe)
+    assert library.label(recipe).startswith(f"quartet2 {path}=")
+
+
+def test_none_keeps_the_sources():
+    recipe = library.build(changed("quartet2", "dgrad", "none"))
+    assert not recipe.dgrad.is_quantized and recipe.dgrad.rotation_dim is None
+    assert [operand.source for operand in recipe.dgrad.operands] == ["input", "fprop"]
+    assert recipe.wgrad == library.load("quartet2").wgrad
+    assert library.label(recipe) == "quartet2 dgrad.rotation.dim=None dgrad.dy.grid=none dgrad.w.grid=none"
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "value", "message"),
+    [
+        ("quartet2", "fprop.x.roundng", "sr", "quant.fprop.x: unknown field 'roundng'; did you mean 'rounding'"),
+        ("quartet2", "fprop.z", {}, "quant.fprop: unknown field 'z'; known: rotation, x, w"),
+        ("quartet2", "fpropp", {}, "unknown field 'fpropp'; did you mean 'fprop'"),
+        ("quartet2", "fprop.x.rounding", "nearest", "rounding='nearest' is unknown; use one of rtn, sr, ms_eden"),
+        ("quartet2", "fprop.x.grid", "e3m0", "grid='e3m0' is unknown"),
+        ("quartet2", "fprop.x.grid", "e4m3", "grid=e4m3 takes select=absmax"),
+        ("quartet2", "dgrad.dy.select", "four_over_six", r"not in table a\.1"),
+        (
+            "quartet2",
+            "dgrad.rotation.dim",
+            None,
+            r"ms_eden is unbiased only behind a random rotation; set rotation\.dim=128",
+        ),
+        ("quartet2", "dgrad.rotation.dim", 48, "use null or one of 16, 32, 64, 128"),
+        ("quartet2", "dgrad.rotation.signs", "frozen", "use one of random, fixed, none"),
+        ("quartet2", "dgrad.rotation.rounds", 2, "only 1 is implemented"),
+        ("quartet2", "dgrad.dy.source", "fprop", r"only dgrad\.w and wgrad\.x can reuse"),
+        ("quartet2", "fprop.rotation.dim", 16, "fprop's operand is rotated along its own contraction; use input"),
+        ("quartet2", "dgrad.dy.amax", "delayed", "delayed amax is not built"),
+        ("quartet2", "fprop.x.target_max", -1, "must be positive"),
+        ("quartet2", "fprop.x.scales", ["tensor fp32", "1x32 e8m0"], r"takes scales \[tensor fp32, 1x16 e4m3\]"),
+        ("quartet2", "fprop.x.scales", ["tensor"], "write 'tensor fp32'"),
+        ("quartet2", "fprop", "nothing", "give a mapping, or none"),
+        ("quartet2", "dgrad.dy.eden_space", "scaled", "set eden_block=rotation"),
+        ("sr", "fprop.w.scales", ["row fp32"], "grid=e2m1 takes scales"),
+        ("nvidia", "fprop", "none", r"fprop\.w\.grid=none; set dgrad\.w\.source=input"),
+        ("nvidia", "dgrad.w.scales", ["tensor fp32", "1x16 e4m3"], "needs fprop's grid and scales"),
+        ("nvidia", "dgrad.w.rounding", "sr", "can't act on fprop's codes"),
+        ("nvidia", "dgrad.rotation.dim", 16, r"not rotated; set rotation\.dim=null"),
+        ("fp8_rowwise", "dgrad.w.source", "fprop", "scale per row of the other axis; use input"),
+    ],
+)
+def test_errors_name_the_way_out(name, path, value, message):
+    with pytest.raises(ValueError, match=message):
+        library.build(changed(name, path, value))
+
+
+def test_unknown_recipe_names_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'quartet2'"):
+        library.load("quartet")
+
+
+def test_scale_levels_read_and_write():
+    for text, level in {
+        "tensor fp32": ScaleLevel("tensor", "fp32"),
+        "row fp32": ScaleLevel("row", "fp32"),
+        "16x16 e4m3": NVFP4_SQUARE_SCALES[1],
+    }.items():
+        assert read_level(text) == level and write_level(level) == text
