@@ -83,18 +83,26 @@ class RMSNorm(nn.Module):
 
 
 def rope_table(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
-    """cos and sin of every position's angles: FP32 [2, T, K/2], computed in FP64 so that no device changes them."""
+    """cos and signed sin of every position's angles, each value twice: FP32 [2, T, K].
+
+    sin is negated at even elements, so that a turn is x * cos + swapped(x) * sin with the two of each pair swapped.
+    Computed in FP64 so that no device changes them.
+    """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angles = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")[:, None] * frequencies
-    return torch.stack((angles.cos(), angles.sin())).float()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2).float()
 
 
 def apply_rope(x_BTHK: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (x[2i], x[2i+1]) by position * theta^(-2i/K); in FP32, result in x's dtype."""
+    """Turn the pairs (x[2i], x[2i+1]) by position * theta^(-2i/K); in FP32, result in x's dtype.
+
+    Written with a swap of neighbours, not with even and odd halves: one pointwise kernel forward and one backward.
+    """
     cos, sin = table[:, : x_BTHK.shape[1], None, :]
-    even, odd = x_BTHK.float().unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-    return turned.flatten(-2).to(x_BTHK.dtype)
+    x = x_BTHK.float()
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return (x * cos + swapped * sin).to(x_BTHK.dtype)
 
 
 class Attention(nn.Module):
@@ -152,7 +160,7 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, compute_dtype)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
-        self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim // 2), persistent=False)
+        self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim), persistent=False)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
