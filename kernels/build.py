@@ -139,7 +139,7 @@ def cannot_build() -> str | None:
 
 
 def record(unit: Unit) -> dict:
-    """What was written beside a built library: seconds, memory_gib, nvcc, cutlass. Empty if it is not built."""
+    """What was written beside a built library: seconds, cpu_seconds, memory_gib, nvcc, cutlass. Empty if it is not built."""
     path = library_path(unit).with_suffix(".json")
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -166,6 +166,9 @@ def _compile(unit: Unit, path: Path, compiler: str, root: Path) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     includes = [f"-I{root / folder}" for folder in ("include", "tools/util/include")] + [f"-I{CSRC}"]
     command = [compiler, *unit.flags, *includes, "-o", str(unfinished), str(CSRC / f"{unit.name}.cu")]
+    print(
+        f"kernels.build: compiling {unit.name} into {path.parent}, once (a minute or more)", file=sys.stderr, flush=True
+    )
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.read()
@@ -176,6 +179,7 @@ def _compile(unit: Unit, path: Path, compiler: str, root: Path) -> None:
         raise RuntimeError(f"{unit.name}: nvcc failed ({process.returncode}): {' '.join(command)}\n{output[-4000:]}")
     facts = {
         "seconds": round(time.monotonic() - start, 1),
+        "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 1),
         "memory_gib": round(usage.ru_maxrss / 2**20, 2),
         "nvcc": subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout.split()[-1],
         "cutlass": cutlass_version(root),
@@ -186,7 +190,11 @@ def _compile(unit: Unit, path: Path, compiler: str, root: Path) -> None:
 
 def _describe(unit: Unit) -> str:
     facts = record(unit)
-    state = "built ({seconds} s, {memory_gib} GiB, CUTLASS {cutlass})".format(**facts) if facts else "not built"
+    state = (
+        "built ({seconds} s, {cpu_seconds} s of CPU, {memory_gib} GiB, CUTLASS {cutlass})".format(**facts)
+        if facts
+        else "not built"
+    )
     return f"{unit.name:24} {unit.arch:6} {state}"
 
 

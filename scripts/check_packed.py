@@ -2,9 +2,9 @@
 
     python scripts/check_packed.py --model llama_30m --recipe quartet2 --steps 10        (a GPU; a CPU with llama_tiny)
 
-The packed path is what a Blackwell GPU runs: codes and scales quantized, stored and handed to the GEMM as such; only the
-product itself is replaced by dequantize + BF16 matmul (back end gemm=emulated). Exit code 1 if a loss, a gradient norm
-or a final weight differs.
+The packed path is what a Blackwell GPU runs: codes and scales quantized, stored and handed to the GEMM as such; only
+the product itself is replaced by dequantize + BF16 matmul (back end gemm=emulated). Exit code 1 if a loss, a gradient
+norm or a final weight differs.
 """
 
 import argparse

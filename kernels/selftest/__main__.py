@@ -12,7 +12,7 @@ import torch
 
 from kernels import backend, build
 from kernels.gemm_nvfp4 import BACKENDS, cutlass_impl
-from kernels.selftest import gemms, host, quantizers, shapes, speed
+from kernels.selftest import gemms, host, others, quantizers, shapes, speed
 from kernels.selftest.report import WRONG, Line
 
 SMALL = [(kind, *shape) for shape in shapes.RAGGED for kind in ("fprop", "dgrad", "wgrad")]
@@ -45,6 +45,7 @@ def lines(device: str) -> list[Line]:
     sizes = [(128, 256)] if device == "cpu" else [(256, 384), (4096, 2560), (16384, 1024)]
     out = host.checks() + quantizers.check_backend("triton", sizes, device)
     out += [gemms.check_backend(name, gemm_shapes(device), device) for name in BACKENDS if name != "emulated"]
+    out += [others.check_values_gemm("cublaslt", device), others.check_cross_entropy("triton", device)]
     return out + gemms.compiled_kernels()
 
 

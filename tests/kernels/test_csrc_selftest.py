@@ -8,10 +8,12 @@ import torch
 import yaml
 
 from kernels import build
+from kernels.cross_entropy import reference_impl as loss_reference
+from kernels.gemm import reference_impl as gemm_reference
 from kernels.gemm_nvfp4 import BACKENDS, emulated_impl
 from kernels.quantize import reference_impl
 from kernels.selftest import __main__ as selftest
-from kernels.selftest import gemms, quantizers, report, shapes
+from kernels.selftest import gemms, others, quantizers, report, shapes
 
 SMALL = [("fprop", 33, 40, 208), ("wgrad", 16, 24, 48)]
 
@@ -90,6 +92,30 @@ def test_quantizer_checks_pass_the_reference_and_catch_a_shrinkage():
     right = quantizers.check_sr_mean(reference_impl, "reference", "cpu", draws=8)
     wrong = quantizers.check_sr_mean(BrokenQuantizer(), "broken", "cpu", draws=8)
     assert (right.state, wrong.state) == (report.RIGHT, report.WRONG), (right, wrong)
+
+
+def test_checks_of_the_other_kernels_pass_the_reference():
+    assert others.check_values_gemm("reference", "cpu").state == report.RIGHT
+    assert others.check_cross_entropy("reference", "cpu").state == report.RIGHT
+
+
+def test_checks_of_the_other_kernels_catch_a_fault(monkeypatch):
+    class Wrong:
+        @staticmethod
+        def gemm(a, b, kind, alpha_const, out_dtype):
+            return gemm_reference.gemm(a, b, kind, alpha_const, torch.bfloat16).to(out_dtype)  # rounded too early
+
+        @staticmethod
+        def linear_cross_entropy(h, weight, targets, per_token):
+            return 1.02 * loss_reference.linear_cross_entropy(h, weight, targets, per_token)
+
+    real = others.import_module
+    monkeypatch.setattr(
+        others, "import_module", lambda name: Wrong if "emulated" in name or "fake" in name else real(name)
+    )
+    monkeypatch.setattr(others.backend, "unavailable", lambda *_: None)
+    assert others.check_values_gemm("emulated", "cpu").state == report.WRONG
+    assert others.check_cross_entropy("fake", "cpu").state == report.WRONG
 
 
 def test_without_a_gpu_the_report_names_every_kernel_and_why_it_does_not_run(capsys, tmp_path, monkeypatch):
