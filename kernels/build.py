@@ -166,9 +166,7 @@ def _compile(unit: Unit, path: Path, compiler: str, root: Path) -> None:
     unfinished = path.with_suffix(f".{os.getpid()}.tmp")
     includes = [f"-I{root / folder}" for folder in ("include", "tools/util/include")] + [f"-I{CSRC}"]
     command = [compiler, *unit.flags, *includes, "-o", str(unfinished), str(CSRC / f"{unit.name}.cu")]
-    print(
-        f"kernels.build: compiling {unit.name} into {path.parent}, once (a minute or more)", file=sys.stderr, flush=True
-    )
+    print(f"kernels.build: compiling {unit.name}, once (a minute or more)", file=sys.stderr, flush=True)
     start = time.monotonic()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     output = process.stdout.read()
