@@ -169,7 +169,7 @@ def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
         tokens=step * group.runs[0].info["tokens_per_step"],
         final=float(losses.mean()),
         sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
-        best=float(np.mean([np.min(r.evals["loss"]) for r in group.runs])),
+        best=float(np.mean([r.best_loss for r in group.runs])),
         gap=gap,
         document_se=se,
         percent=100 * gap.mean / base_loss if gap else math.nan,

@@ -3,7 +3,7 @@
 import numpy as np
 
 from analysis.law import Factors, GapPower, Law, interval, residuals, rms
-from analysis.published import MAIN, Points, gaps, reduction
+from analysis.published import ALIASES, MAIN, Points, at, gaps, reduction
 from analysis.tables import tokens
 
 
@@ -73,16 +73,8 @@ def overlay_table(ours: dict[str, Points], published: dict[str, Points]) -> str:
     lines = ["| recipe | N | D | our gap e-3 | published gap e-3 |", "| --- | --- | --- | --- | --- |"]
     for name, points in ours.items():
         for (n, d), gap in gaps(points, ours.get("bf16", {})).items():
-            theirs = nearest(gaps(published.get(name, {}), published["bf16"]), n, d)
+            theirs = at(gaps(published.get(ALIASES.get(name, name), {}), published["bf16"]), n, d)
             if name != "bf16":
                 shown = "-" if theirs is None else f"{1e3 * theirs:+.1f}"
                 lines.append(f"| {name} | {n / 1e6:.1f}M | {tokens(d)} | {1e3 * gap:+.1f} | {shown} |")
     return "\n".join(lines) + "\n"
-
-
-def nearest(points: Points, n: float, d: float) -> float | None:
-    """The value at the cell within 1 % of (n, d), or None."""
-    for (size, length), value in points.items():
-        if abs(size / n - 1) < 0.01 and abs(length / d - 1) < 0.01:
-            return value
-    return None

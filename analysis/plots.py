@@ -29,12 +29,15 @@ def styles(groups: list[Group], base: Group) -> dict[str, tuple[str, str]]:
     return {base.label: BASELINE, **found}
 
 
-def figure(groups: list[Group], base: Group) -> Figure:
-    """Validation and training loss against tokens (left), gap to the baseline over training (right)."""
+def figure(groups: list[Group], base: Group, published: dict[str, float] | None = None) -> Figure:
+    """Validation and training loss against tokens (left), gap to the baseline over training (right).
+
+    `published`: {label: gap in nats} of published runs of this size and length, drawn as hollow diamonds.
+    """
     style = styles(groups, base)
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), dpi=120, layout="constrained")
     draw_losses(left, groups, style)
-    draw_gaps(right, groups, base, style)
+    draw_gaps(right, groups, base, style, published or {})
     return fig
 
 
@@ -45,7 +48,7 @@ def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]
         for run in group.runs:
             x, y = smoothed(run)
             ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-        steps, mean, _ = mean_curve([(r.evals["step"], r.evals["loss"]) for r in group.runs])
+        steps, mean, _ = mean_curve([r.curve for r in group.runs])
         x = steps * group.runs[0].info["tokens_per_step"]
         ax.plot(x, mean, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
         if len(x):
@@ -55,7 +58,9 @@ def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]
     end_labels(ax, ends)
 
 
-def draw_gaps(ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple[str, str]]) -> None:
+def draw_gaps(
+    ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple[str, str]], published: dict[str, float]
+) -> None:
     """Validation loss minus the baseline's of the same seed; the band is one standard error over seeds."""
     ends = []
     ax.axhline(0, color="#000000", linewidth=1)
@@ -70,10 +75,14 @@ def draw_gaps(ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple
             ax.fill_between(x, (mean - se) * 1e3, (mean + se) * 1e3, color=colour, alpha=0.15, linewidth=0)
         if len(x):
             ends.append((x[-1], mean[-1] * 1e3, group.label, colour))
+        if group.label in published:
+            diamond = {"color": colour, "fillstyle": "none", "markersize": 7, "clip_on": False}
+            ax.plot(base.runs[0].info["tokens"], published[group.label] * 1e3, "D", **diamond)
     seeds = max(len(g.by_seed()) for g in groups)
     band = "band: standard error over seeds" if seeds > 1 else "one seed: no error bar"
-    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Validation gap to {base.label} ({band})")
-    _gap_limits(ax, ends)
+    diamonds = ", ◇ published" if published else ""
+    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Validation gap to {base.label} ({band}{diamonds})")
+    _gap_limits(ax, [y for _, y, _, _ in ends] + [1e3 * gap for gap in published.values()])
     end_labels(ax, ends)
 
 
@@ -121,16 +130,17 @@ def _zoom(ax: Axes, groups: list[Group]) -> None:
         for run in group.runs:
             x, y = smoothed(run)
             values.extend(y[x >= 0.1 * run.info["tokens"]])
-            values.extend(run.evals["loss"][run.evals["tokens"] >= 0.1 * run.info["tokens"]])
+            steps, losses = run.curve
+            values.extend(losses[steps >= 0.1 * run.info["steps"]])
     finite = [v for v in values if np.isfinite(v)]
     if finite:
         low, high = min(finite), max(finite)
         ax.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
 
 
-def _gap_limits(ax: Axes, ends: list[tuple]) -> None:
+def _gap_limits(ax: Axes, gaps: list[float]) -> None:
     """Early gaps are large and of no interest: show twice the final range, zero included."""
-    finals = [y for _, y, _, _ in ends if np.isfinite(y)]
+    finals = [gap for gap in gaps if np.isfinite(gap)]
     if finals:
         low, high = min(0, *finals), max(0, *finals)
         margin = 0.75 * (high - low) + 1e-6

@@ -12,32 +12,39 @@ import numpy as np
 # Beside a checkout in the place where this project was written; elsewhere pass --published.
 DEFAULT_PATH = Path(__file__).resolve().parents[2] / "shared" / "reference" / "published_runs.csv"
 
-# (scheme, variant) of the file -> our recipe name. Rows without a name keep "scheme:variant" (with / for |).
+# (scheme, variant) of the file -> recipe name in configs/experiment. Rows without one keep "scheme:variant", / for |.
 NAMES = {
     ("bf16", "-"): "bf16",
     ("quartet2", "had128+46"): "quartet2",
-    ("quartet2", "had128"): "quartet2 no 4/6",
+    ("quartet2", "had128"): "quartet2_no46",
     ("nvidia", "plain"): "nvidia",
-    ("nvidia", "46"): "nvidia + 4/6",
+    ("nvidia", "46"): "nvidia_46",
     ("tetrajetv2", "-"): "tetrajet2",
-    ("quartet2", "had32"): "quartet2 no 4/6, RHT 32",
-    ("quartet2", "had128+delayed_amax"): "quartet2 no 4/6, delayed amax",
-    ("quartet2", "had32+delayed_amax"): "quartet2 no 4/6, RHT 32, delayed amax",
-    ("forward_main", "1x16+46|had1|so1"): "forward: 1x16 + 4/6",
-    ("forward_main", "1x16|had1|so1"): "forward: 1x16",
-    ("forward_main", "1x16|had1|so0.92"): "forward: 1x16, override .92",
-    ("forward_main", "1x16|had16|so1"): "forward: 1x16, RHT 16",
-    ("forward_main", "16x16+46|had1|so1"): "forward: 16x16 W + 4/6",
-    ("forward_main", "16x16|had1|so1"): "forward: 16x16 W",
-    ("forward_main", "16x16|had16|so1"): "forward: 16x16 W, RHT 16",
-    ("backward_main", "Q(E)Q(Wt)t_Q(Et)Q(Xt)t|eden|e4m3|g16|had128|so0.93"): "backward: MS-EDEN",
-    ("backward_main", "Q(E)Q(Wt)t_Q(Et)Q(Xt)t|sr|e4m3|g16|had128|so1"): "backward: SR",
-    ("backward_main", "Q(E)Q(Wt)t_EtX|eden|e4m3|g16|had128|so0.93"): "dgrad: MS-EDEN",
-    ("backward_main", "Q(E)Q(Wt)t_EtX|sr|e4m3|g16|had128|so1"): "dgrad: SR",
-    ("backward_main", "EW_Q(Et)Q(Xt)t|eden|e4m3|g16|had128|so0.93"): "wgrad: MS-EDEN",
-    ("backward_main", "EW_Q(Et)Q(Xt)t|sr|e4m3|g16|had128|so1"): "wgrad: SR",
+    ("quartet2", "had32"): "quartet2_no46_rht32",
+    ("quartet2", "had128+delayed_amax"): "quartet2_no46_delayed_amax",
+    ("quartet2", "had32+delayed_amax"): "quartet2_no46_rht32_delayed_amax",
+    ("forward_main", "1x16+46|had1|so1"): "forward_1x16_46",
+    ("forward_main", "1x16|had1|so1"): "forward_1x16",
+    ("forward_main", "1x16|had1|so0.92"): "forward_1x16_override92",
+    ("forward_main", "1x16|had16|so1"): "forward_1x16_rht16",
+    ("forward_main", "16x16+46|had1|so1"): "forward_16x16_46",
+    ("forward_main", "16x16|had1|so1"): "forward_16x16",
+    ("forward_main", "16x16|had16|so1"): "forward_16x16_rht16",
+    ("backward_main", "Q(E)Q(Wt)t_Q(Et)Q(Xt)t|eden|e4m3|g16|had128|so0.93"): "backward_eden",
+    ("backward_main", "Q(E)Q(Wt)t_Q(Et)Q(Xt)t|sr|e4m3|g16|had128|so1"): "backward_sr",
+    ("backward_main", "Q(E)Q(Wt)t_EtX|eden|e4m3|g16|had128|so0.93"): "dgrad_eden",
+    ("backward_main", "Q(E)Q(Wt)t_EtX|sr|e4m3|g16|had128|so1"): "dgrad_sr",
+    ("backward_main", "EW_Q(Et)Q(Xt)t|eden|e4m3|g16|had128|so0.93"): "wgrad_eden",
+    ("backward_main", "EW_Q(Et)Q(Xt)t|sr|e4m3|g16|had128|so1"): "wgrad_sr",
+    ("bnrq", "Q(E)W_EtX|sr|e4m3|g16|had1|so1"): "dgrad_e_sr",
 }
-MAIN = ("quartet2", "quartet2 no 4/6", "tetrajet2", "nvidia + 4/6", "nvidia")
+# The corpus grids' names of what the published runs call otherwise.
+ALIASES = {
+    "quartet2_forward": "forward_1x16_46",
+    "quartet2_backward": "backward_eden",
+    "nvidia_forward": "forward_16x16",
+}
+MAIN = ("quartet2", "quartet2_no46", "tetrajet2", "nvidia_46", "nvidia")
 # Twice in the file; copies agree to 1.1e-5, which is what an exact rerun there gives.
 DUPLICATE_TOLERANCE = 2e-5
 
@@ -65,6 +72,14 @@ def load(path: Path | str = DEFAULT_PATH) -> dict[str, Points]:
 def gaps(points: Points, base: Points) -> Points:
     """{(N, D): loss - baseline loss} over the cells both have, in nats/token."""
     return {cell: points[cell] - base[cell] for cell in sorted(points.keys() & base.keys())}
+
+
+def at(points: Points, n: float, d: float) -> float | None:
+    """The value at the cell within 1 % of (n, d), or None."""
+    for (size, length), value in points.items():
+        if abs(size / n - 1) < 0.01 and abs(length / d - 1) < 0.01:
+            return value
+    return None
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,22 @@ class Run:
             raise KeyError(f"{self.path}: no evaluation at step {step}")
         return float(self.evals["loss"][where[-1]])
 
+    @cached_property
+    def targets(self) -> np.ndarray:
+        """Tokens scored at each evaluation [evaluations]: the last one often covers more text than the others."""
+        return np.array([self.rows_at(int(step)).tokens.sum() for step in self.evals["step"]])
+
+    @cached_property
+    def curve(self) -> tuple[np.ndarray, np.ndarray]:
+        """Steps and validation losses of the evaluations on the same text as the first: a curve without a jump."""
+        same = self.targets == self.targets[:1]
+        return self.evals["step"][same], self.evals["loss"][same]
+
+    @cached_property
+    def best_loss(self) -> float:
+        """The lowest validation loss among the evaluations on the same text as the last one."""
+        return float(np.min(self.evals["loss"][self.targets == self.targets[-1:]], initial=np.inf))
+
     def rows_at(self, step: int) -> EvalRows:
         """The per-segment rows of the evaluation at `step`. RunError when the file is missing or malformed."""
         path = self.path / "eval" / f"{step}.npz"

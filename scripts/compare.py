@@ -1,4 +1,4 @@
-"""Compare training runs: table, loss curves, gap curves.
+"""Compare training runs: table, loss curves, gap curves, and a report in one HTML file.
 
 python scripts/compare.py 'runs/*' --baseline bf16 --out comparison
 """
@@ -9,7 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-from analysis import noise, tables
+from analysis import noise, published, tables
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
 from analysis.runs import find_runs
 
@@ -21,19 +21,27 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, help="folder for the outputs (default: compare/ beside the first run)")
     parser.add_argument("--allow-mixed", action="store_true", help="go on where data, tokenizer, batch or model differ")
     parser.add_argument("--floor", type=Path, default=noise.CACHE, help="noise floors measured by noise_floor.py")
+    parser.add_argument(
+        "--published", type=Path, default=published.DEFAULT_PATH, help="published runs to set beside ours"
+    )
     return parser.parse_args()
 
 
-def write(out: Path, groups: list[Group], base: Group, rows: list[Row], notes: list[str]) -> list[Path]:
-    """compare.{csv,md,png} in `out`; returns their paths."""
-    from analysis import plots
+def write(
+    args: argparse.Namespace, out: Path, groups: list[Group], base: Group, rows: list[Row], notes: list[str]
+) -> list[Path]:
+    """compare.{csv,md,png,html} in `out`; returns their paths."""
+    from analysis import plots, report
 
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png")]
+    paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")]
     paths[0].write_text(tables.to_csv(rows))
     warnings = "".join(f"\n**Mixed:** {note}\n" for note in notes)
     paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE} {tables.methods(rows)}\n{warnings}")
     plots.save(plots.figure(groups, base), paths[2])
+    points = published.load(args.published) if args.published.exists() else {}
+    floor = noise.floor_for(base.runs[0], noise.load(args.floor))
+    paths[3].write_text(report.build(groups, base, rows, notes, floor, points))
     return paths
 
 
@@ -55,7 +63,7 @@ def main() -> int:
     for note in notes:
         print(f"MIXED: {note}")
     print(tables.text(rows), tables.NOTE, tables.methods(rows), sep="\n\n")
-    paths = write(args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
+    paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0
 

@@ -1,0 +1,62 @@
+"""How many tokens, and how long, the baseline needs for the loss that another recipe ends with.
+
+Read off the validation curves, so with a caveat that the report prints: a decaying learning rate makes every point
+before the end worse than a run of that length would be; the saving of the baseline is therefore a lower bound.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from analysis.compare import Group
+from analysis.plots import mean_curve
+
+
+@dataclass(frozen=True)
+class EqualLoss:
+    """The baseline reaches `loss` (the recipe's last on its curve) after `base_tokens`; the recipe after `tokens`.
+
+    `base_tokens` is None when the baseline never does. Seconds are steps times the median step time.
+    """
+
+    label: str
+    loss: float
+    tokens: float
+    base_tokens: float | None
+    seconds: float
+    base_seconds: float | None
+
+
+def first_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
+    """The step at which a curve first comes down to `target`, linear between its points; None when it never does."""
+    below = np.flatnonzero(losses <= target)
+    if not len(below):
+        return None
+    i = int(below[0])
+    if i == 0:
+        return float(steps[0])
+    share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+
+
+def equal_loss(group: Group, base: Group) -> EqualLoss | None:
+    """None when either has no evaluation yet."""
+    steps, losses, _ = mean_curve([run.curve for run in group.runs])
+    base_steps, base_losses, _ = mean_curve([run.curve for run in base.runs])
+    if not len(steps) or not len(base_steps):
+        return None
+    reached = first_reach(base_steps, base_losses, float(losses[-1]))
+    per_step, base_per_step = _per_step(group), _per_step(base)
+    return EqualLoss(
+        label=group.label,
+        loss=float(losses[-1]),
+        tokens=float(steps[-1]) * per_step[0],
+        base_tokens=None if reached is None else reached * base_per_step[0],
+        seconds=float(steps[-1]) * per_step[1],
+        base_seconds=None if reached is None else reached * base_per_step[1],
+    )
+
+
+def _per_step(group: Group) -> tuple[int, float]:
+    """Tokens and seconds of one step."""
+    return group.runs[0].info["tokens_per_step"], float(np.median([r.milliseconds for r in group.runs])) / 1e3

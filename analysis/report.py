@@ -1,0 +1,194 @@
+"""The comparison as one HTML file that needs no server, no network and no account."""
+
+import json
+import math
+from html import escape
+
+import matplotlib.pyplot as plt
+
+from analysis import html, plots, tables
+from analysis.compare import Group, Row, common_step, compare_pair
+from analysis.equal_loss import EqualLoss, equal_loss
+from analysis.pairing import RESOLVED
+from analysis.published import ALIASES, Points, at
+from analysis.runs import Run, RunError
+
+MANY = 40  # differing keys shown in full
+
+
+def build(
+    groups: list[Group], base: Group, rows: list[Row], notes: list[str], floor, published: dict[str, Points]
+) -> str:
+    """The document. `published` may be empty; `floor` as in analysis.compare.table."""
+    info = base.runs[0].info
+    runs = [run for group in groups for run in group.runs]
+    title = f"{info['model']}: {', '.join(g.label for g in groups)}"
+    what = (
+        f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "
+        f"{info['steps']:,} steps of {info['tokens_per_step']:,} tokens; baseline {base.label}."
+    )
+    order = [row.label for row in rows]
+    groups = sorted(groups, key=lambda g: order.index(g.label))
+    figure = plots.figure(groups, base, published_gaps(order, info, published))
+    body = [
+        f"<h1>{escape(title)}</h1>",
+        html.note(what),
+        *(html.note(f"Mixed: {text}", "warn") for text in notes),
+        html.heading("Loss and gap"),
+        html.table(tables.HEADER, [_classed(row) for row in rows], "comparison"),
+        html.note(f"{tables.NOTE} {tables.methods(rows)}"),
+        html.picture(figure, "loss and gap curves"),
+        *pairwise(groups, floor),
+        *equal_losses(groups, base),
+        *overlay(rows, info, published),
+        *run_list(runs),
+        *differing("Configuration", {run.name: run.info["numerics"] for run in runs}, "configuration"),
+        *differing("Environment", {run.name: flat(run.read_json("env.json")) for run in runs}, "environment"),
+    ]
+    plt.close(figure)
+    return html.page(title, body)
+
+
+def _classed(row: Row) -> list:
+    cells = list(tables.cells(row))
+    kind = "none" if row.gap is None else "yes" if row.gap.verdict == RESOLVED else "no"
+    return [*cells[:-1], (cells[-1], kind)]
+
+
+def pairwise(groups: list[Group], floor) -> list[str]:
+    """Which recipes are told apart: the gap of the row to the column, 1e-3 nats."""
+    if len(groups) < 3:
+        return []
+    rows = []
+    for group in groups:
+        cells: list = [group.label]
+        for other in groups:
+            cells.append(_pair_cell(group, other, floor))
+        rows.append(cells)
+    note = (
+        "Row minus column, 1e-3 nats/token; shaded: resolved at 95 % over seeds (pair by pair, not corrected for many)."
+    )
+    return [
+        html.heading("Which recipes are told apart"),
+        html.table(["", *(g.label for g in groups)], rows, "pairwise"),
+        html.note(note),
+    ]
+
+
+def _pair_cell(group: Group, other: Group, floor) -> tuple[str, str]:
+    step = common_step(group, other)
+    if group is other or step is None:
+        return ("", "none")
+    try:
+        gap, _ = compare_pair(group, other, step, floor)
+    except RunError:
+        return ("other text", "none")
+    if math.isnan(gap.half_width):
+        return (f"{gap.mean * 1e3:+.1f}", "none")
+    return (f"{gap.mean * 1e3:+.1f} ± {gap.half_width * 1e3:.1f}", "yes" if gap.verdict == RESOLVED else "no")
+
+
+def equal_losses(groups: list[Group], base: Group) -> list[str]:
+    found = [e for g in groups if g is not base and (e := equal_loss(g, base)) is not None]
+    if not found:
+        return []
+    header = [
+        "recipe",
+        "reaches",
+        "after tokens",
+        f"{base.label} after",
+        "share",
+        "time",
+        f"{base.label} time",
+        "share",
+    ]
+    note = (
+        f"When {base.label} first comes down to the loss at which each recipe's curve ends. Its learning rate has not "
+        "decayed by then, so a run planned for that length would need fewer tokens still. Times are of these machines: "
+        "emulated 4-bit runs say nothing about native speed."
+    )
+    return [
+        html.heading("Tokens and time to equal loss"),
+        html.table(header, [_equal_row(e) for e in found], "equal-loss"),
+        html.note(note),
+    ]
+
+
+def _equal_row(e: EqualLoss) -> list[str]:
+    first = [e.label, f"{e.loss:.4f}", tables.tokens(e.tokens)]
+    if e.base_tokens is None:
+        return [*first, "not reached", "-", duration(e.seconds), "-", "-"]
+    shares = f"{e.base_tokens / e.tokens:.1%}", f"{e.base_seconds / e.seconds:.1%}"
+    return [*first, tables.tokens(e.base_tokens), shares[0], duration(e.seconds), duration(e.base_seconds), shares[1]]
+
+
+def published_gaps(labels: list[str], info: dict, published: dict[str, Points]) -> dict[str, float]:
+    """{label: gap to bf16} [nats] of the published runs at the same N and tokens (within 1 %), if there are any."""
+    n, d = info["parameters_non_embedding"], info["steps"] * info["tokens_per_step"]
+    base = at(published.get("bf16", {}), n, d)
+    if base is None:
+        return {}
+    losses = {label: at(published.get(ALIASES.get(label, label), {}), n, d) for label in labels}
+    return {label: loss - base for label, loss in losses.items() if loss is not None}
+
+
+def overlay(rows: list[Row], info: dict, published: dict[str, Points]) -> list[str]:
+    """Published gaps beside ours."""
+    theirs = published_gaps([row.label for row in rows], info, published)
+    if not theirs:
+        return []
+    cells = []
+    for row in rows:
+        ours = "-" if row.gap is None else f"{row.gap.mean * 1e3:+.1f}"
+        gap = f"{theirs[row.label] * 1e3:+.1f}" if row.label in theirs else "-"
+        cells.append([row.label, f"{row.final:.4f}", ours, gap])
+    header = ["recipe", "our loss", "our gap e-3", "published gap e-3 (C4)"]
+    note = "Published: Quartet II's released sweep, C4, one seed each; read differences under 1.5e-3 there as noise."
+    return [html.heading("Beside the published runs"), html.table(header, cells, "published"), html.note(note)]
+
+
+def run_list(runs: list[Run]) -> list[str]:
+    header = ["run", "seed", "status", "validation", "training", "ms/step", "init", "command"]
+    rows = []
+    for run in runs:
+        last = [f"{column['loss'][-1]:.4f}" if len(column["loss"]) else "-" for column in (run.evals, run.train)]
+        start = next((e for e in run.events if e.get("init_hash")), {})
+        init = str(start.get("init_hash", "-"))[:8]
+        rows.append([run.name, str(run.info["seed"]), run.status, *last, f"{run.milliseconds:.1f}", init])
+        rows[-1].append(str(run.info.get("command", "")))
+    note = "Equal init: the same initial weights. Training: the last step's loss, one batch."
+    return [html.heading("Runs"), html.table(header, rows, "runs", text_columns=(7,)), html.note(note)]
+
+
+def differing(title: str, values: dict[str, dict], identity: str) -> list[str]:
+    """A table of the keys that differ between runs: {run: flat dict}. The seed is in the list of runs already."""
+    keys = sorted(set().union(*values.values()) - {"seed", "command"})
+    rows = []
+    for key in keys:
+        found: dict[str, list[str]] = {}
+        for name, value in values.items():
+            found.setdefault(json.dumps(value.get(key)), []).append(name)
+        if len(found) > 1:
+            rows.append([key, "; ".join(f"{value}: {_who(names)}" for value, names in found.items())])
+    if not rows:
+        return [html.heading(f"{title} differences"), html.note("None.")]
+    more = [html.note(f"and {len(rows) - MANY} more")] if len(rows) > MANY else []
+    return [html.heading(f"{title} differences"), html.table(["key", "values"], rows[:MANY], identity, (1,)), *more]
+
+
+def _who(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+
+
+def flat(value: dict, prefix: str = "") -> dict:
+    """{'a': {'b': 1}} -> {'a.b': 1}."""
+    out: dict = {}
+    for key, item in value.items():
+        out |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
+    return out
+
+
+def duration(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.2f} h"
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

@@ -1,0 +1,115 @@
+import base64
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from synthetic import write_run
+
+from analysis import report
+from analysis.compare import group_runs, pick_baseline, table
+from analysis.equal_loss import equal_loss, first_reach
+from analysis.runs import find_runs
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+PAPER = {"parameters_non_embedding": 30482560, "tokens_per_step": 7499939}
+PUBLISHED = {"bf16": {(30482560, 749993984): 3.4}, "quartet2": {(30482560, 749993984): 3.443}}
+
+
+class Tables(HTMLParser):
+    """{table id: rows of cell texts} and the images of a document."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tables, self.images, self._id, self._open = {}, [], None, False
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == "table":
+            self._id = attrs["id"]
+            self.tables[self._id] = []
+        elif tag == "tr":
+            self.tables[self._id].append([])
+        elif tag in ("td", "th"):
+            self.tables[self._id][-1].append("")
+            self._open = True
+        elif tag == "img":
+            self.images.append(attrs["src"])
+
+    def handle_endtag(self, tag):
+        self._open = self._open and tag not in ("td", "th")
+
+    def handle_data(self, data):
+        if self._open:
+            self.tables[self._id][-1][-1] += data
+
+
+@pytest.fixture
+def document(tmp_path):
+    """Three recipes, three seeds; run names and one label need escaping; one run ran elsewhere."""
+    for seed, wobble in enumerate((0.0, 0.001, -0.001)):
+        write_run(tmp_path, "bf16", seed, 3.4, ms=10.0, **PAPER)
+        write_run(tmp_path, "quartet2", seed, 3.45 + wobble, ms=20.0, **PAPER)
+        path = write_run(tmp_path, "sr", seed, 3.4501 - wobble, label="sr <b>&", name=f"sr-{seed}", **PAPER)
+    (path / "env.json").write_text(json.dumps({"commit": "other", "device": "cpu", "packages": {"torch": "2.13"}}))
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base = pick_baseline(groups, None)
+    return report.build(groups, base, table(groups, base), ["batch differs"], None, PUBLISHED)
+
+
+def test_report_is_one_file_that_loads_nothing(document):
+    assert not re.findall(r"""(?:src|href)=["'](?!data:)""", document) and "@import" not in document
+    assert "<script" not in document and "<b>&" not in document and "sr &lt;b&gt;&amp;" in document
+    image = Tables(document).images[0]
+    assert base64.b64decode(image.split(",", 1)[1])[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_tables_of_the_report_hold_the_numbers(document):
+    found = Tables(document).tables
+    by_name = {row[0]: row for row in found["comparison"]}
+    assert by_name["quartet2"][6] == "+50.00" and by_name["quartet2"][-1] == "resolved"
+    pairs = {row[0]: dict(zip(found["pairwise"][0], row, strict=True)) for row in found["pairwise"][1:]}
+    assert pairs["quartet2"]["bf16"].startswith("+50.0 ± 2.5") and pairs["bf16"]["quartet2"].startswith("-50.0")
+    assert pairs["quartet2"]["sr <b>&"].startswith("-0.1 ±")
+    assert {row[0]: row[3] for row in found["published"]}["quartet2"] == "+43.0"
+    assert len(found["runs"]) == 10
+    assert found["environment"][1][0] == "commit" and '"other": sr-2' in found["environment"][1][1]
+    assert found["configuration"][1][0] == "recipe"
+
+
+def test_tokens_and_time_to_equal_loss_by_hand(tmp_path):
+    # Evaluations at 25 50 75 100 steps; between 75 and 100 the baseline falls from 4.0 to 3.0 and meets 3.05 at 98.75.
+    write_run(tmp_path, "bf16", 0, 3.0, ms=10.0)
+    write_run(tmp_path, "quartet2", 0, 3.05, ms=20.0)
+    base, group = group_runs(find_runs([f"{tmp_path}/*"]))
+    found = equal_loss(group, base)
+    assert (found.tokens, found.base_tokens) == (102400, pytest.approx(98.75 * 1024))
+    assert (found.seconds, found.base_seconds) == (pytest.approx(2.0), pytest.approx(0.9875))
+    back = equal_loss(base, group)
+    assert back.base_tokens is None and back.loss == pytest.approx(3.0)
+    assert first_reach(np.array([10.0, 20.0]), np.array([2.0, 1.0]), 2.5) == 10.0
+
+
+def test_without_published_runs_of_that_size_there_is_no_overlay(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    text = report.build(groups, groups[0], table(groups, groups[0]), [], None, PUBLISHED)
+    assert "published" not in Tables(text).tables and "pairwise" not in Tables(text).tables
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")
+def test_a_browser_renders_it(document, tmp_path):
+    page = tmp_path / "page.html"
+    page.write_text(document)
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rendered = Tables(done.stdout).tables
+    assert {row[0] for row in rendered["comparison"][1:]} == {"bf16", "quartet2", "sr <b>&"}
+    assert rendered["comparison"] == Tables(document).tables["comparison"]
+    assert "Tokens and time to equal loss" in done.stdout and "Mixed: batch differs" in done.stdout
