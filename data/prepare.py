@@ -10,6 +10,7 @@ import shlex
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -150,13 +151,9 @@ def _val_rule(plan: _Plan, work: Path) -> IsVal:
 
 def _train_rows(plan: _Plan) -> Iterator[tuple[str, int]]:
     """(text, group) of every train row, in order."""
-    ordinal = 0
-    for unit in range(plan.train.units):
-        for row in plan.train.rows(unit, 0):
-            if plan.spec.max_documents and ordinal == plan.spec.max_documents:
-                return
-            yield row.text, group_of(row, "train", ordinal)
-            ordinal += 1
+    rows = (row for unit in range(plan.train.units) for row in plan.train.rows(unit, 0))
+    for ordinal, row in enumerate(islice(rows, plan.spec.max_documents or None)):
+        yield row.text, group_of(row, "train", ordinal)
 
 
 def _tokenizer(plan: _Plan, work: Path, is_val: IsVal) -> TextTokenizer:

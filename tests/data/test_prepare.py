@@ -152,6 +152,18 @@ def test_the_papers_rule_takes_whole_documents(tmp_path, jsonl, id_key):
     assert decoded(folder, "val") == [f"text number {i}" for i in drawn]
 
 
+def test_a_row_limit_takes_the_first_rows_and_opens_no_further_file(tmp_path, make_rows, jsonl):
+    rows = make_rows(40)
+    jsonl(tmp_path / "1.jsonl", rows[:30])
+    jsonl(tmp_path / "2.jsonl", rows[30:40])
+    (tmp_path / "3.jsonl").write_text("not JSON")
+    for limit in (25, 40):
+        spec = DataSpec(files=f"{tmp_path}/*.jsonl", vocab_size=300, val_fraction=0.2, workers=1, max_documents=limit)
+        folder = prepare(spec, tmp_path / "out")
+        texts = decoded(folder, "train") + decoded(folder, "val")
+        assert sorted(texts) == sorted(row["text"] for row in rows[:limit])
+
+
 def test_empty_texts_are_dropped_and_half_characters_replaced(tmp_path):
     (tmp_path / "t.jsonl").write_text(
         '{"text": ""}\n{"text": "a \\ud83d b"}\n' + '{"text": "some text, some text"}\n' * 40
