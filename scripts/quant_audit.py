@@ -88,12 +88,12 @@ def curve_line(r: dict[str, Any], name: str) -> str:
     return f"{r['quantizer']:36}{name:10}{points}   {'stops at ' if part['is_biased'] else 'falls as 1/n; bias '}{size}"
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help=f"default: all ({', '.join(library.names())})")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure does not come out")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON ('-': standard output, no table)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     backend.use("reference")
     try:
         loaded = [library.load(name) for name in args.recipes or library.names()]

@@ -1,0 +1,113 @@
+"""The audit's own arithmetic, and that the published figures come out."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import backend
+from kernels.spec import NVFP4_SCALES, QuantSpec
+from quant import audit, library
+from quant.audit import Quantizer
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "quant_audit.py"
+
+
+@pytest.fixture(autouse=True)
+def reference():
+    backend.use("reference")
+
+
+@pytest.mark.parametrize(
+    ("quantizer", "mse"),
+    [
+        (Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES), None), 9.05),
+        (Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six"), None), 7.56),
+        (Quantizer(library.load("nvidia").operand("fprop.w").spec, None), 12.40),
+        (audit.SR, 23.5),
+        (audit.BIASED_EXAMPLE, 17.5),
+        (audit.MS_EDEN, 9.32),
+        (audit.MS_EDEN_128, 9.7),
+        (Quantizer(library.load("quartet2_upstream").operand("dgrad.dy").spec, 128), 9.7),
+    ],
+    ids=lambda value: value.label if isinstance(value, Quantizer) else "",
+)
+def test_published_errors_within_one_percent(quantizer, mse):
+    got, _ = audit.errors(quantizer, audit.gaussian(audit.SHAPE, 0))
+    assert got * 1e3 == pytest.approx(mse, rel=0.01)
+
+
+def test_alignment_of_upstreams_correction_shows_its_shrinkage():
+    # quartet2.md d.3: 5.9e-4 for the sum in scaled space, 7e-6 in tensor space. On 8 x 2M elements the noise is 3e-5.
+    x = audit.gaussian((2048, 2048), 0)
+    upstream = Quantizer(library.load("quartet2_upstream").operand("dgrad.dy").spec, 128)
+    mean = {q: sum(audit.errors(q, x, seed)[1] for seed in range(1, 4)) / 3 for q in (upstream, audit.MS_EDEN_128)}
+    assert -7e-4 < mean[upstream] < -4e-4 and abs(mean[audit.MS_EDEN_128]) < 1.5e-4
+
+
+def test_gemm_of_ms_eden_beats_sr():
+    assert audit.gemm_error(audit.SR) / audit.gemm_error(audit.MS_EDEN) >= audit.GEMM_RATIO
+
+
+def test_bias_curves_tell_biased_from_unbiased(monkeypatch):
+    monkeypatch.setattr(audit, "DRAWS", (1, 4, 16, 64))
+    x = audit.gaussian(audit.CURVE_SHAPE, 1)
+    curves = {q.label: audit.bias_curve(q, x) for q in (audit.SR, audit.MS_EDEN, audit.BIASED_EXAMPLE)}
+    assert [curve.is_biased for curve in curves.values()] == [False, False, True]
+    biased = curves[audit.BIASED_EXAMPLE.label]
+    assert biased.bias == pytest.approx(706e-6, rel=0.1)  # quartet2.md d.3
+    for label in (audit.SR.label, audit.MS_EDEN.label):
+        errors = curves[label].errors
+        assert errors[0] / errors[-1] == pytest.approx(64, rel=0.1)
+    sparse = audit.bias_curve(audit.MS_EDEN, audit.sparse(audit.CURVE_SHAPE, 1))
+    assert sparse.is_biased and sparse.bias > 5e-4
+
+
+def test_inputs_are_what_they_say():
+    sparse = audit.sparse((4, 256), 0)
+    assert ((sparse != 0).view(4, 2, 128).sum(-1) <= 2).all() and (sparse != 0).any()
+    heavy = audit.student_t((1000, 128), 0).float()
+    assert heavy.median().abs() < 0.02
+    assert heavy.abs().median() == pytest.approx(0.7649, rel=0.02)  # quartile of Student-t with 3 degrees of freedom
+
+
+def test_estimate_undoes_the_rotation():
+    fine = Quantizer(QuantSpec.resolve("e4m3", library.load("fp8").operand("fprop.x").spec.scales), 32)
+    x = audit.gaussian((64, 128), 3)
+    assert audit.errors(fine, x)[0] < 1e-3
+    assert torch.equal(audit.estimate(fine, torch.zeros_like(x), 1), torch.zeros(64, 128))
+
+
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.setattr(audit, "DRAWS", (1, 16))
+    monkeypatch.setattr(audit, "SHAPE", (512, 2048))
+    spec = importlib.util.spec_from_file_location("quant_audit", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_command_line_checks_and_writes_json(script, tmp_path, capsys):
+    out = tmp_path / "audit.json"
+    assert script.main(["fp8", "nvfp4_rtn", "--check", "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert all(report["checks"].values()) and report["gemm_sr_over_ms_eden"] > 2.4
+    printed = capsys.readouterr().out
+    assert "1x16 rtn" in printed and "SR with 4/6 is biased" in printed and "FAILED" not in printed
+
+
+def test_check_fails_on_a_missed_figure(script, monkeypatch, capsys):
+    monkeypatch.setitem(audit.PUBLISHED_MSE, "1x16 rtn", 9.3)
+    assert script.main(["nvfp4_rtn", "--check"]) == 1
+    assert "FAILED 1x16 rtn: MSE within 1 % of 9.3e-3" in capsys.readouterr().out
+    assert script.main(["nvfp4_rtn", "--json", "-"]) == 0  # without --check it only reports
+    assert not all(json.loads(capsys.readouterr().out)["checks"].values())
+
+
+def test_unknown_recipe_is_one_clear_error(script, capsys):
+    with pytest.raises(SystemExit):
+        script.main(["quartet"])
+    assert "did you mean 'quartet2'" in capsys.readouterr().err
