@@ -139,7 +139,7 @@ def cannot_build() -> str | None:
 
 
 def record(unit: Unit) -> dict:
-    """What was written beside a built library: seconds, cpu_seconds, memory_gib, nvcc, cutlass. Empty if it is not built."""
+    """The facts beside a built library: seconds, cpu_seconds, memory_gib, nvcc, cutlass. Empty if it is not built."""
     path = library_path(unit).with_suffix(".json")
     return json.loads(path.read_text()) if path.is_file() else {}
 
