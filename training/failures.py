@@ -44,9 +44,11 @@ def one_line_errors() -> Iterator[Outcome]:
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether the innermost frame is in this repository: then the message is deliberate and complete."""
+    """Whether a `raise` statement of this repository made it: then the message is deliberate and complete."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(ROOT)
+    if not frames or not frames[-1].line.startswith("raise"):
+        return False
+    return Path(frames[-1].filename).resolve().is_relative_to(ROOT)
 
 
 def say(text: str) -> None:

@@ -110,10 +110,10 @@ def test_what_does_not_change_numbers_may_change(run):
 
 
 def test_default_name_tells_model_recipe_length_seed_and_hash(run):
-    _, folder = run("quant=sr", "seed=3", name=None)
+    _, folder = run("quant=sr", "seed=3", "steps=1", name=None)
     info = json.loads((folder / "run.json").read_text())
-    assert folder.name == info["name"] == f"llama_tiny-sr-5.12K-s3-{info['hash'][:8]}"
-    _, other = run("quant=sr", "seed=4", name=None)
+    assert folder.name == info["name"] == f"llama_tiny-sr-512-s3-{info['hash'][:8]}"
+    _, other = run("quant=sr", "seed=4", "steps=1", name=None)
     assert other.name != folder.name
 
 

@@ -1,0 +1,60 @@
+"""Which errors become one line, and which keep their traceback."""
+
+import errno
+import os
+
+import pytest
+import torch
+
+from training.config import choice
+from training.failures import one_line_errors
+from training.signals import RunLock
+
+
+def test_our_value_error_is_one_line_and_code_2(capsys):
+    with one_line_errors() as outcome:
+        choice("backend", "tritn", ("auto", "triton"))
+    assert outcome.code == 2
+    assert capsys.readouterr().err == (
+        "train.py: error: backend=tritn: needs one of auto, triton; did you mean triton?\n"
+    )
+
+
+def test_what_the_machine_refuses_is_one_line_and_code_1(tmp_path, capsys):
+    first = RunLock(tmp_path)
+    first.acquire()
+    with one_line_errors() as outcome:
+        RunLock(tmp_path).acquire()
+    assert outcome.code == 1
+    message = capsys.readouterr().err
+    assert "is in use by another process" in message and f"pid {os.getpid()}" in message and "run.name" in message
+
+
+def test_full_disk_is_one_line(capsys):
+    with one_line_errors() as outcome:
+        raise OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.jsonl")
+    assert outcome.code == 1
+    assert capsys.readouterr().err == ("train.py: error: [Errno 28] No space left on device: '/runs/a/metrics.jsonl'\n")
+
+
+def test_out_of_memory_says_what_to_change(capsys):
+    with one_line_errors() as outcome:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nmore")
+    assert outcome.code == 1
+    message = capsys.readouterr().err
+    assert "batch.micro" in message and "Tried to allocate 2 GiB" in message and len(message.splitlines()) == 1
+
+
+def test_errors_from_inside_libraries_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="same dtype|expected"), one_line_errors():
+        torch.einsum("ij,jk->ik", torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int64)).backward()
+    with pytest.raises(RuntimeError, match="cannot be multiplied"), one_line_errors():
+        torch.ones(2, 3) @ torch.ones(2, 3)
+    with pytest.raises(KeyError), one_line_errors():
+        {}["our own bug"]
+
+
+def test_success_passes_its_code_through():
+    with one_line_errors() as outcome:
+        outcome.code = 75
+    assert outcome.code == 75

@@ -1,0 +1,122 @@
+import json
+import math
+
+import pytest
+import torch
+
+from training.identity import short_count
+from training.loggers import Loggers, numbers
+from training.metrics import MetricsFile, StepBuffer
+
+
+def row(kind: str, step: int, **fields) -> dict:
+    return {"kind": kind, "step": step, **fields}
+
+
+def test_truncation_drops_later_measurements_and_keeps_the_history(tmp_path):
+    file = MetricsFile(tmp_path)
+    file.append([row("event", 0, event="start"), *(row("train", step) for step in range(1, 8))])
+    file.append([row("eval", 5), row("eval", 7), row("event", 7, event="interrupt"), row("slots", 7)])
+    assert file.truncate(5) == 4
+    kept = [(line["kind"], line["step"]) for line in file.rows()]
+    assert kept == [("event", 0), *(("train", step) for step in range(1, 6)), ("eval", 5), ("event", 7)]
+
+
+def test_a_line_torn_by_a_kill_is_cut_off(tmp_path):
+    file = MetricsFile(tmp_path)
+    file.append([row("train", 1), row("train", 2)])
+    with open(file.path, "a") as handle:
+        handle.write('{"kind": "train", "st')
+    assert [line["step"] for line in file.rows()] == [1, 2]
+    file.truncate(2)
+    file.append([row("train", 3)])
+    assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_truncation_is_atomic(tmp_path, monkeypatch):
+    file = MetricsFile(tmp_path)
+    file.append([row("train", step) for step in (1, 2, 3)])
+
+    def fail(*args):
+        raise OSError("killed here")
+
+    monkeypatch.setattr("training.metrics.os.replace", fail)
+    with pytest.raises(OSError, match="killed here"):
+        file.truncate(1)
+    assert [line["step"] for line in file.rows()] == [1, 2, 3]
+
+
+def test_non_finite_losses_survive_the_file(tmp_path):
+    file = MetricsFile(tmp_path)
+    file.append([row("train", 1, loss=math.nan, grad_norm=math.inf)])
+    (line,) = file.rows()
+    assert math.isnan(line["loss"]) and line["grad_norm"] == math.inf
+
+
+def test_step_buffer_sums_micro_batches_and_ranks():
+    buffer = StepBuffer(4, torch.device("cpu"))
+    for nats, norm in (((1.0, 2.0), 0.5), ((3.0, 4.5), 0.25)):
+        for part in nats:
+            buffer.add_nats(torch.tensor(part))
+        buffer.end_step(torch.tensor(norm))
+    assert buffer.read(lambda tensor: 2 * tensor) == [(6.0, 0.5), (15.0, 0.25)]
+    assert buffer.count == 0
+    buffer.add_nats(torch.tensor(7.0))
+    buffer.end_step(torch.tensor(1.0))
+    assert buffer.read(lambda tensor: tensor) == [(7.0, 1.0)]
+
+
+class Sink:
+    def __init__(self, fails_at: int = 99):
+        self.seen, self.fails_at = [], fails_at
+
+    def log(self, line):
+        if line["step"] >= self.fails_at:
+            raise ConnectionError("no route to host")
+        self.seen.append(line["step"])
+
+    def close(self):
+        pass
+
+
+def test_a_broken_sink_warns_once_and_never_stops_the_run(tmp_path, capsys):
+    good, bad = Sink(), Sink(fails_at=2)
+
+    def unopenable():
+        raise ImportError("No module named 'wandb'")
+
+    loggers = Loggers(MetricsFile(tmp_path), {"good": lambda: good, "bad": lambda: bad, "absent": unopenable})
+    for step in (1, 2, 3, 4):
+        loggers.write(row("train", step))
+    loggers.close()
+    warnings = capsys.readouterr().err.splitlines()
+    assert len(warnings) == 2
+    assert "absent is off" in warnings[0] and "No module named 'wandb'" in warnings[0]
+    assert "bad is off" in warnings[1] and "no route to host" in warnings[1]
+    assert (good.seen, bad.seen) == ([1, 2, 3, 4], [1])
+    assert [line["step"] for line in MetricsFile(tmp_path).rows()] == [1, 2, 3, 4]
+
+
+def test_trackers_get_numbers_by_kind():
+    line = row("train", 3, loss=2.5, mfu=None, samples="ab", time=1.0, tokens=7)
+    assert numbers(line) == {"train/loss": 2.5, "train/tokens": 7}
+
+
+def test_tensorboard_gets_the_scalars(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from training.loggers import TensorBoardSink
+
+    sink = TensorBoardSink(tmp_path)
+    for step, loss in ((1, 3.0), (2, 2.5)):
+        sink.log(row("train", step, loss=loss))
+    sink.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(1, 3.0), (2, 2.5)]
+
+
+def test_counts_are_short():
+    values = [512, 5120, 153_600, 100_000_000, 749_993_984, 38_000_000_000]
+    assert [short_count(value) for value in values] == ["512", "5.12K", "154K", "0.1B", "0.75B", "38B"]
