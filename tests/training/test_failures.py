@@ -46,7 +46,7 @@ def test_out_of_memory_says_what_to_change(capsys):
 
 
 def test_errors_from_inside_libraries_keep_their_traceback():
-    with pytest.raises(RuntimeError, match="same dtype|expected"), one_line_errors():
+    with pytest.raises(RuntimeError, match=r"same dtype|expected"), one_line_errors():
         torch.einsum("ij,jk->ik", torch.ones(2, 2), torch.ones(2, 2, dtype=torch.int64)).backward()
     with pytest.raises(RuntimeError, match="cannot be multiplied"), one_line_errors():
         torch.ones(2, 3) @ torch.ones(2, 3)
