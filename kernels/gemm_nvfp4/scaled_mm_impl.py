@@ -18,7 +18,8 @@ NVFP4_CAPABILITY = (10, 0)  # cuBLASLt has block-scaled FP4 from Blackwell on
 
 def unavailable() -> str | None:
     """Why torch's NVFP4 GEMM can't run on the current device, or None."""
-    if not hasattr(torch.nn.functional, "scaled_mm") or not hasattr(torch, "float4_e2m1fn_x2"):
+    needed = all(hasattr(torch.nn.functional, name) for name in ("scaled_mm", "ScalingType", "SwizzleType"))
+    if not needed or not hasattr(torch, "float4_e2m1fn_x2"):
         return f"torch {torch.__version__} has no torch.nn.functional.scaled_mm with float4; 2.11 has"
     if not torch.cuda.is_available():
         return "needs a CUDA GPU, torch sees none"
