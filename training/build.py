@@ -1,6 +1,7 @@
 """The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from training.derive import Numbers
 from training.distributed import Dist
 from training.loggers import Loggers, build_sinks
 from training.loss import LossModel
-from training.manifest import latest_good, remove_temporary
+from training.manifest import latest_good, problems, remove_temporary
 from training.metrics import MetricsFile
 from training.runfolder import RunFolder
 
@@ -55,12 +56,12 @@ def is_compiled(config: TrainConfig, device: torch.device) -> bool:
 def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
     """Load the newest good checkpoint, if there is one. True if the run goes on rather than starts."""
 
-    def find() -> str | None:
-        remove_temporary(folder.path / "checkpoints")
-        found = latest_good(folder.path)
-        return str(found) if found else None
+    def check(path: Path) -> list[str]:
+        """Every rank reads its share of the files: 25 GB of checksums are worth splitting."""
+        return [problem for found in ranks.gather(problems(path, ranks.rank, ranks.world)) for problem in found]
 
-    path = ranks.on_main(find)
+    ranks.on_main(lambda: remove_temporary(folder.path / "checkpoints"))
+    path = latest_good(folder.path, say=print if ranks.is_main else lambda text: None, check=check)
     if path is None:
         return False
     load(path, state, ranks.group)
