@@ -4,7 +4,7 @@ Nothing is written before everything that can be known in advance has been check
 legal on every layer, the data exists, the folder is ours.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,11 @@ from training.loop import Parts, Trainer
 from training.loss import LossModel
 from training.memory import estimate, saves_packed
 from training.optim import build_optimizer
-from training.parallel import choose, parallelize
+from training.parallel import choose, local_world, parallelize
+from training.recompute import recompute_blocks
 from training.report import StartScreen
 from training.runfolder import RunFolder, environment
+from training.shapes import shape_of
 from training.signals import RunLock, StopFlag
 from training.watchdog import Watchdog
 
@@ -86,18 +88,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
     """Check and derive everything, on the meta device."""
     config = request.config
     vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
-    m = config.model
-    shape = LlamaConfig(
-        m.layers,
-        m.width,
-        m.heads,
-        m.hidden,
-        vocab_size,
-        config.batch.seq_len,
-        m.norm_eps,
-        m.rope_theta,
-        m.residual_dtype,
-    )
+    shape = shape_of(config, vocab_size)
     with torch.device("meta"):
         model = Llama(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
@@ -108,10 +99,10 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
     flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
     digest = hash_of(flat)
     run = {
-        "name": config.run.name or default_name(m.name, plan.recipe.name, numbers.tokens, config.seed, digest),
+        "name": config.run.name or default_name(config.model.name, plan.recipe.name, numbers.tokens, config.seed, digest),
         "hash": digest,
         "numerics": flat,
-        "model": m.name,
+        "model": config.model.name,
         "parameters": shape.parameters,
         "parameters_non_embedding": shape.parameters_non_embedding,
         "recipe": plan.recipe.name,
@@ -181,6 +172,8 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed
     model, init_hash = build_model(sketch.shape, sketch.plan, config.seed, rng)
+    if config.recompute:
+        recompute_blocks(model)
     loss = LossModel(model)
     mode = choose(config.parallel, ranks, sketch.shape.parameters)
     compile_loss(loss, config, mode, ranks.device)
@@ -193,7 +186,7 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
     trainer = None
 
     def on_saved(report: SaveReport) -> None:
-        trainer.event("checkpoint", **{"path": report.path, "stall_s": report.stall_s, "gigabytes": report.gigabytes})
+        trainer.event("checkpoint", **{("saved_step" if k == "step" else k): v for k, v in asdict(report).items()})
 
     checkpoint = config.checkpoint
     loader = Loader(sketch.tokens, "train", config.batch.seq_len, config.seed, config.data.packing)
@@ -269,6 +262,12 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             numbers=sketch.numbers,
             data=config.data.name if sketch.tokens is None else sketch.tokens.path.name,
             train_tokens=train_tokens,
-            memory=estimate(sketch.shape, sketch.numbers.micro_tokens, saves_packed(sketch.plan)),
+            memory=estimate(
+                sketch.shape,
+                sketch.numbers.micro_tokens,
+                saves_packed(sketch.plan),
+                shards={"fsdp": ranks.world, "hsdp": local_world(ranks)}.get(mode, 1),
+                recompute=config.recompute,
+            ),
         )
     )
