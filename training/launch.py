@@ -99,7 +99,8 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
     flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
     digest = hash_of(flat)
     run = {
-        "name": config.run.name or default_name(config.model.name, plan.recipe.name, numbers.tokens, config.seed, digest),
+        "name": config.run.name
+        or default_name(config.model.name, plan.recipe.name, numbers.tokens, config.seed, digest),
         "hash": digest,
         "numerics": flat,
         "model": config.model.name,
