@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 import configs
-from quant.recipe import SLOTS, SPEC_FIELDS, Recipe
+from quant.recipe import GEMMS, SLOTS, SPEC_FIELDS, Recipe
 from quant.schemes import SCHEMES
 
 FOLDER = Path(configs.__file__).parent / "quant"
@@ -55,12 +55,30 @@ def label(recipe: AnyRecipe) -> str:
         return recipe.name
     base, own = _flat(load(recipe.name).to_dict()), _flat(recipe.to_dict())
     changed = {key: value for key, value in own.items() if base[key] != value}
-    # Fields that follow from others of the same slot add nothing.
-    for slot in SLOTS:
-        follow = SPEC_FIELDS[1:] if own[f"{slot}.grid"] == "none" else ("target_max", "scale_cap")
-        if f"{slot}.grid" in changed or f"{slot}.select" in changed or f"{slot}.rounding" in changed:
-            changed = {key: value for key, value in changed.items() if key not in {f"{slot}.{name}" for name in follow}}
-    return " ".join([recipe.name, *(f"{key}={value}" for key, value in changed.items())])
+    for gemm in GEMMS:
+        _drop_what_follows(changed, own, gemm)
+    return " ".join([recipe.name, *(f"{key}={_short(value)}" for key, value in changed.items())])
+
+
+def _short(value: Any) -> str:
+    return "+".join(value) if isinstance(value, list) else str(value)
+
+
+def _drop_what_follows(changed: dict[str, Any], own: dict[str, Any], gemm: str) -> None:
+    """Leave out of `changed` what follows from other fields: all of an unquantized GEMM, limits from table a.1."""
+    slots = [slot for slot in SLOTS if slot.startswith(gemm)]
+    is_none = all(own[f"{slot}.grid"] == "none" for slot in slots)
+    if is_none and any(f"{slot}.grid" in changed for slot in slots):
+        changed[gemm] = "none"
+        for key in (f"{gemm}.rotation.dim", *(f"{slot}.grid" for slot in slots)):
+            changed.pop(key, None)
+    for slot in slots:
+        names = SPEC_FIELDS[1:] if own[f"{slot}.grid"] == "none" else ("target_max", "scale_cap")
+        if is_none or any(f"{slot}.{name}" in changed for name in ("grid", "select", "rounding")):
+            for name in names:
+                changed.pop(f"{slot}.{name}", None)
+        if f"{slot}.grid" in changed:
+            changed.pop(f"{slot}.scales", None)
 
 
 def _scheme(name: str) -> Any:

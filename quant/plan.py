@@ -107,8 +107,11 @@ class Plan:
         for entry in self.entries:
             role = BLOCK.sub("blocks.*.", entry.name)
             groups.setdefault((role, library.label(entry.recipe), entry.reason), []).append(entry)
-        lines = [f"{'layers':28} {'blocks':>8}  {'recipe':24} why"]
-        lines += [f"{role:28} {_numbers(found):>8}  {name:24} {why}" for (role, name, why), found in groups.items()]
+        wide = min(48, max(len(name) for _, name, _ in groups))
+        lines = [f"{'layers':28} {'blocks':>8}  {'recipe':{wide}}  why"]
+        lines += [
+            f"{role:28} {_numbers(found):>8}  {name:{wide}}  {why}" for (role, name, why), found in groups.items()
+        ]
         used = {library.label(entry.recipe): entry.recipe for entry in self.entries}
         return "\n".join(lines + [line for name, recipe in used.items() for line in describe(name, recipe)])
 

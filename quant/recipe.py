@@ -202,7 +202,9 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
     operand = recipe.operand(slot)
     spec = operand.spec
     if spec.rounding == "ms_eden" and gemm.rotation.dim is None:
-        raise ValueError("rounding=ms_eden is unbiased only behind a random rotation; set rotation.dim=128")
+        raise ValueError(
+            "rounding=ms_eden is unbiased only behind a random rotation; set its GEMM's rotation.dim, say 128"
+        )
     if operand.source == "input":
         return
     if slot not in FPROP_SLOT:
@@ -215,7 +217,7 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
     if operand.source == "fprop_transposed" and operand.is_quantized:
         if used.grid == "none":
             raise ValueError(
-                f"source=fprop_transposed, but fprop.{FPROP_SLOT[slot]}.grid=none; set {slot}.source=input"
+                f"source=fprop_transposed, but fprop.{FPROP_SLOT[slot]}.grid=none; set quant.{slot}.source=input"
             )
         if (used.grid, used.scales) != (spec.grid, spec.scales) or not (used.is_square or used.grid != "e2m1"):
             raise ValueError(

@@ -178,6 +178,17 @@ def test_backward_only_leaves_the_forward_exact():
     assert 0.012 < error < 0.025  # two MS-EDEN operands: 2 x 9.3e-3
 
 
+def test_requantizing_what_an_fp8_forward_used():
+    """source fprop behind an FP8 fprop: the FP8 codes are quantized again, their scale stays outside."""
+    x, w, dy = tensors(13)
+    mapping = library.mapping("quartet2") | {"fprop": library.mapping("fp8")["fprop"]}
+    _, dx, dw = run(library.build(mapping), x, w, dy)
+    qx, qw = exact(x, 0, 1, E4M3, None), exact(w.bfloat16(), 1, 1, E4M3, None)
+    for got, value in ((dx, dy.double() @ qw), (dw, dy.double().t() @ qx)):
+        error = (got.double() - value).square().sum() / value.square().sum()
+        assert 0.012 < error < 0.025  # two MS-EDEN operands: 2 x 9.3e-3
+
+
 def test_one_operand_alone_behind_a_rotation():
     x, w, dy = tensors(4)
     mapping = library.mapping("quartet2") | {"fprop": "none"}
@@ -204,6 +215,20 @@ def test_backward_repeats_and_depends_on_the_counters():
             RNG[place] -= 1
     finally:
         RNG.copy_(torch.tensor([11, 5, 3]))
+
+
+def test_fixed_signs_and_no_signs():
+    x, w, dy = tensors(12)
+    mapping = library.mapping("nvfp4_rtn")  # RTN: the signs are the only randomness
+    for signs, same in (("random", False), ("fixed", True), ("none", True)):
+        mapping["dgrad"]["rotation"] = {"dim": 16, "rounds": 1, "signs": signs}
+        recipe = library.build(mapping)
+        first = run(recipe, x, w, dy)
+        try:
+            RNG[1] += 1
+            assert torch.equal(run(recipe, x, w, dy)[1], first[1]) == same
+        finally:
+            RNG[1] -= 1
 
 
 def saved_bytes(recipe: Recipe) -> dict[torch.dtype, int]:
