@@ -37,7 +37,7 @@ from training.loop import Parts, Trainer
 from training.loss import LossModel
 from training.memory import estimate, saves_packed
 from training.optim import build_optimizer
-from training.parallel import choose, local_world, parallelize
+from training.parallel import choose, parallelize
 from training.recompute import recompute_blocks
 from training.report import StartScreen
 from training.runfolder import RunFolder, environment
@@ -267,7 +267,7 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
                 sketch.shape,
                 sketch.numbers.micro_tokens,
                 saves_packed(sketch.plan),
-                shards={"fsdp": ranks.world, "hsdp": local_world(ranks)}.get(mode, 1),
+                shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
                 recompute=config.recompute,
             ),
         )
