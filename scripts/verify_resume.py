@@ -130,7 +130,8 @@ def killed_start(arguments, folder: Path, world: int, parallel: str, moment: str
     begin, first = time.monotonic(), last_step(folder)
     process = start(arguments, folder, world, parallel)
     if moment == "start-up":
-        process_ended = not wait_for(process, lambda: time.monotonic() - begin > draw.uniform(0.5, 8), STALL_S)
+        wait_s = draw.uniform(0.5, 8)
+        process_ended = not wait_for(process, lambda: time.monotonic() - begin > wait_s, STALL_S)
     elif moment == "save":
         process_ended = not wait_for(process, lambda: is_saving(folder), STALL_S)
         time.sleep(draw.uniform(0, 0.02))
