@@ -215,6 +215,7 @@ class TrainConfig:
     parallel: str = "auto"
     backend: str = "auto"
     compile: str = "auto"  # auto: on a GPU
+    recompute: bool = False  # keep only each block's input, compute the block again in the backward: memory for time
     deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
     nonfinite: str = "stop"  # what a NaN or infinite loss or gradient leads to: stop, skip, rollback
     watchdog_s: float = 1800  # a rank without progress for longer (compilation included) ends the job

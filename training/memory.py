@@ -36,17 +36,21 @@ class MemoryEstimate:
         return sum(self.parts.values())
 
 
-def estimate(config: LlamaConfig, micro_tokens: int, packed: bool, shards: int = 1) -> MemoryEstimate:
-    """`packed`: the recipe saves fprop's operands in 4 bits. `shards`: ranks that share the states (1 under DDP)."""
+def estimate(
+    config: LlamaConfig, micro_tokens: int, packed: bool, shards: int = 1, recompute: bool = False
+) -> MemoryEstimate:
+    """`packed`: the recipe saves fprop's operands in 4 bits. `shards`: ranks that share the states (1 under DDP).
+    `recompute`: only each block's input is kept, and one block's activations at a time."""
     d, f = config.width, config.hidden
     residual = 4.0 if config.residual_dtype == "float32" else 2.0
     saved_input = BYTES_PACKED if packed else BYTES_BF16
     block = 2 * d * residual + BYTES_BF16 * (4 * d + 2 * f) + saved_input * (3 * d + f)
+    kept = config.layers * d * residual + block if recompute else config.layers * block
     ends = d * (2 * residual + 3 * BYTES_BF16)
     temporaries = BYTES_BF16 * (3 * f + 2 * d) * (2 if packed else 1)
     parts = {
         "weights, gradients, moments": BYTES_STATE * config.parameters / shards,
-        "activations": micro_tokens * (config.layers * block + ends),
+        "activations": micro_tokens * (kept + ends),
         "temporaries": micro_tokens * temporaries + LOGITS_CHUNK_BYTES,
     }
     return MemoryEstimate({name: size / GIB for name, size in parts.items()})

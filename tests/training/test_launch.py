@@ -144,6 +144,15 @@ def test_six_none_are_bitwise_the_baseline(run, rows):
     assert numerics[0] == numerics[1]
 
 
+def test_recomputed_activations_change_no_bit(run, rows):
+    (_, one), (_, other) = (
+        run("quant=sr", "steps=3", name="one"),
+        run("quant=sr", "steps=3", "recompute=true", name="other"),
+    )
+    assert [r["loss"] for r in rows(one, "train")] == [r["loss"] for r in rows(other, "train")]
+    assert [r["grad_norm"] for r in rows(one, "train")] == [r["grad_norm"] for r in rows(other, "train")]
+
+
 @pytest.mark.parametrize("preset", ["llama_tiny", "llama_30m", "llama_430m", "llama_1b9"])
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2", "nvidia"])
 def test_dry_run_of_any_preset_prints_the_plan_and_writes_nothing(run, capsys, tmp_path, preset, recipe):
