@@ -141,8 +141,8 @@ def test_python_documentation_topics_come_first(tmp_path):
 def test_docstrings_come_in_source_order(tmp_path):
     path = tmp_path / "sample.py"
     path.write_text(
-        '"""Top."""\nclass A:\n    """Of A."""\n    def f(self):\n        """Of f."""\ndef g():\n    pass\n'
+        '"""Top."""\nclass Z:\n    """Of Z."""\n    def f(self):\n        """Of f."""\ndef g():\n    pass\n'
     )
-    assert module_text(path) == "sample\n\nTop.\n\nA\n\nOf A.\n\nf\n\nOf f.\n"
+    assert module_text(path) == "sample\n\nTop.\n\nZ\n\nOf Z.\n\nf\n\nOf f.\n"
     path.write_text("x = 1\n")
     assert module_text(path) == ""
