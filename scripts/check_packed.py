@@ -8,6 +8,7 @@ norm or a final weight differs.
 """
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -66,6 +67,7 @@ def main() -> int:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = {"gemm": "cublaslt"} if device == "cuda" else {}
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it with deterministic algorithms
     torch.use_deterministic_algorithms(True)
     failed = False
     for recipe in options.recipe.split(","):
