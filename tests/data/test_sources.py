@@ -139,10 +139,12 @@ def test_python_documentation_topics_come_first(tmp_path):
 
 
 def test_docstrings_come_in_source_order(tmp_path):
+    """Not by name and not level by level, as a walk over the tree gives them."""
     path = tmp_path / "sample.py"
     path.write_text(
-        '"""Top."""\nclass Z:\n    """Of Z."""\n    def f(self):\n        """Of f."""\ndef g():\n    pass\n'
+        '"""Top."""\nclass Z:\n    """Of Z."""\n    def y(self):\n        """Of y."""\n'
+        'def b():\n    """Of b."""\ndef none():\n    pass\n'
     )
-    assert module_text(path) == "sample\n\nTop.\n\nZ\n\nOf Z.\n\nf\n\nOf f.\n"
+    assert module_text(path) == "sample\n\nTop.\n\nZ\n\nOf Z.\n\ny\n\nOf y.\n\nb\n\nOf b.\n"
     path.write_text("x = 1\n")
     assert module_text(path) == ""
