@@ -18,6 +18,7 @@ E4M3_MAX = tl.constexpr(448.0)
 E5M2_MAX = tl.constexpr(57344.0)
 EXPONENT_MASK = tl.constexpr(0x7F800000)
 RANDOM_RANGE = tl.constexpr(2.0**24)
+SIGN_AND_CODE = tl.constexpr(0x81C00000 - 2**32)
 
 
 @triton.jit
@@ -116,6 +117,40 @@ def e4m3_byte(value):
 def e4m3_value(byte):
     """The FP32 value of a non-negative E4M3 byte (block scales have no sign and no NaN)."""
     return ((byte.to(tl.int32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 2.0**120
+
+
+@triton.jit
+def encode_words(values, source):
+    """Grid values [G, 16] -> int32 [G * 2] words of 8 codes (nvfp4.pack: the earlier element in the lower nibble)."""
+    GROUPS: tl.constexpr = values.shape[0]
+    codes = tl.reshape(e2m1_code(values, source), [GROUPS * 2, 8])
+    return tl.sum(codes << (tl.arange(0, 8) * 4)[None, :], 1)
+
+
+@triton.jit
+def _decode_one(words, scales, INDEX: tl.constexpr):
+    bits = ((words << (28 - 4 * INDEX)) >> 6) & SIGN_AND_CODE
+    return bits.to(tl.float32, bitcast=True) * scales
+
+
+@triton.jit
+def _decode_four(words, scales, FIRST: tl.constexpr):
+    """Codes FIRST, FIRST + 2, FIRST + 4, FIRST + 6 of each word, [..., 2, 2]. Joined, they stay in one thread."""
+    low = tl.join(_decode_one(words, scales, FIRST), _decode_one(words, scales, FIRST + 4))
+    high = tl.join(_decode_one(words, scales, FIRST + 2), _decode_one(words, scales, FIRST + 6))
+    return tl.join(low, high)
+
+
+@triton.jit
+def decode_words(words, scale_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """int32 words of 8 codes [ROWS, COLS / 8] and E4M3 bytes [ROWS, COLS / 16] -> FP32 [ROWS, COLS] values * 2^-8.
+
+    Shifting a code to the top and back with its sign leaves s000000s'eem at bits 31 and 24..22: E2M1 on FP32's smallest
+    exponents, times 2^-126. The factor 2^118 * scale (at most 2^127) undoes that up to 2^-8, exactly, in one product.
+    """
+    scales = e4m3_value(scale_bytes) * 2.0**118
+    scales = tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, COLS // 16, 2]), [ROWS, COLS // 8])
+    return tl.reshape(tl.join(_decode_four(words, scales, 0), _decode_four(words, scales, 1)), [ROWS, COLS])
 
 
 @triton.jit

@@ -11,7 +11,7 @@ import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -50,7 +50,7 @@ class Case:
     def config_key(self) -> tuple[str, int] | None:
         """Which entry of triton_impl.CONFIGS it runs with; None for kernels that have a fixed shape."""
         if self.op == "quantize":
-            return triton_impl.config_key(self.packed_in, self.axis, self.rounding, self.four_over_six)
+            return triton_impl.config_key(self.packed_in, self.axis, self.rounding, self.four_over_six, self.dim > 1)
         return ("amax_packed" if self.packed_in else "amax", self.axis) if self.op == "amax" else None
 
 
@@ -114,16 +114,23 @@ def compiled_amax(x: Tensor) -> Tensor:
 
 def candidates(case: Case) -> list[Launch]:
     """Launch shapes that --tune tries; those that don't fit in registers or shared memory fail and are skipped."""
-    tiles = (128,) if case.op == "amax" and case.axis == 2 else (32, 64, 128)
-    shapes = itertools.product(tiles, (4, 8), (1, 2, 3), (1, 2, 3, 4, 6))
-    return [Launch(*shape) for shape in shapes if not (shape[0] == 128 and shape[1] == 4 and case.op == "quantize")]
+    if case.config_key[0].endswith("_rows"):
+        return [
+            Launch(b, w, 1, 1, r) for b in (64, 128, 256, 512) for w in (2, 4, 8) if b >= 32 * w for r in (None, 64)
+        ]
+    if case.op == "amax":
+        tiles, stages, limits = ((128,) if case.axis == 2 else (64, 128)), (2, 3, 4), (None,)
+    else:
+        tiles, stages, limits = (64, 128), (1, 2, 3), (None, 128, 96)
+    shapes = itertools.product(tiles, (4, 8), stages, (1, 2, 3, 4), limits)
+    return [Launch(*shape) for shape in shapes if not (case.op == "quantize" and shape[:2] == (128, 4))]
 
 
 def precompile(job: tuple[Case, Launch]) -> None:
     """In a worker process: fill Triton's cache, so that the timing process only loads."""
     case, config = job
     try:
-        call(case, operands(256, 256), Launch(config.tile, config.warps, config.stages, 1))
+        call(case, operands(256, 256), replace(config, programs=1))
         torch.cuda.synchronize()
     except Exception as error:  # any failure means: not a candidate; the timing loop reports it
         print(f"{case.name} {config}: {type(error).__name__}", flush=True)
@@ -131,7 +138,7 @@ def precompile(job: tuple[Case, Launch]) -> None:
 
 def tune(cases: list[Case], o: dict[str, Tensor], workers: int) -> dict[str, list[tuple[float, Launch]]]:
     """Median microseconds of every candidate of each case, best first."""
-    jobs = {(case, Launch(c.tile, c.warps, c.stages, 1)) for case in cases for c in candidates(case)}
+    jobs = {(case, replace(c, programs=1)) for case in cases for c in candidates(case)}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(precompile, sorted(jobs, key=str), chunksize=2))
     results = {}

@@ -2,7 +2,7 @@
 
 Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and
 BF16 sources, the input families of style.md 3.4, ragged sizes. Prints the share of codes and block scales that differ
-and fails (exit code 1) where it exceeds what design.md 3.7 allows: 0 for RTN and SR without rotation, else 1e-5, the
+and fails (exit code 1) where it exceeds what design.md 3.7 allows: 0 for RTN, SR and 4/6 without rotation, else 1e-5;
 tensor scale, amax and signs always equal where no rotation precedes them.
 """
 
@@ -58,7 +58,7 @@ class Case:
 
     @property
     def limit(self) -> float:
-        exact = self.rotation == 1 and "46" not in self.spec and "eden" not in self.spec
+        exact = self.rotation == 1 and "eden" not in self.spec
         return 0.0 if exact else SUM_TOLERANCE
 
 
@@ -131,7 +131,10 @@ def run(case: Case, x: Tensor) -> dict[str, float]:
 
 
 def _compare(got: Quantized, expected: Quantized) -> dict[str, float]:
-    shares = {"scale": _share(got.scale, expected.scale), "values": _share(got.values, expected.values)}
+    shares = {"scale": _share(got.scale, expected.scale)}
+    if expected.scale.isnan().all():
+        return shares  # NaN or Inf in the input: codes and values are unspecified, every output is NaN
+    shares["values"] = _share(got.values, expected.values)
     if expected.packed is None:
         return shares
     stored = got.values if got.values.shape == got.packed.shape else got.values.t()
@@ -165,9 +168,6 @@ def verdict(case: Case, shares: dict[str, float], elements: int) -> bool:
     # A sum of 128 terms in FP32, in another order: 128 roundings of half an ulp at most.
     amax_limit = 128.0 if case.rotation > 1 else 0.0
     limits = {"amax_ulp": amax_limit, "signs": 0.0, "scale": 0.0, "packed_values": 0.0}
-    if "46" in case.spec and shares["values"] == 0:
-        # Both branches can give the very same values (codes 4 times 1.5 s, say); then the sums' last bits pick one.
-        limits |= {"codes": 1.0, "block_scales": 1.0}
     slack = 16 / elements if case.limit else 0.0
     return all(share <= limits.get(name, max(case.limit, slack)) for name, share in shares.items())
 

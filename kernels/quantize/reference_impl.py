@@ -12,7 +12,8 @@ With y the stored operand [rows, contraction] after rotation, v = target_max, C 
              s_g <- sr_e4m3( min(S * s_g, 448) ) by word `block` of Philox, 0 replaced by 1 and codes 0; q and T stay
     value = q * s_g (exact), scale = T
 
-Sums run over FP32 in an order that may differ between devices; all else is the same everywhere, bit for bit.
+The sums of MS-EDEN and of rotations run over FP32 in an order that may differ between devices, those of 4/6 in that of
+`fold`; all else is the same everywhere, bit for bit.
 """
 
 from dataclasses import dataclass
@@ -97,7 +98,8 @@ def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) 
 
 def tensor_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
     """FP32, shaped like amax: T."""
-    scale = (amax / (spec.scale_cap * spec.target_max)).clamp(min=FP32_TINY)
+    # A tensor as divisor: on CUDA torch multiplies by the reciprocal where the divisor is a Python number.
+    scale = (amax / torch.full_like(amax, spec.scale_cap * spec.target_max)).clamp(min=FP32_TINY)
     if spec.tensor_scale == "pow2":
         scale = next_power_of_two(scale)
     scale = torch.where(amax == 0, torch.ones_like(scale), scale)
@@ -191,8 +193,8 @@ def _block_max(groups: Tensor, square: bool) -> Tensor:
 
 
 def _over_tile(per_row: Tensor, reduce) -> Tensor:
-    """Reduce [rows, groups, 1] over each 16 rows and repeat the result over them."""
-    tiles = per_row.view(-1, NVFP4_BLOCK, per_row.shape[1])
+    """Reduce [rows, groups, n] over each 16 rows and repeat the result over them."""
+    tiles = per_row.view(per_row.shape[0] // NVFP4_BLOCK, NVFP4_BLOCK, -1)
     return reduce(tiles).expand(tiles.shape).reshape(per_row.shape)
 
 
@@ -200,9 +202,9 @@ def _lower_error(six: Blocks, four: Blocks, square: bool) -> Blocks:
     """Four-over-Six: of each block the branch with the lower sum of squared error, in units of the tensor scale."""
 
     def error(blocks: Blocks) -> Tensor:
-        total = (blocks.codes - blocks.elements).square().sum(dim=-1, keepdim=True)
-        total = _over_tile(total, lambda tiles: tiles.sum(dim=1, keepdim=True)) if square else total
-        return torch.where(blocks.alive, blocks.scales.square() * total, float("inf"))
+        squares = (blocks.codes - blocks.elements).square()
+        total = _over_tile(squares, lambda tiles: fold(tiles, 1)) if square else squares
+        return torch.where(blocks.alive, blocks.scales.square() * fold(total, -1), float("inf"))
 
     take_four = error(four) < error(six)
     return Blocks(
@@ -211,6 +213,17 @@ def _lower_error(six: Blocks, four: Blocks, square: bool) -> Blocks:
         torch.where(take_four, four.scales, six.scales),
         torch.where(take_four, four.alive, six.alive),
     )
+
+
+def fold(x: Tensor, dim: int) -> Tensor:
+    """Sum over `dim`, a power of two kept as size 1, by adding its upper half to its lower half until one is left.
+
+    An order that every back end repeats: the errors of both branches are often equal, and then last bits would decide.
+    """
+    while x.shape[dim] > 1:
+        low, high = x.chunk(2, dim=dim)
+        x = low + high
+    return x
 
 
 def _correct(blocks: Blocks, spec: QuantSpec, noise: Tensor, signs: Tensor | None) -> Blocks:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl, triton_tiles
-from kernels.quantize.triton_kernels import ROTATION_TILE, amax_kernel, quantize_kernel, signs_kernel
+from kernels.quantize.triton_kernels import ROTATION_TILE, amax_kernel, quantize_kernel, rows_kernel, signs_kernel
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -24,20 +24,26 @@ ROTATION_DIMS = (16, 32, 64, 128)
 
 @dataclass(frozen=True)
 class Launch:
-    """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile; programs: grid size per multiprocessor."""
+    """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile, or groups of rows_kernel; programs: on each
+    multiprocessor; registers: limit for each thread, so that more programs fit."""
 
     tile: int
     warps: int
-    stages: int
-    programs: int
+    stages: int = 2
+    programs: int = 2
+    registers: int | None = None
 
 
 # By (kernel, axis); axis 2 is both. What --tune found best on an H100.
 CONFIGS: dict[tuple[str, int], Launch] = {
-    ("rtn", 0): Launch(64, 8, 2, 2),
-    ("rtn", 1): Launch(64, 8, 2, 2),
-    ("four_over_six", 0): Launch(64, 8, 2, 2),
-    ("four_over_six", 1): Launch(64, 8, 2, 2),
+    ("rtn_rows", 1): Launch(256, 8),
+    ("four_over_six_rows", 1): Launch(256, 8),
+    ("sr_rows", 1): Launch(256, 8),
+    ("ms_eden_rows", 1): Launch(256, 8),
+    ("rtn", 0): Launch(64, 8),
+    ("rtn", 1): Launch(64, 8),
+    ("four_over_six", 0): Launch(64, 8, 2, 2, 128),
+    ("four_over_six", 1): Launch(64, 8, 2, 2, 128),
     ("sr", 0): Launch(64, 8, 2, 2),
     ("sr", 1): Launch(64, 8, 2, 2),
     ("ms_eden", 0): Launch(64, 8, 2, 2),
@@ -56,10 +62,12 @@ CONFIGS: dict[tuple[str, int], Launch] = {
 }
 
 
-def config_key(is_packed: bool, axis: int, rounding: str, four_over_six: bool) -> tuple[str, int]:
-    """The entry of CONFIGS that a quantizer runs with."""
-    name = "four_over_six" if four_over_six and not is_packed else rounding
-    return f"{name}_packed" if is_packed else name, axis
+def config_key(is_packed: bool, axis: int, rounding: str, four_over_six: bool, rotated: bool) -> tuple[str, int]:
+    """The entry of CONFIGS that a quantizer runs with; "_rows" names those that rows_kernel serves."""
+    if is_packed:
+        return f"{rounding}_packed", axis
+    name = "four_over_six" if four_over_six else rounding
+    return (f"{name}_rows", 1) if axis == 1 and not rotated else (name, axis)
 
 
 def unavailable() -> str | None:
@@ -221,20 +229,38 @@ def launch_quantize(
     outputs = _allocate(src, is_packed, axis, store_values, store_packed)
     values, scale, codes, block_scales = outputs
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
-    config = config or CONFIGS[config_key(is_packed, axis, rounding, four_over_six)]
+    key = config_key(is_packed, axis, rounding, four_over_six, signs is not None)
+    config = config or CONFIGS[key]
+    if key[0].endswith("_rows"):
+        count = rows * columns // NVFP4_BLOCK
+        rows_kernel[(triton.cdiv(count, config.tile),)](
+            src, amax, rng, layer, values, _words(codes), block_scales, scale, count,
+            TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
+            STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile, INTERPRET=INTERPRET,
+            num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=not four_over_six,
+        )  # fmt: skip
+        return outputs
     lines, contraction = (rows, columns) if axis == 1 else (columns, rows)
     tiles = triton.cdiv(lines, config.tile) * triton.cdiv(contraction, ROTATION_TILE.value)
     dim = _dim(signs)
     quantize_kernel[grid_size(tiles, src.device, config.programs)](
-        src, src_scales, src_global, rotation_matrix(dim, src.device), signs, amax, rng, layer,
-        values, codes, block_scales, scale, rows, columns, dim,
+        _words(src) if is_packed else src, src_scales, src_global, rotation_matrix(dim, src.device), signs, amax, rng,
+        layer, values, _words(codes), block_scales, scale, rows, columns,
+        columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
         AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
         TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
         EDEN_GROUPS=eden_groups, SCALED=eden_scaled, STREAM=16 + slot,
-        STORE_VALUES=store_values, STORE_PACKED=store_packed, TILE=config.tile, STAGES=config.stages,
-        INTERPRET=INTERPRET, num_warps=config.warps,
+        STORE_VALUES=store_values, STORE_PACKED=store_packed,
+        EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
+        STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
+        enable_fp_fusion=not four_over_six,
     )  # fmt: skip
     return outputs
+
+
+def _words(codes: Tensor) -> Tensor:
+    """uint8 codes as int32 words of 8, without a copy (rows hold a multiple of 16 codes)."""
+    return codes.view(torch.int32)
 
 
 def _allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store_packed: bool):
@@ -262,9 +288,11 @@ def launch_amax(
     tiles = triton.cdiv(rows, tile_r) * triton.cdiv(columns, tile_c)
     dim = _dim(signs0 if along0 else signs1)
     amax_kernel[grid_size(tiles, src.device, config.programs)](
-        src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1, rows, columns, dim,
+        _words(src) if is_packed else src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1,
+        rows, columns, columns // 8, columns // 16, dim,
         ALONG_0=along0, ALONG_1=along1, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows,
-        TILE=config.tile, STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps,
+        EVEN=rows % tile_r == 0 and columns % tile_c == 0, TILE=config.tile, STAGES=config.stages,
+        INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return amax1, amax0
 

@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 
 from kernels.triton_common import (
+    decode_words,
     divide,
-    e2m1_code,
-    e2m1_value,
     e4m3_byte,
-    e4m3_value,
+    encode_words,
     largest_magnitude,
     load_key,
     max_nan,
@@ -54,33 +53,41 @@ def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr
                    INTERPRET: tl.constexpr):  # fmt: skip
     """BF16 [128, 128]: diag(signs) @ permuted block-diagonal Hadamard, times a power of two."""
     i = tl.arange(0, 128)
-    rotation = tl.load(rotation_ptr + i[:, None] * 128 + i[None, :]).to(tl.float32)
-    if HAS_SIGNS:
-        rotation = rotation * tl.load(signs_ptr + i % dim)[:, None]
-    rotation = rotation * factor
-    return rotation if INTERPRET else rotation.to(tl.bfloat16)
+    rotation = tl.load(rotation_ptr + i[:, None] * 128 + i[None, :])
+    rows = tl.load(signs_ptr + i % dim) * factor if HAS_SIGNS else tl.zeros([128], tl.float32) + factor
+    if INTERPRET:
+        return rotation.to(tl.float32) * rows[:, None]
+    return rotation * rows.to(tl.bfloat16)[:, None]
 
 
 @triton.jit
-def _load_tile(src_ptr, scales_ptr, row0, col0, R, C, ROWS: tl.constexpr, COLS: tl.constexpr, PACKED: tl.constexpr,
-               SQUARE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """[ROWS, COLS] of the source as BF16 (FP32 when interpreting: its BF16 dot is wrong); zeros outside [R, C]."""
+def _load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.constexpr, COLS: tl.constexpr,
+               PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """[ROWS, COLS] of the source as BF16 (FP32 when interpreting: its BF16 dot is wrong); zeros outside [R, C].
+
+    Packed sources come in words of 8 codes, `words` = C / 8 and `groups` = C / 16 a row, and give values * 2^-8.
+    EVEN: the tiles cover [R, C] exactly, so that no access needs a mask.
+    """
     rows = (row0 + tl.arange(0, ROWS)).to(tl.int64)
     if PACKED:
+        word = col0 // 8 + tl.arange(0, COLS // 8)
         group = col0 // 16 + tl.arange(0, COLS // 16)
-        mask = (rows < R)[:, None] & (group < C // 16)[None, :]
-        scale_row = rows // 16 if SQUARE else rows
-        scales = e4m3_value(tl.load(scales_ptr + scale_row[:, None] * (C // 16) + group[None, :], mask=mask, other=0))
-        byte = tl.arange(0, 8)
-        offsets = (rows[:, None] * (C // 2))[:, :, None] + (group * 8)[None, :, None] + byte[None, None, :]
-        codes = tl.load(src_ptr + offsets, mask=mask[:, :, None], other=0).to(tl.int32)
-        low = e2m1_value(codes & 15) * scales[:, :, None]
-        high = e2m1_value(codes >> 4) * scales[:, :, None]
-        tile = tl.reshape(tl.join(low, high), [ROWS, COLS])
+        word_at = src_ptr + rows[:, None] * words + word[None, :]
+        scale_at = scales_ptr + (rows // 16 if SQUARE else rows)[:, None] * groups + group[None, :]
+        if EVEN:
+            codes = tl.load(word_at)
+            scales = tl.load(scale_at)
+        else:
+            codes = tl.load(word_at, mask=(rows < R)[:, None] & (word < words)[None, :], other=0)
+            scales = tl.load(scale_at, mask=(rows < R)[:, None] & (group < groups)[None, :], other=0)
+        tile = decode_words(codes, scales, ROWS, COLS)
     else:
         cols = col0 + tl.arange(0, COLS)
-        mask = (rows < R)[:, None] & (cols < C)[None, :]
-        tile = tl.load(src_ptr + rows[:, None] * C + cols[None, :], mask=mask, other=0.0)
+        at = src_ptr + rows[:, None] * C + cols[None, :]
+        if EVEN:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=(rows < R)[:, None] & (cols < C)[None, :], other=0.0)
     return tile.to(tl.float32) if INTERPRET else tile.to(tl.bfloat16)
 
 
@@ -111,18 +118,33 @@ def _round_groups(y, ratio, T, factor, random24, SR: tl.constexpr, INTERPRET: tl
     """Reference `_round_blocks`: (elements, codes [G, 16], block scales, alive [G]) of one select branch."""
     scale = round_e4m3(ratio)
     alive = scale > 0.0
-    divisor = tl.where(alive, scale * T * factor, float("inf"))
-    # 1 / inf = 0 gives a dead block codes 0.
-    elements = divide(y, divisor[:, None], tl.div_rn(1.0, divisor)[:, None], INTERPRET)
+    divisor = tl.where(alive, scale * T * factor, 1.0)
+    # A zero reciprocal gives a dead block codes 0.
+    reciprocal = tl.where(alive, tl.div_rn(1.0, divisor), 0.0)
+    elements = divide(y, divisor[:, None], reciprocal[:, None], INTERPRET)
     codes = stochastic_e2m1(elements, random24) if SR else round_e2m1(elements)
     return elements, codes, tl.where(alive, scale, 1.0), alive
 
 
 @triton.jit
+def _fold(x, SIZE: tl.constexpr):
+    """Reference `fold`: sum [G, SIZE] over SIZE by adding upper halves to lower halves, in that very order."""
+    if SIZE == 2:
+        low, high = tl.split(x)
+        return low + high
+    else:
+        low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, SIZE // 2]), [0, 2, 1]))
+        return _fold(low + high, SIZE // 2)
+
+
+@triton.jit
 def _squared_error(elements, codes, scale, alive):
-    """Reference `_lower_error`, error of one branch in units of T^2; a dead branch loses."""
+    """Reference `_lower_error`, error of one branch in units of T^2; a dead branch loses.
+
+    Bit for bit, if the compiler does not fuse the square into the sums: such kernels run with enable_fp_fusion=False.
+    """
     error = codes - elements
-    return tl.where(alive, scale * scale * tl.sum(error * error, 1), float("inf"))
+    return tl.where(alive, scale * scale * _fold(error * error, error.shape[1]), float("inf"))
 
 
 @triton.jit
@@ -179,15 +201,17 @@ def tensor_scale(amax, RANGE: tl.constexpr, POW2: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs_ptr, amax_ptr, rng_ptr, layer_ptr,
-                    values_ptr, codes_ptr, scales_ptr, scale_ptr, R, C, dim,
+                    values_ptr, codes_ptr, scales_ptr, scale_ptr, R, C, src_words, src_groups, out_words, out_groups,
+                    dim,
                     AXIS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, HAS_SIGNS: tl.constexpr,
                     TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                     SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                    STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
+                    STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr, EVEN: tl.constexpr,
                     TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Quantize [R, C] in blocks of 16 along AXIS. A program takes every num_programs-th tile of TILE x 128.
 
-    values_ptr: BF16 [R, C]; codes_ptr, scales_ptr: the operand stored as [rows, contraction]; scale_ptr: FP32 [].
+    values_ptr: BF16 [R, C]; codes_ptr (words of 8 codes), scales_ptr: the operand stored as [rows, contraction], with
+    out_words = contraction / 8 and out_groups = contraction / 16; scale_ptr: FP32 [].
     """
     program = tl.program_id(0)
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
@@ -198,23 +222,23 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
     key = (0, 0, 0, 0, 0)
     if ROUNDING != "rtn":
         key = load_key(rng_ptr, layer_ptr, STREAM)
-    rotation = _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS, INTERPRET)
+    unpacking: tl.constexpr = 256.0 if PACKED else 1.0
+    rotation = _load_rotation(rotation_ptr, signs_ptr, dim, factor * unpacking, HAS_SIGNS, INTERPRET)
     TILE_R: tl.constexpr = 128 if AXIS == 0 else TILE
     TILE_C: tl.constexpr = TILE if AXIS == 0 else 128
-    contraction = R if AXIS == 0 else C
     tiles_c = tl.cdiv(C, TILE_C)
     tiles = tl.cdiv(R, TILE_R) * tiles_c
     for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
-        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, TILE_R, TILE_C, PACKED, SQUARE, INTERPRET)
+        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, src_words, src_groups, TILE_R, TILE_C, PACKED, SQUARE,
+                       EVEN, INTERPRET)  # fmt: skip
         if AXIS == 0:
             x = tl.trans(x)
         y = _natural_order(tl.dot(x, rotation), TILE)
-        first = col0 if AXIS == 0 else row0
-        line = first + tl.arange(0, TILE * 8) // 8
-        group_in_line = (row0 if AXIS == 0 else col0) // 16 + tl.arange(0, TILE * 8) % 8
-        group = line * (contraction // 16) + group_in_line
+        line0 = col0 if AXIS == 0 else row0
+        group0 = (row0 if AXIS == 0 else col0) // 16
+        group = (line0 + tl.arange(0, TILE * 8) // 8) * out_groups + group0 + tl.arange(0, TILE * 8) % 8
         call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
         code, scale = quantize_groups(y, T, factor, call, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED,
                                       INTERPRET)  # fmt: skip
@@ -224,15 +248,61 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
                 values = tl.trans(values)
             rows = (row0 + tl.arange(0, TILE_R)).to(tl.int64)
             cols = col0 + tl.arange(0, TILE_C)
-            mask = (rows < R)[:, None] & (cols < C)[None, :]
-            tl.store(values_ptr + rows[:, None] * C + cols[None, :], values, mask=mask)
+            at = values_ptr + rows[:, None] * C + cols[None, :]
+            if EVEN:
+                tl.store(at, values)
+            else:
+                tl.store(at, values, mask=(rows < R)[:, None] & (cols < C)[None, :])
         if STORE_PACKED:
-            inside = (line < (C if AXIS == 0 else R)) & (group_in_line < contraction // 16)
-            low, high = tl.split(tl.reshape(e2m1_code(code, y), [TILE * 8, 8, 2]))
-            packed = (low | (high << 4)).to(tl.uint8)
-            offsets = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 8)[None, :]
-            tl.store(codes_ptr + offsets, packed, mask=inside[:, None])
-            tl.store(scales_ptr + group, e4m3_byte(scale), mask=inside)
+            lines = (line0 + tl.arange(0, TILE)).to(tl.int64)
+            words = group0 * 2 + tl.arange(0, 16)
+            groups = group0 + tl.arange(0, 8)
+            inside = (lines < (C if AXIS == 0 else R))[:, None]
+            packed = tl.reshape(encode_words(code, y), [TILE, 16])
+            at = codes_ptr + lines[:, None] * out_words + words[None, :]
+            scale_at = scales_ptr + lines[:, None] * out_groups + groups[None, :]
+            scale_bytes = tl.reshape(e4m3_byte(scale), [TILE, 8])
+            if EVEN:
+                tl.store(at, packed)
+                tl.store(scale_at, scale_bytes)
+            else:
+                tl.store(at, packed, mask=inside & (words < out_words)[None, :])
+                tl.store(scale_at, scale_bytes, mask=inside & (groups < out_groups)[None, :])
+
+
+@triton.jit
+def rows_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, count,
+                TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, SELECT_46: tl.constexpr,
+                ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
+                BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """BF16 source, axis 1, no rotation: groups are 32 contiguous bytes and `count` of them follow each other.
+
+    No tensor core and no shared memory. Each half of a group is its own load, so that a thread holds whole groups.
+    """
+    T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
+    if tl.program_id(0) == 0:
+        tl.store(scale_ptr, T)
+    factor = tl.where(T < TINY_SCALE, TINY_FACTOR, 1.0)
+    key = (0, 0, 0, 0, 0)
+    if ROUNDING != "rtn":
+        key = load_key(rng_ptr, layer_ptr, STREAM)
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (group < count)[:, None]
+    at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
+    low = tl.load(src_ptr + at, mask=inside, other=0.0)
+    high = tl.load(src_ptr + at + 8, mask=inside, other=0.0)
+    x = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BLOCK, 16])
+    y = x.to(tl.float32) * factor
+    call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    code, scale = quantize_groups(y, T, factor, call, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET)
+    if STORE_VALUES:
+        values = (code * scale[:, None]).to(tl.bfloat16)
+        at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(values_ptr + at, values, mask=inside)
+    if STORE_PACKED:
+        at = group.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(codes_ptr + at, tl.reshape(encode_words(code, y), [BLOCK, 2]), mask=inside)
+        tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
 
 
 @triton.jit
@@ -242,24 +312,27 @@ def _atomic_max(pointer, value):
 
 
 @triton.jit
-def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, R, C, dim,
-                ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr,
+def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, R, C, words,
+                groups, dim, ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr,
+                EVEN: tl.constexpr,
                 TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Largest magnitude of [R, C] rotated along axis 0 and/or axis 1, from one read; atomically into zeroed FP32 []."""
     program = tl.program_id(0)
+    unpacking: tl.constexpr = 256.0 if PACKED else 1.0
     TILE_R: tl.constexpr = 128 if ALONG_0 else TILE
     TILE_C: tl.constexpr = 128 if ALONG_1 else TILE
     if ALONG_0:
-        rotation0 = _load_rotation(rotation_ptr, signs0_ptr, dim, 1.0, True, INTERPRET)
+        rotation0 = _load_rotation(rotation_ptr, signs0_ptr, dim, unpacking, True, INTERPRET)
     if ALONG_1:
-        rotation1 = _load_rotation(rotation_ptr, signs1_ptr, dim, 1.0, True, INTERPRET)
+        rotation1 = _load_rotation(rotation_ptr, signs1_ptr, dim, unpacking, True, INTERPRET)
     largest0 = tl.zeros([TILE_C], tl.float32)
     largest1 = tl.zeros([TILE_R], tl.float32)
     tiles_c = tl.cdiv(C, TILE_C)
     for tile in tl.range(program, tl.cdiv(R, TILE_R) * tiles_c, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
-        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, TILE_R, TILE_C, PACKED, SQUARE, INTERPRET)
+        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
+                       EVEN, INTERPRET)  # fmt: skip
         if ALONG_1:
             largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
         if ALONG_0:

@@ -160,6 +160,7 @@ def _quantize_square_op(
         x, amax, rng, layer, values, codes, block_scales, scale, rows, columns, row_stride, column_stride,
         TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
         STORE_VALUES=store_values, STORE_PACKED=store_packed, TILES=tiles_a_program, INTERPRET=INTERPRET, num_warps=4,
+        enable_fp_fusion=not four_over_six,
     )  # fmt: skip
     return outputs
 

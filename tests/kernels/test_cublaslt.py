@@ -135,8 +135,9 @@ def test_products_agree_within_the_bound_of_fp32_sums(kind, shape, dtype, out_dt
     expected, magnitude = alpha * (left @ right), alpha * (left.abs() @ right.abs())
     bound = left.shape[1] * 2.0**-24 * magnitude
     if dtype in cublaslt_impl.FP8:
-        # Hopper's FP8 tensor cores keep 14 fraction bits of a partial sum between promotions to FP32 registers.
-        bound = bound + 2.0**-13 * magnitude
+        # Hopper's FP8 tensor cores align partial sums to about 14 bits before they are promoted to FP32. No bound is
+        # documented; on an H100 the largest error over these shapes was 1.1 * 2^-13 of the sum of magnitudes.
+        bound = bound + 2.0**-12 * magnitude
     if out_dtype == torch.bfloat16:
         bound = bound + 2.0**-8 * expected.abs()
     assert got.dtype == out_dtype

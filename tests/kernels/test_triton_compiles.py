@@ -17,10 +17,10 @@ from kernels.quantize import triton_impl, triton_kernels, triton_tiles  # noqa: 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
     TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False,
-    STREAM=16, STORE_VALUES=True, STORE_PACKED=False, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
+    STREAM=16, STORE_VALUES=True, STORE_PACKED=False, EVEN=True, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
 )  # fmt: skip
 QUANTIZE = {
-    "rtn_46_axis1_packed_out": dict(AXIS=1, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
+    "rtn_46_axis0_packed_out": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
     "sr_axis0_from_packed": dict(AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="sr"),
     "ms_eden_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_axis0": dict(AXIS=0, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
@@ -31,30 +31,37 @@ QUANTIZE = {
 POINTERS = {
     "src_ptr": "*bf16", "src_scales_ptr": "*u8", "src_global_ptr": "*fp32", "rotation_ptr": "*bf16",
     "signs_ptr": "*fp32", "signs0_ptr": "*fp32", "signs1_ptr": "*fp32", "amax_ptr": "*fp32", "amax0_ptr": "*fp32",
-    "amax1_ptr": "*fp32", "rng_ptr": "*i64", "layer_ptr": "*i64", "values_ptr": "*bf16", "codes_ptr": "*u8",
+    "amax1_ptr": "*fp32", "rng_ptr": "*i64", "layer_ptr": "*i64", "values_ptr": "*bf16", "codes_ptr": "*i32",
     "scales_ptr": "*u8", "scale_ptr": "*fp32",
 }  # fmt: skip
 
 
-def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, **types: str):
+def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, registers: int | None = None, **types):
     """The compiled kernel; arguments that are not constants are pointers by name, or i32."""
     signature = {
         name: "constexpr" if name in constants else {**POINTERS, **types}.get(name, "i32") for name in kernel.arg_names
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": warps})
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", target, 32),
+        options={"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": not constants.get("SELECT_46")},
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", QUANTIZE)
 def test_quantize_kernel_compiles_without_spills(name: str, target: int):
     constants = NVFP4 | QUANTIZE[name]
-    source = "*u8" if constants["PACKED"] else "*bf16"
-    key = triton_impl.config_key(*(constants[part] for part in ("PACKED", "AXIS", "ROUNDING", "SELECT_46")))
+    source = "*i32" if constants["PACKED"] else "*bf16"
+    key = triton_impl.config_key(
+        *(constants[part] for part in ("PACKED", "AXIS", "ROUNDING", "SELECT_46", "HAS_SIGNS"))
+    )
     launch = triton_impl.CONFIGS[key]
     constants |= {"TILE": launch.tile, "STAGES": launch.stages}
-    compiled = compile_kernel(triton_kernels.quantize_kernel, constants, target, launch.warps, src_ptr=source)
+    kernel, limit = triton_kernels.quantize_kernel, launch.registers
+    compiled = compile_kernel(kernel, constants, target, launch.warps, limit, src_ptr=source)
     # The layout argument of triton_kernels.py: no shuffles between the tensor core and the per-group sums.
     ptx = compiled.asm["ptx"]
     assert ".local" not in ptx
@@ -67,8 +74,21 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int):
 def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
     constants = dict(zip(("ALONG_0", "ALONG_1"), along, strict=True))
     launch = triton_impl.CONFIGS["amax", 2 if all(along) else int(along[1])]
-    constants |= dict(PACKED=False, SQUARE=False, TILE=launch.tile, STAGES=launch.stages, INTERPRET=False)
+    constants |= dict(PACKED=False, SQUARE=False, EVEN=False, TILE=launch.tile, STAGES=launch.stages, INTERPRET=False)
     assert compile_kernel(triton_kernels.amax_kernel, constants, target, launch.warps).asm["cubin"]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["rtn", "four_over_six", "sr"])
+def test_rows_kernel_compiles_without_spills(name: str, target: int):
+    launch = triton_impl.CONFIGS[f"{name}_rows", 1]
+    constants = dict(
+        TARGET=6.0, RANGE=1536.0, POW2=False, SELECT_46=name == "four_over_six",
+        ROUNDING="sr" if name == "sr" else "rtn", STREAM=16, STORE_VALUES=True, STORE_PACKED=True,
+        BLOCK=launch.tile, INTERPRET=False,
+    )  # fmt: skip
+    compiled = compile_kernel(triton_kernels.rows_kernel, constants, target, launch.warps, launch.registers)
+    assert ".local" not in compiled.asm["ptx"] and "shfl.sync.bfly" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -78,8 +98,10 @@ def test_tile_kernels_compile(target: int):
         STORE_PACKED=True, TILES=8, INTERPRET=False,
     )  # fmt: skip
     fp8 = dict(TARGET=448.0, POW2=False, PER_ROW=True, IS_E4M3=True, TILE_R=16, TILE_C=256, INTERPRET=False)
-    assert compile_kernel(triton_tiles.square_kernel, square, target).asm["cubin"]
+    assert compile_kernel(triton_tiles.square_kernel, square, target, codes_ptr="*u8").asm["cubin"]
     assert compile_kernel(triton_tiles.fp8_kernel, fp8, target, values_ptr="*u8").asm["cubin"]
-    assert compile_kernel(triton_tiles.unpack_kernel, dict(SQUARE=True, BLOCK=128), target).asm["cubin"]
+    assert compile_kernel(triton_tiles.unpack_kernel, dict(SQUARE=True, BLOCK=128), target, codes_ptr="*u8").asm[
+        "cubin"
+    ]
     assert compile_kernel(triton_kernels.signs_kernel, dict(STREAM=1, DIM=16, FIXED=False), target, 1,
                           signs_ptr="*fp32").asm["cubin"]  # fmt: skip
