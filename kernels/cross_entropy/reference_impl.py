@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.formats import round_bf16
+from kernels.formats import to_bf16_values
 from kernels.gemm.reference_impl import accumulate, round_output
 
 # Tokens whose logits are held at once: 1,024 x 32,000 x 4 bytes = 131 MB in FP32.
@@ -25,7 +25,7 @@ def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: 
 
 def head_bf16(weight: Tensor) -> Tensor:
     """The head as the GEMMs read it: BF16 of the FP32 master, on a CPU in FP32."""
-    return weight.to(torch.bfloat16) if weight.is_cuda else round_bf16(weight)
+    return weight.to(torch.bfloat16) if weight.is_cuda else to_bf16_values(weight)
 
 
 def _chunks(h: Tensor, head: Tensor, targets: Tensor):
@@ -36,7 +36,7 @@ def _chunks(h: Tensor, head: Tensor, targets: Tensor):
 
 def _nats(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Per-token nats, the logits and their logsumexp, FP32."""
-    logits = round_bf16(accumulate(h, head.t()))
+    logits = to_bf16_values(accumulate(h, head.t()))
     logsumexp = logits.logsumexp(dim=-1)
     picked = logits.gather(1, targets[:, None]).squeeze(1)
     return logsumexp - picked, logits, logsumexp
@@ -53,7 +53,7 @@ class _SumLoss(torch.autograd.Function):
             total = total + nats.sum()
             if needs_grad:
                 onehot = torch.zeros_like(logits).scatter_(1, part[:, None], 1.0)
-                dlogits = round_bf16((logits - logsumexp[:, None]).exp() - onehot).to(head.dtype)
+                dlogits = to_bf16_values((logits - logsumexp[:, None]).exp() - onehot).to(head.dtype)
                 dh.append(accumulate(dlogits, head))
                 dweight += accumulate(dlogits.t(), rows)
         if needs_grad:
