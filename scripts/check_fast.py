@@ -20,13 +20,16 @@ from torch import Tensor
 
 from kernels import nvfp4
 from kernels.quantize import Quantized, reference_impl, triton_impl
-from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+from kernels.spec import FP8_SCALES, NO_CLIP_MAX, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
 SPECS = {
     "rtn": QuantSpec.resolve("e2m1", NVFP4_SCALES),
     "rtn_46": QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six"),
     "rtn_pow2": QuantSpec.resolve("e2m1", NVFP4_SCALES, tensor_scale="pow2"),
     "sr": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr"),
+    "sr_46": QuantSpec.resolve(
+        "e2m1", NVFP4_SCALES, select="four_over_six", rounding="sr", target_max=NO_CLIP_MAX, scale_cap=256.0
+    ),
     "ms_eden": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden"),
     "ms_eden_rotation": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation"),
     "ms_eden_upstream": QuantSpec.resolve(

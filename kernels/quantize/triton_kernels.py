@@ -158,18 +158,20 @@ def _over_blocks(per_group, EDEN_GROUPS: tl.constexpr):
 
 
 @triton.jit
-def quantize_groups(y, T, factor, call, group, key, TARGET: tl.constexpr, SELECT_46: tl.constexpr,
+def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr, SELECT_46: tl.constexpr,
                     ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                     INTERPRET: tl.constexpr):  # fmt: skip
     """Reference `quantize_blocks`: FP32 codes [G, n] and block scales [G] of y [G, n] (n = 16, or 256 for tiles).
 
-    T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales.
+    T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales;
+    calls: how many the elements take in all (a second stochastic branch goes on from there).
     """
     SR: tl.constexpr = ROUNDING == "sr"
     random24 = _random24_elements(call, key, y.shape[0], y.shape[1]) if SR else 0.0
     ratio = tl.div_rn(tl.max(tl.abs(y), 1), TARGET * T * factor)
     elements, codes, scale, alive = _round_groups(y, ratio, T, factor, random24, SR, INTERPRET)
     if SELECT_46:
+        random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1]) if SR else 0.0
         elements4, codes4, scale4, alive4 = _round_groups(y, 1.5 * ratio, T, factor, random24, SR, INTERPRET)
         four = _squared_error(elements4, codes4, scale4, alive4) < _squared_error(elements, codes, scale, alive)
         codes = tl.where(four[:, None], codes4, codes)
@@ -240,8 +242,9 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
         group0 = (row0 if AXIS == 0 else col0) // 16
         group = (line0 + tl.arange(0, TILE * 8) // 8) * out_groups + group0 + tl.arange(0, TILE * 8) % 8
         call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        code, scale = quantize_groups(y, T, factor, call, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED,
-                                      INTERPRET)  # fmt: skip
+        calls = (C if AXIS == 0 else R) * out_groups * 4
+        code, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
+                                      SCALED, INTERPRET)  # fmt: skip
         if STORE_VALUES:
             values = tl.reshape((code * scale[:, None]).to(tl.bfloat16), [TILE, 128])
             if AXIS == 0:
@@ -294,7 +297,10 @@ def rows_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, sc
     x = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BLOCK, 16])
     y = x.to(tl.float32) * factor
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    code, scale = quantize_groups(y, T, factor, call, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET)
+    calls = count * 4
+    code, scale = quantize_groups(
+        y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+    )
     if STORE_VALUES:
         values = (code * scale[:, None]).to(tl.bfloat16)
         at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]

@@ -45,7 +45,10 @@ def square_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, 
     quad = tl.arange(0, 64)
     call_row = (tile // columns_of_tiles * 16)[:, None] + (quad // 4)[None, :]
     call = call_row * (COLUMNS // 4) + (tile % columns_of_tiles * 4)[:, None] + (quad % 4)[None, :]
-    codes, scale = quantize_groups(y, T, factor, call, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET)
+    calls = ROWS * (COLUMNS // 4)
+    codes, scale = quantize_groups(
+        y, T, factor, call, calls, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+    )
     if STORE_VALUES:
         tl.store(values_ptr + offsets, (codes * scale[:, None]).to(tl.bfloat16), mask=inside[:, None])
     if STORE_PACKED:
