@@ -1,0 +1,178 @@
+"""A NaN planted in an activation, a gradient or a weight: found, named, and dealt with as the policy says."""
+
+import json
+
+import pytest
+import torch
+
+from training import launch
+from training.checkpoint import read_all
+from training.manifest import checkpoints
+from training.nonfinite import Guard, NonFiniteError
+
+BAD_STEP = 7  # 1-based; checkpoint.every=5 and log.every=4 put it after a checkpoint and inside a logging window
+NAN = float("nan")
+
+
+@pytest.fixture
+def plant(monkeypatch):
+    """plant(layer, kind): from now on runs carry a NaN in `layer` during step BAD_STEP (weights: from then on)."""
+    build = launch.build_model
+
+    def choose(layer: str, kind: str, when=lambda module: True, steps=(BAD_STEP,)) -> None:
+        def building(*arguments):
+            model, init_hash = build(*arguments)
+            module = model.get_submodule(layer)
+            rng = module.rng
+
+            def due() -> bool:
+                return int(rng[1]) + 1 in steps and int(rng[2]) == 1 and torch.is_grad_enabled() and when(module)
+
+            def forward(module, inputs, y):
+                if kind == "activation" and due():
+                    y = y.clone()
+                    y[0, 3, 5] = NAN
+                if kind == "gradient" and due():
+                    y.register_hook(lambda gradient: torch.where(torch.arange(gradient.shape[-1]) == 2, NAN, gradient))
+                return y
+
+            def before(module, inputs):
+                if kind == "weight" and due():
+                    with torch.no_grad():
+                        module.weight[1, 1] = NAN
+
+            module.register_forward_hook(forward)
+            module.register_forward_pre_hook(before)
+            return model, init_hash
+
+        monkeypatch.setattr(launch, "build_model", building)
+
+    return choose
+
+
+def rows(folder, kind: str) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def steps_of(folder) -> list[int]:
+    return [row["step"] for row in rows(folder, "train")]
+
+
+def event(folder, name: str) -> dict:
+    found = [row for row in rows(folder, "event") if row["event"] == name]
+    assert len(found) == 1
+    return found[0]
+
+
+def test_stop_names_the_tensor_and_keeps_the_state_before(run, plant, tmp_path):
+    _, clean = run("quant=quartet2", "checkpoint.every=6", "checkpoint.keep_last=9", name="clean")
+    plant("blocks.0.attn.out", "activation")
+    with pytest.raises(
+        NonFiniteError, match=rf"step {BAD_STEP}: loss nan.*y of fprop in blocks\.0\.attn\.out, micro-batch 1"
+    ):
+        run("quant=quartet2", name="planted")
+    planted = tmp_path / "runs" / "planted"
+    assert "So it is in BF16: the recipe isn't the cause" in event(planted, "nonfinite")["cause"]
+    assert steps_of(planted) == [1, 2, 3, 4, 5, 6]
+    newest = checkpoints(planted / "checkpoints")[-1]
+    assert newest.name == "step_00000006"
+    one, other = read_all(newest), read_all(clean / "checkpoints" / "step_00000006")
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_nan_in_a_gradient_is_named_in_the_backward(run, plant):
+    plant("blocks.0.mlp.down", "gradient")
+    with pytest.raises(NonFiniteError, match=r"dy of dgrad in blocks\.0\.mlp\.down"):
+        run("quant=sr")
+
+
+def test_nan_in_a_weight_is_named_and_not_saved(run, plant, tmp_path):
+    plant("blocks.0.attn.qkv", "weight")
+    with pytest.raises(
+        NonFiniteError, match=r"Weights that are not finite: blocks\.0\.attn\.qkv\.weight.*nothing was saved"
+    ):
+        run("quant=quartet2")
+    assert checkpoints(tmp_path / "runs" / "test" / "checkpoints")[-1].name == "step_00000005"
+
+
+@pytest.mark.parametrize("gemm", ["fprop"])
+def test_a_recipe_that_causes_it_is_told_from_the_data(run, plant, gemm):
+    plant("blocks.0.mlp.gate_up", "activation", when=lambda module: module.recipe.gemm(gemm).is_quantized)
+    with pytest.raises(
+        NonFiniteError, match=rf"In BF16 it is finite: the recipe is the cause\. {gemm} quantized alone"
+    ):
+        run("quant=quartet2")
+
+
+def test_skip_leaves_out_exactly_that_batch(run, plant):
+    """Skipping is bitwise a training in which that step's update never happened."""
+    plant("blocks.0.attn.out", "activation")
+    code, folder = run("quant=quartet2", "nonfinite=skip")
+    assert code == 0
+    assert steps_of(folder) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert event(folder, "skip")["bad_step"] == BAD_STEP
+    assert all(torch.isfinite(tensor).all() for tensor in read_all(checkpoints(folder / "checkpoints")[-1]).values())
+    moments = read_all(checkpoints(folder / "checkpoints")[-1])
+    assert moments["optim.0.blocks.0.attn.qkv.weight.step"].item() == 9  # nine updates in ten steps
+
+
+def test_rollback_takes_the_checkpoint_and_goes_on_after_the_batch(run, plant):
+    plant("blocks.0.mlp.down", "weight")
+    code, folder = run("quant=quartet2", "nonfinite=rollback")
+    assert code == 0
+    assert steps_of(folder) == [1, 2, 3, 4, 5, 6, 8, 9, 10]
+    assert event(folder, "rollback")["bad_step"] == BAD_STEP
+    end = read_all(checkpoints(folder / "checkpoints")[-1])
+    assert end["optim.0.blocks.0.attn.qkv.weight.step"].item() == 8  # 5 of the checkpoint, 8 to 10 after it
+
+
+def test_skipping_a_broken_weight_is_refused(run, plant):
+    plant("blocks.0.mlp.down", "weight")
+    with pytest.raises(NonFiniteError, match="skipping doesn't mend a weight; use nonfinite=rollback"):
+        run("nonfinite=skip")
+
+
+def test_a_run_that_is_bad_at_every_step_is_stopped(run, plant, tmp_path):
+    plant("blocks.0.attn.out", "activation", steps=range(4, 99))
+    with pytest.raises(NonFiniteError, match="4 such steps in a row, in spite of skip"):
+        run("nonfinite=skip")
+    assert [row["bad_step"] for row in rows(tmp_path / "runs" / "test", "event") if row["event"] == "skip"] == [4, 5, 6]
+
+
+def test_rollback_without_a_checkpoint_says_what_to_change(run, plant):
+    plant("blocks.0.attn.out", "activation", steps=(2,))
+    with pytest.raises(NonFiniteError, match=r"no checkpoint to roll back to yet; lower checkpoint\.every"):
+        run("nonfinite=rollback")
+
+
+def test_metrics_stay_valid_json(run, plant):
+    plant("blocks.0.attn.out", "activation")
+    _, folder = run("nonfinite=skip")
+
+    def refuse(text: str):
+        raise AssertionError(f"{text} is not JSON")
+
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=refuse)
+
+
+def test_guard_freezes_until_lowered():
+    weight = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
+    guard = Guard([optimizer], torch.device("cpu"))
+
+    def update(norm: float) -> torch.Tensor:
+        weight.grad = torch.ones(3)
+        guard.watch(torch.tensor(norm))
+        optimizer.step()
+        return weight.detach().clone()
+
+    first = update(1.0)
+    assert not torch.equal(first, torch.ones(3))
+    assert torch.equal(update(NAN), first)
+    assert torch.equal(update(1.0), first)  # still raised
+    guard.lower()
+    assert not torch.equal(update(1.0), first)
+    with pytest.raises(ValueError, match="fused=True"):
+        Guard([torch.optim.SGD([weight])], torch.device("cpu"))
