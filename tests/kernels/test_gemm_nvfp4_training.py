@@ -77,10 +77,10 @@ def test_packed_path_compiles_into_one_graph(monkeypatch):
     monkeypatch.setattr(backend, "IMPL", {})
     backend.use(CPU | {"gemm": "emulated"})
     rng = torch.tensor([1, 0, 0])
-    block = Block("quartet2", rng)
+    block = Block("nvfp4_rtn", rng)  # no random bits: their tracing is slow and not the question here
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(5))
     expected = block(x)
-    assert torch.equal(torch.compile(block, fullgraph=True, backend="aot_eager")(x), expected)
+    assert torch.equal(torch.compile(block, fullgraph=True, backend="eager")(x), expected)
 
 
 @pytest.mark.gpu
