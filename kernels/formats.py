@@ -43,7 +43,7 @@ def round_nearest(x: Tensor, fmt: MiniFloat) -> Tensor:
     """x (FP32) to the nearest value of the format, ties to even, saturating. Zeros come out positive; NaN stays NaN."""
     x = x.clamp(-fmt.max_value, fmt.max_value)
     shift = _binade(x, fmt) * (1.5 * 2.0 ** (FP32_MANTISSA - fmt.mantissa_bits))
-    return (x + shift) - shift
+    return x.add_(shift).sub_(shift)  # in place on the clamped copy: fresh pages cost more than the sums
 
 
 def round_stochastic(x: Tensor, fmt: MiniFloat, random24: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ def test_single_block_by_hand():
     codes = [6, 1, 0.5, 0, 1, 1, 2, 2, 4, 4, -0.0, -6] + [0] * 4  # 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5 are ties
     assert (out.values / 448).tolist() == [codes]
     assert out.packed.codes[0, 5] == 0xF8  # -112 keeps its sign on a zero (8), -2688 is code 15
+    assert run(block(1.0, -0.0), RTN).packed.codes[0, 0] == 0x87  # and so does -0
 
 
 def test_tensor_scale_by_hand():
@@ -244,14 +245,14 @@ def test_square_blocks_share_codes_with_the_transpose():
 @pytest.mark.parametrize("space", ["tensor", "scaled"])
 def test_correction_per_rotation_block(space):
     spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation", eden_space=space)
-    x = torch.randn(4, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
+    x = torch.randn(32, 64, generator=torch.Generator().manual_seed(7)).bfloat16()
     signs = rht_signs(RNG, LAYER, 1, 32)
-    y = (x.float() * signs.repeat(2)).view(4, 2, 32).double() @ hadamard(32, x.device).double()
-    y = y.view(4, 4, 16).float()
+    y = (x.float() * signs.repeat(2)).view(32, 2, 32).double() @ hadamard(32, x.device).double()
+    y = y.view(32, 4, 16).float()
     scale = y.abs().max() / torch.tensor(spec.target_max * spec.scale_cap)
-    noise = philox.random24(RNG, LAYER, 2, 16).view(4, 4)
+    noise = philox.random24(RNG, LAYER, 2, 128).view(32, 4)
     out = run(x, spec, signs=signs)
-    for row in range(4):
+    for row in range(32):
         parts = [brute_block(y[row, g], spec, scale, 1.0, None) for g in range(4)]
         for g in range(4):
             pair = parts[g // 2 * 2 : g // 2 * 2 + 2]
