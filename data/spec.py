@@ -62,7 +62,7 @@ class DataSpec:
         _one_of("data.source", self.source, SOURCES)
         _one_of("data.val_rule", self.val_rule, VAL_RULES)
         _one_of("data.packing", self.packing, PACKINGS)
-        if self.source == "files" and not as_list(self.files):
+        if self.source == "files" and not self.path and not as_list(self.files):
             raise ValueError(
                 "data.files is empty: give a path or a glob, such as data.files='corpus/train-*.jsonl.zst'"
             )

@@ -1,8 +1,9 @@
 """Linear cross-entropy on a GPU: chunks of BF16 logits, one kernel that turns a chunk into losses and dlogits in place.
 
-For a chunk of tokens: logits = bf16(h W^T) by a library GEMM; one program per token reads its row once into registers,
-forms max, sum and loss in FP32, and writes bf16(softmax - onehot) over the logits; two GEMMs add to dh and dW in FP32.
-Bytes per logit: 2 written by the GEMM, 2 read and 2 written by the kernel, 2 + 2 read by the two GEMMs.
+For a chunk of tokens: logits = bf16(h W^T) by a library GEMM; one program per token reads its row twice, the second time
+from the cache: maximum, sum and loss in FP32, then bf16(softmax - onehot) over the logits; two GEMMs add to dh and dW in
+FP32. Bytes per logit: 2 written by the GEMM, 2 read and 2 written by the kernel, 2 + 2 read by the two GEMMs.
+One H100, 8192 x 32000: 0.50 ms so, 0.56 ms with the row held in registers, 0.35 ms a plain copy.
 Differs from the reference only in the order of FP32 sums and in exp(x - max) / sum instead of exp(x - logsumexp).
 """
 
@@ -18,7 +19,7 @@ from kernels.gemm import cublaslt_impl
 
 # Large enough for full-speed GEMMs and few passes over dW, small enough not to decide the peak memory.
 CHUNK_BYTES = 512 * 2**20
-WARPS = 32
+BLOCK, WARPS = 2048, 16
 
 
 def unavailable() -> str | None:
@@ -30,20 +31,30 @@ def unavailable() -> str | None:
 def nats_kernel(logits, targets, nats, vocab, BLOCK: tl.constexpr, WRITE_GRADIENT: tl.constexpr):
     """logits: BF16 [tokens, vocab], overwritten by dlogits if asked; nats: FP32 [tokens]. One program per token."""
     row = tl.program_id(0).to(tl.int64)
-    index = tl.arange(0, BLOCK)
-    inside = index < vocab
-    at = logits + row * vocab + index
-    x = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
+    at = logits + row * vocab
     target = tl.load(targets + row)
-    largest = tl.max(x, axis=0)
-    exponentials = tl.exp(x - largest)
-    total = tl.sum(exponentials, axis=0)
-    # Picked from the registers: another thread of this program may have overwritten the row already.
-    picked = tl.sum(tl.where(index == target, x, 0.0), axis=0)
-    tl.store(nats + row, largest + tl.log(total) - picked)
+    # Each lane keeps its own running maximum and sum; they meet once, at the end.
+    largest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    picked = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, vocab, BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        # The lowest finite number, not -inf: an idle lane must not form inf - inf.
+        x = tl.load(at + index, mask=index < vocab, other=-3.0e38).to(tl.float32)
+        picked += tl.where(index == target, x, 0.0)
+        new = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
+        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        largest = new
+    row_max = tl.max(largest, axis=0)
+    row_sum = tl.sum(total * tl.exp(largest - row_max), axis=0)
+    tl.store(nats + row, row_max + tl.log(row_sum) - tl.sum(picked, axis=0))
     if WRITE_GRADIENT:
-        gradient = exponentials * (1.0 / total) - tl.where(index == target, 1.0, 0.0)
-        tl.store(at, gradient.to(tl.bfloat16), mask=inside)
+        inverse = 1.0 / row_sum
+        for start in range(0, vocab, BLOCK):
+            index = start + tl.arange(0, BLOCK)
+            x = tl.load(at + index, mask=index < vocab, other=0.0).to(tl.float32)
+            gradient = tl.exp(x - row_max) * inverse - tl.where(index == target, 1.0, 0.0)
+            tl.store(at + index, gradient.to(tl.bfloat16), mask=index < vocab)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: bool) -> Tensor:
@@ -113,6 +124,5 @@ def chunks(h: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
 def nats_of(logits: Tensor, targets: Tensor, write_gradient: bool) -> Tensor:
     """FP32 [T] losses of contiguous BF16 logits [T, V]; with write_gradient the logits become dlogits."""
     nats = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    block = triton.next_power_of_2(logits.shape[1])
-    nats_kernel[(logits.shape[0],)](logits, targets, nats, logits.shape[1], block, write_gradient, num_warps=WARPS)
+    nats_kernel[(logits.shape[0],)](logits, targets, nats, logits.shape[1], BLOCK, write_gradient, num_warps=WARPS)
     return nats

@@ -16,7 +16,7 @@ from kernels.cross_entropy import triton_impl  # noqa: E402
 @pytest.mark.parametrize("write_gradient", [True, False])
 def test_kernel_compiles_without_spills(target: int, write_gradient: bool):
     signature = {"logits": "*bf16", "targets": "*i64", "nats": "*fp32", "vocab": "i32"}
-    constants = {"BLOCK": 32768, "WRITE_GRADIENT": write_gradient}
+    constants = {"BLOCK": triton_impl.BLOCK, "WRITE_GRADIENT": write_gradient}
     source = ASTSource(
         fn=triton_impl.nats_kernel,
         signature=signature | dict.fromkeys(constants, "constexpr"),
