@@ -94,24 +94,35 @@ class QuantizedProduct(torch.autograd.Function):
         context = replace(ctx.context, rng=rng, layer=layer)
         kept_w = rebuild(ctx.kinds[0], parts[: ctx.split])
         kept_x = rebuild(ctx.kinds[1], parts[ctx.split :])
-        dy = dy.contiguous()
-        dx = data_gradient(dy, kept_w, context) if ctx.needs_input_grad[0] else None
-        dw = weight_gradient(dy, kept_x, context) if ctx.needs_input_grad[1] else None
+        signs = rotation_signs(context, "dgrad"), rotation_signs(context, "wgrad")
+        a = gradient_operands(dy.contiguous(), context, signs, ctx.needs_input_grad[:2])
+        dx = data_gradient(a[0], kept_w, context, signs[0]) if ctx.needs_input_grad[0] else None
+        dw = weight_gradient(a[1], kept_x, context, signs[1]) if ctx.needs_input_grad[1] else None
         return dx, dw, None, None, None, None
 
 
-def data_gradient(dy: Tensor, kept_w: Held, context: Context) -> Tensor:
+def gradient_operands(dy: Tensor, context: Context, signs: tuple, needed: tuple[bool, bool]) -> list[Quantized | None]:
+    """dY [M,N] as operand of dgrad and of wgrad, made together where both are quantized: then dY is read less often."""
+    slots = ("dgrad.dy", "wgrad.dy")
+    operands = [context.recipe.operand(slot) for slot in slots]
+    exact = all(operand.is_quantized and operand.amax == "exact" for operand in operands)
+    together = exact and all(needed) and context.watch is None
+    if not together:
+        pairs = zip(slots, signs, needed, strict=True)
+        return [make_operand(dy, slot, context, sign) if need else None for slot, sign, need in pairs]
+    specs, wants = (o.spec for o in operands), (wanted(context.recipe, slot, False) for slot in slots)
+    numbers = tuple(SLOTS.index(slot) for slot in slots)
+    return list(ops.quantize_both(dy, tuple(specs), signs, context.rng, context.layer, numbers, tuple(wants)))
+
+
+def data_gradient(a: Quantized, kept_w: Held, context: Context, signs: Tensor | None) -> Tensor:
     """dX [M,K] bf16 = dY [M,N] W [N,K]. kept_w: the FP32 master, or what fprop used."""
-    signs = rotation_signs(context, "dgrad")
     w = kept_w.to(torch.bfloat16) if isinstance(kept_w, Tensor) else kept_w
-    a = make_operand(dy, "dgrad.dy", context, signs)
     return product(a, make_operand(w, "dgrad.w", context, signs), "dgrad", context.recipe.dgrad, torch.bfloat16)
 
 
-def weight_gradient(dy: Tensor, kept_x: Held, context: Context) -> Tensor:
+def weight_gradient(a: Quantized, kept_x: Held, context: Context, signs: Tensor | None) -> Tensor:
     """dW [N,K] float32 = dY^T X. kept_x: x in BF16, what fprop used, or the operand itself (`keep_input`)."""
-    signs = rotation_signs(context, "wgrad")
-    a = make_operand(dy, "wgrad.dy", context, signs)
     if context.recipe.operand("wgrad.x").source != "input" or isinstance(kept_x, Tensor):
         b = make_operand(kept_x, "wgrad.x", context, signs)
     else:
@@ -135,19 +146,22 @@ def rotation_signs(context: Context, name: str) -> Tensor | None:
     return ops.rht_signs(context.rng, context.layer, GEMMS.index(name), gemm.rotation_dim, fixed)
 
 
-def make_operand(held: Held, slot: str, context: Context, signs: Tensor | None, also_packed: bool = False) -> Quantized:
-    """The operand of a slot from what is there; `also_packed` keeps its NVFP4 codes beside the GEMM's own wish."""
+def make_operand(
+    held: Held, slot: str, context: Context, signs: Tensor | None, also_packed: bool = False, only_packed: bool = False
+) -> Quantized:
+    """The operand of a slot from what is there; NVFP4 codes beside the GEMM's own wish, or in place of it, to be kept."""
     operand = context.recipe.operand(slot)
     if operand.source == "fprop_transposed" and not isinstance(held, Tensor):
         return as_it_is(held, slot, context)
     want = wanted(context.recipe, slot, also_packed and operand.spec.is_nvfp4)
+    want = ("packed",) if only_packed and operand.spec.is_nvfp4 else want
     arguments = operand.spec, AXES[slot], signs, operand.amax, (context.rng, context.layer, SLOTS.index(slot), want)
     if context.watch is not None:
         context.watch.count(slot, held, operand, AXES[slot], signs, context.rng, context.layer)
     if isinstance(held, NVFP4Tensor):
         return as_it_is(held, slot, context) if is_plain(operand, signs) else quantize_packed(held, *arguments)
     if isinstance(held, Quantized):  # FP8: its one scale stays outside
-        inner = quantize_tensor(held.values, *arguments)
+        inner = quantize_tensor(held.values.to(torch.bfloat16), *arguments)
         return replace(inner, scale=held.scale if inner.scale is None else inner.scale * held.scale)
     return quantize_tensor(held, *arguments)
 
@@ -199,7 +213,7 @@ def keep_input(x: Tensor, context: Context) -> Held:
     operand = context.recipe.operand("wgrad.x")
     if operand.source != "input" or not operand.is_quantized:
         return x
-    return hold(make_operand(x, "wgrad.x", context, rotation_signs(context, "wgrad"), also_packed=True), operand)
+    return hold(make_operand(x, "wgrad.x", context, rotation_signs(context, "wgrad"), only_packed=True), operand)
 
 
 def hold(quantized: Quantized, operand: Operand) -> Held:
@@ -218,9 +232,5 @@ def flatten(held: Held) -> tuple[Tensor, ...]:
 
 
 def rebuild(kind: type, parts: list[Tensor]) -> Held:
-    """The inverse of `flatten`; FP8 bytes become BF16 values again."""
-    if kind is NVFP4Tensor:
-        return NVFP4Tensor(*parts)
-    if kind is Quantized:
-        return Quantized(parts[0].to(torch.bfloat16), parts[1])
-    return parts[0]
+    """The inverse of `flatten`."""
+    return kind(*parts) if kind in (NVFP4Tensor, Quantized) else parts[0]

@@ -133,6 +133,20 @@ def run(case: Case, x: Tensor) -> dict[str, float]:
     return shares | _compare(got, expected)
 
 
+def both_axes_agree(x: Tensor, spec: QuantSpec, rotation: int) -> bool:
+    """Whether `quantize_both` gives bit for bit what two calls give."""
+    rng, layer = torch.tensor([99, 3, 1], device=x.device), torch.tensor(2, device=x.device)
+    signs = [triton_impl.rht_signs(rng, layer, g, rotation, False) if rotation > 1 else None for g in (1, 2)]
+    want = ("values", "packed")
+    got = triton_impl.quantize_both(x, (spec, spec), tuple(signs), rng, layer, (2, 4), (want, want))
+    for axis, slot, sign, one in zip((1, 0), (2, 4), signs, got, strict=True):
+        largest = triton_impl.amax(x, axis, sign, False)
+        two = triton_impl.quantize(x, spec, axis, largest, sign, rng, layer, slot, want)
+        if any(_compare(one, two).values()):
+            return False
+    return True
+
+
 def _compare(got: Quantized, expected: Quantized) -> dict[str, float]:
     shares = {"scale": _share(got.scale, expected.scale)}
     if expected.scale.isnan().all():
@@ -194,6 +208,11 @@ def main() -> int:
         rows.append({**case.__dict__, "ok": ok, **shares})
         if args.verbose or not ok:
             print("ok  " if ok else "FAIL", case, {k: f"{v:.3g}" for k, v in shares.items() if v})
+    for spec in ("rtn", "sr", "ms_eden"):
+        for rotation in (1, 16):
+            x = inputs(32, 160, device)["randn"]
+            ok = both_axes_agree(x, SPECS[spec], rotation)
+            rows.append({"spec": f"both axes {spec}", "rotation": rotation, "axis": 2, "source": "bf16", "ok": ok})
     summarize(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))

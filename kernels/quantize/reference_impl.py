@@ -6,7 +6,7 @@ With y the stored operand [rows, contraction] after rotation, v = target_max, C 
     s_g = rne_e4m3( max_g|y| / (v * T) ); 0 is replaced by 1 and the block's codes are 0 ("dead")
     u   = y / (s_g * T);  q = round_e2m1(u), to nearest even or stochastically by word `element` of Philox
     4/6:     also s4_g = rne_e4m3( 1.5 * (max_g|y| / (v * T)) ); with e = s_g^2 * sum_g (q - u)^2 the lower e wins, six
-             wins ties; a dead branch loses to a live one; with SR the second branch rounds by words count .. 2 count - 1
+             wins ties; a dead branch loses to a live one; with SR the second branch rounds by words count .. 2 count-1
     MS-EDEN: S = sum u^2 / sum u q over the group of 16; over the rotation block both sums are weighted by s_g^2
              (tensor space) or not (scaled space); 1 if the denominator is 0;
              s_g <- sr_e4m3( min(S * s_g, 448) ) by word `block` of Philox, 0 replaced by 1 and codes 0; q and T stay
@@ -129,6 +129,27 @@ def quantize(
     blocks = quantize_blocks(y, spec, scale, rng, layer, slot, signs)
     values = _operand((blocks.codes * blocks.scales).view(y.shape), axis) if "values" in want else None
     return Quantized(values, scale, _pack(y, blocks, scale, spec.is_square) if "packed" in want else None)
+
+
+def quantize_both(
+    x: Tensor,
+    specs: tuple[QuantSpec, QuantSpec],
+    signs: tuple[Tensor | None, Tensor | None],
+    rng: Tensor,
+    layer: Tensor,
+    slots: tuple[int, int],
+    wants: tuple[tuple[str, ...], tuple[str, ...]],
+) -> tuple[Quantized, Quantized]:
+    return each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)
+
+
+def each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants) -> tuple[Quantized, Quantized]:
+    """`quantize_both` as two calls of the functions that are handed in."""
+    made = []
+    for axis, spec, sign, slot, want in zip((1, 0), specs, signs, slots, wants, strict=True):
+        largest = None if spec.grid == "none" else amax(x, axis, sign, spec.per_row)
+        made.append(quantize(x, spec, axis, largest, sign, rng, layer, slot, want))
+    return made[0], made[1]
 
 
 def requantize(

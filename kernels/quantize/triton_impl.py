@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl, triton_tiles
 from kernels.quantize.triton_kernels import ROTATION_TILE, amax_kernel, quantize_kernel, rows_kernel, signs_kernel
-from kernels.spec import NVFP4_BLOCK, QuantSpec
+from kernels.spec import NVFP4_BLOCK, ROUNDINGS, QuantSpec
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 ROTATION_DIMS = (16, 32, 64, 128)
@@ -90,13 +90,6 @@ def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
     return torch.ops.nibble.amax(x, None, *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
 
-def amax_both(x: Tensor, signs_axis1: Tensor, signs_axis0: Tensor) -> tuple[Tensor, Tensor]:
-    """(amax along axis 1, amax along axis 0) of x, each after its own rotation, from one read of x."""
-    if signs_axis1.shape != signs_axis0.shape:
-        return amax(x, 1, signs_axis1, False), amax(x, 0, signs_axis0, False)
-    return torch.ops.nibble.amax(x, None, signs_axis0, signs_axis1)
-
-
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
     if signs is None or per_row:
         return reference_impl.amax_packed(p, axis, signs, per_row)
@@ -120,6 +113,42 @@ def quantize(
     if not spec.is_nvfp4 or spec.is_square:
         return triton_tiles.quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
     return _nvfp4(x, None, None, spec, axis, amax, signs, rng, layer, slot, want)
+
+
+def quantize_both(
+    x: Tensor,
+    specs: tuple[QuantSpec, QuantSpec],
+    signs: tuple[Tensor | None, Tensor | None],
+    rng: Tensor,
+    layer: Tensor,
+    slots: tuple[int, int],
+    wants: tuple[tuple[str, ...], tuple[str, ...]],
+) -> tuple[Quantized, Quantized]:
+    """One operator where both are 1x16 NVFP4: Inductor writes a fused producer once for each operator that reads it.
+
+    Unrotated maxima are plain PyTorch before it, for Inductor to fuse; rotated ones are made inside, from one read.
+    """
+    if any(not spec.is_nvfp4 or spec.is_square for spec in specs):
+        return reference_impl.each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)
+    amaxes = (reference_impl.amax(x, axis, None, False) if signs[1 - axis] is None else None for axis in (1, 0))
+    results = torch.ops.nibble.quantize_both(
+        x,
+        *amaxes,
+        *signs,
+        rng,
+        layer,
+        [spec.target_max for spec in specs],
+        [spec.scale_cap for spec in specs],
+        [spec.tensor_scale == "pow2" for spec in specs],
+        [spec.select == "four_over_six" for spec in specs],
+        [ROUNDINGS.index(spec.rounding) for spec in specs],
+        [_eden_groups(spec, sign) for spec, sign in zip(specs, signs, strict=True)],
+        [spec.eden_space == "scaled" for spec in specs],
+        list(slots),
+        ["values" in want for want in wants],
+        ["packed" in want for want in wants],
+    )
+    return _quantized(results[:4], wants[0]), _quantized(results[4:], wants[1])
 
 
 def requantize(
@@ -149,8 +178,7 @@ def dequantize(p: NVFP4Tensor) -> Quantized:
 
 
 def _nvfp4(src, scales, outer, spec, axis, amax, signs, rng, layer, slot, want) -> Quantized:
-    rotation_blocks = signs.shape[0] // NVFP4_BLOCK if signs is not None else 1
-    values, scale, codes, block_scales = torch.ops.nibble.quantize(
+    results = torch.ops.nibble.quantize(
         src,
         scales,
         outer,
@@ -164,12 +192,22 @@ def _nvfp4(src, scales, outer, spec, axis, amax, signs, rng, layer, slot, want) 
         spec.tensor_scale == "pow2",
         spec.select == "four_over_six",
         spec.rounding,
-        rotation_blocks if spec.eden_block == "rotation" else 1,
+        _eden_groups(spec, signs),
         spec.eden_space == "scaled",
         slot,
         "values" in want,
         "packed" in want,
     )
+    return _quantized(results, want)
+
+
+def _eden_groups(spec: QuantSpec, signs: Tensor | None) -> int:
+    """How many groups of 16 share one MS-EDEN correction."""
+    return signs.shape[0] // NVFP4_BLOCK if spec.eden_block == "rotation" and signs is not None else 1
+
+
+def _quantized(results, want: tuple[str, ...]) -> Quantized:
+    values, scale, codes, block_scales = results
     packed = NVFP4Tensor(codes, block_scales.view(torch.float8_e4m3fn), scale) if "packed" in want else None
     return Quantized(values if "values" in want else None, scale, packed)
 
@@ -353,3 +391,47 @@ def _quantize_op(
 def _(src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
       eden_groups, eden_scaled, slot, store_values, store_packed):  # fmt: skip
     return _allocate(src, src_scales is not None, axis, store_values, store_packed)
+
+
+@torch.library.custom_op("nibble::quantize_both", mutates_args=())
+def _quantize_both_op(
+    x: Tensor,
+    amax1: Tensor | None,
+    amax0: Tensor | None,
+    signs1: Tensor | None,
+    signs0: Tensor | None,
+    rng: Tensor,
+    layer: Tensor,
+    targets: list[float],
+    caps: list[float],
+    pow2: list[bool],
+    four_over_six: list[bool],
+    roundings: list[int],
+    eden_groups: list[int],
+    eden_scaled: list[bool],
+    slots: list[int],
+    store_values: list[bool],
+    store_packed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if amax1 is None and amax0 is None and signs1.shape == signs0.shape:
+        amax1, amax0 = launch_amax(x, None, signs0, signs1)
+    if amax1 is None:
+        amax1 = launch_amax(x, None, None, signs1)[0]
+    if amax0 is None:
+        amax0 = launch_amax(x, None, signs0, None)[1]
+    results = ()
+    for i, (axis, amax, signs) in enumerate(((1, amax1, signs1), (0, amax0, signs0))):
+        results += launch_quantize(
+            x, None, None, amax, signs, rng, layer, axis, targets[i], caps[i], pow2[i], four_over_six[i],
+            ROUNDINGS[roundings[i]], eden_groups[i], eden_scaled[i], slots[i], store_values[i], store_packed[i],
+        )  # fmt: skip
+    return results
+
+
+@_quantize_both_op.register_fake
+def _(x, amax1, amax0, signs1, signs0, rng, layer, targets, caps, pow2, four_over_six, roundings, eden_groups,
+      eden_scaled, slots, store_values, store_packed):  # fmt: skip
+    return (
+        *_allocate(x, False, 1, store_values[0], store_packed[0]),
+        *_allocate(x, False, 0, store_values[1], store_packed[1]),
+    )
