@@ -8,7 +8,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 from configs.cli import read_command_line
 from configs.compose import ConfigError, compose
-from configs.multirun import run_all
+from configs.multirun import run_all, submit_all
 
 
 def main(arguments: list[str]) -> int:
@@ -18,6 +18,8 @@ def main(arguments: list[str]) -> int:
         if line.text is not None:
             print(line.text)
             return 0
+        if line.slurm is not None:
+            return submit_all(line.overrides, line.multirun, line.slurm)
         if line.multirun:
             return run_all(line.overrides)
         composed = compose(line.overrides)

@@ -17,6 +17,7 @@ HELP = """Train a Llama with one of the 4-bit recipes, or resume the run that th
 Flags
   --cfg job        print the composed configuration and stop
   -m, --multirun   key=a,b,c are several runs; one process each, in sequence
+  launcher=slurm   submit a SLURM job instead: slurm.partition= slurm.nodes=2 slurm.gpus_per_node=8 slurm.timeout_min=
   dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU
 
 Groups (group=choice)
@@ -37,11 +38,13 @@ Often used keys (all of them: --cfg job; described in training/config.py)
 
 @dataclass(frozen=True)
 class CommandLine:
-    """`text` is what to print instead of running anything, if that was asked for."""
+    """`text` is what to print instead of running anything, if that was asked for; `slurm` the options of a job to
+    submit instead of running here (launcher=slurm), else None."""
 
     overrides: list[str] = field(default_factory=list)
     multirun: bool = False
     text: str | None = None
+    slurm: dict[str, str] | None = None
 
 
 def read_command_line(arguments: list[str]) -> CommandLine:
@@ -61,9 +64,22 @@ def read_command_line(arguments: list[str]) -> CommandLine:
             raise ConfigError(f"unknown flag {word}{suggestion(word, FLAGS)}; settings are key=value, see --help")
         else:
             overrides.append(word)
+    overrides, slurm = take_launcher(overrides)
     if wants_config:
         return CommandLine(text=compose(overrides).yaml.rstrip())
-    return CommandLine(overrides, multirun)
+    return CommandLine(overrides, multirun, slurm=slurm)
+
+
+def take_launcher(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
+    """Split off launcher= and slurm.*= : they say where to run, not what. Raises ConfigError for another launcher."""
+    own = [word for word in words if word.startswith(("launcher=", "slurm."))]
+    options = dict(word.removeprefix("slurm.").split("=", 1) for word in own if "=" in word)
+    launcher = options.pop("launcher", "local")
+    if launcher not in ("local", "slurm"):
+        raise ConfigError(f"launcher={launcher}: write launcher=slurm, or leave it out to run here")
+    if launcher == "local" and options:
+        raise ConfigError(f"slurm.{next(iter(options))} without launcher=slurm")
+    return [word for word in words if word not in own], options if launcher == "slurm" else None
 
 
 def help_text() -> str:

@@ -19,12 +19,7 @@ def run_all(overrides: list[str]) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("-m runs one process after another and can't run under torchrun; start one torchrun per run")
-    jobs = sweep(overrides)
-    for job in jobs:
-        try:
-            compose(job)
-        except ConfigError as error:
-            raise ConfigError(f"in {' '.join(job)}: {error}") from error
+    jobs = checked(sweep(overrides))
     codes = []
     for number, job in enumerate(jobs, 1):
         print(f"\n[{number}/{len(jobs)}] train.py {' '.join(job)}", flush=True)
@@ -36,6 +31,29 @@ def run_all(overrides: list[str]) -> int:
     for job, code in zip(jobs, codes, strict=False):
         print(f"{'ok' if code == 0 else f'exit code {code}':<14} {' '.join(job)}")
     return next((code for code in codes if code), 0)
+
+
+def checked(jobs: list[list[str]]) -> list[list[str]]:
+    """`jobs`, if every one of them composes. Raises ConfigError."""
+    for job in jobs:
+        try:
+            compose(job)
+        except ConfigError as error:
+            raise ConfigError(f"in {' '.join(job)}: {error}") from error
+    return jobs
+
+
+def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) -> int:
+    """One SLURM job per run, after the same checks. A job that is preempted is requeued and resumes."""
+    from configs import slurm
+
+    jobs = checked(sweep(overrides) if multirun else [overrides])
+    try:
+        for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
+            print(f"job {number}: train.py {' '.join(job)}")
+    except slurm.GridError as error:
+        raise ConfigError(str(error)) from error
+    return 0
 
 
 def run_one(job: list[str]) -> tuple[int, bool]:

@@ -1,8 +1,18 @@
-"""Runs as SLURM jobs, through submitit (extra `slurm`). Jobs that are preempted or out of time resume when requeued."""
+"""Runs as SLURM jobs, through submitit (extra `slurm`). Jobs that are preempted or out of time resume when requeued.
 
+A job is one command, `python train.py ...`, run once per node: by torchrun where a node has several processes or there
+are several nodes. SLURM's warning (SIGUSR1) reaches every process of the job; train.py saves and leaves with code 75,
+and submitit has the job requeued, which starts the same command again.
+"""
+
+import contextlib
 import os
 import shlex
+import shutil
+import signal
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 from configs.grid import GridError
@@ -10,36 +20,109 @@ from configs.grid import GridError
 # Where train.py saves and leaves with code 75; submitit's own default, USR2, would end it without a save.
 PREEMPT_SIGNAL = "USR1"
 PREEMPTED = 75
+SAVE_LIMIT_S = 120
+FAILURE_PAUSE_S = 10
+TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+# Ports of the rendezvous, by job id: two jobs may share a node.
+FIRST_PORT, PORTS = 20_000, 20_000
+# What submitit knows under its own names; everything else is an sbatch option (partition, qos, account, ...).
+SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "stderr_to_stdout")
 
 
 class Task:
-    """What one job runs: a command. submitit calls `checkpoint` on preemption and submits what it returns again."""
+    """What one job runs on each node: a command, with `processes` ranks. submitit calls `checkpoint` on preemption and
+    submits what it returns again."""
+
+    def __init__(self, processes: int = 1) -> None:
+        self.processes = processes
+        self._pid: int | None = None
 
     def __call__(self, words: list[str]) -> int:
-        code = subprocess.run(words).returncode
+        # Ignored in torchrun, which SIGUSR1 would kill under its ranks' feet; train.py installs its own handler.
+        process = subprocess.Popen(
+            self.launched(words), preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        )
+        self._pid = process.pid
+        code = process.wait()
         if code not in (0, PREEMPTED):
+            # torchrun says 1 for its ranks' 75. A preempted job is taken away in this pause, a failed one says so.
+            time.sleep(FAILURE_PAUSE_S)
             raise RuntimeError(f"{shlex.join(words)} failed with exit code {code}")
         return code
 
+    def launched(self, words: list[str]) -> list[str]:
+        """`words`, a python command, behind torchrun where the job has more than one rank."""
+        import submitit
+
+        environment = submitit.JobEnvironment()
+        nodes = environment.num_nodes
+        if nodes == 1 and self.processes == 1:
+            return words
+        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={self.processes}"]
+        if nodes == 1:
+            return [*torchrun, "--standalone", *words[1:]]
+        port = FIRST_PORT + int("".join(filter(str.isdigit, environment.job_id)) or 0) % PORTS
+        endpoint = f"{environment.hostnames[0]}:{port}"
+        meeting = [f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={endpoint}", f"--rdzv-id={port}"]
+        return [*torchrun, *meeting, *words[1:]]
+
     def checkpoint(self, words: list[str]):
+        """Called in a signal handler: let train.py finish its save before the job ends, then ask for the same again."""
         from submitit.helpers import DelayedSubmission
 
-        return DelayedSubmission(self, words)
+        for pid in descendants(os.getpid()):  # SLURM has told them itself; a local trial hasn't. Twice does no harm.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGUSR1)
+        deadline = time.monotonic() + SAVE_LIMIT_S
+        while self._pid is not None and is_running(self._pid) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return DelayedSubmission(Task(self.processes), words)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below `pid`, from /proc."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+                children.setdefault(parent, []).append(int(entry.name))
+    below = list(children.get(pid, []))
+    for child in below:  # grows while it is walked
+        below.extend(children.get(child, []))
+    return below
+
+
+def is_running(pid: int) -> bool:
+    """Whether a child still runs; without reaping it, which Popen.wait (interrupted by our signal) will do."""
+    return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str, str]) -> list[str]:
-    """Submit one job array; returns the job ids. `options`: submitit parameters, and cluster=local|debug for trials.
+    """Submit one job array; returns the job ids. `options`: submitit parameters, cluster=local|debug for trials, and
+    processes_per_node (default: gpus_per_node, itself 1).
 
     GridError without submitit.
     """
+    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", PREEMPT_SIGNAL)  # submitit reads it when it is imported
     try:
         import submitit
     except ImportError:
         raise GridError("launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
     if not commands:
         return []
-    os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", PREEMPT_SIGNAL)
-    settings = {key: int(value) if value.isdigit() else value for key, value in options.items() if key != "cluster"}
-    executor = submitit.AutoExecutor(folder=folder, cluster=options.get("cluster"))
+    settings = {key: int(value) if value.isdigit() else value for key, value in options.items()}
+    cluster = settings.pop("cluster", "slurm")
+    if cluster == "slurm" and shutil.which("srun") is None:
+        raise GridError("launcher=slurm: this machine has no srun; log in where SLURM is, or try slurm.cluster=local")
+    processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
+    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+    settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}
     executor.update_parameters(**{"name": name, "gpus_per_node": 1, "tasks_per_node": 1, **settings})
-    return [job.job_id for job in executor.map_array(Task(), commands)]
+    return [job.job_id for job in executor.map_array(Task(processes), commands)]
+
+
+def submit_runs(jobs: list[list[str]], options: dict[str, str]) -> list[str]:
+    """One job for each list of train.py's overrides."""
+    commands = [[sys.executable, str(TRAIN), *job] for job in jobs]
+    return submit("nibble", Path(options.pop("folder", "slurm")), commands, options)

@@ -26,6 +26,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from configs.slurm import descendants  # noqa: E402
 from training.checkpoint import read_all  # noqa: E402
 from training.manifest import checkpoints, latest_good  # noqa: E402
 
@@ -107,13 +108,20 @@ def is_saving(folder: Path) -> bool:
 
 
 def kill_tree(process: subprocess.Popen, number: int) -> int:
-    """Signal the whole session (torchrun and its ranks) and wait; nothing of it survives."""
-    os.killpg(process.pid, number)
+    """Signal torchrun and its ranks, which it starts in sessions of their own, and wait; nothing of them survives."""
+    everyone = [process.pid, *descendants(process.pid)]
+    for pid in everyone:
+        send(pid, number)
     try:
         return process.wait(timeout=60)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for pid in everyone:
+            send(pid, signal.SIGKILL)
+
+
+def send(pid: int, number: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
 
 
 def wait_for(process: subprocess.Popen, condition, limit_s: float) -> bool:

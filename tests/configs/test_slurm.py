@@ -1,0 +1,145 @@
+"""Jobs through submitit's local executor, which runs what a SLURM job would, signals and requeueing included."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from configs import slurm
+from configs.cli import read_command_line
+from configs.compose import ConfigError
+from configs.grid import GridError
+
+submitit = pytest.importorskip("submitit", reason="submitit is not installed")
+# Counts its starts; the first start waits for the signal, "saves" for a second and leaves as train.py does.
+FAKE_TRAIN = """
+import json, os, pathlib, signal, sys, time
+folder = pathlib.Path(sys.argv[1])
+rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+started = folder / f"started-{rank}.json"
+starts = json.loads(started.read_text()) if started.exists() else []
+started.write_text(json.dumps([*starts, world]))
+asked = []
+signal.signal(signal.SIGUSR1, lambda *a: asked.append(1))
+while not starts and sys.argv[2] == "wait":
+    (folder / f"ready-{rank}").touch()
+    time.sleep(0.05)
+    if asked:
+        time.sleep(1)
+        (folder / "saved").touch()
+        sys.exit(75)
+(folder / f"done-{rank}").touch()
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "fake_train.py"
+    path.write_text(FAKE_TRAIN)
+    return path
+
+
+def wait_until(condition, limit_s: float = 60) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "timed out"
+        time.sleep(0.1)
+
+
+def local_executor(folder):
+    executor = submitit.LocalExecutor(folder=folder)
+    executor.update_parameters(timeout_min=5)
+    return executor
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_preempted_job_saves_first_and_its_requeued_start_finishes(tmp_path, script, monkeypatch, processes):
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", slurm.PREEMPT_SIGNAL)
+    words = [sys.executable, str(script), str(tmp_path), "wait"]
+    executor = local_executor(tmp_path / "jobs")
+    job = executor.submit(slurm.Task(processes), words)
+    wait_until((tmp_path / f"ready-{processes - 1}").exists)
+    task = slurm.descendants(job._process.pid)[0]
+    os.kill(task, signal.SIGUSR1)  # what SLURM sends before it takes the machine away; submitit then requeues the job
+    assert job.result() == 0
+    assert (tmp_path / "saved").exists()
+    assert json.loads((tmp_path / "started-0.json").read_text()) == [str(processes)] * 2
+    assert (tmp_path / "done-0").exists()
+
+
+def test_several_processes_per_node_meet_through_torchrun(tmp_path, script):
+    words = [sys.executable, str(script), str(tmp_path), "run"]
+    assert local_executor(tmp_path / "jobs").submit(slurm.Task(2), words).result() == 0
+    assert [json.loads((tmp_path / f"started-{rank}.json").read_text()) for rank in (0, 1)] == [["2"], ["2"]]
+
+
+def test_command_on_several_nodes(monkeypatch):
+    class Environment:
+        num_nodes, job_id, hostnames = 3, "4711_2", ["node-a", "node-b", "node-c"]
+
+    monkeypatch.setattr(submitit, "JobEnvironment", Environment)
+    words = slurm.Task(8).launched(["python", "train.py", "model=llama_1b9"])
+    assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8"]
+    assert words[4:] == [
+        "--nnodes=3",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=node-a:27112",
+        "--rdzv-id=27112",
+        "train.py",
+        "model=llama_1b9",
+    ]
+
+
+def test_failing_command_fails_the_job(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm, "FAILURE_PAUSE_S", 0)
+    job = local_executor(tmp_path).submit(slurm.Task(), [sys.executable, "-c", "import sys; sys.exit(3)"])
+    assert "failed with exit code 3" in str(job.exception())
+
+
+def test_debug_executor_runs_in_this_process(tmp_path, script):
+    executor = submitit.AutoExecutor(folder=tmp_path / "jobs", cluster="debug")
+    assert executor.submit(slurm.Task(), [sys.executable, str(script), str(tmp_path), "run"]).result() == 0
+    assert (tmp_path / "done-0").exists()
+
+
+def test_sbatch_options_reach_sbatch(tmp_path, monkeypatch):
+    """submitit writes the batch script; no SLURM is needed to see what would be submitted."""
+    seen = {}
+
+    class Executor:
+        def __init__(self, folder, cluster):
+            seen["cluster"] = cluster
+
+        def update_parameters(self, **parameters):
+            seen.update(parameters)
+
+        def map_array(self, task, commands):
+            seen["processes"], seen["commands"] = task.processes, commands
+            return []
+
+    monkeypatch.setattr(submitit, "AutoExecutor", Executor)
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: "/usr/bin/srun")
+    options = {"partition": "gpu", "nodes": "2", "gpus_per_node": "8", "timeout_min": "60", "folder": str(tmp_path)}
+    assert slurm.submit_runs([["model=llama_1b9"]], options) == []
+    assert (seen["cluster"], seen["slurm_partition"], seen["nodes"], seen["gpus_per_node"]) == ("slurm", "gpu", 2, 8)
+    assert (seen["timeout_min"], seen["tasks_per_node"], seen["processes"]) == (60, 1, 8)
+    assert seen["commands"][0][1:] == [str(slurm.TRAIN), "model=llama_1b9"]
+
+
+def test_without_slurm_it_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
+    with pytest.raises(GridError, match="no srun"):
+        slurm.submit("name", tmp_path, [["true"]], {})
+
+
+def test_launcher_words_are_taken_off_the_command_line():
+    line = read_command_line(["seed=1", "launcher=slurm", "slurm.partition=gpu", "slurm.nodes=2"])
+    assert line.overrides == ["seed=1"] and line.slurm == {"partition": "gpu", "nodes": "2"}
+    assert read_command_line(["seed=1"]).slurm is None
+    with pytest.raises(ConfigError, match="write launcher=slurm"):
+        read_command_line(["launcher=slrum"])
+    with pytest.raises(ConfigError, match="without launcher=slurm"):
+        read_command_line(["slurm.partition=gpu"])
