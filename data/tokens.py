@@ -40,6 +40,7 @@ class TokenSet:
         self.bos_id: int = self.manifest["tokenizer"]["bos_id"]
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self._check_files(verify)
+        self._stamps = {file: _stamp(file) for file in sorted(self.path.glob("*.bin"))}
         self._streams: dict[str, Stream] = {}
 
     def split(self, name: str) -> "Stream":
@@ -64,6 +65,16 @@ class TokenSet:
                 f"data.vocab_size={model_vocab_size}"
             )
 
+    def check_unchanged(self) -> None:
+        """Raise RuntimeError, naming the file, if a shard was rewritten or cut since it was opened. Reads no tokens."""
+        for file, stamp in self._stamps.items():
+            if not file.exists() or _stamp(file) != stamp:
+                raise RuntimeError(
+                    f"{file} was altered while the run was reading it; steps since the last checkpoint may have seen "
+                    "other tokens and aren't saved. Restore the file, or delete the folder and prepare it again with "
+                    "scripts/prepare_data.py; then the same command resumes from the last checkpoint"
+                )
+
     def _check_files(self, verify: bool) -> None:
         files = [(self.path / "token_bytes.npy", None, self.manifest["tokenizer"]["token_bytes_sha256"])]
         for name, split in self.manifest["splits"].items():
@@ -78,6 +89,11 @@ class TokenSet:
             # The small table is always compared: it has no size in the manifest.
             if (verify or size is None) and sha256_of(file) != sha256:
                 raise RuntimeError(f"{file} differs from its checksum in the manifest (altered): {_REMEDY}")
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 class Stream:

@@ -120,7 +120,8 @@ class Checkpointer:
     """Saves a run's checkpoints into run_dir/checkpoints, keeping the last `keep_last` and every `keep_every`-th step.
 
     Every method is collective: all ranks call it at the same step. `group` is a CPU (gloo) process group; None at
-    world size 1. `on_saved` gets a SaveReport on every rank, from the thread that calls `save` or `wait`.
+    world size 1. `on_saved` gets a SaveReport on every rank, from the thread that calls `save` or `wait`. `before_save`
+    may raise, to keep a state from being saved.
     """
 
     def __init__(
@@ -132,6 +133,7 @@ class Checkpointer:
         asynchronous: bool = True,
         group: dist.ProcessGroup | None = None,
         on_saved: Callable[[SaveReport], None] = lambda report: None,
+        before_save: Callable[[], None] = lambda: None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last}: at least 1, or nothing could be resumed")
@@ -139,7 +141,7 @@ class Checkpointer:
             raise ValueError(f"checkpoint.keep_every={keep_every}: a number of steps, or 0 for none")
         self.root = Path(run_dir) / "checkpoints"
         self.keep_last, self.keep_every = keep_last, keep_every
-        self.asynchronous, self.group, self.on_saved = asynchronous, group, on_saved
+        self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
         self._buffers = StagingBuffers()
         self._pending: tuple[CommitThread, SaveReport] | None = None
 
@@ -150,6 +152,7 @@ class Checkpointer:
         Raises CheckpointError (disk full, folder not writable, a rank's failure), for the previous save or this one.
         """
         self.wait()
+        self.before_save()
         begin = time.perf_counter()
         writer = StagingWriter(self.root, step_name(state.step), self._buffers, self._check_space)
         try:

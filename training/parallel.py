@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from quant.linear import QuantLinear
 from training.distributed import Dist
 
 # Above it the 16 bytes a parameter of replicated FP32 state take more than a fifth of an 80 GB GPU.
@@ -159,23 +160,25 @@ def _sharded_accumulation(loss: nn.Module, last: bool) -> Iterator[None]:
 
 
 def exact_spans(block: nn.Module, shards: int) -> list[tuple[int, int]]:
-    """Where, in a rank's flat shard of the block, the vectors (norm gains) lie: they are used in FP32."""
+    """Where, in a rank's flat shard of the block, the parameters lie that are used in FP32: all but the linear layers'
+    weights, so norm gains for the most part."""
+    linears = {module.weight for module in block.modules() if isinstance(module, nn.Linear | QuantLinear)}
     spans, begin = [], 0
     for parameter in block.parameters():
         rows = math.ceil(parameter.shape[0] / shards)
         end = begin + rows * parameter.numel() // parameter.shape[0]
-        if parameter.ndim == 1:
+        if parameter not in linears:
             spans.append((begin, end))
         begin = end
     return spans
 
 
 class Bf16Gather:
-    """All-gather for fully_shard that sends matrices in BF16 and gives FP32 tensors holding the BF16 values.
+    """All-gather for fully_shard that sends linear weights in BF16 and gives FP32 tensors holding the BF16 values.
 
-    Every consumer of a block's matrix rounds it to BF16 first (design.md 3.2), so this is exact, at half the traffic.
+    Every linear layer rounds its weight to BF16 first (design.md 3.2), so this is exact, at half the traffic.
     FSDP2's own MixedPrecisionPolicy(param_dtype=bfloat16) is not: autograd would then round dW to the weight's BF16.
-    Norm gains travel in FP32.
+    Everything else (norm gains) travels in FP32.
     """
 
     def __init__(self, exact: list[tuple[int, int]]) -> None:
@@ -191,9 +194,11 @@ class Bf16Gather:
         rounded = input_tensor.to(torch.bfloat16)
         gathered = rounded.new_empty(world * rounded.numel())
         dist.all_gather_into_tensor(gathered, rounded, group=group)
-        exact = torch.cat([input_tensor[begin:end] for begin, end in self._exact])
+        parts = [input_tensor[begin:end] for begin, end in self._exact]
+        exact = torch.cat(parts) if parts else input_tensor[:0].clone()
         gathered_exact = exact.new_empty(world * exact.numel())
-        dist.all_gather_into_tensor(gathered_exact, exact, group=group)
+        if parts:
+            dist.all_gather_into_tensor(gathered_exact, exact, group=group)
         output_tensor.copy_(gathered)  # input_tensor is a part of output_tensor: read before it is overwritten
         rows, exact_rows, column = output_tensor.view(world, -1), gathered_exact.view(world, -1), 0
         for begin, end in self._exact:

@@ -96,11 +96,12 @@ def test_bf16_gather_rounds_matrices_and_keeps_gains():
         def __init__(self):
             super().__init__()
             self.gain = torch.nn.Parameter(torch.rand(5))
-            self.weight = torch.nn.Parameter(torch.rand(7, 3))
             self.other_gain = torch.nn.Parameter(torch.rand(4))
+            self.linear = torch.nn.Linear(3, 7, bias=False)
+            self.table = torch.nn.Embedding(2, 3)
 
-    assert parallel.exact_spans(Block(), 2) == [(0, 3), (15, 17)]
-    assert parallel.exact_spans(Block(), 1) == [(0, 5), (26, 30)]
+    assert parallel.exact_spans(Block(), 2) == [(0, 3), (3, 5), (17, 20)]
+    assert parallel.exact_spans(Block(), 1) == [(0, 5), (5, 9), (30, 36)]
 
 
 def test_choice_of_the_mode():
