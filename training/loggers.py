@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from training.config import LoggerSection
 from training.metrics import MetricsFile
 
-WANDB_INIT_TIMEOUT_S = 30
+WANDB_TIMEOUT_S = 30  # for the connection, and for an answer to its prompt on a terminal
 
 
 class Sink(Protocol):
@@ -78,7 +78,7 @@ class WandbSink:
             name=run["name"],
             resume="allow",
             config=config,
-            settings=wandb.Settings(init_timeout=WANDB_INIT_TIMEOUT_S),
+            settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_S, login_timeout=WANDB_TIMEOUT_S),
         )
 
     def log(self, row: dict[str, Any]) -> None:

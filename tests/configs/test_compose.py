@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 MISTAKES = [
     # unknown keys
     (["optim.lrr=1"], ["'optim.lrr'", "did you mean optim.lr?"]),
-    (["lr=1e-3"], ["'lr'", "optim.lr"]),
+    (["lr=1e-3"], ["'lr'", "did you mean model.lr or optim.lr?"]),
     (["qunat=bf16"], ["'qunat'", "did you mean quant?"]),
     (["optm.lr=1"], ["'optm.lr'", "optim.lr"]),
     (["optim.betas.x=1"], ["'optim.betas.x'", "optim.betas"]),
