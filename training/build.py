@@ -11,6 +11,7 @@ from data.evalset import EvalSet
 from data.loader import Loader
 from data.tokens import TokenSet
 from models.llama import Llama, LlamaConfig
+from models.nanochat import Nanochat, NanochatConfig
 from quant.plan import Plan, convert
 from quant.stats import slot_stats
 from training.checkpoint import TrainState, load
@@ -22,6 +23,7 @@ from training.loss import LossModel
 from training.manifest import latest_good, problems, remove_temporary
 from training.metrics import MetricsFile
 from training.runfolder import RunFolder
+from training.shapes import model_of
 
 
 def set_torch_flags(config: TrainConfig) -> None:
@@ -32,13 +34,26 @@ def set_torch_flags(config: TrainConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # we never read what we didn't write
 
 
-def build_model(shape: LlamaConfig, plan: Plan, seed: int, rng: Tensor) -> tuple[Llama, str]:
-    """The initialized and converted model on rng's device, and the init hash."""
+def build_model(
+    shape: LlamaConfig | NanochatConfig, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0
+) -> tuple[Llama | Nanochat, str]:
+    """The initialized and converted model on rng's device, and the init hash (before `perturb`)."""
     with rng.device:
-        model = Llama(shape)
+        model = model_of(shape)
     init_hash = model.init_weights(seed)
+    if perturb:
+        nudge(model, perturb, seed)
     convert(model, plan, rng)
     return model, init_hash
+
+
+@torch.no_grad()
+def nudge(model: torch.nn.Module, relative: float, seed: int) -> None:
+    """Multiply every weight by 1 + relative * N(0, 1), drawn on the CPU: the same nudge on every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.empty(parameter.shape, device="cpu").normal_(generator=generator)
+        parameter.mul_(1.0 + relative * noise.to(parameter.device))
 
 
 def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.device) -> None:
@@ -50,7 +65,10 @@ def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
-    return device.type == "cuda" if config.compile == "auto" else config.compile == "true"
+    if config.compile == "auto":
+        # The reference quantizers compile, but for minutes: their graphs are as long as their definitions.
+        return device.type == "cuda" and config.backend != "reference"
+    return config.compile == "true"
 
 
 def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:

@@ -57,6 +57,7 @@ class ModelSection:
     """A preset (configs/model). `lr` is its peak learning rate: 1.2e-3 * min(1, 768 / width)."""
 
     name: str = "custom"
+    family: str = "llama"  # llama | nanochat
     layers: int = 6
     width: int = 640
     heads: int = 5
@@ -67,6 +68,9 @@ class ModelSection:
     lr: float = 1.2e-3
     micro_tokens: int = 65536  # default micro-batch; part of the numerics, so it never follows from the machine
 
+    def __post_init__(self) -> None:
+        self.family = choice("model.family", self.family, ("llama", "nanochat"))
+
 
 @dataclass
 class OptimSection:
@@ -76,9 +80,13 @@ class OptimSection:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on the linear weights of the blocks only
     clip: float | None = 1.0  # global gradient norm; null: logged but not clipped
+    # Muon only: `lr` is that of the blocks' matrices; these are AdamW's, at width 768 for the first two.
+    embed_lr: float = 0.3
+    head_lr: float = 0.004
+    scalar_lr: float = 0.5
 
     def __post_init__(self) -> None:
-        self.name = choice("optim.name", self.name, ("adamw",))
+        self.name = choice("optim.name", self.name, ("adamw", "muon"))
         if len(self.betas) != 2:
             raise ValueError(f"optim.betas={self.betas}: needs two numbers, such as [0.9,0.95]")
         for beta in self.betas:
@@ -218,6 +226,8 @@ class TrainConfig:
     recompute: bool = False  # keep only each block's input, compute the block again in the backward: memory for time
     deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
     nonfinite: str = "stop"  # what a NaN or infinite loss or gradient leads to: stop, skip, rollback
+    rounding_seed: int | None = None  # of rounding bits and signs; null: seed. For measuring what they alone change
+    perturb: float = 0.0  # relative Gaussian noise on the initial weights: 1e-6 shows how far chaos carries
     watchdog_s: float = 1800  # a rank without progress for longer (compilation included) ends the job
     dry_run: bool = False
 
@@ -231,6 +241,7 @@ class TrainConfig:
         self.backend = choice("backend", self.backend, ("auto", "reference", "triton"))
         self.nonfinite = choice("nonfinite", self.nonfinite, ("stop", "skip", "rollback"))
         in_range("watchdog_s", self.watchdog_s, 1, 1e6)
+        in_range("perturb", self.perturb, 0.0, 1.0)
         self.compile = choice("compile", self.compile, SWITCH)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: needs an integer from 0 to 2^63 - 1")

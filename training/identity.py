@@ -38,6 +38,13 @@ def numerics(
     """
     model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "lr", "micro_tokens")}
     optim = {key: value for key, value in asdict(config.optim).items() if key != "lr"}
+    # Fields that came later appear only where they are used, so that older runs keep their hash.
+    if config.model.family == "llama":
+        del model["family"]
+    if config.optim.name == "adamw":
+        optim = {key: value for key, value in optim.items() if key not in ("embed_lr", "head_lr", "scalar_lr")}
+    nudges = {} if config.rounding_seed is None else {"rounding_seed": config.rounding_seed}
+    nudges |= {"perturb": config.perturb} if config.perturb else {}
     return flatten(
         {
             "model": {**model, "vocab_size": vocab_size},
@@ -45,6 +52,7 @@ def numerics(
             "quant": plan,
             "data": data,
             "seed": config.seed,
+            **nudges,
             "optim": optim,
             "schedule": asdict(numbers.schedule),
             "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},

@@ -14,7 +14,8 @@ from data.loader import Loader
 from data.prepare import ensure
 from data.tokens import TokenSet
 from kernels import backend
-from models.llama import Llama, LlamaConfig
+from models.llama import LlamaConfig
+from models.nanochat import NanochatConfig
 from quant.plan import Plan, plan_of, unquantized
 from training.build import (
     build_model,
@@ -36,12 +37,12 @@ from training.identity import default_name, hash_of, numerics, plan_numerics
 from training.loop import Parts, Trainer
 from training.loss import LossModel
 from training.memory import estimate, saves_packed
-from training.optim import build_optimizer
+from training.optim import build_optimizers
 from training.parallel import choose, parallelize
 from training.recompute import recompute_blocks
 from training.report import StartScreen
 from training.runfolder import RunFolder, environment
-from training.shapes import shape_of
+from training.shapes import model_of, shape_of
 from training.signals import RunLock, StopFlag
 from training.watchdog import Watchdog
 
@@ -60,7 +61,7 @@ class Request:
 class Sketch:
     """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
 
-    shape: LlamaConfig
+    shape: LlamaConfig | NanochatConfig
     plan: Plan
     numbers: Numbers
     tokens: TokenSet | None
@@ -90,7 +91,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
     vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
     shape = shape_of(config, vocab_size)
     with torch.device("meta"):
-        model = Llama(shape)
+        model = model_of(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
     plan = plan_of(model, config.quant)
     plan.check_tokens(numbers.micro_tokens)
@@ -171,16 +172,16 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
     """Build, resume, train. The folder is locked and is this run's."""
     stop, watchdog = StopFlag(), Watchdog(ranks, config.watchdog_s)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    rng[0] = config.seed
-    model, init_hash = build_model(sketch.shape, sketch.plan, config.seed, rng)
+    rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
+    model, init_hash = build_model(sketch.shape, sketch.plan, config.seed, rng, config.perturb)
     if config.recompute:
         recompute_blocks(model)
     loss = LossModel(model)
     mode = choose(config.parallel, ranks, sketch.shape.parameters)
     compile_loss(loss, config, mode, ranks.device)
     parallel = parallelize(loss, mode, ranks)
-    optimizer = build_optimizer(model, config.optim, sketch.numbers.schedule.lr(0))
-    state = TrainState(model, [optimizer], hash=sketch.run["hash"])
+    optimizers = build_optimizers(model, config.optim, sketch.numbers.schedule.lr_peak)
+    state = TrainState(model, optimizers, hash=sketch.run["hash"])
     resumed = resume(folder, state, ranks)
     loggers = open_loggers(folder, config, sketch.run, ranks, state.step)
     console = Console(ranks.is_main, sketch.numbers.steps, state.step)
@@ -217,6 +218,7 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
                 asynchronous=checkpoint.asynchronous,
                 group=ranks.group,
                 on_saved=on_saved,
+                before_save=sketch.tokens.check_unchanged,
             ),
             loggers=loggers,
             console=console,

@@ -25,7 +25,7 @@ from training.evaluate import evaluate, save_rows
 from training.loggers import Loggers
 from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, peak_flops
 from training.nonfinite import Guard, Recovery, first_non_finite
-from training.optim import clip_gradients, set_lr
+from training.optim import clip_gradients, set_rates
 from training.runfolder import RunFolder
 from training.signals import NAMES, StopFlag
 from training.watchdog import Watchdog
@@ -65,7 +65,7 @@ class Trainer:
         self.p = parts
         self.numbers = parts.numbers
         self.state = parts.state
-        self.optimizer = parts.state.optimizers[0]
+        self.optimizers = parts.state.optimizers
         device = parts.ranks.device
         self._buffer = StepBuffer(parts.config.log.every, device)
         self._peak = peak_flops(device)
@@ -112,12 +112,17 @@ class Trainer:
             self._buffer.add_nats(nats)
         grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
         self._guard.watch(grad_norm)
-        set_lr(self.optimizer, numbers.schedule.lr(step))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        set_rates(self.optimizers, numbers.schedule, step)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self._zero_grad()
         self._buffer.end_step(grad_norm)
         self.state.step += 1
         self.state.tokens += numbers.tokens_per_step
+
+    def _zero_grad(self) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
 
     def _set_rng(self, step: int, micro: int) -> None:
         self.p.rng[1].fill_(step)  # fills take a scalar argument: no copy from the host, no synchronization
@@ -236,7 +241,7 @@ class Trainer:
             self.p.loss(tokens).backward()
 
         slots = self.p.count_slots(step)
-        self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})
 
     def _stop_early(self, level: int) -> int:

@@ -1,9 +1,14 @@
-"""AdamW with the published runs' groups, and gradient clipping that never waits for the device."""
+"""AdamW with the published runs' groups, or Muon beside it, and gradient clipping that never waits for the device."""
 
 import torch
 from torch import Tensor, nn
 
 from training.config import OptimSection
+from training.muon import Muon
+from training.schedule import Schedule
+
+# nanochat: the stream's scales act on everything after them and get a hundredth of the other scalars' rate.
+RESIDUAL_SCALE_FACTOR = 0.01
 
 
 def decays(name: str) -> bool:
@@ -28,9 +33,48 @@ def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> torch.
     )
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def build_optimizers(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
+    """[AdamW] or [AdamW, Muon]; `lr` is the peak. A group's `lr_scale` multiplies the schedule's rate."""
+    if config.name == "adamw":
+        return [build_optimizer(model, config, lr)]
+    return build_muon(model, config, lr)
+
+
+def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW without decay for the rest, with nanochat's rates.
+
+    Rates of embedding and head fall as width^-1/2 from 768, Muon's weight decay as (12 / layers)^2.
+    """
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
+    by_width = (model.config.width / 768) ** -0.5
+    rates = {
+        "embed.weight": config.embed_lr * by_width,
+        "lm_head.weight": config.head_lr * by_width,
+        "residual_scales": config.scalar_lr * RESIDUAL_SCALE_FACTOR,
+        "embedding_scales": config.scalar_lr,
+    }
+    others = {name for name, p in named.items() if not any(p is matrix for matrix in matrices)}
+    if others != set(rates):
+        raise ValueError(
+            "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
+        )
+    groups = [{"params": [named[name]], "lr_scale": rate / lr} for name, rate in rates.items()]
+    devices = {parameter.device.type for parameter in named.values()}
+    betas = (config.betas[0], config.betas[1])
+    adamw = torch.optim.AdamW(
+        groups, lr=lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=devices <= {"cuda", "cpu"}
+    )
+    return [adamw, Muon(matrices, lr, config.weight_decay * (12 / model.config.layers) ** 2)]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step: int) -> None:
+    """Everything that follows a schedule, before step number `step` (from 0)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(step) * group.get("lr_scale", 1.0)
+        if isinstance(optimizer, Muon):
+            optimizer.set_progress(step, schedule.steps)
 
 
 @torch.no_grad()

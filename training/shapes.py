@@ -1,12 +1,17 @@
-"""From the model section of a configuration to the shape that a model class takes."""
+"""From the model section of a configuration to the shape that a model class takes, and to the model."""
 
-from models.llama import LlamaConfig
+from models.llama import Llama, LlamaConfig
+from models.nanochat import Nanochat, NanochatConfig
 from training.config import TrainConfig
 
 
-def shape_of(config: TrainConfig, vocab_size: int) -> LlamaConfig:
+def shape_of(config: TrainConfig, vocab_size: int) -> LlamaConfig | NanochatConfig:
     """The shape with its vocabulary; ValueError where widths and heads don't fit."""
     m = config.model
+    if m.family == "nanochat":
+        return NanochatConfig(
+            m.layers, m.width, m.heads, m.hidden, vocab_size, config.batch.seq_len, m.rope_theta, m.residual_dtype
+        )
     return LlamaConfig(
         m.layers,
         m.width,
@@ -18,3 +23,8 @@ def shape_of(config: TrainConfig, vocab_size: int) -> LlamaConfig:
         m.rope_theta,
         m.residual_dtype,
     )
+
+
+def model_of(shape: LlamaConfig | NanochatConfig) -> Llama | Nanochat:
+    """The uninitialized model of a shape, on the current default device."""
+    return Nanochat(shape) if isinstance(shape, NanochatConfig) else Llama(shape)

@@ -3,7 +3,8 @@ import torch
 
 from models.llama import Llama, LlamaConfig
 from training.config import OptimSection
-from training.optim import build_optimizer, clip_gradients, set_lr
+from training.optim import build_optimizer, clip_gradients, set_rates
+from training.schedule import Schedule
 
 CONFIG = LlamaConfig(layers=2, width=64, heads=4, hidden=128, vocab_size=97, max_seq_len=32)
 
@@ -31,7 +32,7 @@ def test_weight_decay_applies_to_the_blocks_linear_weights_only():
 def test_one_step_is_adamw_by_hand():
     net = model()
     optimizer = build_optimizer(net, OptimSection(), lr=1e-3)
-    set_lr(optimizer, 2e-3)
+    set_rates([optimizer], Schedule("wsd", 2e-3, 10, 0, 0.0, 0.0), 0)
     decayed, plain = net.blocks[0].attn.qkv.weight, net.lm_head.weight
     before = [p.detach().clone() for p in (decayed, plain)]
     for parameter in net.parameters():

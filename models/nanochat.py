@@ -1,0 +1,191 @@
+"""The decoder of the published nanochat runs (560M and 1.9B parameters; quartet2.md, section c.2).
+
+Differs from models/llama.py in: RMSNorm without parameters, also after the embedding; RoPE, then RMSNorm, on q and k;
+ReLU^2 MLP; three of four layers attend to half the context only (the last layer to all of it); the stream entering each
+layer is a learned mix of itself and of the normalized embedding; logits soft-capped at 15; residual projections that
+start at zero. Linears are named blocks.N.attn.{q,k,v,out} and blocks.N.mlp.{up,down}.
+
+Two liberties, neither of which changes what can be learned: the embedding's master weight is FP32, rounded to BF16 when
+read (theirs is stored in BF16), and RoPE turns neighbours where theirs turns halves, a permutation of q's and k's rows.
+
+Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hidden, V vocabulary.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.llama import DTYPES, apply_rope, rope_table
+
+WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
+NORM_EPS = torch.finfo(torch.float32).eps
+LM_HEAD_STD = 0.001
+SOFTCAP = 15.0
+
+
+@dataclass(frozen=True)
+class NanochatConfig:
+    """Shape of a model. `max_seq_len` is the training context: it sets RoPE's table and the short window."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocab_size: int
+    max_seq_len: int = 2048
+    rope_theta: float = 1e4
+    residual_dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: needs a positive integer")
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(f"model.width={self.width} over model.heads={self.heads}: the head dimension must be even")
+        if self.residual_dtype not in DTYPES:
+            raise ValueError(f"model.residual_dtype={self.residual_dtype}: needs one of {', '.join(DTYPES)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters_non_embedding(self) -> int:
+        """L (4 D^2 + 2 D F) + 2 L scalars."""
+        return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden) + 2 * self.layers
+
+    @property
+    def parameters(self) -> int:
+        return self.parameters_non_embedding + 2 * self.vocab_size * self.width
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """6 N + 12 L d s, as models/llama.py counts it: short windows are not discounted."""
+        counted = self.parameters_non_embedding + self.vocab_size * self.width
+        return 6 * counted + 12 * self.layers * self.width * seq_len
+
+    def window(self, layer: int) -> int | None:
+        """How many earlier positions a layer sees; None: all."""
+        is_short = WINDOW_PATTERN[layer % len(WINDOW_PATTERN)] == "S" and layer != self.layers - 1
+        return self.max_seq_len // 2 if is_short else None
+
+
+def rms_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x / rms(x) over the last dimension, in FP32, rounded once to `dtype`."""
+    x = x.float()
+    return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)).to(dtype)
+
+
+def window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """bool [T, T]: position i sees j iff i - window <= j <= i."""
+    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    return (distance >= 0) & (distance <= window)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: NanochatConfig, layer: int):
+        super().__init__()
+        self.heads = config.heads
+        self.window = config.window(layer)
+        self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
+
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        q, k, v = (linear(x_BTD).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
+        q, k = (rms_norm(apply_rope(t, rope), t.dtype) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        length = x_BTD.shape[1]
+        if self.window is None or self.window >= length - 1:
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:
+            mask = window_mask(length, self.window, x_BTD.device)
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return self.out(y_BHTK.transpose(1, 2).flatten(2))
+
+
+class SquaredReLU(nn.Module):
+    """down(relu(up x)^2), the square in FP32, rounded once."""
+
+    def __init__(self, config: NanochatConfig):
+        super().__init__()
+        self.up = nn.Linear(config.width, config.hidden, bias=False)
+        self.down = nn.Linear(config.hidden, config.width, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down(F.relu(self.up(x_BTD)).float().square().to(x_BTD.dtype))
+
+
+class Block(nn.Module):
+    def __init__(self, config: NanochatConfig, layer: int, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.attn = Attention(config, layer)
+        self.mlp = SquaredReLU(config)
+
+    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+        x_BTD = x_BTD + self.attn(rms_norm(x_BTD, self.dtype), rope).to(x_BTD.dtype)
+        return x_BTD + self.mlp(rms_norm(x_BTD, self.dtype)).to(x_BTD.dtype)
+
+
+class Nanochat(nn.Module):
+    """The model; weights are uninitialized until `init_weights`, so that it can be built on the meta device."""
+
+    softcap = SOFTCAP
+
+    def __init__(self, config: NanochatConfig, compute_dtype: torch.dtype = torch.bfloat16):
+        super().__init__()
+        self.config = config
+        self.dtype = compute_dtype
+        self.residual_dtype = DTYPES[config.residual_dtype] if compute_dtype != torch.float32 else torch.float32
+        self.embed = nn.Embedding(config.vocab_size, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer, compute_dtype) for layer in range(config.layers))
+        self.residual_scales = nn.Parameter(torch.empty(config.layers))
+        self.embedding_scales = nn.Parameter(torch.empty(config.layers))
+        self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim), persistent=False)
+
+    def hidden(self, tokens_BT: Tensor) -> Tensor:
+        """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
+        if tokens_BT.shape[1] > self.config.max_seq_len:
+            raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
+        first_BTD = rms_norm(self.embed(tokens_BT).to(self.dtype), self.residual_dtype)
+        x_BTD = first_BTD
+        for layer, block in enumerate(self.blocks):
+            mixed = self.residual_scales[layer] * x_BTD.float() + self.embedding_scales[layer] * first_BTD.float()
+            x_BTD = block(mixed.to(self.residual_dtype), self.rope)
+        return rms_norm(x_BTD, self.dtype)
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """tokens int [B, T] -> soft-capped logits [B, T, V], FP32."""
+        return self.softcap * torch.tanh(self.lm_head(self.hidden(tokens_BT)).float() / self.softcap)
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> str:
+        """Fill every parameter and the RoPE table; returns the init hash (hex, 16 digits).
+
+        Drawn on the CPU with a generator per parameter, keyed by (seed, name), as models/llama.py does.
+        """
+        digest = hashlib.sha256()
+        for name, parameter in self.named_parameters():
+            value = initial_value(name, parameter.shape, self.config.width, seed)
+            digest.update(name.encode())
+            digest.update(value.numpy().tobytes())
+            parameter.copy_(value)
+        self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
+        return digest.hexdigest()[:16]
+
+
+def initial_value(name: str, shape: torch.Size, width: int, seed: int) -> Tensor:
+    """FP32 CPU tensor: embedding N(0, 1), lm_head N(0, 0.001), residual projections 0, others uniform of std D^-1/2."""
+    value = torch.zeros(shape, device="cpu")
+    if name == "residual_scales":
+        return value + 1.0
+    if name == "embedding_scales" or name.endswith(("attn.out.weight", "mlp.down.weight")):
+        return value
+    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    if name.startswith("blocks."):
+        bound = (3.0 / width) ** 0.5
+        return value.uniform_(-bound, bound, generator=generator)
+    return value.normal_(0.0, LM_HEAD_STD if name == "lm_head.weight" else 1.0, generator=generator)

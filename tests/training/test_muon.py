@@ -1,0 +1,124 @@
+"""Muon against its formulas, one matrix at a time, and how it sits beside AdamW."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.llama import Llama, LlamaConfig
+from models.nanochat import Nanochat, NanochatConfig
+from training.config import OptimSection
+from training.muon import POLAR_EXPRESS, Muon, polar, reduce_variance
+from training.optim import build_optimizers, set_rates
+from training.schedule import Schedule
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("shape", [(48, 32), (32, 48), (40, 40)])
+def test_polar_turns_singular_values_into_ones(shape):
+    s = torch.linalg.svdvals(polar(randn(*shape)))
+    exact = torch.linalg.svd(randn(*shape), full_matrices=False)
+    # Five steps reach 1 within about 10 % from 1e-3 of the norm upwards.
+    assert s.max() < 1.15 and s.min() > 0.85
+    cosine = (polar(randn(*shape)) * (exact[0] @ exact[2])).sum() / (s.norm() * min(shape) ** 0.5)
+    assert cosine > 0.995
+
+
+def test_polar_works_on_each_matrix_of_a_batch_alone():
+    batch = randn(3, 16, 24)
+    torch.testing.assert_close(polar(batch)[1], polar(batch[1]), atol=1e-5, rtol=1e-5)
+
+
+def test_variance_reduction_levels_rows_and_keeps_the_norm():
+    update = randn(1, 6, 4) * torch.tensor([1, 1, 1, 10, 1, 1.0])[:, None]
+    scaled, variance = reduce_variance(update, torch.zeros(1, 6, 1))
+    assert scaled.norm() == pytest.approx(update.norm().item(), rel=1e-5)
+    rows = scaled.square().mean(-1).sqrt()
+    assert rows.max() / rows.min() == pytest.approx(1, rel=1e-4)  # from a cold start every row gets the same rms
+    torch.testing.assert_close(variance, 0.05 * update.square().mean(-1, keepdim=True))
+
+
+def plain_update(w: Tensor, g: Tensor, state: dict, lr: float, momentum: float, decay: float) -> Tensor:
+    """The docstring's formulas for one matrix, FP64."""
+    state["m"] = momentum * state.get("m", 0) + (1 - momentum) * g
+    u = (1 - momentum) * g + momentum * state["m"]
+    is_tall = u.shape[0] > u.shape[1]
+    x = (u.T if is_tall else u) / (1.02 * u.norm() + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.T
+        x = a * x + b * gram @ x + c * gram @ gram @ x
+    u = x.T if is_tall else x
+    by_row = u.shape[0] >= u.shape[1]
+    square = u.square().mean(1 if by_row else 0, keepdim=True)
+    state["v"] = 0.95 * state.get("v", 0) + 0.05 * square
+    leveled = u / state["v"].sqrt()
+    u = leveled * u.norm() / leveled.norm()
+    step = lr * max(1, w.shape[0] / w.shape[1]) ** 0.5
+    return w - step * (u + decay * w * (u * w >= 0))
+
+
+def test_steps_agree_with_the_formulas():
+    weights = [randn(12, 8, seed=1), randn(8, 12, seed=2), randn(12, 8, seed=3)]
+    params = [torch.nn.Parameter(w.clone()) for w in weights]
+    plain, states = [w.double() for w in weights], [{}, {}, {}]
+    optimizer = Muon(params, lr=0.02, weight_decay=0.1)
+    for step in range(3):
+        optimizer.set_progress(step, 10)
+        momentum, decay = 0.85 + 0.1 * step / 300, 0.1 * (1 - step / 10)
+        for i, parameter in enumerate(params):
+            parameter.grad = randn(*parameter.shape, seed=100 + 3 * step + i)
+            plain[i] = plain_update(plain[i], parameter.grad.double(), states[i], 0.02, momentum, decay)
+        optimizer.step()
+    for parameter, expected in zip(params, plain, strict=True):
+        torch.testing.assert_close(parameter.detach().double(), expected, atol=2e-5, rtol=0)
+
+
+def test_decay_and_momentum_follow_the_run():
+    optimizer = Muon([torch.nn.Parameter(randn(4, 4))], lr=0.02, weight_decay=0.2)
+    optimizer.set_progress(1000, 2000)
+    assert optimizer.param_groups[0]["momentum"] == pytest.approx(0.95)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(0.1)
+
+
+def test_a_raised_flag_leaves_weights_and_moments_alone():
+    parameter = torch.nn.Parameter(randn(8, 4))
+    optimizer = Muon([parameter], lr=0.02, weight_decay=0.1)
+    parameter.grad = randn(8, 4, seed=5)
+    optimizer.step()
+    before = [parameter.detach().clone(), *(value.clone() for value in optimizer.state[parameter].values())]
+    parameter.grad = torch.full((8, 4), float("nan"))
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    after = [parameter.detach(), *optimizer.state[parameter].values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    optimizer.found_inf.zero_()
+    parameter.grad = randn(8, 4, seed=6)
+    optimizer.step()
+    assert not torch.equal(parameter.detach(), before[0])
+
+
+def test_groups_and_rates_are_the_published_ones():
+    model = Nanochat(NanochatConfig(24, 192, 2, 256, 100, 16))
+    section = OptimSection(name="muon", betas=[0.8, 0.95], eps=1e-10, weight_decay=0.2, clip=None)
+    optimizers = build_optimizers(model, section, 0.02)
+    set_rates(optimizers, Schedule("wsd", 0.02, 100, 0, 0.0, 0.0, decay_steps=40), 80)  # half of the rate is left
+    adamw, muon = optimizers
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in adamw.param_groups for p in group["params"]}
+    # width 192 is a quarter of 768: twice the rate
+    assert rates == pytest.approx(
+        {"embed.weight": 0.3, "lm_head.weight": 0.004, "residual_scales": 0.0025, "embedding_scales": 0.25}
+    )
+    assert all(group["weight_decay"] == 0 for group in adamw.param_groups)
+    assert [group["lr"] for group in muon.param_groups] == pytest.approx([0.01] * 3)
+    assert muon.param_groups[0]["weight_decay"] == pytest.approx(0.2 * (12 / 24) ** 2 * 0.2)
+    assert sum(len(group["params"]) for group in muon.param_groups) == 24 * 6
+
+
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="optim=muon is made for model=nanochat_560m"):
+        build_optimizers(Llama(LlamaConfig(1, 32, 2, 64, 50)), OptimSection(name="muon"), 0.02)
+    with pytest.raises(ValueError, match=r"whole matrices, got \(4,\)"):
+        Muon([torch.nn.Parameter(randn(4))], 0.02, 0.0)

@@ -1,0 +1,108 @@
+"""Muon as the published nanochat runs used it: orthogonalized momentum for the matrices of the blocks.
+
+    m   <- lerp(m, g, 1 - momentum);  u = lerp(g, m, momentum)                          (Nesterov)
+    u   <- polar(u): five Polar Express steps, X <- a X + (b X X^T + c (X X^T)^2) X     (nearest orthogonal matrix)
+    u   <- u / rms of each row (or column) over time, norm of the whole kept            (variance reduction)
+    w   <- w - lr s (u + decay w [u w >= 0]),  s = sqrt(max(1, rows / columns))         (cautious decay)
+
+torch.optim.Muon has the momentum and Newton-Schulz with one set of coefficients for all steps; it lacks the Polar
+Express coefficients, the variance reduction, the cautious decay and the on-device skip of a non-finite step.
+Sources: quartet2.md c.2; arXiv 2505.16932 (coefficients); arXiv 2510.05491 (variance reduction).
+"""
+
+import torch
+from torch import Tensor
+
+# Five steps for singular values in [1e-3, 1] (arXiv 2505.16932). The input is divided by 1.02 times its norm, the
+# paper's safety factor, so that rounding in BF16 can't push a singular value over 1.
+POLAR_EXPRESS = (
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+)
+SAFETY = 1.02
+MOMENTUM = (0.85, 0.95)  # from the first step to step MOMENTUM_STEPS
+MOMENTUM_STEPS = 300
+VARIANCE_BETA = 0.95
+
+
+def polar(matrices: Tensor) -> Tensor:
+    """The orthogonal polar factor of each matrix [..., m, n], approximately, in BF16 on a GPU and FP32 on a CPU."""
+    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
+    is_tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if is_tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)
+    for a, b, c in POLAR_EXPRESS:
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if is_tall else x).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """`params`: 2-D, whole (not sharded), FP32. Hyper-parameters of the moment come from `set_progress`."""
+
+    # The non-finite guard raises this flag on the device; then nothing is updated (training/nonfinite.py).
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float):
+        wrong = [tuple(p.shape) for p in params if p.ndim != 2 or hasattr(p, "full_tensor")]
+        if wrong:
+            raise ValueError(f"Muon needs whole matrices, got {wrong[0]}; use parallel=ddp, or optim=adamw")
+        shapes = sorted({tuple(p.shape) for p in params})
+        groups = [{"params": [p for p in params if tuple(p.shape) == shape]} for shape in shapes]  # one batch a shape
+        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM[0]})
+        self._weight_decay = weight_decay
+
+    def set_progress(self, step: int, steps: int) -> None:
+        """Before step `step` of `steps`: momentum warms up, weight decay falls linearly to zero."""
+        share = min(step / MOMENTUM_STEPS, 1.0)
+        for group in self.param_groups:
+            group["momentum"] = MOMENTUM[0] + share * (MOMENTUM[1] - MOMENTUM[0])
+            group["weight_decay"] = self._weight_decay * (1 - step / steps)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """One update of every parameter that has a gradient; nothing changes while `found_inf` is raised."""
+        skip = getattr(self, "found_inf", None)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                self._update(params, group, skip)
+
+    def _update(self, params: list[Tensor], group: dict, skip: Tensor | None) -> None:
+        for p in params:
+            if not self.state[p]:
+                rows, columns = p.shape
+                self.state[p]["momentum"] = torch.zeros_like(p)
+                self.state[p]["variance"] = p.new_zeros((rows, 1) if rows >= columns else (1, columns))
+        old = [torch.stack([self.state[p][key] for p in params]) for key in ("momentum", "variance")]
+        weights, gradients = torch.stack(params), torch.stack([p.grad for p in params])
+        momentum = torch.lerp(old[0], gradients, 1 - group["momentum"])
+        update, variance = reduce_variance(polar(torch.lerp(gradients, momentum, group["momentum"])), old[1])
+        lr = group["lr"] * max(1.0, weights.shape[-2] / weights.shape[-1]) ** 0.5
+        decay = group["weight_decay"] * weights * (update * weights >= 0)
+        new = (weights - lr * (update + decay), momentum, variance)
+        if skip is not None:
+            kept = skip > 0
+            new = tuple(torch.where(kept, before, after) for before, after in zip((weights, *old), new, strict=True))
+        for i, p in enumerate(params):
+            p.copy_(new[0][i])
+            self.state[p]["momentum"].copy_(new[1][i])
+            self.state[p]["variance"].copy_(new[2][i])
+
+
+def reduce_variance(update: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """Divide each row (or column) by its running rms; keep each matrix's norm. Returns the update and new variance.
+
+    update [L, m, n]; variance [L, m, 1] or [L, 1, n], the running mean square along the dimension of size 1.
+    """
+    along = -1 if variance.shape[-1] == 1 else -2
+    count = update.shape[along]
+    square = update.square().mean(dim=along, keepdim=True)
+    variance = torch.lerp(variance, square, 1 - VARIANCE_BETA)
+    scale = variance.clamp_min(1e-10).rsqrt()
+    norm = (square.sum(dim=(-2, -1), keepdim=True) * count).sqrt()
+    scaled_norm = ((square * count) * scale.square()).sum(dim=(-2, -1), keepdim=True).sqrt()
+    return update * scale * (norm / scaled_norm.clamp_min(1e-10)), variance
