@@ -18,6 +18,7 @@ E4M3_MAX = tl.constexpr(448.0)
 E5M2_MAX = tl.constexpr(57344.0)
 EXPONENT_MASK = tl.constexpr(0x7F800000)
 RANDOM_RANGE = tl.constexpr(2.0**24)
+SIGN_BIT = tl.constexpr(-(2**31))
 SIGN_AND_CODE = tl.constexpr(0x81C00000 - 2**32)
 
 
@@ -54,7 +55,8 @@ def stochastic_e2m1(x, random24):
     # frac * 2^24 = (magnitude - low) * (2^25 / power), exactly: the factor is 2^25's exponent less power's.
     scale = (0x4C000000 - (power.to(tl.int32, bitcast=True) - 0x3F800000)).to(tl.float32, bitcast=True)
     rounded = tl.where(random24 < (magnitude - low) * scale, low + step, low)
-    return tl.where(x < 0.0, -rounded, rounded)
+    sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
+    return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
 
 
 @triton.jit

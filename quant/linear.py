@@ -149,7 +149,7 @@ def rotation_signs(context: Context, name: str) -> Tensor | None:
 def make_operand(
     held: Held, slot: str, context: Context, signs: Tensor | None, also_packed: bool = False, only_packed: bool = False
 ) -> Quantized:
-    """The operand of a slot from what is there; NVFP4 codes beside the GEMM's own wish, or in place of it, to be kept."""
+    """The operand of a slot from what is there; NVFP4 codes beside the GEMM's own wish or instead of it, to be kept."""
     operand = context.recipe.operand(slot)
     if operand.source == "fprop_transposed" and not isinstance(held, Tensor):
         return as_it_is(held, slot, context)

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl, triton_tiles
-from kernels.quantize.triton_kernels import ROTATION_TILE, amax_kernel, quantize_kernel, rows_kernel, signs_kernel
+from kernels.quantize.triton_kernels import (
+    ROTATION_TILE,
+    amax_kernel,
+    both_axes_kernel,
+    quantize_kernel,
+    rows_kernel,
+    signs_kernel,
+)
 from kernels.spec import NVFP4_BLOCK, ROUNDINGS, QuantSpec
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -36,29 +43,30 @@ class Launch:
 
 # By (kernel, axis); axis 2 is both. What --tune found best on an H100.
 CONFIGS: dict[tuple[str, int], Launch] = {
-    ("rtn_rows", 1): Launch(256, 8),
-    ("four_over_six_rows", 1): Launch(256, 8),
-    ("sr_rows", 1): Launch(256, 8),
-    ("ms_eden_rows", 1): Launch(256, 8),
-    ("rtn", 0): Launch(64, 8),
-    ("rtn", 1): Launch(64, 8),
-    ("four_over_six", 0): Launch(64, 8, 2, 2, 128),
-    ("four_over_six", 1): Launch(64, 8, 2, 2, 128),
-    ("sr", 0): Launch(64, 8, 2, 2),
-    ("sr", 1): Launch(64, 8, 2, 2),
-    ("ms_eden", 0): Launch(64, 8, 2, 2),
-    ("ms_eden", 1): Launch(64, 8, 2, 2),
-    ("rtn_packed", 0): Launch(64, 8, 2, 2),
-    ("rtn_packed", 1): Launch(64, 8, 2, 2),
-    ("sr_packed", 0): Launch(64, 8, 2, 2),
-    ("sr_packed", 1): Launch(64, 8, 2, 2),
-    ("ms_eden_packed", 0): Launch(64, 8, 2, 2),
-    ("ms_eden_packed", 1): Launch(64, 8, 2, 2),
-    ("amax", 0): Launch(64, 4, 3, 4),
-    ("amax", 1): Launch(64, 4, 3, 4),
-    ("amax", 2): Launch(128, 8, 3, 2),
-    ("amax_packed", 0): Launch(64, 4, 3, 4),
-    ("amax_packed", 1): Launch(64, 4, 3, 4),
+    ("rtn_rows", 1): Launch(128, 4),
+    ("four_over_six_rows", 1): Launch(64, 2),
+    ("sr_rows", 1): Launch(128, 4),
+    ("ms_eden_rows", 1): Launch(128, 4),
+    ("rtn", 0): Launch(64, 4, 3, 2),
+    ("rtn", 1): Launch(64, 4, 3, 2),
+    ("four_over_six", 0): Launch(64, 8, 3, 2, 128),
+    ("four_over_six", 1): Launch(64, 8, 3, 2, 128),
+    ("sr", 0): Launch(64, 8, 3, 2, 128),
+    ("sr", 1): Launch(64, 8, 3, 4),
+    ("ms_eden", 0): Launch(64, 8, 3, 2, 128),
+    ("ms_eden", 1): Launch(64, 8, 3, 2),
+    ("rtn_packed", 0): Launch(64, 4, 3, 3),
+    ("rtn_packed", 1): Launch(64, 4, 3, 3),
+    ("sr_packed", 0): Launch(64, 8, 1, 4, 128),
+    ("sr_packed", 1): Launch(64, 8, 1, 4, 128),
+    ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
+    ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
+    ("both", 2): Launch(128, 16, 2, 1),
+    ("amax", 0): Launch(64, 4, 3, 2),
+    ("amax", 1): Launch(64, 4, 3, 2),
+    ("amax", 2): Launch(128, 8, 4, 1),
+    ("amax_packed", 0): Launch(64, 4, 4, 3),
+    ("amax_packed", 1): Launch(64, 4, 4, 3),
 }
 
 
@@ -335,6 +343,36 @@ def launch_amax(
     return amax1, amax0
 
 
+def launch_both(
+    x: Tensor,
+    amaxes: tuple[Tensor, Tensor],
+    signs: tuple[Tensor, Tensor],
+    rng: Tensor,
+    layer: Tensor,
+    target: float,
+    cap: float,
+    pow2: bool,
+    rounding: str,
+    slots: tuple[int, int],
+    config: Launch | None = None,
+) -> tuple[Tensor, ...]:
+    """Values of both axes, both rotated and quantized alike, from one read of x: two results of launch_quantize."""
+    x = x.contiguous()
+    config = config or CONFIGS["both", 2]
+    rows, columns = x.shape
+    along1, along0 = (_allocate(x, False, axis, True, False) for axis in (1, 0))
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 128)
+    dims = [_dim(sign) for sign in signs]
+    both_axes_kernel[grid_size(tiles, x.device, config.programs)](
+        x, *(rotation_matrix(dim, x.device) for dim in dims), *signs, *amaxes, rng, layer, along1[0], along0[0],
+        along1[1], along0[1], rows, columns, columns // 16, rows // 16, *dims,
+        TARGET=target, RANGE=cap * target, POW2=pow2, ROUNDING=rounding, STREAM1=16 + slots[0], STREAM0=16 + slots[1],
+        EVEN=rows % 128 == 0 and columns % 128 == 0, STAGES=config.stages, INTERPRET=INTERPRET,
+        num_warps=config.warps, maxnreg=config.registers,
+    )  # fmt: skip
+    return *along1, *along0
+
+
 @torch.library.custom_op("nibble::rht_signs", mutates_args=())
 def _rht_signs_op(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
     signs = torch.empty(dim, dtype=torch.float32, device=rng.device)
@@ -419,6 +457,13 @@ def _quantize_both_op(
         amax1 = launch_amax(x, None, None, signs1)[0]
     if amax0 is None:
         amax0 = launch_amax(x, None, signs0, None)[1]
+    values_only = all(store_values) and not any(store_packed) and not any(four_over_six)
+    alike = all(setting[0] == setting[1] for setting in (targets, caps, pow2, roundings))
+    if values_only and alike and eden_groups == [1, 1] and signs1 is not None and signs0 is not None:
+        rounding = ROUNDINGS[roundings[0]]
+        return launch_both(
+            x, (amax1, amax0), (signs1, signs0), rng, layer, targets[0], caps[0], pow2[0], rounding, tuple(slots)
+        )
     results = ()
     for i, (axis, amax, signs) in enumerate(((1, amax1, signs1), (0, amax0, signs0))):
         results += launch_quantize(

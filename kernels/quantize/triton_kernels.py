@@ -202,6 +202,36 @@ def tensor_scale(amax, RANGE: tl.constexpr, POW2: tl.constexpr):
 
 
 @triton.jit
+def _tile_groups(x, rotation, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
+                 SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
+                 TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (y, codes, block scales)."""
+    y = _natural_order(tl.dot(x, rotation), TILE)
+    group = (line0 + tl.arange(0, TILE * 8) // 8) * out_groups + group0 + tl.arange(0, TILE * 8) % 8
+    call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    calls = lines * out_groups * 4
+    codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
+                                   SCALED, INTERPRET)  # fmt: skip
+    return y, codes, scale
+
+
+@triton.jit
+def _store_values(values_ptr, codes, scale, row0, col0, R, C, AXIS: tl.constexpr, TILE: tl.constexpr,
+                  EVEN: tl.constexpr):  # fmt: skip
+    """codes * scale as BF16 (exact) into [R, C]; the tile lies transposed for AXIS 0."""
+    values = tl.reshape((codes * scale[:, None]).to(tl.bfloat16), [TILE, 128])
+    if AXIS == 0:
+        values = tl.trans(values)
+    rows = (row0 + tl.arange(0, 128 if AXIS == 0 else TILE)).to(tl.int64)
+    cols = col0 + tl.arange(0, TILE if AXIS == 0 else 128)
+    at = values_ptr + rows[:, None] * C + cols[None, :]
+    if EVEN:
+        tl.store(at, values)
+    else:
+        tl.store(at, values, mask=(rows < R)[:, None] & (cols < C)[None, :])
+
+
+@triton.jit
 def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs_ptr, amax_ptr, rng_ptr, layer_ptr,
                     values_ptr, codes_ptr, scales_ptr, scale_ptr, R, C, src_words, src_groups, out_words, out_groups,
                     dim,
@@ -237,25 +267,12 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
                        EVEN, INTERPRET)  # fmt: skip
         if AXIS == 0:
             x = tl.trans(x)
-        y = _natural_order(tl.dot(x, rotation), TILE)
         line0 = col0 if AXIS == 0 else row0
         group0 = (row0 if AXIS == 0 else col0) // 16
-        group = (line0 + tl.arange(0, TILE * 8) // 8) * out_groups + group0 + tl.arange(0, TILE * 8) % 8
-        call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        calls = (C if AXIS == 0 else R) * out_groups * 4
-        code, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
-                                      SCALED, INTERPRET)  # fmt: skip
+        y, code, scale = _tile_groups(x, rotation, T, factor, key, line0, group0, C if AXIS == 0 else R, out_groups,
+                                      TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED, TILE, INTERPRET)  # fmt: skip
         if STORE_VALUES:
-            values = tl.reshape((code * scale[:, None]).to(tl.bfloat16), [TILE, 128])
-            if AXIS == 0:
-                values = tl.trans(values)
-            rows = (row0 + tl.arange(0, TILE_R)).to(tl.int64)
-            cols = col0 + tl.arange(0, TILE_C)
-            at = values_ptr + rows[:, None] * C + cols[None, :]
-            if EVEN:
-                tl.store(at, values)
-            else:
-                tl.store(at, values, mask=(rows < R)[:, None] & (cols < C)[None, :])
+            _store_values(values_ptr, code, scale, row0, col0, R, C, AXIS, TILE, EVEN)
         if STORE_PACKED:
             lines = (line0 + tl.arange(0, TILE)).to(tl.int64)
             words = group0 * 2 + tl.arange(0, 16)
@@ -271,6 +288,44 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
             else:
                 tl.store(at, packed, mask=inside & (words < out_words)[None, :])
                 tl.store(scale_at, scale_bytes, mask=inside & (groups < out_groups)[None, :])
+
+
+@triton.jit
+def both_axes_kernel(src_ptr, rotation1_ptr, rotation0_ptr, signs1_ptr, signs0_ptr, amax1_ptr, amax0_ptr, rng_ptr,
+                     layer_ptr, values1_ptr, values0_ptr, scale1_ptr, scale0_ptr, R, C, row_groups, column_groups, dim1,
+                     dim0, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, ROUNDING: tl.constexpr,
+                     STREAM1: tl.constexpr, STREAM0: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+                     INTERPRET: tl.constexpr):  # fmt: skip
+    """Values of BF16 [R, C] rotated and quantized along axis 1 and along axis 0, from one read of each 128 x 128 tile.
+
+    row_groups = C / 16, column_groups = R / 16. One after the other, so that one set of accumulators lives at a time.
+    """
+    program = tl.program_id(0)
+    T1 = tensor_scale(tl.load(amax1_ptr), RANGE, POW2)
+    T0 = tensor_scale(tl.load(amax0_ptr), RANGE, POW2)
+    if program == 0:
+        tl.store(scale1_ptr, T1)
+        tl.store(scale0_ptr, T0)
+    factor1 = tl.where(T1 < TINY_SCALE, TINY_FACTOR, 1.0)
+    factor0 = tl.where(T0 < TINY_SCALE, TINY_FACTOR, 1.0)
+    key1 = (0, 0, 0, 0, 0)
+    key0 = (0, 0, 0, 0, 0)
+    if ROUNDING != "rtn":
+        key1 = load_key(rng_ptr, layer_ptr, STREAM1)
+        key0 = load_key(rng_ptr, layer_ptr, STREAM0)
+    rotation1 = _load_rotation(rotation1_ptr, signs1_ptr, dim1, factor1, True, INTERPRET)
+    rotation0 = _load_rotation(rotation0_ptr, signs0_ptr, dim0, factor0, True, INTERPRET)
+    tiles_c = tl.cdiv(C, 128)
+    for tile in tl.range(program, tl.cdiv(R, 128) * tiles_c, tl.num_programs(0), num_stages=STAGES):
+        row0 = (tile // tiles_c) * 128
+        col0 = (tile % tiles_c) * 128
+        x = _load_tile(src_ptr, None, row0, col0, R, C, 0, 0, 128, 128, False, False, EVEN, INTERPRET)
+        _, codes1, scale1 = _tile_groups(x, rotation1, T1, factor1, key1, row0, col0 // 16, R, row_groups, TARGET,
+                                         False, ROUNDING, 1, False, 128, INTERPRET)  # fmt: skip
+        _store_values(values1_ptr, codes1, scale1, row0, col0, R, C, 1, 128, EVEN)
+        _, codes0, scale0 = _tile_groups(tl.trans(x), rotation0, T0, factor0, key0, col0, row0 // 16, C, column_groups,
+                                         TARGET, False, ROUNDING, 1, False, 128, INTERPRET)  # fmt: skip
+        _store_values(values0_ptr, codes0, scale0, row0, col0, R, C, 0, 128, EVEN)
 
 
 @triton.jit
