@@ -1,3 +1,5 @@
+from dataclasses import asdict
+
 import pytest
 
 from configs import grid
@@ -52,17 +54,51 @@ def test_corpus_grids_have_the_lengths_of_the_protocol():
     assert (numbers.steps, numbers.tokens_per_step, numbers.schedule.lr_peak) == (2861, 262144, 2.4e-3)
 
 
-@pytest.mark.parametrize("name", grid.names())
-def test_every_recipe_of_every_grid_builds(name):
+def test_every_recipe_of_every_grid_builds():
     seen = set()
-    for cell, overrides in grid.expand(grid.load(name)).items():
-        recipe = tuple(item for item in overrides if item.startswith("quant"))
-        if recipe in seen:
-            continue
-        seen.add(recipe)
-        built = library.build(compose(overrides).config.quant)
-        assert built.is_quantized == ("quant=bf16" not in recipe), cell
-    assert len(seen) >= 4
+    for name in grid.names():
+        for cell, overrides in grid.expand(grid.load(name)).items():
+            recipe = tuple(item for item in overrides if item.startswith("quant"))
+            if recipe not in seen:
+                built = library.build(compose(list(recipe)).config.quant)
+                assert built.is_quantized == ("quant=bf16" not in recipe), cell
+            seen.add(recipe)
+    assert len(seen) == 27
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_one_cell_of_each_kind_composes(name):
+    cells = grid.expand(grid.load(name))
+    kinds = {cell.split("/")[0]: cell for cell in cells}  # the last cell of each first part
+    for cell in list(kinds.values())[:4]:
+        composed = compose([f"experiment={name}", f"cell={cell}"])
+        assert composed.config.run.name == f"{name}-{cell.replace('/', '-')}"
+        assert composed.config.steps or composed.config.tokens
+
+
+def test_noise_cells_share_the_numerics_of_the_grids_but_for_the_nudge():
+    def flat(*words):
+        return dict(walk(asdict(compose(list(words)).config), ""))
+
+    def walk(value, prefix):
+        for key, item in value.items():
+            yield from walk(item, f"{prefix}{key}.") if isinstance(item, dict) else [(prefix + key, item)]
+
+    for length, base in (("screen", "cell=quartet2/s0"), ("ranking", "cell=quartet2/x1/s0")):
+        reference = flat(f"experiment=corpus_{length}", base)
+        for change, expected in (("rerun", {}), ("rounding1", {"rounding_seed": 1001}), ("nudge1", {"perturb": 1e-6})):
+            other = flat("experiment=corpus_noise", f"cell={length}/quartet2/{change}")
+            differing = {key: other[key] for key in other if other[key] != reference[key] and key != "run.name"}
+            assert differing == expected
+
+
+def test_nanochat_grid_has_the_published_lengths_and_optimizer():
+    config = compose(["experiment=nanochat", "cell=1.9B/quartet2/s0"]).config
+    numbers = derive(config, 0, world=8)
+    assert (numbers.steps, numbers.tokens_per_step, numbers.seq_len, numbers.micro) == (71680, 524288, 2048, 8)
+    assert (config.optim.name, config.optim.clip, numbers.schedule.lr_peak) == ("muon", None, 0.02)
+    assert (numbers.schedule.warmup_steps, numbers.schedule.decay_steps) == (0, 28672)  # the last 40 %
+    assert derive(compose(["experiment=nanochat", "cell=560M/bf16/s0"]).config, 0, world=8).micro == 32
 
 
 def test_forward_only_cells_reuse_the_quantized_operands_and_backward_only_ones_the_exact():
