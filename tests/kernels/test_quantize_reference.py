@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kernels import backend, philox
-from kernels.quantize import amax, amax_packed, dequantize, quantize, requantize, rht_signs
+from kernels.quantize import amax, amax_packed, dequantize, quantize, quantize_both, requantize, rht_signs
 from kernels.quantize.reference_impl import hadamard, quantize_blocks
 from kernels.spec import (
     NO_CLIP_MAX,
@@ -312,6 +312,16 @@ def test_requantize_is_quantize_of_the_values_with_the_global_scale_outside():
     assert out.scale == direct.scale * p.global_scale == out.packed.global_scale
     plain = dequantize(p)
     assert torch.equal(plain.values * plain.scale, p.dequantize())
+
+
+def test_both_axes_at_once_are_two_calls():
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(10)).bfloat16()
+    signs = rht_signs(RNG, LAYER, 1, 32), rht_signs(RNG, LAYER, 2, 64)
+    both = quantize_both(x, (MS_EDEN, SR), signs, RNG, LAYER, (2, 4), (BOTH, BOTH))
+    for out, spec, axis, sign, slot in zip(both, (MS_EDEN, SR), (1, 0), signs, (2, 4), strict=True):
+        one = quantize(x, spec, axis, amax(x, axis, sign), sign, RNG, LAYER, slot, BOTH)
+        assert torch.equal(out.values, one.values) and out.scale == one.scale
+        assert torch.equal(out.packed.codes, one.packed.codes)
 
 
 def test_values_are_exact_in_bf16_and_sr_gives_neighbours():
