@@ -14,7 +14,7 @@ from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
 from quant.plan import Plan, convert
 from quant.stats import slot_stats
-from training.checkpoint import TrainState, load
+from training.checkpoint import Checkpointer, TrainState, load
 from training.config import TrainConfig
 from training.derive import Numbers
 from training.distributed import Dist
@@ -86,6 +86,19 @@ def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
     if ranks.is_main:
         print(f"resuming from {path}: step {state.step}, {state.tokens:,} tokens", flush=True)
     return True
+
+
+def open_checkpointer(folder: RunFolder, config: TrainConfig, ranks: Dist, tokens: TokenSet) -> Checkpointer:
+    """Saves into the run folder as config.checkpoint says; altered token shards are noticed before each save."""
+    section = config.checkpoint
+    return Checkpointer(
+        folder.path,
+        keep_last=section.keep_last,
+        keep_every=section.keep_every or 0,
+        asynchronous=section.asynchronous,
+        group=ranks.group,
+        before_save=tokens.check_unchanged,
+    )
 
 
 def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ranks: Dist, step: int) -> Loggers:

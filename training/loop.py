@@ -7,7 +7,7 @@ model is evaluated; so a failing evaluation never costs the checkpoint, and a no
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data.evalset import EvalSet
-from training.checkpoint import Checkpointer, TrainState
+from training.checkpoint import Checkpointer, SaveReport, TrainState
 from training.config import TrainConfig
 from training.console import Console
 from training.derive import Numbers
@@ -76,6 +76,7 @@ class Trainer:
         self._started = time.perf_counter()
         self._wall_before = self.state.extra.get("wall_s", 0.0)
         self._resumed_at = self.state.step
+        parts.checkpointer.on_saved = self._saved
 
     def run(self) -> int:
         """Train to the end or until asked to stop. Returns the process's exit code."""
@@ -196,6 +197,9 @@ class Trainer:
     def _save(self, wait: bool = False) -> None:
         self.state.extra["wall_s"] = self._wall_s()
         self.p.checkpointer.save(self.state, wait=wait)
+
+    def _saved(self, report: SaveReport) -> None:
+        self.event("checkpoint", **{("saved_step" if k == "step" else k): v for k, v in asdict(report).items()})
 
     def _wall_s(self) -> float:
         return self._wall_before + time.perf_counter() - self._started

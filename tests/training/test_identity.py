@@ -1,0 +1,106 @@
+"""What the numerics hash covers and what it leaves out, key by key."""
+
+import pytest
+import torch
+
+from configs.compose import compose
+from training.distributed import Dist
+from training.identity import IdentityError, flatten, refuse_other
+from training.sketch import Request, describe
+
+BASE = ["model=llama_tiny", "quant=quartet2", "batch.sequences=8", "batch.micro=4", "batch.seq_len=128", "steps=40"]
+CHANGES_NUMBERS = [
+    "seed=1",
+    "rounding_seed=7",
+    "perturb=1e-6",
+    "model.layers=2",
+    "model.norm_eps=1e-6",
+    "model.residual_dtype=bfloat16",
+    "quant=sr",
+    "quant.dgrad=none",
+    "quant.fprop.x.select=absmax",
+    "quant.wgrad.rotation.dim=64",
+    "quant.high_precision.last=1",
+    "quant.rules=[{match: 'blocks.0.*', recipe: bf16}]",
+    "data.vocab_size=3000",
+    "data.packing=bos_bestfit",
+    "optim.lr=1e-3",
+    "optim.weight_decay=0.2",
+    "optim.betas=[0.9,0.99]",
+    "optim.eps=1e-7",
+    "optim.clip=null",
+    "schedule=wsd",
+    "schedule.warmup_steps=3",
+    "schedule.end_factor=0",
+    "steps=41",
+    "batch.sequences=16",
+    "batch.micro=8",
+    "batch.seq_len=256",
+]
+CHANGES_NOTHING = [
+    "run.name=other",
+    "paths.runs=elsewhere",
+    "log.every=1",
+    "evaluate.every=7",
+    "evaluate.bf16=true",
+    "checkpoint.every=3",
+    "checkpoint.keep_last=5",
+    "backend=reference",
+    "compile=true",
+    "parallel=ddp",
+    "recompute=true",
+    "watchdog_s=60",
+    "nonfinite=skip",
+    "deterministic=false",
+    "logger=tensorboard",
+    "model.lr=1.2e-3",
+    "model.micro_tokens=512",
+]
+
+
+def hash_with(*overrides: str, world: int = 1) -> str:
+    composed = compose([*BASE, *overrides])
+    request = Request(composed.config, composed.yaml, composed.choices, "test")
+    return describe(request, Dist(0, world, 0, torch.device("cpu")), tokens=None).run["hash"]
+
+
+@pytest.fixture(scope="module")
+def base_hash():
+    return hash_with()
+
+
+@pytest.mark.parametrize("override", CHANGES_NUMBERS)
+def test_hash_covers(base_hash, override):
+    assert hash_with(override) != base_hash
+
+
+@pytest.mark.parametrize("override", CHANGES_NOTHING)
+def test_hash_leaves_out(base_hash, override):
+    assert hash_with(override) == base_hash
+
+
+def test_hash_leaves_out_the_number_of_ranks(base_hash):
+    assert hash_with(world=2) == base_hash
+
+
+def test_ways_to_write_the_same_numbers_are_the_same_run(base_hash):
+    assert hash_with("tokens=40960", "steps=null") == base_hash
+    assert hash_with("batch.tokens=1024", "batch.sequences=null") == base_hash
+    assert hash_with("optim.lr=1.2e-3") == base_hash
+    assert hash_with("quant.name=mine") == base_hash
+
+
+def test_flatten():
+    assert flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}) == {"a.b": 1, "a.c": [2, 3], "d": None}
+
+
+def test_refusal_lists_old_and_new_values_and_shortens_long_lists():
+    old = {"numerics": {f"key{i:02}": 0 for i in range(20)} | {"gone": 1}}
+    new = {"numerics": {f"key{i:02}": 1 for i in range(20)} | {"come": 2}}
+    with pytest.raises(IdentityError) as caught:
+        refuse_other(old, new, "runs/a", "a")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "runs/a holds a run with other numerics:"
+    assert lines[1] == "  come: - (stored) -> 2 (now)" and lines[2] == "  gone: 1 (stored) -> - (now)"
+    assert lines[3] == "  key00: 0 (stored) -> 1 (now)" and lines[13] == "  and 10 more"
+    assert "runs/a/config.yaml" in lines[14] and "run.name=a-2" in lines[14]

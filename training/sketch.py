@@ -1,0 +1,134 @@
+"""What is known about a run before any memory is allocated: shapes, plan, derived numbers, identity, start screen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.tokens import TokenSet
+from models.llama import LlamaConfig
+from models.nanochat import NanochatConfig
+from quant.plan import Plan, plan_of
+from training.build import is_compiled
+from training.config import TrainConfig
+from training.derive import Numbers, derive
+from training.distributed import Dist
+from training.identity import default_name, hash_of, numerics, plan_numerics
+from training.memory import estimate, saves_packed
+from training.parallel import choose
+from training.report import StartScreen
+from training.shapes import model_of, shape_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run as asked for. `yaml`: the composed text; `choices`: {group: option}; `command`: how it was typed."""
+
+    config: TrainConfig
+    yaml: str
+    choices: dict[str, str]
+    command: str
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
+
+    shape: LlamaConfig | NanochatConfig
+    plan: Plan
+    numbers: Numbers
+    tokens: TokenSet | None
+    run: dict[str, Any]
+
+
+def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
+    """Check and derive everything, on the meta device."""
+    config = request.config
+    vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
+    shape = shape_of(config, vocab_size)
+    with torch.device("meta"):
+        model = model_of(shape)
+    numbers = derive(config, shape.parameters_non_embedding, ranks.world)
+    plan = plan_of(model, config.quant)
+    plan.check_tokens(numbers.micro_tokens)
+    fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
+    fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
+    flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
+    run = run_info(request, shape, plan, numbers, flat) | {
+        "vocab_size": vocab_size,
+        "data_path": str(tokens.path.resolve()) if tokens else None,
+        "data_fingerprint": fingerprints["fingerprint"],
+        "tokenizer_hash": fingerprints["tokenizer"],
+    }
+    return Sketch(shape, plan, numbers, tokens, run)
+
+
+def run_info(
+    request: Request, shape: LlamaConfig | NanochatConfig, plan: Plan, numbers: Numbers, flat: dict[str, Any]
+) -> dict[str, Any]:
+    """run.json, but for what it says of the data. `flat`: what the hash covers."""
+    config, digest = request.config, hash_of(flat)
+    return {
+        "name": config.run.name
+        or default_name(config.model.name, plan.recipe.name, numbers.tokens, config.seed, digest),
+        "hash": digest,
+        "numerics": flat,
+        "model": config.model.name,
+        "parameters": shape.parameters,
+        "parameters_non_embedding": shape.parameters_non_embedding,
+        "recipe": plan.recipe.name,
+        "recipe_label": plan.label,
+        "seed": config.seed,
+        "tokens": numbers.tokens,
+        "steps": numbers.steps,
+        "tokens_per_step": numbers.tokens_per_step,
+        "seq_len": numbers.seq_len,
+        "experiment": request.choices.get("experiment"),
+        "cell": request.choices.get("cell"),
+        "command": request.command,
+    }
+
+
+def expected_vocab_size(config: TrainConfig) -> int:
+    """What the tokenizer will have, without preparing any text."""
+    if config.data.path:
+        return TokenSet(config.data.path).vocab_size
+    if config.data.tokenizer:
+        from data.tokenizer import TextTokenizer, tokenizer_file  # needs the tokenizers package; training doesn't
+
+        return TextTokenizer(tokenizer_file(config.data.tokenizer), config.data.bos).vocab_size
+    return config.data.vocab_size
+
+
+def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, str] | None = None) -> str:
+    """The start screen; a dry run names the back end that was asked for."""
+    config = request.config
+    mode = choose(config.parallel, ranks, sketch.shape.parameters)
+    on_gpu = ranks.device.type == "cuda"
+    train_tokens = sketch.tokens.split("train").length if sketch.tokens else None
+    name = sketch.run["name"]
+    return str(
+        StartScreen(
+            name=name,
+            folder=str(Path(config.paths.runs) / name),
+            device=torch.cuda.get_device_name(ranks.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads)",
+            backends=backends or {"asked for": config.backend},
+            compiled=is_compiled(config, ranks.device),
+            parallel=mode,
+            model=config.model.name,
+            shape=sketch.shape,
+            recipe=sketch.plan.label,
+            plan_lines=sketch.plan.table().splitlines(),
+            numbers=sketch.numbers,
+            data=config.data.name if sketch.tokens is None else sketch.tokens.path.name,
+            train_tokens=train_tokens,
+            memory=estimate(
+                sketch.shape,
+                sketch.numbers.micro_tokens,
+                saves_packed(sketch.plan),
+                shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
+                recompute=config.recompute,
+            ),
+        )
+    )
