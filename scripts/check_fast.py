@@ -1,4 +1,4 @@
-"""Compare every Triton quantizer with the reference: python scripts/check_fast.py [--small] [--json out.json]
+"""Compare every Triton quantizer with the reference: python scripts/check_fast.py [--workers 14 | --small]
 
 Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and
 BF16 sources, the input families of style.md 3.4, ragged sizes. Prints the share of codes and block scales that differ
@@ -7,10 +7,13 @@ tensor scale, amax and signs always equal where no rotation precedes them.
 """
 
 import argparse
+import itertools
 import json
 import math
+import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -195,31 +198,51 @@ def verdict(case: Case, shares: dict[str, float], elements: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="small shapes: for Triton's interpreter on a CPU")
+    parser.add_argument("--workers", type=int, default=1, help="processes, each with some of the kernels to compile")
     parser.add_argument("--json", type=Path, help="write every comparison here")
     parser.add_argument("--verbose", action="store_true", help="print every comparison, not only the summary")
     args = parser.parse_args()
     if reason := triton_impl.unavailable():
         print(f"the Triton back end can't run here: {reason} (or set TRITON_INTERPRET=1)")
         return 2
-    device = "cpu" if triton_impl.INTERPRET else "cuda"
-    rows, cached = [], (None, {})
+    kernels: dict[tuple, list[Case]] = {}
     for case in cases(args.small):
-        if cached[0] != case.shape:
-            cached = (case.shape, inputs(*case.shape, device))
-        shares = run(case, cached[1][case.family])
-        ok = verdict(case, shares, case.shape[0] * case.shape[1])
-        rows.append({**case.__dict__, "ok": ok, **shares})
-        if args.verbose or not ok:
-            print("ok  " if ok else "FAIL", case, {k: f"{v:.3g}" for k, v in shares.items() if v})
-    for spec in ("rtn", "sr", "ms_eden"):
-        for rotation in (1, 16):
-            x = inputs(32, 160, device)["randn"]
-            ok = both_axes_agree(x, SPECS[spec], rotation)
-            rows.append({"spec": f"both axes {spec}", "rotation": rotation, "axis": 2, "source": "bf16", "ok": ok})
+        kernels.setdefault((case.spec, case.axis, case.source, case.rotation > 1), []).append(case)
+    rows = both_axes_rows()
+    if args.workers > 1:
+        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+            rows += itertools.chain(*pool.map(compare_all, kernels.values()))
+    else:
+        rows += compare_all(itertools.chain(*kernels.values()))
+    for row in rows:
+        if args.verbose or not row["ok"]:
+            print({key: value for key, value in row.items() if value})
     summarize(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def compare_all(some: Iterable[Case]) -> list[dict]:
+    """One row for each case, in the order of shapes, whose inputs are made once."""
+    device = "cpu" if triton_impl.INTERPRET else "cuda"
+    rows, families, shape = [], {}, None
+    for case in sorted(some, key=lambda case: case.shape):
+        if case.shape != shape:
+            shape, families = case.shape, inputs(*case.shape, device)
+        shares = run(case, families[case.family])
+        ok = verdict(case, shares, case.shape[0] * case.shape[1])
+        rows.append({**case.__dict__, "ok": ok, **shares})
+    return rows
+
+
+def both_axes_rows() -> list[dict]:
+    x = inputs(32, 160, "cpu" if triton_impl.INTERPRET else "cuda")["randn"]
+    return [
+        {"spec": f"both axes {spec}", "rotation": dim, "ok": both_axes_agree(x, SPECS[spec], dim)}
+        for spec in ("rtn", "sr", "ms_eden")
+        for dim in (1, 16)
+    ]
 
 
 def summarize(rows: list[dict]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
+EXACT = ("rtn", "rtn_46", "rtn_pow2", "sr", "sr_46", "square_rtn", "square_46", "square_sr")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
@@ -32,14 +33,14 @@ def test_every_quantizer_agrees_with_the_reference(comparisons):
 
 def test_all_kinds_of_slots_were_compared(comparisons):
     """Both axes, packed and BF16 sources, rotated and not, every rounding."""
-    seen = {(row["spec"], row["axis"], row["source"], row["rotation"] > 1) for row in comparisons}
+    seen = {(r["spec"], r["axis"], r["source"], r["rotation"] > 1) for r in comparisons if "axis" in r}
     for spec in ("rtn", "rtn_46", "sr", "ms_eden"):
         assert {(spec, a, s, r) for a in (0, 1) for s in ("bf16", "packed") for r in (False, True)} <= seen
     assert {("square_rtn", 1, "bf16", False), ("e4m3_rows", 0, "bf16", False), ("e5m2", 1, "bf16", False)} <= seen
 
 
-def test_plain_and_stochastic_rounding_agree_bit_for_bit(comparisons):
-    plain = [r for r in comparisons if r["rotation"] == 1 and r["spec"] in ("rtn", "rtn_pow2", "sr", "square_sr")]
+def test_without_rotation_all_but_ms_eden_agree_bit_for_bit(comparisons):
+    plain = [r for r in comparisons if r["rotation"] == 1 and r["spec"] in EXACT]
     assert plain
     for row in plain:
         assert row["codes"] == row["block_scales"] == row["scale"] == row["values"] == 0, row
@@ -48,6 +49,6 @@ def test_plain_and_stochastic_rounding_agree_bit_for_bit(comparisons):
 @pytest.mark.gpu
 def test_every_quantizer_agrees_with_the_reference_on_the_gpu(tmp_path):
     out = tmp_path / "rows.json"
-    command = [sys.executable, "scripts/check_fast.py", "--json", str(out)]
+    command = [sys.executable, "scripts/check_fast.py", "--workers", "8", "--json", str(out)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
