@@ -1,0 +1,76 @@
+"""A run of about a second on a CPU, and its overrides. Token data is prepared once a session."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode doesn't: `forked` and `reading` live here
+
+TINY = [
+    "model=llama_tiny",
+    "model.layers=1",
+    "model.width=128",
+    "model.heads=2",
+    "model.hidden=128",
+    "quant=sr",
+    "data=text",
+    "data.vocab_size=280",
+    "data.val_fraction=0.2",
+    "data.workers=1",
+    "batch.seq_len=128",
+    "batch.sequences=2",
+    "batch.micro=1",
+    "log.every=1",
+    "evaluate.every=null",
+    "evaluate.final_tokens=256",
+    "evaluate.slots=false",
+]
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    rng = random.Random(0)
+    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "su") for b in ("na", "re", "ti", "vo")]
+    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
+    lines = [{"id": str(i), "source": "x", "text": " ".join(rng.choices(words, k=200))} for i in range(60)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tokens(tmp_path_factory, text_file) -> Path:
+    """The prepared token folder. Made in a process of its own: this one must not start threads before it forks."""
+    from forked import Ranks
+
+    root = tmp_path_factory.mktemp("prepared")
+    places = [
+        f"data.files={text_file}",
+        f"paths.data={root}",
+        f"paths.runs={root / 'runs'}",
+        "run.name=first",
+        "steps=1",
+    ]
+    assert Ranks([*TINY, *places], root / "log").wait() == [0], (root / "log").read_text()
+    return root
+
+
+@pytest.fixture
+def overrides(text_file, tokens, tmp_path):
+    """overrides(name, *more): the tiny run in tmp_path/runs/name."""
+    torch.set_num_threads(1)
+
+    def build(name: str, *more: str, runs: Path = tmp_path / "runs") -> list[str]:
+        return [
+            *TINY,
+            f"data.files={text_file}",
+            f"paths.data={tokens}",
+            f"paths.runs={runs}",
+            f"run.name={name}",
+            *more,
+        ]
+
+    return build
