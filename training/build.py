@@ -13,6 +13,7 @@ from data.tokens import TokenSet
 from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
 from quant.plan import Plan, convert
+from quant.recipe import Recipe
 from quant.stats import slot_stats
 from training.checkpoint import Checkpointer, TrainState, load
 from training.config import TrainConfig
@@ -56,12 +57,22 @@ def nudge(model: torch.nn.Module, relative: float, seed: int) -> None:
         parameter.mul_(1.0 + relative * noise.to(parameter.device))
 
 
-def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.device) -> None:
-    """Compile in place: the whole loss, or block by block where FSDP gathers between blocks."""
+def check_schemes(plan: Plan, recompute: bool) -> None:
+    """For recipes that are no six slots (quant/schemes): RuntimeError where this machine lacks what they need,
+    ValueError for recomputation, whose second forward would move the amax history of fp8_te's delayed scaling."""
+    for scheme in {entry.recipe for entry in plan.entries if not isinstance(entry.recipe, Recipe)}:
+        scheme.require()
+        if recompute:
+            raise ValueError(f"recompute=true isn't possible with recipe {scheme.label}; set recompute=false")
+
+
+def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.device, fullgraph: bool = True) -> None:
+    """Compile in place: the whole loss, or block by block where FSDP gathers between blocks. `fullgraph`: no break
+    allowed (plan.fullgraph)."""
     if not is_compiled(config, device):
         return
     for module in loss.model.blocks if mode in ("fsdp", "hsdp") else [loss]:
-        module.compile(fullgraph=True, dynamic=False)
+        module.compile(fullgraph=fullgraph, dynamic=False)
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
@@ -135,7 +146,7 @@ def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int
 
 def slot_counter(model: Llama, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
     """Counts clipping and underflow per slot while a given step runs, outside of the compiled graph."""
-    if not plan.is_quantized:
+    if not any(isinstance(entry.recipe, Recipe) and entry.recipe.is_quantized for entry in plan.entries):
         return None
 
     def count(step: Callable[[], None]) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from kernels import backend
 from quant.plan import unquantized
 from training.build import (
     build_model,
+    check_schemes,
     compile_loss,
     eval_sets,
     micro_batches,
@@ -62,6 +63,7 @@ def train(request: Request, ranks: Dist) -> int:
     backends = backend.use(config.backend, ranks.device.type)
     tokens = TokenSet(ranks.on_main(lambda: str(ensure(config.data, config.paths.data))), verify=config.data.verify)
     sketch = describe(request, ranks, tokens)
+    check_schemes(sketch.plan, config.recompute)
     folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
     text = screen(request, sketch, ranks, backends)
     lock = RunLock(folder.path)
@@ -98,7 +100,7 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
         recompute_blocks(model)
     loss = LossModel(model)
     mode = choose(config.parallel, ranks, sketch.shape.parameters)
-    compile_loss(loss, config, mode, ranks.device)
+    compile_loss(loss, config, mode, ranks.device, sketch.plan.fullgraph)
     parallel = parallelize(loss, mode, ranks)
     optimizers = build_optimizers(model, config.optim, sketch.numbers.schedule.lr_peak)
     state = TrainState(model, optimizers, hash=sketch.run["hash"])

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from models.llama import LlamaConfig
 from quant.plan import Plan
+from quant.recipe import Recipe
 
 BYTES_STATE = 16  # per parameter: FP32 weight, gradient, two moments
 BYTES_BF16 = 2.0
@@ -58,4 +59,5 @@ def estimate(
 
 def saves_packed(plan: Plan) -> bool:
     """Whether the forward keeps its activations in 4 bits (in the layers that the recipe quantizes)."""
-    return any(entry.recipe.operand("fprop.x").is_quantized for entry in plan.entries)
+    recipes = [entry.recipe for entry in plan.entries if isinstance(entry.recipe, Recipe)]
+    return any(recipe.operand("fprop.x").is_quantized for recipe in recipes)

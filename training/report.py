@@ -17,6 +17,7 @@ class StartScreen:
     device: str
     backends: dict[str, str]
     compiled: bool
+    fullgraph: bool
     parallel: str
     model: str
     shape: LlamaConfig
@@ -35,7 +36,7 @@ class StartScreen:
             ("run", f"{self.name} -> {self.folder}"),
             ("device", f"{self.device}, {n.world} process{'es' if n.world > 1 else ''}, parallel={self.parallel}"),
             ("back ends", ", ".join(f"{op}: {name}" for op, name in self.backends.items())),
-            ("compile", "torch.compile, full graph" if self.compiled else "off"),
+            ("compile", self._compile()),
             (
                 "model",
                 f"{self.model}: {shape.layers} x {shape.width}, {shape.heads} heads, hidden {shape.hidden}; {count}",
@@ -50,6 +51,11 @@ class StartScreen:
             ("MFU", MFU_FORMULA),
         ]
         return "\n".join(f"{label:<10} {text}" for label, text in lines)
+
+    def _compile(self) -> str:
+        if not self.compiled:
+            return "off"
+        return "torch.compile, full graph" if self.fullgraph else "torch.compile, a graph break at each fp8_te layer"
 
     def _epochs(self) -> str:
         if self.train_tokens is None:

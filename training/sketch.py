@@ -115,6 +115,7 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             device=torch.cuda.get_device_name(ranks.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads)",
             backends=backends or {"asked for": config.backend},
             compiled=is_compiled(config, ranks.device),
+            fullgraph=sketch.plan.fullgraph,
             parallel=mode,
             model=config.model.name,
             shape=sketch.shape,

@@ -79,6 +79,11 @@ def test_hash_leaves_out(base_hash, override):
     assert hash_with(override) == base_hash
 
 
+def test_hash_knows_which_layers_an_exception_covers():
+    first, second = (hash_with(f"quant.rules=[{{match: 'blocks.{i}.*', recipe: bf16}}]") for i in (0, 1))
+    assert first != second
+
+
 def test_hash_leaves_out_the_number_of_ranks(base_hash):
     assert hash_with(world=2) == base_hash
 

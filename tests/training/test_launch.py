@@ -167,6 +167,17 @@ def test_dry_run_of_any_preset_prints_the_plan_and_writes_nothing(run, capsys, t
         assert part in out
 
 
+def test_scheme_that_this_machine_lacks_is_refused_before_the_folder_is_made(run, tmp_path, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("Transformer Engine may be there")
+    wide = ["model.width=256", "model.hidden=256"]
+    assert run("quant=fp8_te", *wide, "dry_run=true")[0] == 0
+    assert "fp8_te" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match="pip install"):
+        run("quant=fp8_te", *wide)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_micro_batch_that_no_rotation_divides_is_refused_before_any_work(run, tmp_path):
     with pytest.raises(ValueError, match=r"wgrad contracts over the 100 tokens.*batch\.micro"):
         run("quant=quartet2", "batch.seq_len=50", "batch.micro=2")
