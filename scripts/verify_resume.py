@@ -187,12 +187,12 @@ def compare(straight: Path, broken: Path, steps: int, tolerance: float) -> list[
     return faults
 
 
-def table(kills: list[Kill], resumed: list[int]) -> str:
-    rows = ["kill  moment    after s  last step  in a save  next start resumes at"]
-    for i, (kill, step) in enumerate(zip(kills, resumed, strict=True), start=1):
-        saving = "yes" if kill.saving else "no"
-        rows.append(f"{i:4}  {kill.moment:9} {kill.seconds:7.1f} {kill.step:10}  {saving:9} {step:5}")
-    return "\n".join(rows)
+HEADER = "kill  moment    after s  last step  in a save  next start resumes at"
+
+
+def line(number: int, kill: Kill, resumed: int) -> str:
+    saving = "yes" if kill.saving else "no"
+    return f"{number:4}  {kill.moment:9} {kill.seconds:7.1f} {kill.step:10}  {saving:9} {resumed:5}"
 
 
 def good_step(folder: Path) -> int:
@@ -200,23 +200,23 @@ def good_step(folder: Path) -> int:
     return 0 if path is None else int(path.name.removeprefix("step_"))
 
 
-def interrupt_until_done(arguments: argparse.Namespace, folder: Path) -> tuple[list[Kill], list[int]]:
+def interrupt_until_done(arguments: argparse.Namespace, folder: Path) -> list[Kill]:
+    """Kill and restart until there were enough kills, then let the run finish. Prints a line for each kill."""
     draw = random.Random(arguments.random)
     worlds, modes = arguments.worlds.split(","), arguments.parallel.split(",")
     kills: list[Kill] = []
-    resumed: list[int] = []
+    print(HEADER, flush=True)
     while len(kills) < arguments.kills:
         world, mode = int(draw.choice(worlds)), draw.choice(modes)
         moment = ("training", "save", "training", "start-up")[len(kills) % 4]
         kill = killed_start(arguments, folder, world, mode, moment, draw)
         if kill is None:
             print(f"finished after {len(kills)} of {arguments.kills} kills; give more --steps for more", flush=True)
-            return kills, resumed
+            return kills
         kills.append(kill)
-        resumed.append(good_step(folder))
-        print(table(kills[-1:], resumed[-1:]).splitlines()[-1], flush=True)
+        print(line(len(kills), kills[-1], good_step(folder)), flush=True)
     run_to_end(arguments, folder, int(draw.choice(worlds)), draw.choice(modes))
-    return kills, resumed
+    return kills
 
 
 def parse() -> argparse.Namespace:
@@ -245,9 +245,8 @@ def main() -> int:
     world, mode = int(arguments.worlds.split(",")[0]), arguments.parallel.split(",")[0]
     print(f"{root}: {arguments.steps} steps, a checkpoint every {arguments.every}", flush=True)
     run_to_end(arguments, straight, world, mode)
-    kills, resumed = interrupt_until_done(arguments, broken)
+    kills = interrupt_until_done(arguments, broken)
     faults = compare(straight, broken, arguments.steps, arguments.tolerance)
-    print(table(kills, resumed))
     how = "bitwise" if arguments.tolerance == 0 else f"to {arguments.tolerance:g} nats"
     inside = sum(kill.saving for kill in kills)
     print(f"{len(kills)} kills ({arguments.signal}), {inside} of them in a save; compared {how}: ", end="")
