@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 
 class Console:
@@ -16,8 +17,14 @@ class Console:
         self.steps = steps
         self._bar: Progress | None = None
         if active and sys.stdout.isatty():
-            columns = ("{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.fields[status]}"), console=RichConsole(soft_wrap=True))
+            # On a narrow terminal the status is cut, never the ETA.
+            columns = (
+                BarColumn(bar_width=16),
+                MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)),
+                TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=8)),
+                TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True, overflow="ellipsis")),
+            )
+            self._bar = Progress(*columns, console=RichConsole(soft_wrap=True))
             self._task = self._bar.add_task("training", total=steps, completed=done, status="")
             self._bar.start()
 
