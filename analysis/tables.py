@@ -53,7 +53,8 @@ CSV_HEADER = (
 
 def methods(rows: list[Row]) -> str:
     """How the intervals were made, each way once."""
-    return "Intervals by: " + "; ".join(dict.fromkeys(row.gap.method for row in rows if row.gap)) + "."
+    found = dict.fromkeys(row.gap.method for row in rows if row.gap)
+    return f"Intervals by: {'; '.join(found)}." if found else "One recipe: no gap to judge."
 
 
 def cells(row: Row) -> tuple[str, ...]:
