@@ -144,6 +144,7 @@ class Checkpointer:
         self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
         self._buffers = StagingBuffers()
         self._pending: tuple[CommitThread, SaveReport] | None = None
+        self._newest: int | None = None
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Save `state` as step state.step. Returns once the state is copied; writing goes on in a thread, unless
@@ -152,6 +153,8 @@ class Checkpointer:
         Raises CheckpointError (disk full, folder not writable, a rank's failure), for the previous save or this one.
         """
         self.wait()
+        if state.step == self._newest:
+            return  # written by us already; to replace it would leave a moment without it
         self.before_save()
         begin = time.perf_counter()
         writer = StagingWriter(self.root, step_name(state.step), self._buffers, self._check_space)
@@ -191,6 +194,7 @@ class Checkpointer:
             error = error or next((CheckpointError(e) for e in errors if e), None)
         if error is not None:
             raise error
+        self._newest = report.step
         self.on_saved(SaveReport(report.step, report.path, report.stall_s, write_s, report.gigabytes))
 
     def _job(self, state: TrainState, writer: StagingWriter) -> Job:
@@ -221,7 +225,7 @@ class Checkpointer:
         if free < nbytes + SPARE_BYTES:
             raise CheckpointError(
                 f"{self.root}: a checkpoint takes {(nbytes + SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
-                "Free some space, lower checkpoint.keep_last, or move the run with run.dir; then run the same command "
+                "Free some space, lower checkpoint.keep_last, or move the run and set paths.runs; then run the same command "
                 "again to resume"
             )
 

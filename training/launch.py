@@ -34,7 +34,7 @@ from training.loss import LossModel
 from training.optim import build_optimizers
 from training.parallel import choose, parallelize
 from training.recompute import recompute_blocks
-from training.runfolder import RunFolder, environment
+from training.runfolder import RunFolder, environment, full_disk_explained
 from training.signals import RunLock, StopFlag
 from training.sketch import Request, Sketch, describe, screen
 from training.watchdog import Watchdog
@@ -83,9 +83,10 @@ def train(request: Request, ranks: Dist) -> int:
         return True
 
     try:
-        if not ranks.on_main(open_folder):
-            return 0
-        return run_in(folder, config, sketch, ranks, backends)
+        with full_disk_explained(folder.path):
+            if not ranks.on_main(open_folder):
+                return 0
+            return run_in(folder, config, sketch, ranks, backends)
     finally:
         lock.release()
 

@@ -5,11 +5,14 @@ metrics.jsonl eval/<step>.npz checkpoints/          while it goes
 result.json                                         at the end
 """
 
+import errno
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -64,6 +67,20 @@ class RunFolder:
         self.write("env.json", env)
         self.write("start.txt", screen + "\n")
         self.write("run.json", run)  # last: a folder with run.json has everything
+
+
+@contextmanager
+def full_disk_explained(folder: Path) -> Iterator[None]:
+    """Turn "no space left on device", which names no file, into where and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RuntimeError(
+            f"the disk that holds {folder} is full. Free some space, or move the folder to another disk and set "
+            "paths.runs; then run the same command again: it resumes from the last checkpoint"
+        ) from error
 
 
 def environment(device: torch.device, world: int, backends: dict[str, str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import torch
 
 from training.config import choice
 from training.failures import one_line_errors
+from training.runfolder import full_disk_explained
 from training.signals import RunLock
 
 
@@ -30,7 +31,17 @@ def test_what_the_machine_refuses_is_one_line_and_code_1(tmp_path, capsys):
     assert "is in use by another process" in message and f"pid {os.getpid()}" in message and "run.name" in message
 
 
-def test_full_disk_is_one_line(capsys):
+def test_full_disk_names_the_folder_and_the_way_out(tmp_path, capsys):
+    """/dev/full is a disk without space."""
+    with one_line_errors() as outcome, full_disk_explained(tmp_path / "run"), open("/dev/full", "w") as file:
+        file.write("x")
+        file.flush()
+    assert outcome.code == 1
+    message = capsys.readouterr().err
+    assert str(tmp_path / "run") in message and "paths.runs" in message and len(message.splitlines()) == 1
+
+
+def test_os_error_is_one_line(capsys):
     with one_line_errors() as outcome:
         raise OSError(errno.ENOSPC, "No space left on device", "/runs/a/metrics.jsonl")
     assert outcome.code == 1
