@@ -225,8 +225,8 @@ class Checkpointer:
         if free < nbytes + SPARE_BYTES:
             raise CheckpointError(
                 f"{self.root}: a checkpoint takes {(nbytes + SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
-                "Free some space, lower checkpoint.keep_last, or move the run and set paths.runs; then run the same command "
-                "again to resume"
+                "Free some space, lower checkpoint.keep_last, or move the run and set paths.runs; then run the same "
+                "command again to resume"
             )
 
 
