@@ -77,12 +77,11 @@ class QuantizedProduct(torch.autograd.Function):
         w = weight.to(torch.bfloat16)
         recipe = context.recipe
         signs = rotation_signs(context, "fprop")
-        save = {slot: keep and keeps_fprop(recipe, slot) for slot in FPROP_SLOT}
-        qx = make_operand(x, "fprop.x", context, signs, also_packed=save["wgrad.x"])
-        qw = make_operand(w, "fprop.w", context, signs, also_packed=save["dgrad.w"])
+        keeps_w = keep and keeps_fprop(recipe, "dgrad.w")
+        qx, kept_x = input_operands(x, context, signs, keep)
+        qw = make_operand(w, "fprop.w", context, signs, also_packed=keeps_w)
         if keep:
-            kept_w = hold(qw, recipe.operand("fprop.w")) if save["dgrad.w"] else weight
-            kept_x = hold(qx, recipe.operand("fprop.x")) if save["wgrad.x"] else keep_input(x, context)
+            kept_w = hold(qw, recipe.operand("fprop.w")) if keeps_w else weight
             parts = flatten(kept_w), flatten(kept_x)
             ctx.save_for_backward(rng, layer, *parts[0], *parts[1])
             ctx.kinds, ctx.split, ctx.context = (type(kept_w), type(kept_x)), len(parts[0]), context
@@ -101,18 +100,40 @@ class QuantizedProduct(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
+def input_operands(x: Tensor, context: Context, signs: Tensor | None, keep: bool) -> tuple[Quantized, Held | None]:
+    """X [M,K] as operand of fprop, and what the backward needs of it; made together where wgrad quantizes x itself."""
+    recipe = context.recipe
+    slots = ("fprop.x", "wgrad.x")
+    if not keep or keeps_fprop(recipe, "wgrad.x"):
+        qx = make_operand(x, "fprop.x", context, signs, also_packed=keep)
+        return qx, hold(qx, recipe.operand("fprop.x")) if keep else None
+    if recipe.operand("wgrad.x").source != "input" or not together(context, slots):
+        return make_operand(x, "fprop.x", context, signs), keep_input(x, context)
+    wants = wanted(recipe, "fprop.x", False), ("packed",) if recipe.operand("wgrad.x").spec.is_nvfp4 else ("values",)
+    qx, kept = both_axes(x, slots, context, (signs, rotation_signs(context, "wgrad")), wants)
+    return qx, hold(kept, recipe.operand("wgrad.x"))
+
+
+def together(context: Context, slots: tuple[str, str]) -> bool:
+    """Whether two operands of one tensor can come from one call: both quantized, by the exact amax, nobody counting."""
+    operands = [context.recipe.operand(slot) for slot in slots]
+    return context.watch is None and all(o.is_quantized and o.amax == "exact" for o in operands)
+
+
+def both_axes(x: Tensor, slots: tuple[str, str], context: Context, signs: tuple, wants: tuple) -> tuple:
+    """The operands of two slots from x: the first along axis 1, the second along axis 0."""
+    specs = tuple(context.recipe.operand(slot).spec for slot in slots)
+    numbers = tuple(SLOTS.index(slot) for slot in slots)
+    return ops.quantize_both(x, specs, signs, context.rng, context.layer, numbers, wants)
+
+
 def gradient_operands(dy: Tensor, context: Context, signs: tuple, needed: tuple[bool, bool]) -> list[Quantized | None]:
     """dY [M,N] as operand of dgrad and of wgrad, made together where both are quantized: then dY is read less often."""
     slots = ("dgrad.dy", "wgrad.dy")
-    operands = [context.recipe.operand(slot) for slot in slots]
-    exact = all(operand.is_quantized and operand.amax == "exact" for operand in operands)
-    together = exact and all(needed) and context.watch is None
-    if not together:
+    if not (all(needed) and together(context, slots)):
         pairs = zip(slots, signs, needed, strict=True)
         return [make_operand(dy, slot, context, sign) if need else None for slot, sign, need in pairs]
-    specs, wants = (o.spec for o in operands), (wanted(context.recipe, slot, False) for slot in slots)
-    numbers = tuple(SLOTS.index(slot) for slot in slots)
-    return list(ops.quantize_both(dy, tuple(specs), signs, context.rng, context.layer, numbers, tuple(wants)))
+    return list(both_axes(dy, slots, context, signs, tuple(wanted(context.recipe, slot, False) for slot in slots)))
 
 
 def data_gradient(a: Quantized, kept_w: Held, context: Context, signs: Tensor | None) -> Tensor:

@@ -144,7 +144,7 @@ def both_axes_agree(x: Tensor, spec: QuantSpec, rotation: int) -> bool:
     want = ("values", "packed")
     got = triton_impl.quantize_both(x, (spec, spec), tuple(signs), rng, layer, (2, 4), (want, want))
     for axis, slot, sign, one in zip((1, 0), (2, 4), signs, got, strict=True):
-        largest = triton_impl.amax(x, axis, sign, False)
+        largest = triton_impl.amax(x, axis, sign, spec.per_row)
         two = triton_impl.quantize(x, spec, axis, largest, sign, rng, layer, slot, want)
         if any(_compare(one, two).values()):
             return False
@@ -238,10 +238,12 @@ def compare_all(some: Iterable[Case]) -> list[dict]:
 
 def both_axes_rows() -> list[dict]:
     x = inputs(32, 160, "cpu" if triton_impl.INTERPRET else "cuda")["randn"]
+    pairs = [(spec, dim) for spec in ("rtn", "sr", "ms_eden") for dim in (1, 16)]
+    pairs += [(spec, 1) for spec in ("e4m3", "e5m2", "e4m3_rows", "square_rtn")]
+    every = {**SPECS, **UNROTATED_ONLY}
     return [
-        {"spec": f"both axes {spec}", "rotation": dim, "ok": both_axes_agree(x, SPECS[spec], dim)}
-        for spec in ("rtn", "sr", "ms_eden")
-        for dim in (1, 16)
+        {"spec": f"both axes {spec}", "rotation": dim, "ok": both_axes_agree(x, every[spec], dim)}
+        for spec, dim in pairs
     ]
 
 

@@ -136,6 +136,8 @@ def quantize_both(
 
     Unrotated maxima are plain PyTorch before it, for Inductor to fuse; rotated ones are made inside, from one read.
     """
+    if all(spec.grid in triton_tiles.FP8_DTYPES for spec in specs) and signs == (None, None):
+        return triton_tiles.quantize_fp8_both(x, specs)
     if any(not spec.is_nvfp4 or spec.is_square for spec in specs):
         return reference_impl.each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)
     amaxes = (reference_impl.amax(x, axis, None, False) if signs[1 - axis] is None else None for axis in (1, 0))

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.nvfp4 import NVFP4Tensor
-from kernels.quantize import Quantized
+from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_kernels import quantize_groups, tensor_scale
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 from kernels.triton_common import divide, e2m1_code, e2m1_value, e4m3_byte, e4m3_value, load_key, round_fp8
@@ -116,10 +116,7 @@ def quantize(
 ) -> Quantized:
     """16x16 NVFP4 or FP8 of an unrotated x; FP8 values are float8 tensors (e4m3fn or e5m2) with x's shape."""
     if not spec.is_nvfp4:
-        limit, pow2 = spec.scale_cap * spec.target_max, spec.tensor_scale == "pow2"
-        codes, scale = torch.ops.nibble.quantize_fp8(x, amax, axis, limit, pow2, spec.per_row, spec.grid == "e4m3")
-        values = codes.view(FP8_DTYPES[spec.grid])
-        return Quantized(values if axis == 1 else values.t(), scale)
+        return _fp8_operand(*torch.ops.nibble.quantize_fp8(x, amax, axis, *_fp8_settings(spec)), spec, axis)
     if signs is not None:
         raise ValueError("16x16 blocks can't be rotated along one axis; use 1x16 blocks in this slot, or rotation none")
     values, scale, codes, block_scales = torch.ops.nibble.quantize_square(
@@ -128,6 +125,23 @@ def quantize(
     )  # fmt: skip
     packed = NVFP4Tensor(codes, block_scales.view(torch.float8_e4m3fn), scale) if "packed" in want else None
     return Quantized(values if "values" in want else None, scale, packed)
+
+
+def quantize_fp8_both(x: Tensor, specs: tuple[QuantSpec, QuantSpec]) -> tuple[Quantized, Quantized]:
+    """FP8 of x along axis 1 and along axis 0, in one operator (why: triton_impl.quantize_both)."""
+    amaxes = (reference_impl.amax(x, axis, None, spec.per_row) for axis, spec in zip((1, 0), specs, strict=True))
+    settings = zip(*(_fp8_settings(spec) for spec in specs), strict=True)
+    made = torch.ops.nibble.quantize_fp8_both(x, *amaxes, *(list(pair) for pair in settings))
+    return _fp8_operand(*made[:2], specs[0], 1), _fp8_operand(*made[2:], specs[1], 0)
+
+
+def _fp8_settings(spec: QuantSpec) -> tuple[float, bool, bool, bool]:
+    return spec.scale_cap * spec.target_max, spec.tensor_scale == "pow2", spec.per_row, spec.grid == "e4m3"
+
+
+def _fp8_operand(codes: Tensor, scale: Tensor, spec: QuantSpec, axis: int) -> Quantized:
+    values = codes.view(FP8_DTYPES[spec.grid])
+    return Quantized(values if axis == 1 else values.t(), scale)
 
 
 def _stored_shape(x: Tensor, axis: int) -> tuple[int, int, int, int]:
@@ -208,6 +222,28 @@ def _allocate_fp8(x: Tensor, axis: int, per_row: bool) -> tuple[Tensor, Tensor]:
 @_quantize_fp8_op.register_fake
 def _(x, amax, axis, target, pow2, per_row, is_e4m3):
     return _allocate_fp8(x, axis, per_row)
+
+
+@torch.library.custom_op("nibble::quantize_fp8_both", mutates_args=())
+def _quantize_fp8_both_op(
+    x: Tensor,
+    amax1: Tensor,
+    amax0: Tensor,
+    targets: list[float],
+    pow2: list[bool],
+    per_row: list[bool],
+    e4m3: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    settings = zip(targets, pow2, per_row, e4m3, strict=True)
+    along1, along0 = (
+        _quantize_fp8_op(x, amax, axis, *one) for axis, amax, one in zip((1, 0), (amax1, amax0), settings, strict=True)
+    )
+    return *along1, *along0
+
+
+@_quantize_fp8_both_op.register_fake
+def _(x, amax1, amax0, targets, pow2, per_row, e4m3):
+    return *_allocate_fp8(x, 1, per_row[0]), *_allocate_fp8(x, 0, per_row[1])
 
 
 @torch.library.custom_op("nibble::unpack_values", mutates_args=())
