@@ -85,8 +85,7 @@ class Trainer:
         self._batches = self.p.batches(self._resumed_at)
         self._restart_clock()
         while self.state.step < self.numbers.steps:
-            self._train_step()
-            level = self._stop.poll(self.p.stop.level)
+            level = self._train_step()
             save = bool(level) or self._due(self.p.config.checkpoint.every)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
             if save or first or self._due(self.p.config.log.every) or self._evaluation_due():
@@ -101,10 +100,15 @@ class Trainer:
                 self._restart_clock()
         return self._finish()
 
-    def _train_step(self) -> None:
+    def _train_step(self) -> int:
+        """One step, or nothing if a stop was asked for: its level. Looked at before every micro-batch, since a step may
+        take longer than a preempted job is given; the resumed run repeats the step from its start."""
         step, numbers = self.state.step, self.numbers
         micro_batches = numbers.micro_batches_of(self.p.ranks.rank)
         for micro in micro_batches:
+            if level := self._stop.poll(self.p.stop.level):
+                self._zero_grad()
+                return level
             tokens = next(self._batches)
             self._set_rng(step, micro)
             with self.p.accumulate(micro == micro_batches[-1]):
@@ -120,6 +124,7 @@ class Trainer:
         self._buffer.end_step(grad_norm)
         self.state.step += 1
         self.state.tokens += numbers.tokens_per_step
+        return 0
 
     def _zero_grad(self) -> None:
         for optimizer in self.optimizers:
@@ -249,7 +254,8 @@ class Trainer:
         self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})
 
     def _stop_early(self, level: int) -> int:
-        self._save(wait=True)
+        if self.state.step != self._resumed_at:  # else it is on disk already, or is the initialization
+            self._save(wait=True)
         self.event("interrupt", reason=NAMES[level])
         self.p.console.say(f"stopped at step {self.state.step} by {NAMES[level]}; the same command resumes")
         return StopFlag.exit_code(level)

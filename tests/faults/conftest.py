@@ -58,19 +58,27 @@ def tokens(tmp_path_factory, text_file) -> Path:
     return root
 
 
+OPTIONS = ["steps=12", "checkpoint.every=3", "checkpoint.keep_last=3"]
+
+
+@pytest.fixture(scope="session")
+def straight(text_file, tokens, tmp_path_factory) -> Path:
+    """The run folder of an undisturbed run of 12 steps on one process."""
+    from forked import Ranks
+
+    root = tmp_path_factory.mktemp("straight")
+    places = [f"data.files={text_file}", f"paths.data={tokens}", f"paths.runs={root}", "run.name=straight"]
+    assert Ranks([*TINY, *places, *OPTIONS], root / "log").wait() == [0], (root / "log").read_text()
+    return root / "straight"
+
+
 @pytest.fixture
 def overrides(text_file, tokens, tmp_path):
-    """overrides(name, *more): the tiny run in tmp_path/runs/name."""
+    """overrides(name, *more): the tiny run of 12 steps in tmp_path/runs/name."""
     torch.set_num_threads(1)
 
     def build(name: str, *more: str, runs: Path = tmp_path / "runs") -> list[str]:
-        return [
-            *TINY,
-            f"data.files={text_file}",
-            f"paths.data={tokens}",
-            f"paths.runs={runs}",
-            f"run.name={name}",
-            *more,
-        ]
+        places = [f"data.files={text_file}", f"paths.data={tokens}", f"paths.runs={runs}", f"run.name={name}"]
+        return [*TINY, *OPTIONS, *places, *more]
 
     return build

@@ -64,9 +64,10 @@ def test_interrupted_run_continues_bitwise(run, rows, monkeypatch, recipe):
     step = Trainer._train_step
 
     def stopping(self):
-        step(self)
+        level = step(self)
         if self.state.step == 6:
             self.p.stop.level = INTERRUPT
+        return level
 
     monkeypatch.setattr(Trainer, "_train_step", stopping)
     code, resumed = run(f"quant={recipe}", name="resumed")

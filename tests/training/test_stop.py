@@ -1,0 +1,50 @@
+"""A stop in the middle of a step: the step is dropped, the state before it saved, and the resumed run repeats it."""
+
+import json
+
+import torch
+
+from training.checkpoint import read_all
+from training.loop import Trainer
+from training.manifest import checkpoints
+from training.signals import PREEMPT
+
+
+def stop_at(monkeypatch, step: int, micro: int) -> None:
+    """As if SIGTERM came while micro-batch `micro` of step `step` (0-based) is computed."""
+    set_rng = Trainer._set_rng
+
+    def setting(self, at, index):
+        set_rng(self, at, index)
+        if (at, index) == (step, micro):
+            self.p.stop.level = PREEMPT
+
+    monkeypatch.setattr(Trainer, "_set_rng", setting)
+
+
+def losses(folder) -> list:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["grad_norm"], row["samples"]) for row in rows if row["kind"] == "train"]
+
+
+def test_stop_within_a_step_drops_it_and_resumes_bitwise(run, monkeypatch):
+    _, straight = run("quant=quartet2", name="straight")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5, 0)
+        code, stopped = run("quant=quartet2", name="stopped")
+    assert code == 75
+    assert [step for step, *_ in losses(stopped)] == [1, 2, 3, 4, 5]  # not 6: its second micro-batch never ran
+    assert checkpoints(stopped / "checkpoints")[-1].name == "step_00000005"
+    assert run("quant=quartet2", name="stopped")[0] == 0
+    assert losses(stopped) == losses(straight)
+    one, other = (read_all(folder / "checkpoints" / "step_00000010") for folder in (straight, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_stop_in_the_first_step_leaves_no_checkpoint_and_a_run_that_starts(run, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(patch, 0, 0)
+        code, folder = run()
+    assert code == 75 and checkpoints(folder / "checkpoints") == []
+    assert run()[0] == 0
+    assert [step for step, *_ in losses(folder)] == list(range(1, 11))
