@@ -52,7 +52,7 @@ CONFIGS: dict[tuple[str, int], Launch] = {
     ("four_over_six", 0): Launch(64, 8, 3, 2, 128),
     ("four_over_six", 1): Launch(64, 8, 3, 2, 128),
     ("sr", 0): Launch(64, 8, 3, 2, 128),
-    ("sr", 1): Launch(64, 8, 3, 4),
+    ("sr", 1): Launch(64, 8, 3, 2, 128),
     ("ms_eden", 0): Launch(64, 8, 3, 2, 128),
     ("ms_eden", 1): Launch(64, 8, 3, 2),
     ("rtn_packed", 0): Launch(64, 4, 3, 3),
