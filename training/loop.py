@@ -88,7 +88,8 @@ class Trainer:
             level = self._train_step()
             save = bool(level) or self._due(self.p.config.checkpoint.every)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
-            if save or first or self._due(self.p.config.log.every) or self._evaluation_due():
+            last = self.state.step == self.numbers.steps
+            if save or first or last or self._due(self.p.config.log.every) or self._evaluation_due():
                 self._flush()
             if level:
                 return self._stop_early(level)
