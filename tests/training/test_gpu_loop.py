@@ -54,10 +54,10 @@ def test_no_step_synchronizes_and_nothing_recompiles_after_the_second(run, monke
         # The first two steps compile and fill caches; afterwards any synchronization raises.
         torch.cuda.set_sync_debug_mode("error" if self.state.step >= 2 else "default")
         try:
-            step(self)
+            return step(self)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        compiled.append(counters["stats"]["unique_graphs"])
+            compiled.append(counters["stats"]["unique_graphs"])
 
     monkeypatch.setattr(Trainer, "_train_step", watched)
     assert run(*SHAPE, f"quant={recipe}", "compile=true", "log.every=20", "checkpoint.every=null")[0] == 0
