@@ -23,6 +23,8 @@ from training.loggers import Loggers, build_sinks
 from training.loss import LossModel
 from training.manifest import latest_good, problems, remove_temporary
 from training.metrics import MetricsFile
+from training.parallel import Parallel, choose, parallelize
+from training.recompute import recompute_blocks
 from training.runfolder import RunFolder
 from training.shapes import model_of
 
@@ -55,6 +57,19 @@ def nudge(model: torch.nn.Module, relative: float, seed: int) -> None:
     for parameter in model.parameters():
         noise = torch.empty(parameter.shape, device="cpu").normal_(generator=generator)
         parameter.mul_(1.0 + relative * noise.to(parameter.device))
+
+
+def build_loss(
+    config: TrainConfig, shape: LlamaConfig | NanochatConfig, plan: Plan, rng: Tensor, ranks: Dist
+) -> tuple[LossModel, Parallel, str]:
+    """The loss around the model, compiled and distributed as the configuration says, and the init hash."""
+    model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb)
+    if config.recompute:
+        recompute_blocks(model)
+    loss = LossModel(model)
+    mode = choose(config.parallel, ranks, shape.parameters)
+    compile_loss(loss, config, mode, ranks.device, plan.fullgraph)
+    return loss, parallelize(loss, mode, ranks), init_hash
 
 
 def check_schemes(plan: Plan, recompute: bool) -> None:

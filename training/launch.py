@@ -14,9 +14,8 @@ from data.tokens import TokenSet
 from kernels import backend
 from quant.plan import unquantized
 from training.build import (
-    build_model,
+    build_loss,
     check_schemes,
-    compile_loss,
     eval_sets,
     micro_batches,
     open_checkpointer,
@@ -30,10 +29,7 @@ from training.config import TrainConfig
 from training.console import Console
 from training.distributed import Dist, setup, teardown
 from training.loop import Parts, Trainer
-from training.loss import LossModel
 from training.optim import build_optimizers
-from training.parallel import choose, parallelize
-from training.recompute import recompute_blocks
 from training.runfolder import RunFolder, environment, full_disk_explained
 from training.signals import RunLock, StopFlag
 from training.sketch import Request, Sketch, describe, screen
@@ -96,13 +92,8 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
     stop, watchdog = StopFlag(), Watchdog(ranks, config.watchdog_s)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
-    model, init_hash = build_model(sketch.shape, sketch.plan, config.seed, rng, config.perturb)
-    if config.recompute:
-        recompute_blocks(model)
-    loss = LossModel(model)
-    mode = choose(config.parallel, ranks, sketch.shape.parameters)
-    compile_loss(loss, config, mode, ranks.device, sketch.plan.fullgraph)
-    parallel = parallelize(loss, mode, ranks)
+    loss, parallel, init_hash = build_loss(config, sketch.shape, sketch.plan, rng, ranks)
+    model = loss.model
     optimizers = build_optimizers(model, config.optim, sketch.numbers.schedule.lr_peak)
     state = TrainState(model, optimizers, hash=sketch.run["hash"])
     resumed = resume(folder, state, ranks)
@@ -140,7 +131,7 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
         init_hash=init_hash,
         backends=backends,
         world=ranks.world,
-        parallel=mode,
+        parallel=parallel.mode,
         device=str(ranks.device),
     )
     try:
