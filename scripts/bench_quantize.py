@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels.quantize import triton_impl
+from kernels.quantize import triton_impl, triton_tiles
 from kernels.quantize.triton_impl import CONFIGS, Launch
 from kernels.spec import TABLE_A1
 
@@ -43,7 +43,7 @@ class Case:
     @property
     def bytes(self) -> float:
         read = PACKED_BYTES if self.packed_in else 2.0
-        written = {"quantize": 2.0, "both": 4.0, "unpack": 2.0, "fp8": 1.0}.get(self.op, 0.0)
+        written = {"quantize": 2.0, "both": 4.0, "unpack": 2.0, "fp8": 1.0, "fp8_both": 2.0}.get(self.op, 0.0)
         return read + written + (PACKED_BYTES if self.packed_out else 0.0)
 
     @property
@@ -75,6 +75,7 @@ CASES = [
     Case("amax, no rotation (Inductor)", "plain_amax"),
     Case("fp8 e4m3 axis 1", "fp8"),
     Case("fp8 e4m3 axis 0 (transposing)", "fp8", axis=0),
+    Case("fp8 e4m3 both axes", "fp8_both"),
     Case("values from packed", "unpack", packed_in=True),
 ]
 
@@ -112,6 +113,8 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
         return triton_impl.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config)
     if case.op == "fp8":
         return torch.ops.nibble.quantize_fp8(o["x"], o["amax"], case.axis, 448.0, False, False, True)
+    if case.op == "fp8_both":
+        return triton_tiles.launch_fp8_both(o["x"], o["amax"], 448.0, False, True)
     if case.op == "unpack":
         return torch.ops.nibble.unpack_values(*source)
     return compiled_amax(o["x"])

@@ -61,6 +61,41 @@ def square_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, 
 
 
 @triton.jit
+def _fp8_bytes(x, scale, IS_E4M3: tl.constexpr, INTERPRET: tl.constexpr):
+    """Float8 bytes of x [R, C] over scale [R]."""
+    # A tiny scale's reciprocal would be infinite: the same power of two on both sides leaves the quotient as it is.
+    factor = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
+    divisor = scale * factor
+    reciprocal = tl.div_rn(1.0, divisor)
+    quotient = divide(x.to(tl.float32) * factor[:, None], divisor[:, None], reciprocal[:, None], INTERPRET)
+    values = round_fp8(quotient, IS_E4M3)
+    sign = (values.to(tl.int32, bitcast=True) >> 24) & 128
+    if IS_E4M3:
+        magnitude = (tl.abs(values) * 2.0**-120).to(tl.int32, bitcast=True) >> 20
+    else:
+        magnitude = (tl.abs(values) * 2.0**-112).to(tl.int32, bitcast=True) >> 21
+    return (magnitude | sign).to(tl.uint8)
+
+
+@triton.jit
+def fp8_both_kernel(src_ptr, amax_ptr, values_ptr, transposed_ptr, scale_ptr, other_scale_ptr, R, C,
+                    TARGET: tl.constexpr, POW2: tl.constexpr, IS_E4M3: tl.constexpr, TILE_R: tl.constexpr,
+                    TILE_C: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """Per-tensor float8 of [R, C], contiguous, stored as it is and transposed: one read, the same bytes twice."""
+    row = (tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)).to(tl.int64)
+    column = (tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)).to(tl.int64)
+    mask = (row < R)[:, None] & (column < C)[None, :]
+    x = tl.load(src_ptr + row[:, None] * C + column[None, :], mask=mask, other=0.0)
+    T = tensor_scale(tl.load(amax_ptr), TARGET, POW2)
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
+        tl.store(scale_ptr, T)
+        tl.store(other_scale_ptr, T)
+    bytes_ = _fp8_bytes(x, tl.zeros([TILE_R], tl.float32) + T, IS_E4M3, INTERPRET)
+    tl.store(values_ptr + row[:, None] * C + column[None, :], bytes_, mask=mask)
+    tl.store(transposed_ptr + column[:, None] * R + row[None, :], tl.trans(bytes_), mask=tl.trans(mask))
+
+
+@triton.jit
 def fp8_kernel(src_ptr, amax_ptr, values_ptr, scale_ptr, ROWS, COLUMNS, row_stride, column_stride,
                TARGET: tl.constexpr, POW2: tl.constexpr, PER_ROW: tl.constexpr, IS_E4M3: tl.constexpr,
                TILE_R: tl.constexpr, TILE_C: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
@@ -76,18 +111,8 @@ def fp8_kernel(src_ptr, amax_ptr, values_ptr, scale_ptr, ROWS, COLUMNS, row_stri
     else:
         scale = tl.zeros([TILE_R], tl.float32) + tensor_scale(tl.load(amax_ptr), TARGET, POW2)
         tl.store(scale_ptr + row * 0, scale, mask=(row == 0) & (tl.program_id(1) == 0))
-    # A tiny scale's reciprocal would be infinite: the same power of two on both sides leaves the quotient as it is.
-    factor = tl.where(scale < 2.0**-60, 2.0**64, 1.0)
-    divisor = scale * factor
-    reciprocal = tl.div_rn(1.0, divisor)
-    quotient = divide(x.to(tl.float32) * factor[:, None], divisor[:, None], reciprocal[:, None], INTERPRET)
-    bits = round_fp8(quotient, IS_E4M3)
-    sign = (bits.to(tl.int32, bitcast=True) >> 24) & 128
-    if IS_E4M3:
-        magnitude = (tl.abs(bits) * 2.0**-120).to(tl.int32, bitcast=True) >> 20
-    else:
-        magnitude = (tl.abs(bits) * 2.0**-112).to(tl.int32, bitcast=True) >> 21
-    tl.store(values_ptr + row[:, None] * COLUMNS + column[None, :], (magnitude | sign).to(tl.uint8), mask=mask)
+    bytes_ = _fp8_bytes(x, scale, IS_E4M3, INTERPRET)
+    tl.store(values_ptr + row[:, None] * COLUMNS + column[None, :], bytes_, mask=mask)
 
 
 @triton.jit
@@ -224,6 +249,20 @@ def _(x, amax, axis, target, pow2, per_row, is_e4m3):
     return _allocate_fp8(x, axis, per_row)
 
 
+def launch_fp8_both(
+    x: Tensor, amax: Tensor, target: float, pow2: bool, is_e4m3: bool, tile: tuple[int, int] = (128, 64), warps: int = 4
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(codes, scale) along axis 1 and along axis 0; per tensor, so that both have the same codes."""
+    x = x.contiguous()
+    (codes, scale), (transposed, other_scale) = (_allocate_fp8(x, axis, False) for axis in (1, 0))
+    rows, columns = x.shape
+    fp8_both_kernel[(triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1]))](
+        x, amax, codes, transposed, scale, other_scale, rows, columns, TARGET=target, POW2=pow2, IS_E4M3=is_e4m3,
+        TILE_R=tile[0], TILE_C=tile[1], INTERPRET=INTERPRET, num_warps=warps,
+    )  # fmt: skip
+    return codes, scale, transposed, other_scale
+
+
 @torch.library.custom_op("nibble::quantize_fp8_both", mutates_args=())
 def _quantize_fp8_both_op(
     x: Tensor,
@@ -234,6 +273,8 @@ def _quantize_fp8_both_op(
     per_row: list[bool],
     e4m3: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    if not any(per_row) and all(setting[0] == setting[1] for setting in (targets, pow2, e4m3)):
+        return launch_fp8_both(x, amax1, targets[0], pow2[0], e4m3[0])
     settings = zip(targets, pow2, per_row, e4m3, strict=True)
     along1, along0 = (
         _quantize_fp8_op(x, amax, axis, *one) for axis, amax, one in zip((1, 0), (amax1, amax0), settings, strict=True)

@@ -113,6 +113,9 @@ def test_tile_kernels_compile(target: int):
     )  # fmt: skip
     fp8 = dict(TARGET=448.0, POW2=False, PER_ROW=True, IS_E4M3=True, TILE_R=16, TILE_C=256, INTERPRET=False)
     assert compile_kernel(triton_tiles.square_kernel, square, target, codes_ptr="*u8").asm["cubin"]
+    both = dict(TARGET=448.0, POW2=False, IS_E4M3=False, TILE_R=128, TILE_C=64, INTERPRET=False)
+    types = dict(values_ptr="*u8", transposed_ptr="*u8", other_scale_ptr="*fp32")
+    assert compile_kernel(triton_tiles.fp8_both_kernel, both, target, **types).asm["cubin"]
     assert compile_kernel(triton_tiles.fp8_kernel, fp8, target, values_ptr="*u8").asm["cubin"]
     assert compile_kernel(triton_tiles.unpack_kernel, dict(SQUARE=True, BLOCK=128), target, codes_ptr="*u8").asm[
         "cubin"
