@@ -46,6 +46,7 @@ class Row:
     step: int
     tokens: int
     final: float
+    bpb: float
     sd: float
     best: float
     gap: SeedGap | None
@@ -168,6 +169,7 @@ def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
         step=step,
         tokens=step * group.runs[0].info["tokens_per_step"],
         final=float(losses.mean()),
+        bpb=float(np.mean([r.loss_at(step, "bpb") for r in group.runs])),
         sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
         best=float(np.mean([r.best_loss for r in group.runs])),
         gap=gap,

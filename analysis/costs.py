@@ -78,8 +78,10 @@ def gpu_hours(cell: Cell, rows: list[dict]) -> tuple[float | None, str]:
     return (None, "not measured") if speed is None else (cell.tokens / speed.tokens_per_second / 3600, speed.source)
 
 
-def b200_hours(cell: Cell, rows: list[dict]) -> float | None:
-    """Predicted GPU-hours on a B200: this model's BF16 hours on an H100 times 989/2250."""
+def b200_hours(cell: Cell, rows: list[dict], device: str | None) -> float | None:
+    """Predicted GPU-hours on a B200: this model's BF16 hours on an H100 or H200 times 989/2250; else None."""
+    if device is None or not any(name in device for name in ("H100", "H200")):
+        return None
     plain = Cell(**{**cell.__dict__, "recipe": "bf16", "base_recipe": "bf16"})
     hours, _ = gpu_hours(plain, rows)
     return None if hours is None else hours * H100_PEAK / B200_PEAK

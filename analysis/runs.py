@@ -90,12 +90,12 @@ class Run:
     def tokens_per_second(self) -> float:
         return self.info["tokens_per_step"] / self.milliseconds * 1e3
 
-    def loss_at(self, step: int) -> float:
-        """Validation loss [nats/token] logged at `step`; KeyError when it was not evaluated there."""
+    def loss_at(self, step: int, field: str = "loss") -> float:
+        """Validation loss [nats/token] (or bpb) logged at `step`; KeyError when it was not evaluated there."""
         where = np.flatnonzero(self.evals["step"] == step)
         if not len(where):
             raise KeyError(f"{self.path}: no evaluation at step {step}")
-        return float(self.evals["loss"][where[-1]])
+        return float(self.evals[field][where[-1]])
 
     @cached_property
     def targets(self) -> np.ndarray:

@@ -16,6 +16,7 @@ HEADER = (
     "seeds",
     "tokens",
     "final",
+    "bits/byte",
     "sd e-3",
     "best",
     "gap e-3",
@@ -36,6 +37,7 @@ CSV_HEADER = (
     "step",
     "tokens",
     "final_loss",
+    "final_bpb",
     "final_sd",
     "best_loss",
     "gap",
@@ -69,6 +71,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.seeds}" if row.runs == row.seeds else f"{row.seeds} ({row.runs} runs)",
         tokens(row.tokens),
         _number(row.final, "{:.4f}"),
+        _number(row.bpb, "{:.4f}"),
         _number(row.sd * 1e3, "{:.2f}"),
         _number(row.best, "{:.4f}"),
         _number(gap.mean * 1e3 if gap else math.nan, "{:+.2f}"),
@@ -104,7 +107,18 @@ def to_csv(rows: list[Row]) -> str:
     for row in rows:
         gap = row.gap
         low, high = gap.interval if gap else (math.nan, math.nan)
-        values = [row.label, row.seeds, row.runs, row.status, row.step, row.tokens, row.final, row.sd, row.best]
+        values = [
+            row.label,
+            row.seeds,
+            row.runs,
+            row.status,
+            row.step,
+            row.tokens,
+            row.final,
+            row.bpb,
+            row.sd,
+            row.best,
+        ]
         values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", row.document_se]
         values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
         writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])

@@ -4,8 +4,8 @@
     python scripts/plan.py measure='runs/*'      put the speed of finished runs into results/throughput.json
     python scripts/plan.py measure=bench.json device='NVIDIA H100'     the same from scripts/bench_step.py json=...
 
-Other key=value words are overrides of train.py, as for run_grid.py. H100 hours come from measured throughput, B200
-hours are a prediction (analysis/costs.py says how). Prices are per GPU-hour, in any currency.
+Other key=value words are overrides of train.py, as for run_grid.py. Hours come from throughput measured on the device
+that the table names; B200 hours are a prediction from H100 (analysis/costs.py says how). Prices are per GPU-hour.
 """
 
 import json
@@ -23,7 +23,7 @@ from configs.compose import ConfigError, compose
 from configs.grid import GridError
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
-HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "H100 h", "from", "B200 h (predicted)")
+HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
 
 def cells_of(line: gridline.GridLine) -> list[Cell]:
@@ -63,9 +63,9 @@ def cell_of(name: str, overrides: list[str], config) -> Cell:
     )
 
 
-def row(cell: Cell, state: states.State, rows: list[dict]) -> tuple[str, ...]:
-    hours, source = costs.gpu_hours(cell, rows)
-    b200 = costs.b200_hours(cell, rows)
+def row(cell: Cell, state: states.State, table: dict) -> tuple[str, ...]:
+    hours, source = costs.gpu_hours(cell, table["rows"])
+    b200 = costs.b200_hours(cell, table["rows"], table["device"])
     shown = state.status if state.status in (states.DONE, states.MISSING) else f"{state.status} {state.step}"
     return (
         cell.name,
@@ -81,7 +81,7 @@ def row(cell: Cell, state: states.State, rows: list[dict]) -> tuple[str, ...]:
     )
 
 
-def totals(cells: list[Cell], found: dict[str, states.State], rows: list[dict], own: dict[str, str]) -> list[str]:
+def totals(cells: list[Cell], found: dict[str, states.State], table: dict, own: dict[str, str]) -> list[str]:
     """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
     left = {c.name: 0.0 if found[c.name].status == states.DONE else 1 - found[c.name].step / c.steps for c in cells}
     counts = [s.status for s in found.values()]
@@ -89,13 +89,13 @@ def totals(cells: list[Cell], found: dict[str, states.State], rows: list[dict], 
     disk = sum(c.disk_gib for c in cells)
     lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")
     for label, hours_of, price in (
-        ("H100, from measured throughput", lambda c: costs.gpu_hours(c, rows)[0], own["price"]),
-        ("B200, predicted", lambda c: costs.b200_hours(c, rows), own["price_b200"]),
+        (table["device"] or "measured device", lambda c: costs.gpu_hours(c, table["rows"])[0], own["price"]),
+        ("B200, predicted", lambda c: costs.b200_hours(c, table["rows"], table["device"]), own["price_b200"]),
     ):
         hours = {c.name: hours_of(c) for c in cells}
         known = {name: h for name, h in hours.items() if h is not None}
         if not known:
-            lines.append(f"{label}: no throughput measured yet (scripts/plan.py measure='runs/*')")
+            lines.append(f"{label}: no throughput measured on an H100 yet (scripts/plan.py measure='runs/*')")
             continue
         total, rest = sum(known.values()), sum(h * left[name] for name, h in known.items())
         unknown = f" ({len(hours) - len(known)} cells unknown)" if len(known) < len(hours) else ""
@@ -155,15 +155,13 @@ def main(words: list[str]) -> int:
         return 2
     found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
     if line.own["details"] == "true":
-        lines = [HEADER, *(row(cell, found[cell.name], table["rows"]) for cell in cells)]
+        lines = [HEADER, *(row(cell, found[cell.name], table) for cell in cells)]
         widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]
         print(
             "\n".join("  ".join(part.ljust(w) for part, w in zip(entry, widths, strict=True)) for entry in lines), "\n"
         )
     measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
-    print(
-        f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table["rows"], line.own), sep="\n"
-    )
+    print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, line.own), sep="\n")
     return 0
 
 

@@ -48,7 +48,8 @@ def test_another_model_is_taken_at_equal_mfu_and_said_to_be():
 
 def test_b200_is_predicted_from_bf16_whatever_the_recipe():
     # 3.6M tokens at 2,000 a second: half an hour; times 989 / 2250
-    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000)) == pytest.approx(0.5 * 989 / 2250)
+    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), "NVIDIA H100") == pytest.approx(0.5 * 989 / 2250)
+    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), "CPU") is None
 
 
 def test_disk_is_what_the_kept_checkpoints_take():
@@ -83,7 +84,7 @@ def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
     assert lines[1].split()[:4] == ["bf16/x1/s0", "done", "2,861", "750M"] and "missing" in lines[2]
     assert f"{FLOPS_30M * 749993984:.2e}" in lines[1] and "0.20" in lines[1].split()
     assert "1 done, 2 missing" in done.stdout
-    assert "H100, from measured throughput: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
+    assert "H100: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
     assert "B200, predicted: 0.3 GPU-hours" in done.stdout
 
 

@@ -71,7 +71,11 @@ def test_report_is_one_file_that_loads_nothing(document):
 def test_tables_of_the_report_hold_the_numbers(document):
     found = Tables(document).tables
     by_name = {row[0]: row for row in found["comparison"]}
-    assert by_name["quartet2"][6] == "+50.00" and by_name["quartet2"][-1] == "resolved"
+    assert (
+        by_name["quartet2"][7] == "+50.00"
+        and by_name["quartet2"][4] == f"{3.45 / 2.8:.4f}"
+        and by_name["quartet2"][-1] == "resolved"
+    )
     pairs = {row[0]: dict(zip(found["pairwise"][0], row, strict=True)) for row in found["pairwise"][1:]}
     assert pairs["quartet2"]["bf16"].startswith("+50.0 ± 2.5") and pairs["bf16"]["quartet2"].startswith("-50.0")
     assert pairs["quartet2"]["sr <b>&"].startswith("-0.1 ±")
