@@ -34,6 +34,8 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[Llama, d
     path = find_checkpoint(run_dir, step)
     run = json.loads((run_dir / "run.json").read_text())
     shape = {key.removeprefix("model."): value for key, value in run["numerics"].items() if key.startswith("model.")}
+    if "family" in shape:
+        raise ValueError(f"{run_dir} is a {shape['family']} run; export and generation know the llama family only")
     config = LlamaConfig(**shape, max_seq_len=run["seq_len"])
     model = Llama(config, compute_dtype=torch.float32)
     meta = load_model(path, model)
