@@ -30,8 +30,9 @@ def one_line_errors() -> Iterator[Outcome]:
     except torch.OutOfMemoryError as error:
         outcome.code = FAILED
         say(
-            f"out of GPU memory ({str(error).splitlines()[0]}); set a smaller batch.micro (another run: it is part of "
-            "the numerics), or parallel=fsdp on several GPUs"
+            f"out of GPU memory ({str(error).splitlines()[0]}). Add recompute=true, or parallel=fsdp on several GPUs: "
+            "this very run can go on with either. A smaller batch.micro is another run (the micro-batch is part of the "
+            "numerics). dry_run=true prints the expected memory"
         )
     except OSError as error:
         outcome.code = FAILED

@@ -11,6 +11,10 @@ Activations, per token of a micro-batch and block, as autograd keeps them (D wid
 Outside of the blocks: embedding's output and the last norm's, the loss's gradient with respect to the hidden states,
 and one chunk of logits. At the peak, somewhere in the backward of the last block, its own temporaries come on top: the
 gradients of the MLP (3 F + 2 D in BF16, and its operands once more as exact BF16 values when a recipe quantizes).
+
+Under FSDP a rank also holds, whole and in FP32: embedding and lm_head, two blocks' weights (the one at work and the
+next), and gradients, which are reduced after the last micro-batch only: all of them where a step has several, else
+two blocks'. DDP sums gradients in a copy of them.
 """
 
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from quant.plan import Plan
 from quant.recipe import Recipe
 
 BYTES_STATE = 16  # per parameter: FP32 weight, gradient, two moments
+BYTES_FP32 = 4.0
 BYTES_BF16 = 2.0
 BYTES_PACKED = 4.5 / 8  # a 4-bit code and its share of an E4M3 scale per 16
 LOGITS_CHUNK_BYTES = 512 * 2**20  # the loss works on chunks of about this size
@@ -38,10 +43,17 @@ class MemoryEstimate:
 
 
 def estimate(
-    config: LlamaConfig, micro_tokens: int, packed: bool, shards: int = 1, recompute: bool = False
+    config: LlamaConfig,
+    micro_tokens: int,
+    packed: bool,
+    shards: int = 1,
+    recompute: bool = False,
+    accumulates: bool = False,
+    replicated: bool = False,
 ) -> MemoryEstimate:
     """`packed`: the recipe saves fprop's operands in 4 bits. `shards`: ranks that share the states (1 under DDP).
-    `recompute`: only each block's input is kept, and one block's activations at a time."""
+    `recompute`: only each block's input is kept, and one block's activations at a time. `accumulates`: a rank has
+    several micro-batches a step. `replicated`: gradients are summed over ranks by DDP, from a copy of all of them."""
     d, f = config.width, config.hidden
     residual = 4.0 if config.residual_dtype == "float32" else 2.0
     saved_input = BYTES_PACKED if packed else BYTES_BF16
@@ -54,6 +66,13 @@ def estimate(
         "activations": micro_tokens * (kept + ends),
         "temporaries": micro_tokens * temporaries + LOGITS_CHUNK_BYTES,
     }
+    if replicated:
+        parts["gradients on their way"] = BYTES_FP32 * config.parameters
+    if shards > 1:
+        ends_parameters = 2 * config.vocab_size * config.width
+        two_blocks = 2 * (config.parameters - ends_parameters) / config.layers
+        gradients = config.parameters if accumulates else two_blocks + ends_parameters
+        parts["gathered by FSDP"] = BYTES_FP32 * (ends_parameters + two_blocks + gradients)
     return MemoryEstimate({name: size / GIB for name, size in parts.items()})
 
 

@@ -130,6 +130,8 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
                 saves_packed(sketch.plan),
                 shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
                 recompute=config.recompute,
+                accumulates=sketch.numbers.accumulation > 1,
+                replicated=mode == "ddp",
             ),
         )
     )

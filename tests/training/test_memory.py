@@ -29,3 +29,20 @@ def test_activations_by_hand():
 def test_total_is_the_sum_of_its_parts():
     found = estimate(CONFIG, 4096, packed=True)
     assert found.total == pytest.approx(sum(found.parts.values()))
+
+
+def test_parallel_modes_hold_more_by_hand():
+    """FSDP: embedding and lm_head, two blocks, and gradients, 4 bytes each; DDP: a copy of the gradients."""
+    ends, blocks = 2 * CONFIG.vocab_size * CONFIG.width, CONFIG.parameters - 2 * CONFIG.vocab_size * CONFIG.width
+    two = 2 * blocks / CONFIG.layers
+    one = estimate(CONFIG, 1024, packed=False, shards=4).parts["gathered by FSDP"]
+    assert one == pytest.approx(4 * (2 * ends + 2 * two) / GIB)
+    several = estimate(CONFIG, 1024, packed=False, shards=4, accumulates=True).parts["gathered by FSDP"]
+    assert several == pytest.approx(4 * (ends + two + CONFIG.parameters) / GIB)
+    copies = estimate(CONFIG, 1024, packed=False, replicated=True).parts["gradients on their way"]
+    assert copies == pytest.approx(4 * CONFIG.parameters / GIB)
+    assert estimate(CONFIG, 1024, packed=False).parts.keys() == {
+        "weights, gradients, moments",
+        "activations",
+        "temporaries",
+    }
