@@ -1,0 +1,87 @@
+"""The Triton quantizers as operators on a GPU: one graph, no recompilation, fakes, NaN. Values: check_fast.py."""
+
+import pytest
+import torch
+import torch._dynamo.testing
+
+pytest.importorskip("triton")
+from kernels.quantize import triton_impl
+from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+
+pytestmark = pytest.mark.gpu
+RTN_46 = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six")
+EDEN = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden")
+SQUARE = QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES)
+E5M2 = QuantSpec.resolve("e5m2", FP8_SCALES[0])
+BOTH = (("values",), ("values",))
+
+
+def randn(rows: int, columns: int) -> torch.Tensor:
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    return torch.randn(rows, columns, device="cuda", generator=generator).to(torch.bfloat16)
+
+
+def layer_pass(x: torch.Tensor, dy: torch.Tensor, rng: torch.Tensor, layer: torch.Tensor) -> list[torch.Tensor]:
+    """What quartet2 does with X and dY in one layer, without the GEMMs."""
+    signs = [triton_impl.rht_signs(rng, layer, gemm, 128, False) for gemm in (1, 2)]
+    q = triton_impl.quantize(
+        x, RTN_46, 1, triton_impl.amax(x, 1, None, False), None, None, None, 0, ("values", "packed")
+    )
+    again = triton_impl.amax_packed(q.packed, 0, signs[1], False)
+    x_again = triton_impl.requantize(q.packed, EDEN, 0, again, signs[1], rng, layer, 5, ("values",))
+    dgrad, wgrad = triton_impl.quantize_both(dy, (EDEN, EDEN), tuple(signs), rng, layer, (2, 4), BOTH)
+    return [q.values, q.scale, x_again.values, x_again.scale, dgrad.values, dgrad.scale, wgrad.values, wgrad.scale]
+
+
+def test_a_layer_traces_into_one_graph_that_serves_every_step_and_layer():
+    x, dy = randn(256, 384), randn(256, 128)
+    rng, layer = torch.tensor([7, 0, 0], device="cuda"), torch.tensor(0, device="cuda")
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled = torch.compile(layer_pass, fullgraph=True, backend=counter)
+    seen = []
+    for step, number in ((1, 3), (2, 3), (2, 4)):
+        rng[1], layer = step, torch.tensor(number, device="cuda")
+        eager = layer_pass(x, dy, rng, layer)
+        for got, expected in zip(compiled(x, dy, rng, layer), eager, strict=True):
+            assert torch.equal(got, expected)
+        seen.append(eager[4])
+    assert counter.frame_count == 1
+    assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
+
+
+def test_fake_implementations_give_the_shapes_of_the_kernels():
+    x, amax = randn(128, 256), torch.tensor(4.0, device="cuda")
+    q = triton_impl.quantize(x, SQUARE, 1, amax, None, None, None, 0, ("values", "packed"))
+    nibble = torch.ops.nibble
+    for op, arguments in (
+        (
+            nibble.rht_signs.default,
+            (torch.tensor([1, 2, 3], device="cuda"), torch.tensor(4, device="cuda"), 1, 32, True),
+        ),
+        (nibble.amax.default, (x, None, None, torch.ones(16, device="cuda"))),
+        (nibble.unpack_values.default, (q.packed.codes, q.packed.block_scales.view(torch.uint8))),
+        (nibble.quantize_fp8.default, (x, amax, 0, 448.0, False, False, True)),
+        (nibble.quantize_fp8_both.default, (x, amax, amax, [448.0] * 2, [False] * 2, [False] * 2, [True] * 2)),
+        (nibble.quantize_square.default, (x, amax, None, None, 0, 6.0, 448.0, False, True, "rtn", 1, True, True)),
+    ):
+        torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_nan_and_inf_give_a_nan_scale(axis: int, bad: float):
+    x = randn(256, 256)
+    x[17, 33] = bad
+    signs = torch.ones(128, device="cuda")
+    for sign in (None, signs):
+        amax = triton_impl.amax(x, axis, sign, False)
+        assert not amax.isfinite()
+        assert triton_impl.quantize(x, RTN_46, axis, amax, sign, None, None, 0, ("values",)).scale.isnan()
+    assert triton_impl.quantize(x, E5M2, axis, amax, None, None, None, 0, ("values",)).scale.isnan()
+
+
+def test_a_rotation_that_does_not_fit_the_tile_is_refused():
+    x = randn(256, 256)
+    with pytest.raises(ValueError, match="rotates by 16, 32, 64 or 128, not 256"):
+        triton_impl.amax(x, 1, torch.ones(256, device="cuda"), False)
