@@ -1,25 +1,31 @@
 """One rank of the multi-process tests: `torchrun ranks_worker.py FOLDER MODE...` trains, saves and loads in each mode.
 
-Rank 0 writes FOLDER/<mode>-<world>.json. World size 1, without torchrun, gives the results to compare with.
+Rank 0 writes FOLDER/<mode>-<world>.json. World size 1, without torchrun, gives the results to compare with. MODE is a
+parallel mode, or with a recipe mode:recipe.
 """
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from configs.compose import compose
+from kernels import backend
 from models.llama import Llama, LlamaConfig
+from quant.plan import convert, plan_of
 from training import distributed, parallel
 from training.checkpoint import Checkpointer, TrainState, load, state_tensors
 from training.manifest import latest_good
 from training.optim import clip_gradients
 
 # Odd sizes: 97 and 3 x 33 rows don't divide by 2 or 4, so that shards are uneven.
-CONFIG = LlamaConfig(layers=2, width=66, heads=3, hidden=33, vocab_size=97, max_seq_len=32)
+ODD = LlamaConfig(layers=2, width=66, heads=3, hidden=33, vocab_size=97, max_seq_len=32)
+# Rotations take multiples of 128 along every contraction, the tokens of a micro-batch (2 x 64) included.
+EVEN = LlamaConfig(layers=1, width=128, heads=2, hidden=128, vocab_size=97, max_seq_len=64)
 MICRO_BATCHES, SEQUENCES, STEPS = 4, 2, 4
 
 
@@ -36,37 +42,57 @@ class TinyLoss(nn.Module):
         self.model = model
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = F.linear(self.model.hidden(tokens[:, :-1]), self.model.lm_head.weight)
+        logits = F.linear(self.model.hidden(tokens[:, :-1]).float(), self.model.lm_head.weight)
         return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
 
 
-def build(mode: str, ranks: distributed.Dist) -> tuple[TinyLoss, parallel.Parallel, TrainState]:
-    model = Llama(CONFIG, torch.float32)
+@dataclass
+class Job:
+    """What one rank trains: odd shapes with plain linears, or a recipe's own layers."""
+
+    loss: TinyLoss
+    wrapped: parallel.Parallel
+    state: TrainState
+    config: LlamaConfig
+    rng: Tensor
+
+
+def build(case: str, ranks: distributed.Dist) -> Job:
+    mode, _, recipe = case.partition(":")
+    config = EVEN if recipe else ODD
+    model = Llama(config, torch.bfloat16 if recipe else torch.float32)
     model.init_weights(0)
-    for module in model.blocks.modules():
-        if isinstance(module, nn.Linear):
-            module.__class__ = Bf16Linear
+    rng = torch.zeros(3, dtype=torch.int64)
+    if recipe:
+        backend.use("reference", "cpu")
+        convert(model, plan_of(model, compose([f"quant={recipe}"]).config.quant), rng)
+    else:
+        for module in model.blocks.modules():
+            if isinstance(module, nn.Linear):
+                module.__class__ = Bf16Linear
     loss = TinyLoss(model)
     wrapped = parallel.parallelize(loss, parallel.choose(mode, ranks, 0), ranks)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    return loss, wrapped, TrainState(model, [optimizer])
+    return Job(loss, wrapped, TrainState(model, [optimizer]), config, rng)
 
 
-def micro_batch(step: int, index: int) -> Tensor:
+def micro_batch(config: LlamaConfig, step: int, index: int) -> Tensor:
     generator = torch.Generator().manual_seed(100 * step + index)
-    return torch.randint(0, CONFIG.vocab_size, (SEQUENCES, CONFIG.max_seq_len + 1), generator=generator)
+    return torch.randint(0, config.vocab_size, (SEQUENCES, config.max_seq_len + 1), generator=generator)
 
 
-def train(loss: TinyLoss, wrapped: parallel.Parallel, state: TrainState, ranks: distributed.Dist, steps: int) -> list:
+def train(job: Job, ranks: distributed.Dist, steps: int) -> list:
     """[loss, gradient norm] of each step."""
-    share = MICRO_BATCHES // ranks.world
-    tokens = MICRO_BATCHES * SEQUENCES * CONFIG.max_seq_len
+    share, state = MICRO_BATCHES // ranks.world, job.state
+    tokens = MICRO_BATCHES * SEQUENCES * job.config.max_seq_len
     rows = []
     for _ in range(steps):
         nats = torch.zeros((), dtype=torch.float64)
         for i in range(share):
-            with wrapped.accumulate(i == share - 1):
-                value = loss(micro_batch(state.step, ranks.rank * share + i))
+            index = ranks.rank * share + i
+            job.rng.copy_(torch.tensor([0, state.step, index]))
+            with job.wrapped.accumulate(i == share - 1):
+                value = job.loss(micro_batch(job.config, state.step, index))
                 (value / tokens).backward()
             nats += value.detach()
         norm = clip_gradients(state.model, 1.0)
@@ -84,41 +110,43 @@ def whole(state: TrainState) -> dict[str, Tensor]:
     }
 
 
-def straight_and_saved(folder: Path, mode: str, ranks: distributed.Dist) -> dict:
+def straight_and_saved(folder: Path, case: str, ranks: distributed.Dist) -> dict:
     """Train half, save, train on; load the half into a new state and train on: both second halves must agree."""
-    loss, wrapped, state = build(mode, ranks)
-    rows = train(loss, wrapped, state, ranks, STEPS // 2)
-    run = folder / f"run-{mode}-{ranks.world}"
+    job = build(case, ranks)
+    rows = train(job, ranks, STEPS // 2)
+    run = folder / f"run-{case}-{ranks.world}"
     saver = Checkpointer(run, group=ranks.group)
-    saver.save(state)
-    rows += train(loss, wrapped, state, ranks, STEPS // 2)
+    saver.save(job.state)
+    rows += train(job, ranks, STEPS // 2)
     saver.wait()
-    again, wrapped_again, resumed = build(mode, ranks)
-    load(ranks.on_main(lambda: latest_good(run)), resumed, ranks.group)
-    resumed_rows = train(again, wrapped_again, resumed, ranks, STEPS // 2)
-    same = all(a.equal(b) for a, b in zip(whole(state).values(), whole(resumed).values(), strict=True))
+    again = build(case, ranks)
+    load(ranks.on_main(lambda: latest_good(run)), again.state, ranks.group)
+    resumed_rows = train(again, ranks, STEPS // 2)
+    same = all(a.equal(b) for a, b in zip(whole(job.state).values(), whole(again.state).values(), strict=True))
     return {"rows": rows, "resumed": resumed_rows, "same_state": bool(same)}
 
 
-def resumed_from(source: Path, mode: str, ranks: distributed.Dist) -> dict:
+def resumed_from(source: Path, case: str, ranks: distributed.Dist) -> dict:
     """Second half from another world's checkpoint."""
-    loss, wrapped, state = build(mode, ranks)
-    load(source, state, ranks.group)
-    return {"step": state.step, "rows": train(loss, wrapped, state, ranks, STEPS // 2)}
+    job = build(case, ranks)
+    load(source, job.state, ranks.group)
+    return {"step": job.state.step, "rows": train(job, ranks, STEPS // 2)}
 
 
 def main() -> None:
-    folder, modes = Path(sys.argv[1]), sys.argv[2:]
+    folder, cases = Path(sys.argv[1]), sys.argv[2:]
     ranks = distributed.setup("cpu")
-    if "hsdp" in modes:
+    if "hsdp" in cases:
         ranks = replace(ranks, local_world=ranks.world // 2)  # as if on two nodes
-    for mode in modes:
-        results = {"straight": straight_and_saved(folder, mode, ranks)}
+    for case in cases:
+        recipe = case.partition(":")[2]
+        results = {"straight": straight_and_saved(folder, case, ranks)}
         for source in sorted(folder.glob("run-*/checkpoints/step_*")):
-            if source.parents[1].name != f"run-{mode}-{ranks.world}":
-                results[source.parents[1].name] = resumed_from(source, mode, ranks)
+            name = source.parents[1].name
+            if name != f"run-{case}-{ranks.world}" and name.rpartition("-")[0].partition(":")[2] == recipe:
+                results[name] = resumed_from(source, case, ranks)
         if ranks.is_main:
-            (folder / f"{mode}-{ranks.world}.json").write_text(json.dumps(results))
+            (folder / f"{case}-{ranks.world}.json").write_text(json.dumps(results))
         ranks.barrier()
     distributed.teardown()
 
