@@ -99,8 +99,13 @@ class Run:
 
     @cached_property
     def targets(self) -> np.ndarray:
-        """Tokens scored at each evaluation [evaluations]: the last one often covers more text than the others."""
-        return np.array([self.rows_at(int(step)).tokens.sum() for step in self.evals["step"]])
+        """Tokens scored at each evaluation [evaluations]: the last one often covers more text than the others.
+
+        From the rows, or from `targets` in metrics.jsonl where a small copy (analysis/keep.py) has no rows.
+        """
+        steps, known = self.evals["step"].astype(int), self.evals["targets"]
+        pairs = zip(steps, known, strict=True)
+        return np.array([self.rows_at(int(step)).tokens.sum() if np.isnan(n) else n for step, n in pairs])
 
     @cached_property
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -146,7 +151,7 @@ def read_run(path: str | Path) -> Run:
         path=path,
         info=info,
         train=_columns(path, records, "train", TRAIN_KEYS),
-        evals=_columns(path, records, "eval", EVAL_KEYS),
+        evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets",)),
         events=[r for r in records if r["kind"] == "event"],
         result=_json(path / "result.json") if (path / "result.json").exists() else None,
     )
@@ -198,10 +203,14 @@ def _metrics(path: Path) -> list[dict]:
     return records
 
 
-def _columns(path: Path, records: list[dict], kind: str, keys: tuple[str, ...]) -> dict[str, np.ndarray]:
+def _columns(
+    path: Path, records: list[dict], kind: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Fields of all records of a kind as FP64 arrays; a missing optional one is NaN."""
     chosen = [r for r in records if r["kind"] == kind]
     try:
         columns = {key: np.array([r[key] for r in chosen], dtype=np.float64) for key in keys}
+        columns |= {key: np.array([r.get(key) for r in chosen], dtype=np.float64) for key in optional}
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path}/metrics.jsonl: a {kind!r} record lacks or garbles {error}; needs {list(keys)}"

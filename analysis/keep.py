@@ -1,0 +1,61 @@
+"""A small copy of a run that the comparison, the law and the plots read like the original.
+
+Kept: run.json, env.json and result.json without this machine's paths, every evaluation and event. Thinned: training steps (every
+n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last (their count of tokens
+stays, as `targets`). Rows are stored compressed, nats in FP32: a loss moves by less than 1e-8.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from analysis.runs import ROW_KEYS, Run
+
+FILES = ("run.json", "env.json", "result.json")
+TRAIN_FIELDS = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "ms_per_step", "tokens_per_second", "mfu", "time")
+SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
+
+
+def keep(run: Run, folder: Path, every: int = 10) -> Path:
+    """Write the copy to folder/<run name>, replacing an older one; returns its path. `every`: training steps kept."""
+    target = folder / run.name
+    (target / "eval").mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (run.path / name).exists():
+            (target / name).write_text(json.dumps(without_paths(run.read_json(name)), indent=1) + "\n")
+    targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
+    lines = [line for line in (run.path / "metrics.jsonl").read_text().split("\n")[:-1] if line]
+    records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
+    (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
+    if targets:
+        step = max(targets)
+        rows = run.rows_at(step)
+        small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}
+        np.savez_compressed(target / "eval" / f"{step}.npz", **small)
+    return target
+
+
+def without_paths(content: dict) -> dict:
+    """Where the data lay is nobody's business, and the command begins with the script's name alone."""
+    content = {key: value for key, value in content.items() if key != "data_path"}
+    if content.get("command"):
+        script, *words = content["command"].split(" ")
+        content["command"] = " ".join([Path(script).name, *words])
+    return content
+
+
+def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) -> dict | None:
+    """The record to keep, or None. Slot counters are kept at the evaluations they belong to."""
+    if record["kind"] == "train":
+        if record["step"] % every and record["step"] not in last:
+            return None
+        return {key: rounded(record.get(key)) for key in TRAIN_FIELDS}
+    if record["kind"] == "eval":
+        return record | {"targets": int(targets[record["step"]])}
+    return record
+
+
+def rounded(value):
+    """Nine significant digits: what FP32 losses have."""
+    return float(f"{value:.9g}") if isinstance(value, float) and np.isfinite(value) else value

@@ -1,0 +1,36 @@
+"""Put small copies of runs into results/, from which anyone can redraw the figures.
+
+python scripts/keep_results.py 'runs/corpus_ranking-*' --to results/corpus_ranking
+python scripts/compare.py 'results/corpus_ranking/*'
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+from analysis.keep import keep
+from analysis.runs import find_runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "runs", nargs="+", help="run folders, or quoted globs; unfinished and diverged ones are kept too"
+    )
+    parser.add_argument("--to", type=Path, required=True, help="folder for the copies")
+    parser.add_argument("--every", type=int, default=10, help="training steps kept: every n-th and the last")
+    args = parser.parse_args()
+    try:
+        kept = [keep(run, args.to, args.every) for run in find_runs(args.runs)]
+    except ValueError as error:
+        print(f"keep_results: {error}", file=sys.stderr)
+        return 2
+    size = sum(file.stat().st_size for path in kept for file in path.rglob("*") if file.is_file())
+    print(f"{len(kept)} runs, {size / 2**20:.1f} MiB: {args.to}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

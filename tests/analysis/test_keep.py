@@ -1,0 +1,55 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from synthetic import write_run
+
+from analysis.compare import group_runs, pick_baseline, table
+from analysis.keep import keep
+from analysis.runs import find_runs, read_run
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "keep_results.py"
+
+
+def rows_of(pattern):
+    groups = group_runs(find_runs([pattern]))
+    return table(groups, pick_baseline(groups, None))
+
+
+def test_a_small_copy_gives_the_same_comparison(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path / "runs", "bf16", seed, 3.0 + 0.01 * seed)
+        write_run(tmp_path / "runs", "sr", seed, 3.05 + 0.012 * seed)
+    words = [sys.executable, str(SCRIPT), f"{tmp_path}/runs/*", "--to", str(tmp_path / "kept")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("4 runs, 0."), done.stderr
+    for ours, theirs in zip(rows_of(f"{tmp_path}/kept/*"), rows_of(f"{tmp_path}/runs/*"), strict=True):
+        assert (ours.label, ours.seeds, ours.step, ours.status) == (
+            theirs.label,
+            theirs.seeds,
+            theirs.step,
+            theirs.status,
+        )
+        assert (ours.final, ours.best) == pytest.approx((theirs.final, theirs.best), abs=1e-7)
+        if ours.gap:
+            assert ours.gap.mean == pytest.approx(theirs.gap.mean, abs=1e-8) and ours.gap.verdict == theirs.gap.verdict
+            assert ours.document_se == pytest.approx(theirs.document_se, abs=1e-7)
+
+
+def test_the_copy_is_thin_but_keeps_evaluations_and_the_last_step(tmp_path):
+    original = read_run(write_run(tmp_path / "runs", steps_done=97))
+    kept = read_run(keep(original, tmp_path / "kept", every=20))
+    assert kept.train["step"].tolist() == [20, 40, 60, 80, 97] and kept.status == original.status
+    assert kept.evals["step"].tolist() == [25, 50, 75] and kept.targets.tolist() == [5120] * 3
+    assert [path.name for path in (kept.path / "eval").iterdir()] == ["75.npz"]
+    assert np.allclose(kept.train["loss"], original.train["loss"][[19, 39, 59, 79, 96]], rtol=1e-8)
+    assert [event["event"] for event in kept.events] == ["start"]
+
+
+def test_paths_of_this_machine_stay_here(tmp_path):
+    path = write_run(tmp_path / "runs", data_path="/home/me/tokens", command="/home/me/nibble/train.py quant=sr seed=1")
+    kept = read_run(keep(read_run(path), tmp_path / "kept"))
+    assert kept.info["command"] == "train.py quant=sr seed=1"
+    assert not any("/home/me" in file.read_text() for file in kept.path.glob("*.json*"))
