@@ -172,7 +172,7 @@ def end_labels(ax: Axes, ends: list[tuple[float, float, str, str]], fontsize: fl
     heights[-1] = min(heights[-1], high)
     for i in range(len(heights) - 2, -1, -1):
         heights[i] = min(heights[i], heights[i + 1] - room)
-    x_end = max(e[0] for e in ends)
+    x_end = ax.dataLim.x1  # of everything drawn: training goes on behind the last evaluation of the same list
     if ax.get_xscale() == "linear":
         ax.set_xlim(right=x_end + 0.01 * (x_end - ax.get_xlim()[0]))  # the last marker whole
     for (x, y, name, colour), height in zip(ends, heights, strict=True):
