@@ -1,8 +1,8 @@
 """A small copy of a run that the comparison, the law and the plots read like the original.
 
-Kept: run.json, env.json and result.json without this machine's paths, every evaluation and event. Thinned: training steps (every
-n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last (their count of tokens
-stays, as `targets`). Rows are stored compressed, nats in FP32: a loss moves by less than 1e-8.
+Kept: run.json, env.json and result.json without this machine's paths, every evaluation and event. Thinned: training
+steps (every n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last (their count
+of tokens stays, as `targets`). Rows are stored compressed, nats in FP32: a loss moves by less than 1e-8.
 """
 
 import json
