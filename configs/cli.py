@@ -32,7 +32,7 @@ Often used keys (all of them: --cfg job; described in training/config.py)
   evaluate.every=200  evaluate.tokens=1e6  evaluate.bf16=true
   checkpoint.every=500  checkpoint.keep_last=2
   run.name=mine  paths.runs=runs  paths.data=token_shards
-  backend=auto|reference|triton  compile=auto|true|false  parallel=auto|ddp|fsdp|hsdp
+  backend=auto|reference|triton|cutlass|scaled_mm|packed  compile=auto|true|false  parallel=auto|ddp|fsdp|hsdp
 """
 
 

@@ -21,6 +21,10 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 PRESETS: dict[str, dict[str, str]] = {
     "reference": dict.fromkeys(OPS, "reference"),
     "triton": {"quantize": "triton", "gemm": "cublaslt", "cross_entropy": "triton"},
+    # 4-bit tensor cores (Blackwell); `packed` is their path with the product itself emulated, on any machine.
+    "cutlass": {"gemm": "cutlass"},
+    "scaled_mm": {"gemm": "scaled_mm"},
+    "packed": {"gemm": "emulated"},
 }
 
 IMPL: dict[str, ModuleType] = {}

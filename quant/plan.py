@@ -10,11 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernels import backend
+from kernels import gemm as gemms
 from kernels.spec import NVFP4_BLOCK
 from quant import library
 from quant.library import AnyRecipe
 from quant.linear import QuantLinear
-from quant.recipe import SLOTS, Gemm, Recipe
+from quant.recipe import GEMMS, SLOTS, Gemm, Recipe
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -171,13 +173,28 @@ def convert(model: nn.Module, plan: Plan, rng: Tensor) -> nn.Module:
 
     rng: int64 [3] on the model's device, shared by all layers: (seed, step, micro-batch), updated in place by the
     trainer. Call it after the model is built and on its device, before compile and DDP/FSDP. Returns model.
-    Raises RuntimeError where this machine can't run a scheme.
+    Raises RuntimeError where this machine can't run a scheme, and ValueError where the chosen GEMM back end multiplies
+    packed 4-bit operands and a layer's GEMM has only one: emulating it is a choice to be made, not a fallback.
     """
+    if backend.IMPL and gemms.wants() == "packed":
+        for entry in plan.entries:
+            _check_packed(entry)
     for entry in plan.entries:
         parent_name, _, child = entry.name.rpartition(".")
         parent = model.get_submodule(parent_name)
         setattr(parent, child, _layer(getattr(parent, child), entry, rng))
     return model
+
+
+def _check_packed(entry: Entry) -> None:
+    if not isinstance(entry.recipe, Recipe):
+        return
+    for name in GEMMS:
+        if sum(operand.spec.is_nvfp4 for operand in entry.recipe.gemm(name).operands) == 1:
+            raise ValueError(
+                f"{entry.name}: one operand of {name} is NVFP4 and the other is not; 4-bit tensor cores need both. "
+                f"Quantize both or neither (quant.{name}=none), or emulate: backend=triton"
+            )
 
 
 def plan_of(model: nn.Module, mapping: Mapping[str, Any]) -> Plan:

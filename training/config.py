@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.spec import DataSpec
+from kernels.backend import PRESETS
 
 SWITCH = ("auto", "true", "false")
 
@@ -238,7 +239,7 @@ class TrainConfig:
         self.steps = whole("steps", self.steps)
         self.data.check()
         self.parallel = choice("parallel", self.parallel, ("auto", "ddp", "fsdp", "hsdp"))
-        self.backend = choice("backend", self.backend, ("auto", "reference", "triton"))
+        self.backend = choice("backend", self.backend, ("auto", *PRESETS))
         self.nonfinite = choice("nonfinite", self.nonfinite, ("stop", "skip", "rollback"))
         in_range("watchdog_s", self.watchdog_s, 1, 1e6)
         in_range("perturb", self.perturb, 0.0, 1.0)

@@ -161,3 +161,13 @@ def test_slot_counters_by_hand():
     }
     x[3, 3] = float("inf")
     assert slot_stats(layer, lambda: layer(x.bfloat16()))[""]["fprop.x"]["non_finite"] == 1
+
+
+def test_a_gemm_with_one_nvfp4_operand_is_refused_by_the_packed_back_end():
+    backend.use("packed")
+    half = library.mapping("quartet2")
+    half["fprop"]["w"] = {"grid": "none"}
+    model = Model()
+    planned = resolve(model, Precision.from_dict(half))
+    with pytest.raises(ValueError, match=r"one operand of fprop is NVFP4 and the other is not.*backend=triton"):
+        convert(model, planned, torch.zeros(3, dtype=torch.int64))
