@@ -1,16 +1,13 @@
 """Triton building blocks of the 4-bit quantizers: rounding, division, Philox bits, E2M1 and E4M3 codes.
 
-Everything here is FP32 and 32-bit integer arithmetic without a float8 cast, so that the kernels compile for every
-architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits; one product is PTX
-outside the interpreter. The definition is kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function
-below names the one it repeats.
+Everything here is FP32 and 32-bit integer arithmetic: no float8 cast and no inline PTX, so that the kernels compile for
+every architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. The definition
+is kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
 """
 
 import triton
 import triton.language as tl
 
-# Fixed when kernels are imported (TRITON_INTERPRET=1).
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # 1.5 * 2^(23 - mantissa_bits): adding and subtracting that many binades rounds to the format's step (formats.py).
 E2M1_SHIFT = tl.constexpr(1.5 * 2.0**22)
 E4M3_SHIFT = tl.constexpr(1.5 * 2.0**20)
@@ -165,27 +162,11 @@ def next_power_of_two(x):
 
 
 @triton.jit
-def _wide_product(a, B: tl.constexpr):
-    """(high, low) words of a * B: one multiplication in PTX, where umulhi and a low product compile to two."""
-    if INTERPRETED:
-        return tl.umulhi(a, B), a * B
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .u64 t; mul.wide.u32 t, $2, $3; mov.b64 {$1, $0}, t; }",
-            "=r,=r,r,r",
-            [a, B],
-            dtype=(tl.uint32, tl.uint32),
-            is_pure=True,
-            pack=1,
-        )
-
-
-@triton.jit
 def philox4x32(c0, c1, c2, c3, k0, k1):
     """philox.philox4x32 on uint32 words."""
     for _ in tl.static_range(10):
-        high0, low0 = _wide_product(c0, 0xD2511F53)
-        high1, low1 = _wide_product(c2, 0xCD9E8D57)
+        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
+        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
         c0 = high1 ^ c1 ^ k0
         c2 = high0 ^ c3 ^ k1
         c1 = low1

@@ -29,7 +29,7 @@ PACKED_BYTES = 0.5 + 1 / 16
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel: op quantize | both | amax | fp8 | unpack | plain_amax; bytes an element that it reads and writes."""
+    """One kernel (op: quantize, amax, fp8, fp8_both, unpack or plain_amax) and the bytes an element that it moves."""
 
     name: str
     op: str
@@ -43,7 +43,7 @@ class Case:
     @property
     def bytes(self) -> float:
         read = PACKED_BYTES if self.packed_in else 2.0
-        written = {"quantize": 2.0, "both": 4.0, "unpack": 2.0, "fp8": 1.0, "fp8_both": 2.0}.get(self.op, 0.0)
+        written = {"quantize": 2.0, "unpack": 2.0, "fp8": 1.0, "fp8_both": 2.0}.get(self.op, 0.0)
         return read + written + (PACKED_BYTES if self.packed_out else 0.0)
 
     @property
@@ -51,8 +51,6 @@ class Case:
         """Which entry of triton_impl.CONFIGS it runs with; None for kernels that have a fixed shape."""
         if self.op == "quantize":
             return triton_impl.config_key(self.packed_in, self.axis, self.rounding, self.four_over_six, self.dim > 1)
-        if self.op == "both":
-            return "both", 2
         return ("amax_packed" if self.packed_in else "amax", self.axis) if self.op == "amax" else None
 
 
@@ -63,8 +61,6 @@ CASES = [
     Case("dy dgrad: ms_eden rot 128", "quantize", rounding="ms_eden", dim=128),
     Case("dy wgrad: ms_eden rot 128", "quantize", axis=0, rounding="ms_eden", dim=128),
     Case("x wgrad: ms_eden rot 128 from packed", "quantize", axis=0, rounding="ms_eden", dim=128, packed_in=True),
-    Case("dy both axes: ms_eden rot 128", "both", rounding="ms_eden", dim=128),
-    Case("dy both axes: sr rot 128", "both", rounding="sr", dim=128),
     Case("dy dgrad: sr rot 128", "quantize", rounding="sr", dim=128),
     Case("dy wgrad: sr rot 128", "quantize", axis=0, rounding="sr", dim=128),
     Case("x wgrad: sr rot 128 from packed", "quantize", axis=0, rounding="sr", dim=128, packed_in=True),
@@ -103,12 +99,6 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
             *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, target, cap, False,
             case.four_over_six, case.rounding, 1, False, 4, True, case.packed_out, config,
         )  # fmt: skip
-    if case.op == "both":
-        limits = TABLE_A1["absmax", case.rounding]
-        pairs = (o["amax"], o["amax"]), (signs, signs)
-        return triton_impl.launch_both(
-            o["x"], *pairs, o["rng"], o["layer"], *limits, False, case.rounding, (2, 4), config
-        )
     if case.op == "amax":
         return triton_impl.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config)
     if case.op == "fp8":
@@ -131,9 +121,6 @@ def candidates(case: Case) -> list[Launch]:
         return [
             Launch(b, w, 1, 1, r) for b in (64, 128, 256, 512) for w in (2, 4, 8) if b >= 32 * w for r in (None, 64)
         ]
-    if case.op == "both":
-        shapes = itertools.product((8, 16), (1, 2, 3), (1, 2), (None, 128))
-        return [Launch(128, *shape) for shape in shapes if shape[0] == 16 or shape[3] is None]
     if case.op == "amax":
         tiles, stages, limits = ((128,) if case.axis == 2 else (64, 128)), (2, 3, 4), (None,)
     else:

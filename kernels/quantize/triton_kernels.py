@@ -10,7 +10,8 @@ l = lane % 4). `rotation`'s columns are permuted so that column n holds the rota
 then owns two whole groups of 16, all group sums stay inside a thread, and per-group work (division, Philox, E4M3) is
 done once, not four times. The result does not depend on it: `_natural_order` undoes the permutation in the indices.
 Along axis 0 the tile is multiplied transposed, so the groups lie along the columns there too.
-Instructions, not bytes, bound such a kernel (kernels.md 8): compiled for sm_90 this one is 32 to 37 an element.
+Instructions, not bytes, bound such a kernel: for sm_90 it is 47 (MS-EDEN) or 62 (SR) an element, the part before the
+loop included, and runs at 82 % and 57 % of a copy's speed on an H100 (scripts/bench_quantize.py).
 
 Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its reciprocal infinite, so the rotation
 (loaded anyway) carries a factor 2^64 and so do s_g T and v T after they were rounded: every quotient stays exact.
@@ -288,44 +289,6 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
             else:
                 tl.store(at, packed, mask=inside & (words < out_words)[None, :])
                 tl.store(scale_at, scale_bytes, mask=inside & (groups < out_groups)[None, :])
-
-
-@triton.jit
-def both_axes_kernel(src_ptr, rotation1_ptr, rotation0_ptr, signs1_ptr, signs0_ptr, amax1_ptr, amax0_ptr, rng_ptr,
-                     layer_ptr, values1_ptr, values0_ptr, scale1_ptr, scale0_ptr, R, C, row_groups, column_groups, dim1,
-                     dim0, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, ROUNDING: tl.constexpr,
-                     STREAM1: tl.constexpr, STREAM0: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-                     INTERPRET: tl.constexpr):  # fmt: skip
-    """Values of BF16 [R, C] rotated and quantized along axis 1 and along axis 0, from one read of each 128 x 128 tile.
-
-    row_groups = C / 16, column_groups = R / 16. One after the other, so that one set of accumulators lives at a time.
-    """
-    program = tl.program_id(0)
-    T1 = tensor_scale(tl.load(amax1_ptr), RANGE, POW2)
-    T0 = tensor_scale(tl.load(amax0_ptr), RANGE, POW2)
-    if program == 0:
-        tl.store(scale1_ptr, T1)
-        tl.store(scale0_ptr, T0)
-    factor1 = tl.where(T1 < TINY_SCALE, TINY_FACTOR, 1.0)
-    factor0 = tl.where(T0 < TINY_SCALE, TINY_FACTOR, 1.0)
-    key1 = (0, 0, 0, 0, 0)
-    key0 = (0, 0, 0, 0, 0)
-    if ROUNDING != "rtn":
-        key1 = load_key(rng_ptr, layer_ptr, STREAM1)
-        key0 = load_key(rng_ptr, layer_ptr, STREAM0)
-    rotation1 = _load_rotation(rotation1_ptr, signs1_ptr, dim1, factor1, True, INTERPRET)
-    rotation0 = _load_rotation(rotation0_ptr, signs0_ptr, dim0, factor0, True, INTERPRET)
-    tiles_c = tl.cdiv(C, 128)
-    for tile in tl.range(program, tl.cdiv(R, 128) * tiles_c, tl.num_programs(0), num_stages=STAGES):
-        row0 = (tile // tiles_c) * 128
-        col0 = (tile % tiles_c) * 128
-        x = _load_tile(src_ptr, None, row0, col0, R, C, 0, 0, 128, 128, False, False, EVEN, INTERPRET)
-        _, codes1, scale1 = _tile_groups(x, rotation1, T1, factor1, key1, row0, col0 // 16, R, row_groups, TARGET,
-                                         False, ROUNDING, 1, False, 128, INTERPRET)  # fmt: skip
-        _store_values(values1_ptr, codes1, scale1, row0, col0, R, C, 1, 128, EVEN)
-        _, codes0, scale0 = _tile_groups(tl.trans(x), rotation0, T0, factor0, key0, col0, row0 // 16, C, column_groups,
-                                         TARGET, False, ROUNDING, 1, False, 128, INTERPRET)  # fmt: skip
-        _store_values(values0_ptr, codes0, scale0, row0, col0, R, C, 0, 128, EVEN)
 
 
 @triton.jit

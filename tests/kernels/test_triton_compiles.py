@@ -92,20 +92,6 @@ def test_rows_kernel_compiles_without_spills(name: str, target: int):
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_both_axes_kernel_compiles_without_spills(target: int):
-    launch = triton_impl.CONFIGS["both", 2]
-    constants = dict(
-        TARGET=6.07, RANGE=1554.0, POW2=False, ROUNDING="ms_eden", STREAM1=18, STREAM0=20, EVEN=True,
-        STAGES=launch.stages, INTERPRET=False,
-    )  # fmt: skip
-    types = dict.fromkeys(("rotation1_ptr", "rotation0_ptr", "values1_ptr", "values0_ptr"), "*bf16")
-    types |= dict.fromkeys(("scale1_ptr", "scale0_ptr"), "*fp32")
-    kernel = triton_kernels.both_axes_kernel
-    compiled = compile_kernel(kernel, constants, target, launch.warps, launch.registers, **types)
-    assert ".local" not in compiled.asm["ptx"]
-
-
-@pytest.mark.parametrize("target", TARGETS)
 def test_tile_kernels_compile(target: int):
     square = dict(
         TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=True, ROUNDING="sr", STREAM=16, STORE_VALUES=True,
