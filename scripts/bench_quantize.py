@@ -2,7 +2,7 @@
 
 Each line: median microseconds, bytes moved (inputs read once, outputs written once) per second, and that bandwidth as
 a share of a device-to-device copy measured in the same run. --tune times all launch shapes and prints the best of each
-kernel, to be copied into triton_impl.CONFIGS. Bits are checked by scripts/check_fast.py, not here.
+kernel, to be copied into triton_ops.CONFIGS. Bits are checked by scripts/check_fast.py, not here.
 """
 
 import argparse
@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from kernels.quantize import triton_impl, triton_tiles
-from kernels.quantize.triton_impl import CONFIGS, Launch
+from kernels.quantize import triton_impl, triton_ops, triton_tiles
+from kernels.quantize.triton_ops import CONFIGS, Launch
 from kernels.spec import TABLE_A1
 
 PACKED_BYTES = 0.5 + 1 / 16
@@ -48,9 +48,9 @@ class Case:
 
     @property
     def config_key(self) -> tuple[str, int] | None:
-        """Which entry of triton_impl.CONFIGS it runs with; None for kernels that have a fixed shape."""
+        """Which entry of triton_ops.CONFIGS it runs with; None for kernels that have a fixed shape."""
         if self.op == "quantize":
-            return triton_impl.config_key(self.packed_in, self.axis, self.rounding, self.four_over_six, self.dim > 1)
+            return triton_ops.config_key(self.packed_in, self.axis, self.rounding, self.four_over_six, self.dim > 1)
         return ("amax_packed" if self.packed_in else "amax", self.axis) if self.op == "amax" else None
 
 
@@ -83,7 +83,7 @@ def operands(rows: int, columns: int) -> dict[str, Tensor]:
     rng, layer = torch.tensor([1234, 5, 0], device="cuda"), torch.tensor(3, device="cuda")
     signs = triton_impl.rht_signs(rng, layer, 2, 128, False)
     amax = x.abs().amax().float() * 4
-    first = triton_impl.launch_quantize(
+    first = triton_ops.launch_quantize(
         x, None, None, amax, None, None, None, 1, 6.0, 448.0, False, False, "rtn", 1, False, 0, False, True
     )
     return dict(x=x, rng=rng, layer=layer, signs=signs, amax=amax, codes=first[2], scales=first[3], outer=first[1])
@@ -95,12 +95,12 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
     signs = o["signs"] if case.dim > 1 else None
     if case.op == "quantize":
         target, cap = TABLE_A1["four_over_six" if case.four_over_six else "absmax", case.rounding]
-        return triton_impl.launch_quantize(
+        return triton_ops.launch_quantize(
             *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, target, cap, False,
             case.four_over_six, case.rounding, 1, False, 4, True, case.packed_out, config,
         )  # fmt: skip
     if case.op == "amax":
-        return triton_impl.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config)
+        return triton_ops.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config)
     if case.op == "fp8":
         return torch.ops.nibble.quantize_fp8(o["x"], o["amax"], case.axis, 448.0, False, False, True)
     if case.op == "fp8_both":

@@ -12,7 +12,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels.quantize import triton_impl, triton_kernels, triton_tiles  # noqa: E402
+from kernels.quantize import triton_kernels, triton_ops, triton_tiles  # noqa: E402
 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
@@ -55,10 +55,8 @@ def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, registe
 def test_quantize_kernel_compiles_without_spills(name: str, target: int):
     constants = NVFP4 | QUANTIZE[name]
     source = "*i32" if constants["PACKED"] else "*bf16"
-    key = triton_impl.config_key(
-        *(constants[part] for part in ("PACKED", "AXIS", "ROUNDING", "SELECT_46", "HAS_SIGNS"))
-    )
-    launch = triton_impl.CONFIGS[key]
+    key = triton_ops.config_key(*(constants[part] for part in ("PACKED", "AXIS", "ROUNDING", "SELECT_46", "HAS_SIGNS")))
+    launch = triton_ops.CONFIGS[key]
     constants |= {"TILE": launch.tile, "STAGES": launch.stages}
     kernel, limit = triton_kernels.quantize_kernel, launch.registers
     compiled = compile_kernel(kernel, constants, target, launch.warps, limit, src_ptr=source)
@@ -73,7 +71,7 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int):
 @pytest.mark.parametrize("along", [(True, False), (False, True), (True, True)])
 def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
     constants = dict(zip(("ALONG_0", "ALONG_1"), along, strict=True))
-    launch = triton_impl.CONFIGS["amax", 2 if all(along) else int(along[1])]
+    launch = triton_ops.CONFIGS["amax", 2 if all(along) else int(along[1])]
     constants |= dict(PACKED=False, SQUARE=False, EVEN=False, TILE=launch.tile, STAGES=launch.stages, INTERPRET=False)
     assert compile_kernel(triton_kernels.amax_kernel, constants, target, launch.warps).asm["cubin"]
 
@@ -81,7 +79,7 @@ def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["rtn", "four_over_six", "sr"])
 def test_rows_kernel_compiles_without_spills(name: str, target: int):
-    launch = triton_impl.CONFIGS[f"{name}_rows", 1]
+    launch = triton_ops.CONFIGS[f"{name}_rows", 1]
     constants = dict(
         TARGET=6.0, RANGE=1536.0, POW2=False, SELECT_46=name == "four_over_six",
         ROUNDING="sr" if name == "sr" else "rtn", STREAM=16, STORE_VALUES=True, STORE_PACKED=True,

@@ -1,0 +1,295 @@
+"""Launches of the Triton quantizers and the torch operators around them, with their fake implementations.
+
+Launch shapes are fixed: what scripts/bench_quantize.py --tune found on an H100, never tuned at run time.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.quantize import reference_impl
+from kernels.quantize.triton_kernels import (
+    ROTATION_TILE,
+    amax_kernel,
+    quantize_kernel,
+    rows_kernel,
+    signs_kernel,
+)
+from kernels.spec import NVFP4_BLOCK, ROUNDINGS
+
+INTERPRET = bool(triton.knobs.runtime.interpret)
+ROTATION_DIMS = (16, 32, 64, 128)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile, or groups of rows_kernel; programs: on each
+    multiprocessor; registers: limit for each thread, so that more programs fit."""
+
+    tile: int
+    warps: int
+    stages: int = 2
+    programs: int = 2
+    registers: int | None = None
+
+
+# By (kernel, axis); axis 2 is both. What --tune found best on an H100; axis-1 entries of kernels that no recipe uses
+# (rtn, 4/6 and packed ones) follow their axis-0 twins.
+CONFIGS: dict[tuple[str, int], Launch] = {
+    ("rtn_rows", 1): Launch(128, 4),
+    ("four_over_six_rows", 1): Launch(64, 2),
+    ("sr_rows", 1): Launch(128, 4),
+    ("ms_eden_rows", 1): Launch(128, 4),
+    ("rtn", 0): Launch(64, 4, 3, 2),
+    ("rtn", 1): Launch(64, 4, 3, 2),
+    ("four_over_six", 0): Launch(64, 8, 3, 2, 128),
+    ("four_over_six", 1): Launch(64, 8, 3, 2, 128),
+    ("sr", 0): Launch(64, 8, 3, 2, 128),
+    ("sr", 1): Launch(64, 8, 3, 4),
+    ("ms_eden", 0): Launch(64, 8, 3, 2, 128),
+    ("ms_eden", 1): Launch(64, 8, 3, 2),
+    ("rtn_packed", 0): Launch(64, 4, 3, 3),
+    ("rtn_packed", 1): Launch(64, 4, 3, 3),
+    ("sr_packed", 0): Launch(64, 8, 1, 4, 128),
+    ("sr_packed", 1): Launch(64, 8, 1, 4, 128),
+    ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
+    ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
+    ("amax", 0): Launch(64, 4, 3, 2),
+    ("amax", 1): Launch(64, 4, 3, 2),
+    ("amax", 2): Launch(128, 8, 4, 1),
+    ("amax_packed", 0): Launch(64, 4, 4, 3),
+    ("amax_packed", 1): Launch(64, 4, 4, 3),
+}
+
+
+def config_key(is_packed: bool, axis: int, rounding: str, four_over_six: bool, rotated: bool) -> tuple[str, int]:
+    """The entry of CONFIGS that a quantizer runs with; "_rows" names those that rows_kernel serves."""
+    if is_packed:
+        return f"{rounding}_packed", axis
+    name = "four_over_six" if four_over_six else rounding
+    return (f"{name}_rows", 1) if axis == 1 and not rotated else (name, axis)
+
+
+@lru_cache
+def rotation_matrix(dim: int, device: torch.device) -> Tensor:
+    """BF16 [128, 128]: block-diagonal Hadamard (identity for dim 1), columns permuted as triton_kernels.py explains."""
+    n = torch.arange(ROTATION_TILE.value)
+    j, lane, b = n // 8, (n % 8) // 2, n % 2
+    block = reference_impl.hadamard(dim, torch.device("cpu"))
+    matrix = torch.block_diag(*[block] * (ROTATION_TILE.value // dim))[:, 32 * lane + 2 * j + b]
+    return matrix.to(torch.bfloat16).contiguous().to(device)
+
+
+def grid_size(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
+    """At most per_multiprocessor programs on each; 3 in all when interpreting, so that tests see the tile loop."""
+    limit = 3
+    if device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).multi_processor_count * per_multiprocessor
+    return (min(tiles, limit),)
+
+
+def _dim(signs: Tensor | None) -> int:
+    dim = 1 if signs is None else signs.shape[0]
+    if dim not in (1, *ROTATION_DIMS):
+        raise ValueError(f"the Triton back end rotates by 16, 32, 64 or 128, not {dim}: use the reference back end")
+    return dim
+
+
+def launch_quantize(
+    src: Tensor,
+    src_scales: Tensor | None,
+    src_global: Tensor | None,
+    amax: Tensor,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    axis: int,
+    target: float,
+    cap: float,
+    pow2: bool,
+    four_over_six: bool,
+    rounding: str,
+    eden_groups: int,
+    eden_scaled: bool,
+    slot: int,
+    store_values: bool,
+    store_packed: bool,
+    config: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(values, scale, codes, block scale bytes); a tensor that isn't wanted is empty."""
+    is_packed = src_scales is not None
+    src = src.contiguous()
+    outputs = _allocate(src, is_packed, axis, store_values, store_packed)
+    values, scale, codes, block_scales = outputs
+    rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    key = config_key(is_packed, axis, rounding, four_over_six, signs is not None)
+    config = config or CONFIGS[key]
+    if key[0].endswith("_rows"):
+        count = rows * columns // NVFP4_BLOCK
+        rows_kernel[(triton.cdiv(count, config.tile),)](
+            src, amax, rng, layer, values, _words(codes), block_scales, scale, count,
+            TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
+            STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile, INTERPRET=INTERPRET,
+            num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=not four_over_six,
+        )  # fmt: skip
+        return outputs
+    lines, contraction = (rows, columns) if axis == 1 else (columns, rows)
+    tiles = triton.cdiv(lines, config.tile) * triton.cdiv(contraction, ROTATION_TILE.value)
+    dim = _dim(signs)
+    quantize_kernel[grid_size(tiles, src.device, config.programs)](
+        _words(src) if is_packed else src, src_scales, src_global, rotation_matrix(dim, src.device), signs, amax, rng,
+        layer, values, _words(codes), block_scales, scale, rows, columns,
+        columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
+        AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
+        TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
+        EDEN_GROUPS=eden_groups, SCALED=eden_scaled, STREAM=16 + slot,
+        STORE_VALUES=store_values, STORE_PACKED=store_packed,
+        EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
+        STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
+        enable_fp_fusion=not four_over_six,
+    )  # fmt: skip
+    return outputs
+
+
+def _words(codes: Tensor) -> Tensor:
+    """uint8 codes as int32 words of 8, without a copy (rows hold a multiple of 16 codes)."""
+    return codes.view(torch.int32)
+
+
+def _allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store_packed: bool):
+    rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    stored_rows, contraction = (rows, columns) if axis == 1 else (columns, rows)
+    return (
+        src.new_empty((rows, columns) if store_values else (0,), dtype=torch.bfloat16),
+        src.new_empty((), dtype=torch.float32),
+        src.new_empty((stored_rows, contraction // 2) if store_packed else (0,), dtype=torch.uint8),
+        src.new_empty((stored_rows, contraction // NVFP4_BLOCK) if store_packed else (0,), dtype=torch.uint8),
+    )
+
+
+def launch_amax(
+    src: Tensor, src_scales: Tensor | None, signs0: Tensor | None, signs1: Tensor | None, config: Launch | None = None
+) -> tuple[Tensor, Tensor]:
+    """(amax rotated along axis 1, amax rotated along axis 0), FP32 []; empty for an axis without signs."""
+    is_packed = src_scales is not None
+    src = src.contiguous()
+    rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    along0, along1 = signs0 is not None, signs1 is not None
+    amax0, amax1 = (src.new_zeros(() if along else (0,), dtype=torch.float32) for along in (along0, along1))
+    config = config or CONFIGS["amax_packed" if is_packed else "amax", 2 if along0 and along1 else int(along1)]
+    tile_r, tile_c = 128 if along0 else config.tile, 128 if along1 else config.tile
+    tiles = triton.cdiv(rows, tile_r) * triton.cdiv(columns, tile_c)
+    dim = _dim(signs0 if along0 else signs1)
+    amax_kernel[grid_size(tiles, src.device, config.programs)](
+        _words(src) if is_packed else src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1,
+        rows, columns, columns // 8, columns // 16, dim,
+        ALONG_0=along0, ALONG_1=along1, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows,
+        EVEN=rows % tile_r == 0 and columns % tile_c == 0, TILE=config.tile, STAGES=config.stages,
+        INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
+    )  # fmt: skip
+    return amax1, amax0
+
+
+@torch.library.custom_op("nibble::rht_signs", mutates_args=())
+def _rht_signs_op(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
+    signs = torch.empty(dim, dtype=torch.float32, device=rng.device)
+    signs_kernel[(1,)](rng, layer, signs, STREAM=gemm, DIM=dim, FIXED=fixed, num_warps=1)
+    return signs
+
+
+@_rht_signs_op.register_fake
+def _(rng, layer, gemm, dim, fixed):
+    return rng.new_empty(dim, dtype=torch.float32)
+
+
+@torch.library.custom_op("nibble::amax", mutates_args=())
+def _amax_op(
+    src: Tensor, src_scales: Tensor | None, signs0: Tensor | None, signs1: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return launch_amax(src, src_scales, signs0, signs1)
+
+
+@_amax_op.register_fake
+def _(src, src_scales, signs0, signs1):
+    shapes = (() if signs is not None else (0,) for signs in (signs1, signs0))
+    return tuple(src.new_empty(shape, dtype=torch.float32) for shape in shapes)
+
+
+@torch.library.custom_op("nibble::quantize", mutates_args=())
+def _quantize_op(
+    src: Tensor,
+    src_scales: Tensor | None,
+    src_global: Tensor | None,
+    amax: Tensor,
+    signs: Tensor | None,
+    rng: Tensor | None,
+    layer: Tensor | None,
+    axis: int,
+    target: float,
+    cap: float,
+    pow2: bool,
+    four_over_six: bool,
+    rounding: str,
+    eden_groups: int,
+    eden_scaled: bool,
+    slot: int,
+    store_values: bool,
+    store_packed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return launch_quantize(
+        src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
+        eden_groups, eden_scaled, slot, store_values, store_packed,
+    )  # fmt: skip
+
+
+@_quantize_op.register_fake
+def _(src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
+      eden_groups, eden_scaled, slot, store_values, store_packed):  # fmt: skip
+    return _allocate(src, src_scales is not None, axis, store_values, store_packed)
+
+
+@torch.library.custom_op("nibble::quantize_both", mutates_args=())
+def _quantize_both_op(
+    x: Tensor,
+    amax1: Tensor | None,
+    amax0: Tensor | None,
+    signs1: Tensor | None,
+    signs0: Tensor | None,
+    rng: Tensor,
+    layer: Tensor,
+    targets: list[float],
+    caps: list[float],
+    pow2: list[bool],
+    four_over_six: list[bool],
+    roundings: list[int],
+    eden_groups: list[int],
+    eden_scaled: list[bool],
+    slots: list[int],
+    store_values: list[bool],
+    store_packed: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if amax1 is None and amax0 is None and signs1.shape == signs0.shape:
+        amax1, amax0 = launch_amax(x, None, signs0, signs1)
+    if amax1 is None:
+        amax1 = launch_amax(x, None, None, signs1)[0]
+    if amax0 is None:
+        amax0 = launch_amax(x, None, signs0, None)[1]
+    results = ()
+    for i, (axis, amax, signs) in enumerate(((1, amax1, signs1), (0, amax0, signs0))):
+        results += launch_quantize(
+            x, None, None, amax, signs, rng, layer, axis, targets[i], caps[i], pow2[i], four_over_six[i],
+            ROUNDINGS[roundings[i]], eden_groups[i], eden_scaled[i], slots[i], store_values[i], store_packed[i],
+        )  # fmt: skip
+    return results
+
+
+@_quantize_both_op.register_fake
+def _(x, amax1, amax0, signs1, signs0, rng, layer, targets, caps, pow2, four_over_six, roundings, eden_groups,
+      eden_scaled, slots, store_values, store_packed):  # fmt: skip
+    return (
+        *_allocate(x, False, 1, store_values[0], store_packed[0]),
+        *_allocate(x, False, 0, store_values[1], store_packed[1]),
+    )
