@@ -11,6 +11,7 @@ measured is what users get; --gpus limits the number of GPUs.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import time
@@ -100,7 +101,9 @@ def speed(folder: Path) -> dict:
     train_rows = rows(folder, "train")[5:]
     middle = median(row["ms_per_step"] for row in train_rows)
     at_median = min(train_rows, key=lambda row: abs(row["ms_per_step"] - middle))
+    expected = re.search(r"memory +([\d.]+) GiB a GPU expected", (folder / "start.txt").read_text())
     return {
+        "expected_gib": float(expected[1]),
         "ms_min": min(row["ms_per_step"] for row in train_rows),
         "ms_median": middle,
         "tokens_per_second": at_median["tokens_per_second"],

@@ -3,6 +3,7 @@
     python scripts/verify_resume.py                                  # llama_tiny, quartet2, 20 kills, on this machine
     python scripts/verify_resume.py --kills 5 model=llama_30m quant=sr batch.tokens=65536
     python scripts/verify_resume.py --worlds 1,2 --signal TERM       # changes the number of processes at each start
+    python scripts/verify_resume.py --damage 0.5                     # half of the kills damage a checkpoint too
 
 Runs `train.py` once without interruption and once with kills at random moments (start-up, training, in the middle of
 a save), each followed by the same command. Then compares metrics.jsonl and the last checkpoint. With several world
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -59,6 +60,7 @@ class Kill:
     step: int
     saving: bool
     returncode: int
+    damage: str = ""
 
 
 def command(arguments: argparse.Namespace, folder: Path, world: int, parallel: str) -> list[str]:
@@ -122,6 +124,24 @@ def kill_tree(process: subprocess.Popen, number: int) -> int:
 def send(pid: int, number: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def damage_newest(folder: Path, draw: random.Random) -> str:
+    """Cut, alter or remove one file of the newest checkpoint; says which. Only where an older one can step in."""
+    found = checkpoints(folder / "checkpoints")
+    if len(found) < 2:
+        return ""
+    file = draw.choice(sorted(found[-1].iterdir()))
+    how = draw.choice(["cut", "altered", "removed"])
+    data = bytearray(file.read_bytes())
+    if how == "removed":
+        file.unlink()
+    elif how == "cut":
+        os.truncate(file, draw.randrange(len(data)))
+    else:
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data)
+    return f"  {found[-1].name}/{file.name} {how}"
 
 
 def wait_for(process: subprocess.Popen, condition, limit_s: float) -> bool:
@@ -192,7 +212,7 @@ HEADER = "kill  moment    after s  last step  in a save  next start resumes at"
 
 def line(number: int, kill: Kill, resumed: int) -> str:
     saving = "yes" if kill.saving else "no"
-    return f"{number:4}  {kill.moment:9} {kill.seconds:7.1f} {kill.step:10}  {saving:9} {resumed:5}"
+    return f"{number:4}  {kill.moment:9} {kill.seconds:7.1f} {kill.step:10}  {saving:9} {resumed:5}{kill.damage}"
 
 
 def good_step(folder: Path) -> int:
@@ -213,6 +233,8 @@ def interrupt_until_done(arguments: argparse.Namespace, folder: Path) -> list[Ki
         if kill is None:
             print(f"finished after {len(kills)} of {arguments.kills} kills; give more --steps for more", flush=True)
             return kills
+        if draw.random() < arguments.damage:
+            kill = replace(kill, damage=damage_newest(folder, draw))
         kills.append(kill)
         print(line(len(kills), kills[-1], good_step(folder)), flush=True)
     run_to_end(arguments, folder, int(draw.choice(worlds)), draw.choice(modes))
@@ -225,6 +247,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=80, help="2N, length of the run")
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--damage", type=float, default=0.0, help="share of kills that also damage a checkpoint")
     parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "USR1", "INT"])
     parser.add_argument("--worlds", default="1", help="numbers of processes to choose from, such as 1,2")
     parser.add_argument("--parallel", default="auto", help="parallel modes to choose from, such as ddp,fsdp")

@@ -15,7 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-DEFAULT_TIMEOUT_S = 600
+# Longer than the watchdog's half hour, which says more than a collective's own timeout; long enough, too, for rank 0 to
+# prepare a small data set while the others wait.
+DEFAULT_TIMEOUT_S = 3600
 T = TypeVar("T")
 
 
