@@ -27,6 +27,8 @@ from training.config import TrainConfig, suggestion
 ROOT = Path(__file__).resolve().parent
 GEMM_SLOTS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 CELL = "cell"  # of an experiment grid: written out before composition, so not a key of the schema
+# What other trainers call some keys, for suggestions only.
+OTHER_NAMES = {"learning_rate": "lr", "batch_size": "sequences", "micro_batch_size": "micro", "max_steps": "steps"}
 NONE_MARK = "_none_"  # how `quant.dgrad=none` travels through Hydra, which would replace the mapping by the string
 
 
@@ -127,12 +129,15 @@ def check_choices(override: Override, options: list[str]) -> None:
     for value in values:
         if value is not None and not isinstance(value, list) and str(value) not in options:
             near = suggestion(str(value), options)
-            raise ConfigError(f"{override.key_or_group}={value}: no such choice{near}. There are: {', '.join(options)}")
+            raise ConfigError(
+                f"{override.key_or_group}={value}: no such choice{near or '.'} There are: {', '.join(options)}"
+            )
 
 
 def nearest_key(key: str, known: list[str]) -> str:
     """A suggestion by the whole dotted key, or by its last part (`lr` -> optim.lr)."""
     last = key.rsplit(".", 1)[-1]
+    last = OTHER_NAMES.get(last, last)
     same_end = [name for name in known if name.rsplit(".", 1)[-1] == last]
     ends = {name.rsplit(".", 1)[-1]: name for name in known}
     near = same_end or difflib.get_close_matches(key, known, n=1, cutoff=0.6)

@@ -116,8 +116,6 @@ class QuantSpec:
         Raises ValueError for an unknown value, and for a combination that the table lacks unless both numbers are
         given: such a quantizer is biased (4/6 with SR) or unpublished (4/6 inside MS-EDEN), never silently so.
         """
-        if grid == "none":
-            return NO_QUANT
         for field, value, allowed in (
             ("grid", grid, GRIDS),
             ("select", select, SELECTS),
@@ -129,6 +127,8 @@ class QuantSpec:
         ):
             if value not in allowed:
                 raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(map(str, allowed))}")
+        if grid == "none":
+            return NO_QUANT
         limits = _limits(grid, scales, select, rounding, target_max, scale_cap)
         if eden_space == "scaled" and eden_block != "rotation":
             raise ValueError("eden_space=scaled is upstream's sum over a rotation block; set eden_block=rotation")
