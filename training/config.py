@@ -44,7 +44,7 @@ def whole(key: str, value: float | None, minimum: int = 1, null: str = "") -> in
 def at_most_one(section: Any, prefix: str, names: tuple[str, ...]) -> None:
     given = [name for name in names if getattr(section, name) is not None]
     if len(given) > 1:
-        both = " and ".join(f"{prefix}{name}={getattr(section, name):g}" for name in given)
+        both = " and ".join(f"{prefix}{name}={getattr(section, name):.15g}" for name in given)
         raise ValueError(f"{both}: give one of them; set the other to null")
 
 
