@@ -10,7 +10,7 @@ HELP = """Train a Llama with one of the 4-bit recipes, or resume the run that th
 
   python train.py model=llama_30m quant=quartet2 data=text data.files='corpus/train-*.jsonl.zst' \\
       data.val_files=corpus/val.jsonl.zst tokens=3e9 seed=1
-  python train.py experiment=quickstart quant=bf16          on a CPU, about two minutes
+  python train.py experiment=quickstart quant=bf16          on a CPU, two to four minutes
   python train.py -m quant=bf16,sr,quartet2 seed=0,1,2      every combination, one after another
   torchrun --nproc-per-node=4 train.py model=llama_1b9 ...  the same run on four GPUs
 
