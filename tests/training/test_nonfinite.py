@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from training import launch
+from training import build as building_blocks
 from training.checkpoint import read_all
 from training.manifest import checkpoints
 from training.nonfinite import Guard, NonFiniteError
@@ -17,11 +17,11 @@ NAN = float("nan")
 @pytest.fixture
 def plant(monkeypatch):
     """plant(layer, kind): from now on runs carry a NaN in `layer` during step BAD_STEP (weights: from then on)."""
-    build = launch.build_model
+    build = building_blocks.build_model
 
     def choose(layer: str, kind: str, when=lambda module: True, steps=(BAD_STEP,)) -> None:
-        def building(*arguments):
-            model, init_hash = build(*arguments)
+        def building(*arguments, **options):
+            model, init_hash = build(*arguments, **options)
             module = model.get_submodule(layer)
             rng = module.rng
 
@@ -45,7 +45,7 @@ def plant(monkeypatch):
             module.register_forward_pre_hook(before)
             return model, init_hash
 
-        monkeypatch.setattr(launch, "build_model", building)
+        monkeypatch.setattr(building_blocks, "build_model", building)
 
     return choose
 
