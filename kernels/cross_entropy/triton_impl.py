@@ -1,8 +1,8 @@
 """Linear cross-entropy on a GPU: chunks of BF16 logits, one kernel that turns a chunk into losses and dlogits in place.
 
-For a chunk of tokens: logits = bf16(h W^T) by a library GEMM; one program per token reads its row twice, the second time
-from the cache: maximum, sum and loss in FP32, then bf16(softmax - onehot) over the logits; two GEMMs add to dh and dW in
-FP32. Bytes per logit: 2 written by the GEMM, 2 read and 2 written by the kernel, 2 + 2 read by the two GEMMs.
+For a chunk of tokens: logits = bf16(h W^T) by a library GEMM; one program per token reads its row twice, the second
+time from the cache: maximum, sum and loss in FP32, then bf16(softmax - onehot) over the logits; two GEMMs add to dh and
+dW in FP32. Bytes per logit: 2 written by the GEMM, 2 read and 2 written by the kernel, 2 + 2 read by the two GEMMs.
 One H100, 8192 x 32000: 0.50 ms so, 0.56 ms with the row held in registers, 0.35 ms a plain copy.
 Differs from the reference only in the order of FP32 sums and in exp(x - max) / sum instead of exp(x - logsumexp).
 """
