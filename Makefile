@@ -26,14 +26,14 @@ $(VENV)/.installed-base: pyproject.toml $(CONSTRAINTS)
 
 # Both recipes at once, one thread each: at this size a second OpenMP thread costs more than it brings (bf16 0.5 s a step
 # with one, 1.1 s with two, on the 2 virtual cores of CI). Only quartet2's progress is shown.
-QUICK := OMP_NUM_THREADS=1 $(BIN)/python train.py experiment=quickstart
+QUICK := OMP_NUM_THREADS=1 $(BIN)/python train.py experiment=quickstart paths.runs=runs/quickstart
 quickstart: $(VENV)/.installed-base
-	mkdir -p runs
+	mkdir -p runs/quickstart
 	$(BIN)/python scripts/prepare_data.py experiment=quickstart
-	$(QUICK) quant=bf16 >runs/quickstart-bf16.log 2>&1 & bf16=$$!; \
+	$(QUICK) quant=bf16 >runs/quickstart/bf16.log 2>&1 & bf16=$$!; \
 		$(QUICK) quant=quartet2 || { kill $$bf16; exit 1; }; \
-		wait $$bf16 || { cat runs/quickstart-bf16.log; exit 1; }
-	$(BIN)/python scripts/compare.py 'runs/llama_tiny-*' --baseline bf16 --out runs/quickstart-compare
+		wait $$bf16 || { cat runs/quickstart/bf16.log; exit 1; }
+	$(BIN)/python scripts/compare.py 'runs/quickstart/llama_tiny-*' --baseline bf16 --out runs/quickstart/compare
 
 # CUTLASS's headers without its run-time dependencies: the host checks compile against them.
 CUTLASS := $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps nvidia-cutlass==4.2.0.0
