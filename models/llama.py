@@ -21,6 +21,20 @@ INIT_STD = 0.02  # all weight matrices and the embedding; residual projections a
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+def check_shape(config) -> None:
+    """Raise ValueError, with what to type, for sizes that no decoder of this package can have."""
+    for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"model.{name}={getattr(config, name)}: needs a positive integer")
+    if config.width % config.heads or config.head_dim % 2:
+        raise ValueError(
+            f"model.width={config.width} over model.heads={config.heads}: the head dimension must be even and whole; "
+            f"RoPE turns pairs. Set model.heads={max(1, config.width // 128)} or another divisor of the width"
+        )
+    if config.residual_dtype not in DTYPES:
+        raise ValueError(f"model.residual_dtype={config.residual_dtype}: needs one of {', '.join(DTYPES)}")
+
+
 @dataclass(frozen=True)
 class LlamaConfig:
     """Shape of a model. `max_seq_len` only sizes the RoPE table; it holds no parameter."""
@@ -36,16 +50,7 @@ class LlamaConfig:
     residual_dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: needs a positive integer")
-        if self.width % self.heads or self.head_dim % 2:
-            raise ValueError(
-                f"model.width={self.width} over model.heads={self.heads}: the head dimension must be an even integer; "
-                f"RoPE turns pairs. Set model.heads={max(1, self.width // 128)} or another divisor of the width"
-            )
-        if self.residual_dtype not in DTYPES:
-            raise ValueError(f"model.residual_dtype={self.residual_dtype}: needs one of {', '.join(DTYPES)}")
+        check_shape(self)
 
     @property
     def head_dim(self) -> int:

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.llama import DTYPES, apply_rope, rope_table
+from models.llama import DTYPES, apply_rope, check_shape, rope_table
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -40,13 +40,7 @@ class NanochatConfig:
     residual_dtype: str = "bfloat16"
 
     def __post_init__(self) -> None:
-        for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name}={getattr(self, name)}: needs a positive integer")
-        if self.width % self.heads or self.head_dim % 2:
-            raise ValueError(f"model.width={self.width} over model.heads={self.heads}: the head dimension must be even")
-        if self.residual_dtype not in DTYPES:
-            raise ValueError(f"model.residual_dtype={self.residual_dtype}: needs one of {', '.join(DTYPES)}")
+        check_shape(self)
 
     @property
     def head_dim(self) -> int:
