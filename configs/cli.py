@@ -33,6 +33,7 @@ Often used keys (all of them: --cfg job; described in training/config.py)
   checkpoint.every=500  checkpoint.keep_last=2
   run.name=mine  paths.runs=runs  paths.data=token_shards
   backend=auto|reference|triton|cutlass|scaled_mm|packed  compile=auto|true|false  parallel=auto|ddp|fsdp|hsdp
+  cuda_graphs=auto|true|false
 """
 
 

@@ -41,6 +41,7 @@ HARMLESS += (
     "parallel=",
     "backend=",
     "compile=",
+    "cuda_graphs=",
     "watchdog_s=",
     "deterministic=",
     "dry_run=",

@@ -29,12 +29,14 @@ from configs.compose import compose
 from kernels import backend
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
-from training.build import compile_loss, set_torch_flags
+from training.build import build_micro_batch, compile_loss, set_torch_flags
 from training.config import TrainConfig
 from training.distributed import Dist, setup
 from training.loss import LossModel
 from training.metrics import MFU_FORMULA, peak_flops
+from training.microbatch import MicroBatch
 from training.optim import build_optimizer, clip_gradients
+from training.parallel import parallelize
 
 VOCABULARY = 32000
 SEQ_LEN = 512
@@ -68,8 +70,18 @@ class Timing:
     last_loss: float
 
 
-def build(model: str, recipe: str, extra: list[str], ranks: Dist) -> tuple[TrainConfig, LlamaConfig, LossModel, Tensor]:
-    """The converted, compiled loss and its random-state tensor."""
+@dataclass(frozen=True)
+class Built:
+    """What train.py would build for one GPU."""
+
+    config: TrainConfig
+    shape: LlamaConfig
+    model: Llama
+    micro_batch: MicroBatch
+    rng: Tensor
+
+
+def build(model: str, recipe: str, extra: list[str], ranks: Dist, tokens: int) -> Built:
     name, *overrides = recipe.split(";")
     chosen = WIDE if model == "wide" else [f"model={model}"]
     config = compose([*chosen, f"quant={name}", "data=pydocs", *overrides, *extra]).config
@@ -83,10 +95,12 @@ def build(model: str, recipe: str, extra: list[str], ranks: Dist) -> tuple[Train
     with ranks.device:
         llama = Llama(shape)
     llama.init_weights(config.seed)
-    convert(llama, plan_of(llama, config.quant), rng)
+    plan = plan_of(llama, config.quant)
+    convert(llama, plan, rng)
     loss = LossModel(llama)
-    compile_loss(loss, config, "none", ranks.device)
-    return config, shape, loss, rng
+    compile_loss(loss, config, "none", ranks.device, plan.fullgraph)
+    parallel = parallelize(loss, "none", ranks)
+    return Built(config, shape, llama, build_micro_batch(loss, config, plan, parallel, tokens, ranks.device), rng)
 
 
 def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, profile: bool) -> Timing:
@@ -94,20 +108,20 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, prof
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    config, shape, loss, rng = build(model, recipe, extra, ranks)
-    optimizer = build_optimizer(loss.model, config.optim, config.model.lr)
     sequences = SEQUENCES.get(model, 128)
+    tokens = sequences * SEQ_LEN
+    built = build(model, recipe, extra, ranks, tokens)
+    optim = built.config.optim
+    optimizer = build_optimizer(built.model, optim, built.config.model.lr)
     generator = torch.Generator(device=ranks.device).manual_seed(1)
     batches = [
         torch.randint(VOCABULARY, (sequences, SEQ_LEN + 1), device=ranks.device, generator=generator) for _ in range(4)
     ]
-    tokens = sequences * SEQ_LEN
 
     def step(index: int) -> Tensor:
-        rng[1].fill_(index)
-        nats = loss(batches[index % len(batches)])
-        (nats / tokens).backward()
-        clip_gradients(loss.model, config.optim.clip)
+        built.rng[1].fill_(index)
+        nats = built.micro_batch(batches[index % len(batches)], first=True, last=True)
+        clip_gradients(built.model, optim.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return nats
@@ -139,7 +153,7 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, prof
         ms_median=median(times),
         ms_max=max(times),
         tokens_per_second=rate,
-        mfu=shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
+        mfu=built.shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
         memory_gib=torch.cuda.max_memory_allocated() / 2**30,
         first_step_s=first,
         recompilations=graphs() - compiled,

@@ -23,6 +23,7 @@ from training.loggers import Loggers, build_sinks
 from training.loss import LossModel
 from training.manifest import latest_good, problems, remove_temporary
 from training.metrics import MetricsFile
+from training.microbatch import GraphedMicroBatch, MicroBatch
 from training.parallel import Parallel, choose, parallelize
 from training.recompute import recompute_blocks
 from training.runfolder import RunFolder
@@ -88,6 +89,26 @@ def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.
         return
     for module in loss.model.blocks if mode in ("fsdp", "hsdp") else [loss]:
         module.compile(fullgraph=fullgraph, dynamic=False)
+
+
+def build_micro_batch(
+    loss: LossModel, config: TrainConfig, plan: Plan, parallel: Parallel, tokens_per_step: int, device: torch.device
+) -> MicroBatch:
+    arguments = (loss, tokens_per_step, parallel.accumulate)
+    if is_graphed(config, plan.fullgraph, parallel.mode, device):
+        return GraphedMicroBatch(*arguments, loss.parameters())
+    return MicroBatch(*arguments)
+
+
+def is_graphed(config: TrainConfig, fullgraph: bool, mode: str, device: torch.device) -> bool:
+    """Whether micro-batches are CUDA graphs. FSDP's gathers and Transformer Engine's Python state can't be in one."""
+    possible = device.type == "cuda" and fullgraph and mode in ("none", "ddp")
+    if config.cuda_graphs == "true" and not possible:
+        raise ValueError(
+            "cuda_graphs=true needs a GPU, parallel=ddp or one process, and a recipe other than fp8_te; "
+            f"here: {device.type}, parallel={mode}; use cuda_graphs=auto"
+        )
+    return possible and (config.cuda_graphs == "true" or (config.cuda_graphs == "auto" and is_compiled(config, device)))
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:

@@ -224,6 +224,7 @@ class TrainConfig:
     parallel: str = "auto"
     backend: str = "auto"
     compile: str = "auto"  # auto: on a GPU
+    cuda_graphs: str = "auto"  # auto: where the model is compiled as a whole
     recompute: bool = False  # keep only each block's input, compute the block again in the backward: memory for time
     deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
     nonfinite: str = "stop"  # what a NaN or infinite loss or gradient leads to: stop, skip, rollback
@@ -244,5 +245,6 @@ class TrainConfig:
         in_range("watchdog_s", self.watchdog_s, 1, 1e6)
         in_range("perturb", self.perturb, 0.0, 1.0)
         self.compile = choice("compile", self.compile, SWITCH)
+        self.cuda_graphs = choice("cuda_graphs", self.cuda_graphs, SWITCH)
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed}: needs an integer from 0 to 2^63 - 1")

@@ -15,6 +15,7 @@ from kernels import backend
 from quant.plan import unquantized
 from training.build import (
     build_loss,
+    build_micro_batch,
     check_schemes,
     eval_sets,
     micro_batches,
@@ -111,6 +112,9 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
             state=state,
             loss=loss,
             accumulate=parallel.accumulate,
+            micro_batch=build_micro_batch(
+                loss, config, sketch.plan, parallel, sketch.numbers.tokens_per_step, ranks.device
+            ),
             rng=rng,
             batches=lambda first_step: micro_batches(loader, sketch.numbers, ranks, first_step),
             sample_hash=lambda step: loader.sample_hash(step * sketch.numbers.sequences, sketch.numbers.sequences),

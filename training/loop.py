@@ -24,6 +24,7 @@ from training.distributed import Dist, SharedFlag
 from training.evaluate import evaluate, save_rows
 from training.loggers import Loggers
 from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, peak_flops
+from training.microbatch import MicroBatch
 from training.nonfinite import Guard, Recovery, first_non_finite
 from training.optim import clip_gradients, set_rates
 from training.runfolder import RunFolder
@@ -43,6 +44,7 @@ class Parts:
     state: TrainState
     loss: nn.Module
     accumulate: Callable[[bool], AbstractContextManager]  # (last micro-batch?) -> context of its forward and backward
+    micro_batch: MicroBatch
     rng: Tensor  # int64 [3]: seed, step, micro-batch
     batches: Callable[[int], Iterator[Tensor]]  # first step -> this rank's micro-batches, int64 on the device
     sample_hash: Callable[[int], str]  # step -> hash of the samples it consumes, over all ranks
@@ -112,9 +114,7 @@ class Trainer:
                 return level
             tokens = next(self._batches)
             self._set_rng(step, micro)
-            with self.p.accumulate(micro == micro_batches[-1]):
-                nats = self.p.loss(tokens)
-                (nats / numbers.tokens_per_step).backward()
+            nats = self.p.micro_batch(tokens, first=micro == micro_batches[0], last=micro == micro_batches[-1])
             self._buffer.add_nats(nats)
         grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
         self._guard.watch(grad_norm)

@@ -17,6 +17,7 @@ class StartScreen:
     device: str
     backends: dict[str, str]
     compiled: bool
+    graphed: bool
     fullgraph: bool
     parallel: str
     model: str
@@ -54,8 +55,10 @@ class StartScreen:
 
     def _compile(self) -> str:
         if not self.compiled:
-            return "off"
-        return "torch.compile, full graph" if self.fullgraph else "torch.compile, a graph break at each fp8_te layer"
+            return "off" + (", CUDA graphs" if self.graphed else "")
+        if not self.fullgraph:
+            return "torch.compile, a graph break at each fp8_te layer"
+        return "torch.compile, full graph" + (", CUDA graphs" if self.graphed else "")
 
     def _epochs(self) -> str:
         if self.train_tokens is None:

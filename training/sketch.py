@@ -10,7 +10,7 @@ from data.tokens import TokenSet
 from models.llama import LlamaConfig
 from models.nanochat import NanochatConfig
 from quant.plan import Plan, plan_of
-from training.build import is_compiled
+from training.build import is_compiled, is_graphed
 from training.config import TrainConfig
 from training.derive import Numbers, derive
 from training.distributed import Dist
@@ -115,6 +115,7 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             device=torch.cuda.get_device_name(ranks.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads)",
             backends=backends or {"asked for": config.backend},
             compiled=is_compiled(config, ranks.device),
+            graphed=is_graphed(config, sketch.plan.fullgraph, mode, ranks.device),
             fullgraph=sketch.plan.fullgraph,
             parallel=mode,
             model=config.model.name,

@@ -14,6 +14,8 @@ from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
 # Where a rotation or a sum decides, the order of FP32 sums may move this share of codes and scales (design.md 3.7).
 SUM_ORDER_SHARE = 1e-5
+# Largest relative rounding error of one FP32 sum; a rotation of dim values is dim of them at most.
+FP32_STEP = 2.0**-24
 
 
 @dataclass(frozen=True)
@@ -63,12 +65,19 @@ def inputs(rows: int, columns: int, device: str) -> dict[str, Tensor]:
     return {name: x.to(torch.bfloat16) for name, x in made.items()}
 
 
-def run(module, slot: Slot, x: Tensor | NVFP4Tensor, rng: Tensor, layer: Tensor) -> NVFP4Tensor:
-    """The packed result of one back end."""
+def amax_of(module, slot: Slot, x: Tensor | NVFP4Tensor, signs: Tensor | None) -> Tensor:
+    """FP32 []: the largest magnitude that the slot sees, by one back end."""
+    return (module.amax_packed if slot.again else module.amax)(x, slot.axis, signs, False)
+
+
+def run(module, slot: Slot, x: Tensor | NVFP4Tensor, rng: Tensor, layer: Tensor) -> tuple[NVFP4Tensor, float]:
+    """The packed result of one back end from the reference's amax, and how far its own amax is from that one
+    (relative): after a rotation the amax is a sum, and its last bit would move every scale."""
     signs = None if slot.dim is None else module.rht_signs(rng, layer, 1, slot.dim, False)
-    amax = (module.amax_packed if slot.again else module.amax)(x, slot.axis, signs, False)
+    amax, own = amax_of(reference_impl, slot, x, signs), amax_of(module, slot, x, signs)
     quantize = module.requantize if slot.again else module.quantize
-    return quantize(x, slot.spec, slot.axis, amax, signs, rng, layer, 3, ("packed",)).packed
+    packed = quantize(x, slot.spec, slot.axis, amax, signs, rng, layer, 3, ("packed",)).packed
+    return packed, float((own - amax).abs() / amax.clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def differing(ours: NVFP4Tensor, reference: NVFP4Tensor) -> tuple[int, int]:
@@ -86,9 +95,12 @@ def check_slot(module, slot: Slot, shapes: list[tuple[int, int]], device: str) -
     for rows, columns in shapes:
         for name, x in inputs(rows, columns, device).items():
             if slot.again:
-                x = run(reference_impl, SLOTS[0], x, rng, layer)
-            wrong, count = differing(run(module, slot, x, rng, layer), run(reference_impl, slot, x, rng, layer))
+                x, _ = run(reference_impl, SLOTS[0], x, rng, layer)
+            ours, amax_error = run(module, slot, x, rng, layer)
+            wrong, count = differing(ours, run(reference_impl, slot, x, rng, layer)[0])
             differ, total = differ + wrong, total + count
+            if amax_error > (slot.dim or 0) * FP32_STEP:
+                failures.append(f"{slot.name} {rows}x{columns} {name}: amax is {amax_error:.1g} off")
             if slot.is_exact and wrong:
                 failures.append(f"{slot.name} {rows}x{columns} {name}: {wrong} of {count} bytes differ")
     if not slot.is_exact and differ > SUM_ORDER_SHARE * total:
@@ -117,7 +129,7 @@ def check_sr_mean(module, name: str, device: str, draws: int = 256) -> Line:
     total, squares = torch.zeros(256, 512, device=device), torch.zeros(256, 512, device=device)
     for step in range(draws):
         rng = torch.tensor([11, step, 0], device=device)
-        error = (run(module, slot, x, rng, layer).dequantize() - x.float()) * x.sign()  # a shrinkage can't cancel
+        error = (run(module, slot, x, rng, layer)[0].dequantize() - x.float()) * x.sign()  # a shrinkage can't cancel
         total += error
         squares += error.square()
     variance = (squares - total.square() / draws).sum() * draws / (draws - 1)
