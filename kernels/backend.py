@@ -10,17 +10,18 @@ from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
-OPS = ("quantize", "gemm", "cross_entropy")
+OPS = ("quantize", "gemm", "cross_entropy", "pointwise")
 # Back ends of each operation, the one that `auto` prefers first. `auto` on a CPU always takes the reference.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "quantize": ("triton", "reference"),
     "gemm": ("cutlass", "scaled_mm", "cublaslt", "reference"),
     "cross_entropy": ("triton", "reference"),
+    "pointwise": ("triton", "reference"),
 }
 # What one word on the command line asks of every operation.
 PRESETS: dict[str, dict[str, str]] = {
     "reference": dict.fromkeys(OPS, "reference"),
-    "triton": {"quantize": "triton", "gemm": "cublaslt", "cross_entropy": "triton"},
+    "triton": {"quantize": "triton", "gemm": "cublaslt", "cross_entropy": "triton", "pointwise": "triton"},
     # 4-bit tensor cores (Blackwell); `packed` is their path with the product itself emulated, on any machine.
     "cutlass": {"gemm": "cutlass"},
     "scaled_mm": {"gemm": "scaled_mm"},

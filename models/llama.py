@@ -17,6 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels import pointwise
+from kernels.pointwise import reference_impl
+
 INIT_STD = 0.02  # all weight matrices and the embedding; residual projections are scaled by 1 / sqrt(2 layers)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -73,7 +76,7 @@ class LlamaConfig:
 
 
 class RMSNorm(nn.Module):
-    """y = x / rms(x) * gain over the last dimension, in FP32, rounded once to `dtype`."""
+    """y = x / rms(x) * gain over the last dimension, in FP32, rounded once to `dtype`; with a branch, of x + branch."""
 
     def __init__(self, width: int, eps: float, dtype: torch.dtype):
         super().__init__()
@@ -81,33 +84,24 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.dtype = dtype
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        inverse_rms = torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps)
-        return (x * inverse_rms * self.weight.float()).to(self.dtype)
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(x + branch, y)"""
+        if branch is None:
+            return x, reference_impl.rms_norm(x, self.weight, self.eps, self.dtype)
+        return pointwise.add_norm(x, branch, self.weight, self.eps, self.dtype)
 
 
 def rope_table(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
     """cos and signed sin of every position's angles, each value twice: FP32 [2, T, K].
 
-    sin is negated at even elements, so that a turn is x * cos + swapped(x) * sin with the two of each pair swapped.
+    sin is negated at even elements, so that a turn is x * cos + swapped(x) * sin with the two of each pair swapped
+    (kernels/pointwise).
     Computed in FP64 so that no device changes them.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
     angles = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2).float()
-
-
-def apply_rope(x_BTHK: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (x[2i], x[2i+1]) by position * theta^(-2i/K); in FP32, result in x's dtype.
-
-    Written with a swap of neighbours, not with even and odd halves: one pointwise kernel forward and one backward.
-    """
-    cos, sin = table[:, : x_BTHK.shape[1], None, :]
-    x = x_BTHK.float()
-    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    return (x * cos + swapped * sin).to(x_BTHK.dtype)
 
 
 class Attention(nn.Module):
@@ -120,9 +114,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).unbind(2)
-        q, k = apply_rope(q, rope), apply_rope(k, rope)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        q, k, v = pointwise.rope_heads(self.qkv(x_BTD), rope, self.heads)
         y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
@@ -136,11 +128,13 @@ class SwiGLU(nn.Module):
         self.down = nn.Linear(config.hidden, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        gate, up = self.gate_up(x_BTD).chunk(2, dim=-1)
-        return self.down((F.silu(gate.float()) * up.float()).to(x_BTD.dtype))
+        return self.down(pointwise.swiglu(self.gate_up(x_BTD)))
 
 
 class Block(nn.Module):
+    """Takes the stream and the branch that is still to be added to it (None before the first block), returns the same:
+    a sum is made together with the norm that reads it."""
+
     def __init__(self, config: LlamaConfig, dtype: torch.dtype):
         super().__init__()
         self.attn_norm = RMSNorm(config.width, config.norm_eps, dtype)
@@ -148,10 +142,10 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        # The sum takes the residual's dtype: a BF16 branch added to an FP32 stream loses nothing.
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), rope).to(x_BTD.dtype)
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)).to(x_BTD.dtype)
+    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None, rope: Tensor) -> tuple[Tensor, Tensor]:
+        x_BTD, y_BTD = self.attn_norm(x_BTD, branch_BTD)
+        x_BTD, y_BTD = self.mlp_norm(x_BTD, self.attn(y_BTD, rope))
+        return x_BTD, self.mlp(y_BTD)
 
 
 class Llama(nn.Module):
@@ -172,9 +166,11 @@ class Llama(nn.Module):
         if tokens_BT.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
         x_BTD = self.embed(tokens_BT).to(self.residual_dtype)
+        branch_BTD = None
         for block in self.blocks:
-            x_BTD = block(x_BTD, self.rope)
-        return self.norm(x_BTD)
+            x_BTD, branch_BTD = block(x_BTD, branch_BTD, self.rope)
+        # Nothing reads the last sum but its norm: no gradient to add, so no operation of its own.
+        return self.norm(x_BTD + branch_BTD.to(x_BTD.dtype))[1]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> logits [B, T, V] in the compute dtype."""

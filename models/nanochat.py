@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.llama import DTYPES, apply_rope, check_shape, rope_table
+from kernels.pointwise.reference_impl import turn
+from models.llama import DTYPES, check_shape, rope_table
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -87,7 +88,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
         q, k, v = (linear(x_BTD).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
-        q, k = (rms_norm(apply_rope(t, rope), t.dtype) for t in (q, k))
+        q, k = (rms_norm(turn(t, rope), t.dtype) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         length = x_BTD.shape[1]
         if self.window is None or self.window >= length - 1:

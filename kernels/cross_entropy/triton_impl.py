@@ -19,7 +19,8 @@ from kernels.gemm import cublaslt_impl
 
 # Large enough for full-speed GEMMs and few passes over dW, small enough not to decide the peak memory.
 CHUNK_BYTES = 512 * 2**20
-BLOCK, WARPS = 2048, 16
+# Threads of a program, and elements that each reads at once (16 bytes).
+LANES, VECTOR = 512, 8
 
 
 def unavailable() -> str | None:
@@ -28,33 +29,44 @@ def unavailable() -> str | None:
 
 
 @triton.jit
-def nats_kernel(logits, targets, nats, vocab, BLOCK: tl.constexpr, WRITE_GRADIENT: tl.constexpr):
+def nats_kernel(
+    logits, targets, nats, vocab, LANES: tl.constexpr, VECTOR: tl.constexpr, WRITE_GRADIENT: tl.constexpr
+):  # fmt: skip
     """logits: BF16 [tokens, vocab], overwritten by dlogits if asked; nats: FP32 [tokens]. One program per token."""
     row = tl.program_id(0).to(tl.int64)
     at = logits + row * vocab
     target = tl.load(targets + row)
-    # Each lane keeps its own running maximum and sum; they meet once, at the end.
-    largest = tl.full([BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK], tl.float32)
-    picked = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, vocab, BLOCK):
-        index = start + tl.arange(0, BLOCK)
+    offsets = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    # Each lane keeps its own running maximum and sum over vectors, so that exp() is taken (1 + 1 / VECTOR) times for an
+    # element; the lanes meet once, at the end.
+    largest = tl.full([LANES], float("-inf"), tl.float32)
+    total = tl.zeros([LANES], tl.float32)
+    for start in range(0, vocab, LANES * VECTOR):
+        index = start + offsets
         # The lowest finite number, not -inf: an idle lane must not form inf - inf.
         x = tl.load(at + index, mask=index < vocab, other=-3.0e38).to(tl.float32)
-        picked += tl.where(index == target, x, 0.0)
-        new = tl.maximum(largest, x, propagate_nan=tl.PropagateNan.ALL)
-        total = total * tl.exp(largest - new) + tl.exp(x - new)
+        new = tl.maximum(largest, tl.reduce(x, 1, _nan_max), propagate_nan=tl.PropagateNan.ALL)
+        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[:, None]), axis=1)
         largest = new
     row_max = tl.max(largest, axis=0)
     row_sum = tl.sum(total * tl.exp(largest - row_max), axis=0)
-    tl.store(nats + row, row_max + tl.log(row_sum) - tl.sum(picked, axis=0))
+    picked = tl.load(at + target).to(tl.float32)
+    tl.store(nats + row, row_max + tl.log(row_sum) - picked)
     if WRITE_GRADIENT:
+        tl.debug_barrier()  # `picked` is read before any thread overwrites it
         inverse = 1.0 / row_sum
-        for start in range(0, vocab, BLOCK):
-            index = start + tl.arange(0, BLOCK)
+        # Backwards: what was read last is still in the first-level cache.
+        chunks = tl.cdiv(vocab, LANES * VECTOR)
+        for back in range(0, chunks):
+            index = (chunks - 1 - back) * (LANES * VECTOR) + offsets
             x = tl.load(at + index, mask=index < vocab, other=0.0).to(tl.float32)
             gradient = tl.exp(x - row_max) * inverse - tl.where(index == target, 1.0, 0.0)
             tl.store(at + index, gradient.to(tl.bfloat16), mask=index < vocab)
+
+
+@triton.jit
+def _nan_max(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
 def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: bool) -> Tensor:
@@ -124,5 +136,6 @@ def chunks(h: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
 def nats_of(logits: Tensor, targets: Tensor, write_gradient: bool) -> Tensor:
     """FP32 [T] losses of contiguous BF16 logits [T, V]; with write_gradient the logits become dlogits."""
     nats = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    nats_kernel[(logits.shape[0],)](logits, targets, nats, logits.shape[1], BLOCK, write_gradient, num_warps=WARPS)
+    grid = (logits.shape[0],)
+    nats_kernel[grid](logits, targets, nats, logits.shape[1], LANES, VECTOR, write_gradient, num_warps=LANES // 32)
     return nats

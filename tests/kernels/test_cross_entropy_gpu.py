@@ -16,14 +16,16 @@ from kernels.cross_entropy import triton_impl  # noqa: E402
 @pytest.mark.parametrize("write_gradient", [True, False])
 def test_kernel_compiles_without_spills(target: int, write_gradient: bool):
     signature = {"logits": "*bf16", "targets": "*i64", "nats": "*fp32", "vocab": "i32"}
-    constants = {"BLOCK": triton_impl.BLOCK, "WRITE_GRADIENT": write_gradient}
+    constants = {"LANES": triton_impl.LANES, "VECTOR": triton_impl.VECTOR, "WRITE_GRADIENT": write_gradient}
     source = ASTSource(
         fn=triton_impl.nats_kernel,
         signature=signature | dict.fromkeys(constants, "constexpr"),
         constexprs=constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(4)},
     )
-    compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options={"num_warps": triton_impl.WARPS})
+    compiled = triton.compile(
+        source, target=GPUTarget("cuda", target, 32), options={"num_warps": triton_impl.LANES // 32}
+    )
     assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]
 
 

@@ -46,6 +46,13 @@ def test_without_rotation_all_but_ms_eden_agree_bit_for_bit(comparisons):
         assert row["codes"] == row["block_scales"] == row["scale"] == row["values"] == 0, row
 
 
+def test_pointwise_backwards():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/test_pointwise.py"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0 and "11 passed" in result.stdout, result.stdout[-4000:] + result.stderr[-2000:]
+
+
 @pytest.mark.gpu
 def test_every_quantizer_agrees_with_the_reference_on_the_gpu(tmp_path):
     out = tmp_path / "rows.json"

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from configs.compose import compose
-from models.llama import Llama, LlamaConfig, apply_rope, permute_for_half_split, rope_table
+from kernels.pointwise.reference_impl import turn
+from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
 
 # (layers, width, heads, hidden, non-embedding parameters), from the published protocol and the table.
 PRESETS = {
@@ -109,7 +110,7 @@ def test_logits_equal_those_of_transformers():
 def test_rope_turns_neighbouring_pairs_by_position():
     table = rope_table(8, 4, 1e4)
     x = torch.tensor([1.0, 0.0, 0.0, 1.0]).expand(1, 8, 1, 4)
-    turned = apply_rope(x, table)[0, :, 0]
+    turned = turn(x, table)[0, :, 0]
     for position in range(8):
         slow = position * 1e4**-0.5
         expected = [math.cos(position), math.sin(position), -math.sin(slow), math.cos(slow)]
