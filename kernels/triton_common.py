@@ -1,12 +1,14 @@
 """Triton building blocks of the 4-bit quantizers: rounding, division, Philox bits, E2M1 and E4M3 codes.
 
-Everything here is FP32 and 32-bit integer arithmetic: no float8 cast and no inline PTX, so that the kernels compile for
-every architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. The definition
-is kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
+Everything here is FP32 and 32-bit integer arithmetic without float8 casts, so that the kernels compile for every
+architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. The exception is
+E2M1 on Blackwell, whose conversion instruction replaces that arithmetic (`has_e2m1_instruction`). The definition is
+kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
 """
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 # 1.5 * 2^(23 - mantissa_bits): adding and subtracting that many binades rounds to the format's step (formats.py).
 E2M1_SHIFT = tl.constexpr(1.5 * 2.0**22)
@@ -22,6 +24,19 @@ SIGN_BIT = tl.constexpr(-(2**31))
 SIGN_AND_CODE = tl.constexpr(0x81C00000 - 2**32)
 
 
+@triton.constexpr_function
+def has_e2m1_instruction():
+    """Whether the GPU that a kernel is compiled for converts FP32 to E2M1 (cvt.rn.satfinite.e2m1x2.f32): Blackwell.
+
+    That is sm_100a, sm_103a, sm_110a, sm_120a and sm_121a (PTX ISA, cvt; Triton always asks for the "a" features).
+    Nobody here has one. What says that the instruction gives our codes: it is what cuda_fp4.h's converter compiles to,
+    that converter's host code gives our codes for every tie, the floats beside it, saturation, both zeros and a million
+    random numbers (tests/kernels/test_csrc_host.py), and python -m kernels.selftest compares every quantizer with the
+    reference, byte by byte, on the chip. NaN differs (6 here), which no output shows: a NaN makes the tensor scale NaN.
+    """
+    return not triton.knobs.runtime.interpret and cuda_capability_geq(10, 0)
+
+
 @triton.jit
 def binade(magnitude):
     """The power of two at or below a positive FP32 value."""
@@ -31,6 +46,28 @@ def binade(magnitude):
 @triton.jit
 def round_e2m1(x):
     """formats.round_nearest(x, E2M1). The product inside each fma is exact, so fused or not gives the same bits."""
+    if has_e2m1_instruction():
+        # To E2M1 and back, two elements at a time; adding +0 makes minus zeros positive.
+        return (
+            tl.inline_asm_elementwise(
+                """{
+            .reg .b8 codes;
+            .reg .b16 first, second;
+            .reg .b32 both;
+            cvt.rn.satfinite.e2m1x2.f32 codes, $3, $2;
+            cvt.rn.f16x2.e2m1x2 both, codes;
+            mov.b32 {first, second}, both;
+            cvt.f32.f16 $0, first;
+            cvt.f32.f16 $1, second;
+            }""",
+                "=f,=f,f,f",
+                [x],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=2,
+            )
+            + 0.0
+        )
     x = tl.minimum(tl.maximum(x, -6.0), 6.0)
     power = binade(tl.maximum(tl.abs(x), 1.0))
     return tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, x))
@@ -46,7 +83,10 @@ def round_e4m3(x):
 
 @triton.jit
 def stochastic_e2m1(x, random24):
-    """formats.round_stochastic(x, E2M1, random24); the neighbour towards zero comes from the nearest one, exactly."""
+    """formats.round_stochastic(x, E2M1, random24); the neighbour towards zero comes from the nearest one, exactly.
+
+    Not cvt.rs.satfinite.e2m1x4: its random bits are not design.md's Philox words, and sm_120 has no such instruction.
+    """
     magnitude = tl.minimum(tl.abs(x), 6.0)
     power = binade(tl.maximum(magnitude, 1.0))
     nearest = tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, magnitude))
@@ -122,9 +162,32 @@ def e4m3_value(byte):
 
 
 @triton.jit
+def encode_bytes(values, source):
+    """Grid values [G, 2 n] -> int32 [G, n] bytes of two codes (nvfp4.pack: the earlier element in the lower nibble)."""
+    PAIRS: tl.constexpr = [values.shape[0], values.shape[1] // 2, 2]
+    if has_e2m1_instruction():
+        sign = source.to(tl.int32, bitcast=True) & SIGN_BIT
+        signed = (tl.abs(values).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+        low, high = tl.split(tl.reshape(signed, PAIRS))
+        return tl.inline_asm_elementwise(
+            "{ .reg .b8 codes; cvt.rn.satfinite.e2m1x2.f32 codes, $2, $1; cvt.u32.u8 $0, codes; }",
+            "=r,f,f",
+            [low, high],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    low, high = tl.split(tl.reshape(e2m1_code(values, source), PAIRS))
+    return low | (high << 4)
+
+
+@triton.jit
 def encode_words(values, source):
-    """Grid values [G, 16] -> int32 [G * 2] words of 8 codes (nvfp4.pack: the earlier element in the lower nibble)."""
+    """Grid values [G, 16] -> int32 [G * 2] words of 8 codes, the earliest in the lowest nibble."""
     GROUPS: tl.constexpr = values.shape[0]
+    if has_e2m1_instruction():
+        pairs = tl.reshape(encode_bytes(values, source), [GROUPS * 2, 4])
+        return tl.sum(pairs << (tl.arange(0, 4) * 8)[None, :], 1)
     codes = tl.reshape(e2m1_code(values, source), [GROUPS * 2, 8])
     return tl.sum(codes << (tl.arange(0, 8) * 4)[None, :], 1)
 

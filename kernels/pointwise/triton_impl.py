@@ -19,7 +19,7 @@ BF16 = torch.bfloat16
 NORM_PROGRAMS = 1024
 NORM_TILE = 4096
 SWIGLU_ROWS, SWIGLU_COLUMNS = 8, 256
-ROPE_ROWS = 16
+ROPE_WARPS = 4
 
 
 def unavailable() -> str | None:
@@ -93,21 +93,21 @@ class _RopeHeads(torch.autograd.Function):
 
 @torch.library.custom_op("nibble::rope_backward", mutates_args=())
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor) -> Tensor:
-    """Gradients of q, k, v [B, H, T, K], BF16 with contiguous K -> that of qkv [B, T, 3 H K]: q and k turned back."""
-    dq, dk, dv = (d if _holds_pairs(d) else d.contiguous() for d in (dq, dk, dv))
+    """Gradients of q, k, v [B, H, T, K], BF16 -> that of qkv [B, T, 3 H K]: q and k turned back."""
     batch, heads, length, head_dim = dq.shape
-    out = dq.new_empty(batch, length, 3 * heads * head_dim)
-    grid = (triton.cdiv(batch * length * heads, ROPE_ROWS), 3)
-    rope_kernel[grid](
-        dq, dk, dv, table, out, batch, length, heads, table.stride(0), *dq.stride()[:3], *dk.stride()[:3],
-        *dv.stride()[:3], HEAD_DIM=head_dim, ROWS=ROPE_ROWS,
+    dq, dk, dv = (_pairs(d) for d in (dq, dk, dv))
+    out = torch.empty(batch, length, 3 * heads * head_dim, dtype=BF16, device=dq.device)
+    rope_kernel[(batch * length,)](
+        dq, dk, dv, table, out.view(torch.int32), length, heads, table.stride(0), *dq.stride()[:3], *dk.stride()[:3],
+        *dv.stride()[:3], PAIRS=head_dim // 2, HEADS=triton.next_power_of_2(heads), num_warps=ROPE_WARPS,
     )  # fmt: skip
     return out
 
 
-def _holds_pairs(x: Tensor) -> bool:
-    """Whether the last dimension can be read as aligned pairs."""
-    return x.stride(-1) == 1 and all(s % 2 == 0 for s in x.stride()[:-1]) and x.storage_offset() % 2 == 0
+def _pairs(x: Tensor) -> Tensor:
+    """BF16 [..., K] as words of two: int32 [..., K / 2], without a copy where strides allow."""
+    aligned = x.stride(-1) == 1 and all(s % 2 == 0 for s in x.stride()[:-1]) and x.storage_offset() % 2 == 0
+    return (x if aligned else x.contiguous()).view(torch.int32)
 
 
 @rope_backward.register_fake
@@ -118,35 +118,31 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor) -> Tensor:
 
 @triton.jit
 def rope_kernel(
-    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr, batch, length, heads, sin_offset,
+    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr, length, heads, sin_offset,
     q_batch, q_head, q_step, k_batch, k_head, k_step, v_batch, v_head, v_step,
-    HEAD_DIM: tl.constexpr, ROWS: tl.constexpr,
+    PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One program per ROWS heads of consecutive tokens, of q, k or v."""
-    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    head, token = index % heads, index // heads
+    """One program per token. A pair is one word, so that its two values stay in one thread."""
+    token = tl.program_id(0)
     step, sequence = token % length, (token // length).to(tl.int64)
-    inside = (sequence < batch)[:, None]
-    part = tl.program_id(1)
-    if part == 0:
-        at = dq_ptr + sequence * q_batch + head * q_head + step * q_step
-    elif part == 1:
-        at = dk_ptr + sequence * k_batch + head * k_head + step * k_step
-    else:
-        at = dv_ptr + sequence * v_batch + head * v_head + step * v_step
-    # A pair is one word, so that its two values stay in one thread.
-    pair = tl.arange(0, HEAD_DIM // 2)[None, :]
-    word = tl.load((at[:, None] + 2 * pair).to(tl.pointer_type(tl.int32)), mask=inside, other=0)
-    if part < 2:
-        # Each angle stands twice in the table, its sine negated at even elements: read the odd ones.
-        angle = table_ptr + step[:, None] * HEAD_DIM + 2 * pair + 1
-        cos = tl.load(angle, mask=inside, other=0.0)
-        sin = tl.load(angle + sin_offset, mask=inside, other=0.0)
-        even, odd = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
-        word = _words(even * cos + odd * sin, odd * cos - even * sin)
-    row = (token.to(tl.int64) * 3 + part) * heads + head
-    out = out_ptr + row[:, None] * HEAD_DIM + 2 * pair
-    tl.store(out.to(tl.pointer_type(tl.int32)), word, mask=inside)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    inside = head < heads
+    # Each angle stands twice in the table, its sine negated at even elements: read the odd ones.
+    angle = table_ptr + step * (2 * PAIRS) + 2 * pair + 1
+    cos, sin = tl.load(angle), tl.load(angle + sin_offset)
+    dq = tl.load(dq_ptr + sequence * q_batch + step * q_step + head * q_head + pair, mask=inside, other=0)
+    dk = tl.load(dk_ptr + sequence * k_batch + step * k_step + head * k_head + pair, mask=inside, other=0)
+    dv = tl.load(dv_ptr + sequence * v_batch + step * v_step + head * v_head + pair, mask=inside, other=0)
+    out = out_ptr + token.to(tl.int64) * (3 * heads * PAIRS) + head * PAIRS + pair
+    tl.store(out, _turned_back(dq, cos, sin), mask=inside)
+    tl.store(out + heads * PAIRS, _turned_back(dk, cos, sin), mask=inside)
+    tl.store(out + 2 * heads * PAIRS, dv, mask=inside)
+
+
+@triton.jit
+def _turned_back(word, cos, sin):
+    even, odd = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    return _words(even * cos + odd * sin, odd * cos - even * sin)
 
 
 @triton.jit

@@ -14,7 +14,7 @@ from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_kernels import quantize_groups, tensor_scale
 from kernels.spec import NVFP4_BLOCK, QuantSpec
-from kernels.triton_common import divide, e2m1_code, e2m1_value, e4m3_byte, e4m3_value, load_key, round_fp8
+from kernels.triton_common import divide, e2m1_value, e4m3_byte, e4m3_value, encode_bytes, load_key, round_fp8
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -52,11 +52,11 @@ def square_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, 
     if STORE_VALUES:
         tl.store(values_ptr + offsets, (codes * scale[:, None]).to(tl.bfloat16), mask=inside[:, None])
     if STORE_PACKED:
-        low, high = tl.split(tl.reshape(e2m1_code(codes, y), [TILES, 128, 2]))
+        pairs = encode_bytes(codes, y)
         half = tl.arange(0, 128)
         byte_row = (tile // columns_of_tiles * 16)[:, None] + (half // 8)[None, :]
         byte = byte_row * (COLUMNS // 2) + (tile % columns_of_tiles * 8)[:, None] + (half % 8)[None, :]
-        tl.store(codes_ptr + byte, (low | (high << 4)).to(tl.uint8), mask=inside[:, None])
+        tl.store(codes_ptr + byte, pairs.to(tl.uint8), mask=inside[:, None])
         tl.store(scales_ptr + tile, e4m3_byte(scale), mask=inside)
 
 

@@ -55,13 +55,19 @@ SLOTS = (
 
 
 def inputs(rows: int, columns: int, device: str) -> dict[str, Tensor]:
-    """BF16 matrices: Gaussian, heavy-tailed, zeros, one hot block, all ties of the grid."""
+    """BF16 matrices: Gaussian, heavy-tailed, zeros, one hot block, all ties of the grid with both signs."""
     generator = torch.Generator(device).manual_seed(0)
     gaussian = torch.randn(rows, columns, generator=generator, device=device)
     hot = torch.zeros(rows, columns, device=device)
     hot[0, :16] = 3.0
     ties = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0], device=device).repeat(rows, columns // 8)
-    made = {"gaussian": gaussian, "cubed": gaussian**3, "zeros": hot * 0, "one hot block": hot, "ties": ties}
+    made = {
+        "gaussian": gaussian,
+        "cubed": gaussian**3,
+        "zeros": hot * 0,
+        "one hot block": hot,
+        "ties": ties * gaussian.sign(),
+    }
     return {name: x.to(torch.bfloat16) for name, x in made.items()}
 
 
@@ -118,6 +124,10 @@ def check_backend(name: str, shapes: list[tuple[int, int]], device: str) -> list
         failures, differ, total = check_slot(module, slot, shapes, device)
         exact = "bit for bit" if slot.is_exact else f"{differ} of {total} bytes differ (order of FP32 sums)"
         lines.append(judge(f"quantize {name}: {slot.name}", failures, exact))
+    if name == "triton":
+        from kernels.selftest import conversion  # needs triton, which the check above found
+
+        lines.append(conversion.check(device))
     return [*lines, check_sr_mean(module, name, device)]
 
 

@@ -6,6 +6,7 @@ import torch
 from kernels import backend, build, formats, host_checks, nvfp4, scale_layout
 from kernels.gemm_nvfp4 import gemm_nvfp4, operands
 from kernels.quantize import reference_impl
+from kernels.selftest.probes import probes
 from quant import library
 from quant.linear import QuantLinear
 
@@ -34,28 +35,6 @@ def test_scale_offsets_equal_the_index_map_of_cutlass(operand, shape):
     offsets, size = host_checks.scale_layout(operand, m, n, k)
     assert torch.equal(scale_layout.swizzled_offsets(rows, k // 16), offsets)
     assert scale_layout.swizzled_size(rows, k // 16) == size
-
-
-def grid(fmt: formats.MiniFloat) -> torch.Tensor:
-    """Every non-negative value of the format, ascending: subnormals, then binades up to the maximum."""
-    steps = torch.arange(2**fmt.mantissa_bits)
-    values = [steps * 2.0 ** (fmt.min_exponent - fmt.mantissa_bits)]
-    for exponent in range(fmt.min_exponent, 10):
-        values.append((1 + steps / 2**fmt.mantissa_bits) * 2.0**exponent)
-    values = torch.cat(values).to(torch.float32)
-    return values[values <= fmt.max_value]
-
-
-def probes(fmt: formats.MiniFloat) -> torch.Tensor:
-    """Grid values, ties, the floats beside both, subnormals, saturation, a million random values; of both signs."""
-    values = grid(fmt)
-    points = torch.cat((values, (values[1:] + values[:-1]) / 2))
-    beside = torch.cat((torch.nextafter(points, torch.tensor(0.0)), torch.nextafter(points, torch.tensor(1e9))))
-    beyond = fmt.max_value * torch.tensor([1.01, 1.0357, 1.0358, 1.25, 2.0, 1e6, float("inf")])
-    tiny = torch.tensor([1e-45, 1e-40, 2.0**-126, 1e-20])
-    random = torch.exp2(torch.empty(1_000_000).uniform_(-14, 10, generator=torch.Generator().manual_seed(1)))
-    positive = torch.cat((points, beside, beyond, tiny, random))
-    return torch.cat((positive, -positive))
 
 
 @pytest.mark.parametrize("by", ["cutlass", "cuda"])

@@ -7,7 +7,7 @@ import pytest
 import torch
 import yaml
 
-from kernels import build
+from kernels import build, formats, nvfp4
 from kernels.cross_entropy import reference_impl as loss_reference
 from kernels.gemm import reference_impl as gemm_reference
 from kernels.gemm_nvfp4 import BACKENDS, emulated_impl
@@ -92,6 +92,43 @@ def test_quantizer_checks_pass_the_reference_and_catch_a_shrinkage():
     right = quantizers.check_sr_mean(reference_impl, "reference", "cpu", draws=8)
     wrong = quantizers.check_sr_mean(BrokenQuantizer(), "broken", "cpu", draws=8)
     assert (right.state, wrong.state) == (report.RIGHT, report.WRONG), (right, wrong)
+
+
+def convert_by_definition(x):
+    values = formats.round_nearest(x, formats.E2M1)
+    codes = nvfp4.pack(nvfp4.encode(values, x.signbit()))
+    return values, codes, codes
+
+
+def ties_away_from_zero(x):
+    return convert_by_definition(torch.where(x.abs() == 2.5, x * 1.1, x))
+
+
+def minus_zero_kept(x):
+    values, codes, _ = convert_by_definition(x)
+    return values.copysign(x), codes, codes
+
+
+def nibbles_exchanged(x):
+    values, codes, _ = convert_by_definition(x)
+    return values, codes, codes >> 4 | codes << 4
+
+
+def sign_of_zero_lost(x):
+    values, codes, _ = convert_by_definition(x)
+    codes = nvfp4.pack(nvfp4.encode(values, values < 0))
+    return values, codes, codes
+
+
+@pytest.mark.parametrize("fault", [ties_away_from_zero, minus_zero_kept, nibbles_exchanged, sign_of_zero_lost])
+def test_the_check_of_the_e2m1_conversion_passes_the_definition_and_catches_faults(fault, monkeypatch):
+    pytest.importorskip("triton")
+    from kernels.selftest import conversion
+
+    monkeypatch.setattr(conversion, "convert", convert_by_definition)
+    assert conversion.check("cpu").state == report.RIGHT
+    monkeypatch.setattr(conversion, "convert", fault)
+    assert conversion.check("cpu").state == report.WRONG
 
 
 def test_checks_of_the_other_kernels_pass_the_reference():

@@ -66,6 +66,10 @@ def test_tile_choice():
     assert rules.kernel_name("100a", 32768, 4096, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
     assert rules.kernel_name("100a", 2048, 2304, "f32", 148) == "nvfp4_sm100_1sm_f32"  # 72 tiles < 74 pairs
     assert rules.kernel_name("100a", 2304, 2304, "f32", 148) == "nvfp4_sm100_2sm_f32"  # 81 tiles
+    # The rule turns where the last pair of 148 SMs gets its tile; a ragged tile counts as one.
+    assert rules.kernel_name("100a", 74 * 256, 256, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
+    assert rules.kernel_name("100a", 73 * 256 + 1, 248, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
+    assert rules.kernel_name("100a", 73 * 256, 256, "bf16", 148) == "nvfp4_sm100_1sm_bf16"
     assert rules.kernel_name("100a", 1, 8, "bf16", 148) == "nvfp4_sm100_1sm_bf16"
     assert rules.kernel_name("120a", 32768, 4096, "bf16", 170) == "nvfp4_sm120_bf16"
 

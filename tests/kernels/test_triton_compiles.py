@@ -1,7 +1,13 @@
 """Every Triton kernel of the fast path compiles ahead of time for Hopper and both Blackwells, without a GPU.
 
-Values are checked by test_triton_interpreted.py (CPU) and by scripts/check_fast.py (GPU).
+Values are checked by test_triton_interpreted.py (CPU) and by scripts/check_fast.py (GPU). Here: no spills, the layouts
+as planned, and the E2M1 conversion instruction in every quantizer for Blackwell and in none for Hopper.
 """
+
+import re
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,7 +18,9 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from kernels import sass, triton_common  # noqa: E402
 from kernels.quantize import triton_kernels, triton_ops, triton_tiles  # noqa: E402
+from kernels.selftest import conversion  # noqa: E402
 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
@@ -21,7 +29,7 @@ NVFP4 = dict(
 )  # fmt: skip
 QUANTIZE = {
     "rtn_46_axis0_packed_out": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
-    "sr_axis0_from_packed": dict(AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="sr"),
+    "sr_axis0_from_packed": dict(AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="sr", STORE_PACKED=True),
     "ms_eden_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_axis0": dict(AXIS=0, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_upstream_axis0": dict(
@@ -36,6 +44,17 @@ POINTERS = {
 }  # fmt: skip
 
 
+@contextmanager
+def active_gpu(target: int):
+    """Triton as on a machine with this GPU: what is compiled ahead must see what a launch there would see."""
+    driver = SimpleNamespace(get_current_target=lambda: GPUTarget("cuda", target, 32))
+    triton.runtime.driver.set_active(driver)
+    try:
+        yield driver.get_current_target()
+    finally:
+        triton.runtime.driver.set_active(None)  # looked up again when next asked for
+
+
 def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, registers: int | None = None, **types):
     """The compiled kernel; arguments that are not constants are pointers by name, or i32."""
     signature = {
@@ -43,16 +62,35 @@ def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, registe
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", target, 32),
-        options={"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": not constants.get("SELECT_46")},
-    )
+    options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": not constants.get("SELECT_46")}
+    with active_gpu(target) as gpu:
+        return triton.compile(source, target=gpu, options=options)
+
+
+def assert_e2m1_instruction_on_blackwell_only(compiled, target: int, folder: Path):
+    """In the PTX, whose assembly asks for an architecture that has it, and in the machine code."""
+    ptx = compiled.asm["ptx"]
+    assert f".target sm_{target}a" in ptx
+    assert ("cvt.rn.satfinite.e2m1x2.f32" in ptx) == (target >= 100)
+    (folder / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    found = [name for name in sass.opcodes(folder / "kernel.cubin") if re.match(r"F2FP\.SATFINITE\.E2M1\.F32", name)]
+    assert bool(found) == (target >= 100), found
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [(80, False), (89, False), (90, False), (100, True), (103, True), (110, True), (120, True), (121, True)],
+)
+def test_the_instruction_is_chosen_by_the_gpu_that_is_compiled_for(target: int, expected: bool, monkeypatch):
+    with active_gpu(target):
+        assert triton_common.has_e2m1_instruction() == expected
+        monkeypatch.setattr(triton.knobs.runtime, "interpret", True)
+        assert not triton_common.has_e2m1_instruction()
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", QUANTIZE)
-def test_quantize_kernel_compiles_without_spills(name: str, target: int):
+def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_path: Path):
     constants = NVFP4 | QUANTIZE[name]
     source = "*i32" if constants["PACKED"] else "*bf16"
     key = triton_ops.config_key(*(constants[part] for part in ("PACKED", "AXIS", "ROUNDING", "SELECT_46", "HAS_SIGNS")))
@@ -65,6 +103,7 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int):
     assert ".local" not in ptx
     if target == 90 and constants["EDEN_GROUPS"] == 1:
         assert "wgmma" in ptx and "shfl.sync.bfly" not in ptx
+    assert_e2m1_instruction_on_blackwell_only(compiled, target, tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -78,7 +117,7 @@ def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", ["rtn", "four_over_six", "sr"])
-def test_rows_kernel_compiles_without_spills(name: str, target: int):
+def test_rows_kernel_compiles_without_spills(name: str, target: int, tmp_path: Path):
     launch = triton_ops.CONFIGS[f"{name}_rows", 1]
     constants = dict(
         TARGET=6.0, RANGE=1536.0, POW2=False, SELECT_46=name == "four_over_six",
@@ -87,16 +126,18 @@ def test_rows_kernel_compiles_without_spills(name: str, target: int):
     )  # fmt: skip
     compiled = compile_kernel(triton_kernels.rows_kernel, constants, target, launch.warps, launch.registers)
     assert ".local" not in compiled.asm["ptx"] and "shfl.sync.bfly" not in compiled.asm["ptx"]
+    assert_e2m1_instruction_on_blackwell_only(compiled, target, tmp_path)
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_tile_kernels_compile(target: int):
+def test_tile_kernels_compile(target: int, tmp_path: Path):
     square = dict(
         TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=True, ROUNDING="sr", STREAM=16, STORE_VALUES=True,
         STORE_PACKED=True, TILES=8, INTERPRET=False,
     )  # fmt: skip
     fp8 = dict(TARGET=448.0, POW2=False, PER_ROW=True, IS_E4M3=True, TILE_R=16, TILE_C=256, INTERPRET=False)
-    assert compile_kernel(triton_tiles.square_kernel, square, target, codes_ptr="*u8").asm["cubin"]
+    compiled = compile_kernel(triton_tiles.square_kernel, square, target, codes_ptr="*u8")
+    assert_e2m1_instruction_on_blackwell_only(compiled, target, tmp_path)
     both = dict(TARGET=448.0, POW2=False, IS_E4M3=False, TILE_R=128, TILE_C=64, INTERPRET=False)
     types = dict(values_ptr="*u8", transposed_ptr="*u8", other_scale_ptr="*fp32")
     assert compile_kernel(triton_tiles.fp8_both_kernel, both, target, **types).asm["cubin"]
@@ -104,5 +145,8 @@ def test_tile_kernels_compile(target: int):
     assert compile_kernel(triton_tiles.unpack_kernel, dict(SQUARE=True, BLOCK=128), target, codes_ptr="*u8").asm[
         "cubin"
     ]
+    check = compile_kernel(conversion.convert_kernel, dict(BLOCK=128), target, x_ptr="*fp32", values_ptr="*fp32",
+                           words_ptr="*i32", bytes_ptr="*u8")  # fmt: skip
+    assert_e2m1_instruction_on_blackwell_only(check, target, tmp_path)
     assert compile_kernel(triton_kernels.signs_kernel, dict(STREAM=1, DIM=16, FIXED=False), target, 1,
                           signs_ptr="*fp32").asm["cubin"]  # fmt: skip
