@@ -23,10 +23,15 @@ COMPARABLE = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ in nothing but the seed."""
+    """Runs of one recipe that differ in nothing but the seed.
+
+    `cut`: runs stopped early though others of the recipe came to an end. They are listed, and in no figure: they would
+    pull every comparison back to the step at which the time was up.
+    """
 
     label: str
     runs: tuple[Run, ...]
+    cut: tuple[Run, ...] = ()
 
     def by_seed(self) -> dict[int, list[Run]]:
         seeds: dict[int, list[Run]] = {}
@@ -78,8 +83,14 @@ def group_runs(runs: list[Run]) -> list[Group]:
         siblings = [dict(n) for (other, n) in keys if other == label]
         varying = [k for k, v in numerics if any(s.get(k) != v for s in siblings)] if len(siblings) > 1 else []
         suffix = ", ".join(f"{k}={dict(numerics)[k]}"[:60] for k in varying[:3])
-        groups.append(Group(f"{label} ({suffix})" if suffix else label, tuple(members)))
+        groups.append(Group(f"{label} ({suffix})" if suffix else label, *_split_cut(members)))
     return groups
+
+
+def _split_cut(runs: list[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """(runs that count, runs that were cut); where nothing came to an end, what there is counts."""
+    ended = tuple(run for run in runs if not run.status.startswith("unfinished"))
+    return (ended, tuple(run for run in runs if run not in ended)) if ended else (tuple(runs), ())
 
 
 def _without_seed(run: Run) -> tuple:
@@ -160,7 +171,7 @@ def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
     base_loss = np.mean(list(losses_at(base, step).values()))
     speed = float(np.median([r.tokens_per_second for r in group.runs]))
     base_speed = float(np.median([r.tokens_per_second for r in base.runs]))
-    statuses = sorted({r.status for r in group.runs})
+    statuses = sorted({r.status for r in (*group.runs, *group.cut)})
     return Row(
         label=group.label,
         seeds=len(group.by_seed()),

@@ -3,6 +3,7 @@
 Three kinds of difference are told apart where such runs exist: an exact rerun (same hash), the same initialization with
 other rounding bits or weights nudged at the start (same seed, numerics `rounding_seed` or `perturb`), and new seeds.
 Standard deviations are pooled over recipes with their degrees of freedom: recipes differ in mean, hardly in spread.
+"paired" is what is left between seeds when what a seed does to all recipes alike is taken out.
 """
 
 import json
@@ -16,7 +17,8 @@ from analysis.runs import Run
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
 NUDGES = ("rounding_seed", "perturb")
-KINDS = ("rerun", "nudge", "seed")
+CLUSTERED = ("rerun", "nudge", "seed")
+KINDS = (*CLUSTERED, "paired")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def measure(runs: list[Run]) -> dict[str, dict]:
         if run.finished and math.isfinite(run.result["final_loss"]):
             keyed.setdefault(key_of(run), []).append(run)
     for key, members in keyed.items():
-        spreads = {kind: pooled(clusters(members, kind)) for kind in KINDS}
+        spreads = {kind: pooled(clusters(members, kind)) for kind in CLUSTERED} | {"paired": paired(members)}
         entry = {kind: asdict(spread) for kind, spread in spreads.items() if spread}
         if entry:
             found[key] = entry | {"recipes": per_recipe(members)}
@@ -80,6 +82,24 @@ def pooled(groups: list[list[float]]) -> Spread | None:
         return None
     squares = sum(float(np.sum((np.array(g) - np.mean(g)) ** 2)) for g in groups)
     return Spread(math.sqrt(squares / df), df)
+
+
+def paired(runs: list[Run]) -> Spread | None:
+    """Residual of loss = recipe + seed over the seeds that all recipes have; None below two recipes or two seeds.
+
+    In units of one run: a gap between two recipes, seed by seed, has sqrt(2) times this standard deviation.
+    """
+    losses: dict[tuple, dict[int, float]] = {}
+    for run in runs:
+        if not is_nudged(run):
+            losses.setdefault(_recipe(run), {})[run.info["seed"]] = float(run.result["final_loss"])
+    seeds = sorted(set.intersection(*(set(row) for row in losses.values()))) if losses else []
+    df = (len(losses) - 1) * (len(seeds) - 1)
+    if df < 1 or len(seeds) < 2:
+        return None
+    table = np.array([[row[seed] for seed in seeds] for row in losses.values()])
+    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    return Spread(math.sqrt(float(np.sum(residual**2)) / df), df)
 
 
 def per_recipe(runs: list[Run]) -> dict[str, dict[str, float]]:
@@ -121,6 +141,9 @@ def text(floors: dict[str, dict]) -> str:
                 spread = Spread(**entry[kind])
                 needed = ", ".join(f"{spread.seeds_to_resolve(d)} for {d * 1e3:g}e-3" for d in (0.01, 0.005, 0.002))
                 lines.append(f"  {kind:6} sd {spread.sd * 1e3:7.3f}e-3  df {spread.df:2}  runs needed: {needed}")
+        if "paired" in entry and entry["seed"]["sd"]:
+            achieved = 1 - (entry["paired"]["sd"] / entry["seed"]["sd"]) ** 2
+            lines.append(f"  correlation between recipes that share a seed (what pairing achieves): {achieved:+.2f}")
         for label, row in entry["recipes"].items():
             sd = f"sd {row['sd'] * 1e3:.3f}e-3" if "sd" in row else "one seed"
             lines.append(f"    {label:24} mean {row['mean']:.4f}  {sd}  seeds {row['seeds']}")

@@ -21,7 +21,7 @@ def build(
 ) -> str:
     """The document. `published` may be empty; `floor` as in analysis.compare.table."""
     info = base.runs[0].info
-    runs = [run for group in groups for run in group.runs]
+    runs = [run for group in groups for run in (*group.runs, *group.cut)]
     title = f"{info['model']}: {', '.join(g.label for g in groups)}"
     what = (
         f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "

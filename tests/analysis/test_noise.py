@@ -38,6 +38,22 @@ def test_reruns_nudges_and_seeds_are_told_apart(tmp_path):
     assert entry["seed"]["df"] == 1 and entry["seed"]["sd"] == pytest.approx(0.02 / math.sqrt(2), rel=0.01)
 
 
+def test_paired_spread_is_what_a_seed_does_not_do_to_all_recipes(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    seeds(tmp_path, "sr", [3.10, 3.13, 3.50])  # the third seed is not common
+    (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
+    # Gaps .10 and .11: their standard deviation over sqrt(2) is that of one run.
+    assert entry["paired"] == {"sd": pytest.approx(0.01 / math.sqrt(2) / math.sqrt(2)), "df": 1}
+    assert "what pairing achieves" in noise.text({"key": entry})
+
+
+def test_one_recipe_or_one_common_seed_has_no_paired_spread(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    assert noise.paired(find_runs([f"{tmp_path}/*"])) is None
+    write_run(tmp_path, "sr", 1, 3.1)
+    assert noise.paired(find_runs([f"{tmp_path}/*"])) is None
+
+
 def test_other_lengths_and_data_have_their_own_floor(tmp_path):
     seeds(tmp_path, "bf16", [3.0, 3.1])
     seeds(tmp_path, "bf16", [2.0, 2.3], data_fingerprint="other", name=None, model="llama_30m")
