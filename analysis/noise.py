@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.pairing import t_quantile
 from analysis.runs import Run
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
@@ -132,22 +133,30 @@ def floor_for(run: Run, floors: dict[str, dict]) -> tuple[float, float] | None:
 
 
 def text(floors: dict[str, dict]) -> str:
-    """What a person wants to read: spreads by kind and how many seeds resolve 10e-3 and 2e-3 nats."""
+    """What a person wants to read: spreads by kind, how many seeds resolve 10e-3 and 2e-3 nats, what these resolve."""
     lines = []
     for key, entry in floors.items():
         lines.append(key)
+        seeds = min(row["seeds"] for row in entry["recipes"].values())
         for kind in KINDS:
             if kind in entry:
                 spread = Spread(**entry[kind])
                 needed = ", ".join(f"{spread.seeds_to_resolve(d)} for {d * 1e3:g}e-3" for d in (0.01, 0.005, 0.002))
                 lines.append(f"  {kind:6} sd {spread.sd * 1e3:7.3f}e-3  df {spread.df:2}  runs needed: {needed}")
         if "paired" in entry and entry["seed"]["sd"]:
+            widths = (half_width(Spread(**entry[kind]), seeds) * 1e3 for kind in ("seed", "paired"))
+            lines.append("  a gap over {} seeds is known to +-{:.2f}e-3, paired +-{:.2f}e-3".format(seeds, *widths))
             achieved = 1 - (entry["paired"]["sd"] / entry["seed"]["sd"]) ** 2
             lines.append(f"  correlation between recipes that share a seed (what pairing achieves): {achieved:+.2f}")
         for label, row in entry["recipes"].items():
             sd = f"sd {row['sd'] * 1e3:.3f}e-3" if "sd" in row else "one seed"
             lines.append(f"    {label:24} mean {row['mean']:.4f}  {sd}  seeds {row['seeds']}")
     return "\n".join(lines)
+
+
+def half_width(spread: Spread, seeds: int) -> float:
+    """Of the 95 % interval of the difference of two recipes' means over `seeds` runs each."""
+    return t_quantile(spread.df) * spread.sd * math.sqrt(2 / seeds)
 
 
 def _recipe(run: Run) -> tuple:

@@ -44,7 +44,8 @@ def test_paired_spread_is_what_a_seed_does_not_do_to_all_recipes(tmp_path):
     (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
     # Gaps .10 and .11: their standard deviation over sqrt(2) is that of one run.
     assert entry["paired"] == {"sd": pytest.approx(0.01 / math.sqrt(2) / math.sqrt(2)), "df": 1}
-    assert "what pairing achieves" in noise.text({"key": entry})
+    # Student's t 12.706 for one degree of freedom: 12.706 * .005 * sqrt(2 / 2) = .0635
+    assert "over 2 seeds" in noise.text({"key": entry}) and "paired +-63.53e-3" in noise.text({"key": entry})
 
 
 def test_one_recipe_or_one_common_seed_has_no_paired_spread(tmp_path):
