@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.pairing import SeedGap, align, paired_gap, seed_gap
+from analysis.pairing import Floor, SeedGap, align, paired_gap, seed_gap
 from analysis.runs import Run, RunError
 
 # What two runs must share for their losses to mean the same thing: (field of run.json, what to call it).
@@ -125,7 +125,7 @@ def losses_at(group: Group, step: int) -> dict[int, float]:
     return {seed: float(np.mean([r.loss_at(step) for r in runs])) for seed, runs in group.by_seed().items()}
 
 
-def compare_pair(group: Group, base: Group, step: int, floor: tuple[float, float] | None) -> tuple[SeedGap, float]:
+def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
     """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
 
     Also proves, by aligning every evaluation, that all runs were scored on the same validation tokens (else RunError).
@@ -152,13 +152,13 @@ def _check_sum(run: Run, step: int, rows) -> None:
         )
 
 
-def table(groups: list[Group], base: Group, floor: tuple[float, float] | None = None) -> list[Row]:
+def table(groups: list[Group], base: Group, floor: Floor | None = None) -> list[Row]:
     """One row a group, baseline first, then by gap. RunError for a group without an evaluation step of the baseline."""
     rows = [_row(group, base, floor) for group in groups]
     return sorted(rows, key=lambda r: (r.gap is not None, math.inf if r.gap is None else r.gap.mean))
 
 
-def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
+def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     step = common_step(group, base)
     if step is None:
         counts = ", ".join(f"{r.name}: {len(r.evals['step'])}" for r in (*group.runs, *base.runs))

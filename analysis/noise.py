@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.pairing import t_quantile
+from analysis.pairing import Floor, t_quantile
 from analysis.runs import Run
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
@@ -126,10 +126,11 @@ def load(path: Path = CACHE) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def floor_for(run: Run, floors: dict[str, dict]) -> tuple[float, float] | None:
-    """(sd between seeds, degrees of freedom) for runs like this one, or None."""
-    entry = floors.get(key_of(run), {}).get("seed")
-    return (entry["sd"], entry["df"]) if entry else None
+def floor_for(run: Run, floors: dict[str, dict]) -> Floor | None:
+    """The floor for runs like this one, or None."""
+    entry = floors.get(key_of(run), {})
+    spreads = [(entry[kind]["sd"], entry[kind]["df"]) if kind in entry else None for kind in ("seed", "paired")]
+    return Floor(*spreads) if spreads[0] else None
 
 
 def text(floors: dict[str, dict]) -> str:

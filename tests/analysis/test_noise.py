@@ -8,6 +8,7 @@ from synthetic import write_run
 
 from analysis import noise
 from analysis.compare import group_runs, pick_baseline, table
+from analysis.pairing import Floor
 from analysis.runs import find_runs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -81,7 +82,7 @@ def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
     groups = group_runs(find_runs([f"{tmp_path}/runs/*"]))
     base = pick_baseline(groups, None)
     assert table(groups, base)[1].gap.verdict == "resolved"
-    assert table(groups, base, floor=(0.01, 8))[1].gap.verdict == "not resolved: inside the noise"
+    assert table(groups, base, floor=Floor((0.01, 8)))[1].gap.verdict == "not resolved: inside the noise"
     cache = tmp_path / "floor.json"
     noisy = tmp_path / "noisy"
     seeds(noisy, "bf16", [3.0, 3.02, 3.04])
