@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.pairing import SeedGap, align, paired_gap, seed_gap
+from analysis.pairing import Floor, SeedGap, align, paired_gap, seed_gap
 from analysis.runs import Run, RunError
 
 # What two runs must share for their losses to mean the same thing: (field of run.json, what to call it).
@@ -23,10 +23,15 @@ COMPARABLE = (
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one recipe that differ in nothing but the seed."""
+    """Runs of one recipe that differ in nothing but the seed.
+
+    `cut`: runs stopped early though others of the recipe came to an end. They are listed, and in no figure: they would
+    pull every comparison back to the step at which the time was up.
+    """
 
     label: str
     runs: tuple[Run, ...]
+    cut: tuple[Run, ...] = ()
 
     def by_seed(self) -> dict[int, list[Run]]:
         seeds: dict[int, list[Run]] = {}
@@ -78,8 +83,14 @@ def group_runs(runs: list[Run]) -> list[Group]:
         siblings = [dict(n) for (other, n) in keys if other == label]
         varying = [k for k, v in numerics if any(s.get(k) != v for s in siblings)] if len(siblings) > 1 else []
         suffix = ", ".join(f"{k}={dict(numerics)[k]}"[:60] for k in varying[:3])
-        groups.append(Group(f"{label} ({suffix})" if suffix else label, tuple(members)))
+        groups.append(Group(f"{label} ({suffix})" if suffix else label, *_split_cut(members)))
     return groups
+
+
+def _split_cut(runs: list[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """(runs that count, runs that were cut); where nothing came to an end, what there is counts."""
+    ended = tuple(run for run in runs if not run.status.startswith("unfinished"))
+    return (ended, tuple(run for run in runs if run not in ended)) if ended else (tuple(runs), ())
 
 
 def _without_seed(run: Run) -> tuple:
@@ -114,7 +125,7 @@ def losses_at(group: Group, step: int) -> dict[int, float]:
     return {seed: float(np.mean([r.loss_at(step) for r in runs])) for seed, runs in group.by_seed().items()}
 
 
-def compare_pair(group: Group, base: Group, step: int, floor: tuple[float, float] | None) -> tuple[SeedGap, float]:
+def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
     """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
 
     Also proves, by aligning every evaluation, that all runs were scored on the same validation tokens (else RunError).
@@ -141,13 +152,13 @@ def _check_sum(run: Run, step: int, rows) -> None:
         )
 
 
-def table(groups: list[Group], base: Group, floor: tuple[float, float] | None = None) -> list[Row]:
+def table(groups: list[Group], base: Group, floor: Floor | None = None) -> list[Row]:
     """One row a group, baseline first, then by gap. RunError for a group without an evaluation step of the baseline."""
     rows = [_row(group, base, floor) for group in groups]
     return sorted(rows, key=lambda r: (r.gap is not None, math.inf if r.gap is None else r.gap.mean))
 
 
-def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
+def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     step = common_step(group, base)
     if step is None:
         counts = ", ".join(f"{r.name}: {len(r.evals['step'])}" for r in (*group.runs, *base.runs))
@@ -160,7 +171,7 @@ def _row(group: Group, base: Group, floor: tuple[float, float] | None) -> Row:
     base_loss = np.mean(list(losses_at(base, step).values()))
     speed = float(np.median([r.tokens_per_second for r in group.runs]))
     base_speed = float(np.median([r.tokens_per_second for r in base.runs]))
-    statuses = sorted({r.status for r in group.runs})
+    statuses = sorted({r.status for r in (*group.runs, *group.cut)})
     return Row(
         label=group.label,
         seeds=len(group.by_seed()),

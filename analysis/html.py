@@ -16,6 +16,9 @@ table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabu
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }
 th { border-bottom: 2px solid #999; font-weight: 600 } th:first-child, td:first-child { text-align: left }
 td.text { text-align: left; white-space: normal; max-width: 48rem; overflow-wrap: anywhere }
+th.text { text-align: left }
+#comparison th, #comparison td { padding: .25rem .45rem }
+#comparison :is(th, td):last-child { text-align: left; white-space: normal }
 td.yes { background: #e0f0e8 } td.no { background: #f3f3f3; color: #555 } td.none { color: #999 }
 img { max-width: 100%; height: auto } .warn { background: #fff3d6; border-left: 4px solid #d90; padding: .4rem .8rem }
 """
@@ -29,7 +32,8 @@ def page(title: str, body: list[str]) -> str:
 
 def table(header: list[str] | tuple[str, ...], rows: list, identity: str, text_columns: tuple[int, ...] = ()) -> str:
     """A table; a cell is a string, or (string, css class). `identity` is its id."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in header)
+    kinds = (' class="text"' if i in text_columns else "" for i in range(len(header)))
+    head = "".join(f"<th{kind}>{escape(name)}</th>" for name, kind in zip(header, kinds, strict=True))
     body = []
     for row in rows:
         cells = []

@@ -3,6 +3,7 @@
 Three kinds of difference are told apart where such runs exist: an exact rerun (same hash), the same initialization with
 other rounding bits or weights nudged at the start (same seed, numerics `rounding_seed` or `perturb`), and new seeds.
 Standard deviations are pooled over recipes with their degrees of freedom: recipes differ in mean, hardly in spread.
+"paired" is what is left between seeds when what a seed does to all recipes alike is taken out.
 """
 
 import json
@@ -12,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
+from analysis.pairing import Floor, t_quantile
 from analysis.runs import Run
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
 NUDGES = ("rounding_seed", "perturb")
-KINDS = ("rerun", "nudge", "seed")
+CLUSTERED = ("rerun", "nudge", "seed")
+KINDS = (*CLUSTERED, "paired")
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ def measure(runs: list[Run]) -> dict[str, dict]:
         if run.finished and math.isfinite(run.result["final_loss"]):
             keyed.setdefault(key_of(run), []).append(run)
     for key, members in keyed.items():
-        spreads = {kind: pooled(clusters(members, kind)) for kind in KINDS}
+        spreads = {kind: pooled(clusters(members, kind)) for kind in CLUSTERED} | {"paired": paired(members)}
         entry = {kind: asdict(spread) for kind, spread in spreads.items() if spread}
         if entry:
             found[key] = entry | {"recipes": per_recipe(members)}
@@ -82,6 +85,24 @@ def pooled(groups: list[list[float]]) -> Spread | None:
     return Spread(math.sqrt(squares / df), df)
 
 
+def paired(runs: list[Run]) -> Spread | None:
+    """Residual of loss = recipe + seed over the seeds that all recipes have; None below two recipes or two seeds.
+
+    In units of one run: a gap between two recipes, seed by seed, has sqrt(2) times this standard deviation.
+    """
+    losses: dict[tuple, dict[int, float]] = {}
+    for run in runs:
+        if not is_nudged(run):
+            losses.setdefault(_recipe(run), {})[run.info["seed"]] = float(run.result["final_loss"])
+    seeds = sorted(set.intersection(*(set(row) for row in losses.values()))) if losses else []
+    df = (len(losses) - 1) * (len(seeds) - 1)
+    if df < 1 or len(seeds) < 2:
+        return None
+    table = np.array([[row[seed] for seed in seeds] for row in losses.values()])
+    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
+    return Spread(math.sqrt(float(np.sum(residual**2)) / df), df)
+
+
 def per_recipe(runs: list[Run]) -> dict[str, dict[str, float]]:
     labelled: dict[str, dict[str, float]] = {}
     for run in runs:
@@ -105,26 +126,38 @@ def load(path: Path = CACHE) -> dict[str, dict]:
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def floor_for(run: Run, floors: dict[str, dict]) -> tuple[float, float] | None:
-    """(sd between seeds, degrees of freedom) for runs like this one, or None."""
-    entry = floors.get(key_of(run), {}).get("seed")
-    return (entry["sd"], entry["df"]) if entry else None
+def floor_for(run: Run, floors: dict[str, dict]) -> Floor | None:
+    """The floor for runs like this one, or None."""
+    entry = floors.get(key_of(run), {})
+    spreads = [(entry[kind]["sd"], entry[kind]["df"]) if kind in entry else None for kind in ("seed", "paired")]
+    return Floor(*spreads) if spreads[0] else None
 
 
 def text(floors: dict[str, dict]) -> str:
-    """What a person wants to read: spreads by kind and how many seeds resolve 10e-3 and 2e-3 nats."""
+    """What a person wants to read: spreads by kind, how many seeds resolve 10e-3 and 2e-3 nats, what these resolve."""
     lines = []
     for key, entry in floors.items():
         lines.append(key)
+        seeds = min(row["seeds"] for row in entry["recipes"].values())
         for kind in KINDS:
             if kind in entry:
                 spread = Spread(**entry[kind])
                 needed = ", ".join(f"{spread.seeds_to_resolve(d)} for {d * 1e3:g}e-3" for d in (0.01, 0.005, 0.002))
                 lines.append(f"  {kind:6} sd {spread.sd * 1e3:7.3f}e-3  df {spread.df:2}  runs needed: {needed}")
+        if "paired" in entry and entry["seed"]["sd"]:
+            widths = (half_width(Spread(**entry[kind]), seeds) * 1e3 for kind in ("seed", "paired"))
+            lines.append("  a gap over {} seeds is known to +-{:.2f}e-3, paired +-{:.2f}e-3".format(seeds, *widths))
+            achieved = 1 - (entry["paired"]["sd"] / entry["seed"]["sd"]) ** 2
+            lines.append(f"  correlation between recipes that share a seed (what pairing achieves): {achieved:+.2f}")
         for label, row in entry["recipes"].items():
             sd = f"sd {row['sd'] * 1e3:.3f}e-3" if "sd" in row else "one seed"
             lines.append(f"    {label:24} mean {row['mean']:.4f}  {sd}  seeds {row['seeds']}")
     return "\n".join(lines)
+
+
+def half_width(spread: Spread, seeds: int) -> float:
+    """Of the 95 % interval of the difference of two recipes' means over `seeds` runs each."""
+    return t_quantile(spread.df) * spread.sd * math.sqrt(2 / seeds)
 
 
 def _recipe(run: Run) -> tuple:

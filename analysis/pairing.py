@@ -30,6 +30,17 @@ class Gap:
 
 
 @dataclass(frozen=True)
+class Floor:
+    """What scripts/noise_floor.py measured, each (standard deviation of one run, its degrees of freedom).
+
+    `seed`: between seeds of a recipe. `paired`: the same without what a seed does to all recipes alike.
+    """
+
+    seed: tuple[float, int]
+    paired: tuple[float, int] | None = None
+
+
+@dataclass(frozen=True)
 class SeedGap:
     """A gap over training seeds: mean of the per-seed gaps, interval half-width (NaN below two seeds), how it was made.
 
@@ -98,12 +109,12 @@ def _ratio(x: np.ndarray, n: np.ndarray) -> tuple[float, float]:
     return float(mean), float(math.sqrt(len(n) / (len(n) - 1) * (residual @ residual)) / n.sum())
 
 
-def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: tuple[float, float] | None = None) -> SeedGap:
+def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor | None = None) -> SeedGap:
     """Compare two recipes over seeds: {seed: loss} each.
 
     The rule is fixed beforehand, not picked for the narrower result:
-    - `floor` = (sd between seeds, its degrees of freedom) from scripts/noise_floor.py, and at least two runs on both
-      sides: difference of means +- t_df * sd * sqrt(1/n_a + 1/n_b);
+    - a measured paired floor and n >= 2 common seeds: mean of the per-seed gaps +- t_df * sd * sqrt(2 / n);
+    - else a measured floor and at least two runs on both sides: difference of means +- t_df * sd * sqrt(1/n_a + 1/n_b);
     - else two or more common seeds: paired t-interval of the per-seed gaps;
     - else two or more runs on both sides: Welch interval;
     - else no interval and no verdict.
@@ -113,10 +124,14 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: tuple[
     diff = np.array([losses[s] - baseline[s] for s in common])
     correlation = _correlation([losses[s] for s in common], [baseline[s] for s in common])
     enough = len(a) >= 2 and len(b) >= 2
-    if floor is not None and enough:
-        mean = a.mean() - b.mean()
-        half = t_quantile(floor[1]) * floor[0] * math.sqrt(1 / len(a) + 1 / len(b))
-        method = f"noise floor sd {floor[0] * 1e3:.2f}e-3, df {floor[1]:.0f}"
+    if floor is not None and floor.paired is not None and len(common) >= 2:
+        (sd, df), mean = floor.paired, diff.mean()
+        half = t_quantile(df) * sd * math.sqrt(2 / len(common))
+        method = f"paired noise floor sd {sd * 1e3:.2f}e-3, df {df}, {len(common)} seeds"
+    elif floor is not None and enough:
+        (sd, df), mean = floor.seed, a.mean() - b.mean()
+        half = t_quantile(df) * sd * math.sqrt(1 / len(a) + 1 / len(b))
+        method = f"noise floor sd {sd * 1e3:.2f}e-3, df {df}"
     elif len(common) >= 2:
         mean = diff.mean()
         half = t_quantile(len(common) - 1) * diff.std(ddof=1) / math.sqrt(len(common))

@@ -19,17 +19,15 @@ MANY = 40  # differing keys shown in full
 def build(
     groups: list[Group], base: Group, rows: list[Row], notes: list[str], floor, published: dict[str, Points]
 ) -> str:
-    """The document. `published` may be empty; `floor` as in analysis.compare.table."""
+    """The document; `groups` in the order of `rows`. `published` may be empty; `floor` as in analysis.compare.table."""
     info = base.runs[0].info
-    runs = [run for group in groups for run in group.runs]
+    runs = [run for group in groups for run in (*group.runs, *group.cut)]
     title = f"{info['model']}: {', '.join(g.label for g in groups)}"
     what = (
         f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "
         f"{info['steps']:,} steps of {info['tokens_per_step']:,} tokens; baseline {base.label}."
     )
-    order = [row.label for row in rows]
-    groups = sorted(groups, key=lambda g: order.index(g.label))
-    figure = plots.figure(groups, base, published_gaps(order, info, published))
+    figure = plots.figure(groups, base, published_gaps([row.label for row in rows], info, published))
     body = [
         f"<h1>{escape(title)}</h1>",
         html.note(what),

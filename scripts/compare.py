@@ -57,6 +57,8 @@ def main() -> int:
         base = pick_baseline(groups, args.baseline)
         floor = noise.floor_for(base.runs[0], noise.load(args.floor))
         rows = table(groups, base, floor)
+        order = [row.label for row in rows]
+        groups.sort(key=lambda group: order.index(group.label))  # one order, so one colour, in all outputs
     except ValueError as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2

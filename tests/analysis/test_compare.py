@@ -57,6 +57,17 @@ def test_an_unfinished_run_is_compared_at_the_last_common_evaluation(tmp_path):
     assert row.step == 50 and row.gap.mean == pytest.approx(0.1) and row.status == "unfinished (60/100)"
 
 
+def test_a_cut_run_beside_finished_ones_is_listed_but_not_averaged(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    three_seeds(tmp_path)
+    write_run(tmp_path, "quartet2", 3, 9.0, steps_done=60)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    row = table(groups, pick_baseline(groups, None))[1]
+    assert (row.step, row.seeds, row.gap.mean) == (100, 3, pytest.approx(0.05))
+    assert row.status == "finished; unfinished (60/100)"
+    assert [run.info["seed"] for run in groups[1].cut] == [3]
+
+
 def test_a_stale_evaluation_file_is_found(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     path = write_run(tmp_path, "sr", 0, 3.1)

@@ -8,6 +8,7 @@ from synthetic import write_run
 
 from analysis import noise
 from analysis.compare import group_runs, pick_baseline, table
+from analysis.pairing import Floor
 from analysis.runs import find_runs
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -38,6 +39,23 @@ def test_reruns_nudges_and_seeds_are_told_apart(tmp_path):
     assert entry["seed"]["df"] == 1 and entry["seed"]["sd"] == pytest.approx(0.02 / math.sqrt(2), rel=0.01)
 
 
+def test_paired_spread_is_what_a_seed_does_not_do_to_all_recipes(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    seeds(tmp_path, "sr", [3.10, 3.13, 3.50])  # the third seed is not common
+    (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
+    # Gaps .10 and .11: their standard deviation over sqrt(2) is that of one run.
+    assert entry["paired"] == {"sd": pytest.approx(0.01 / math.sqrt(2) / math.sqrt(2)), "df": 1}
+    # Student's t 12.706 for one degree of freedom: 12.706 * .005 * sqrt(2 / 2) = .0635
+    assert "over 2 seeds" in noise.text({"key": entry}) and "paired +-63.53e-3" in noise.text({"key": entry})
+
+
+def test_one_recipe_or_one_common_seed_has_no_paired_spread(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    assert noise.paired(find_runs([f"{tmp_path}/*"])) is None
+    write_run(tmp_path, "sr", 1, 3.1)
+    assert noise.paired(find_runs([f"{tmp_path}/*"])) is None
+
+
 def test_other_lengths_and_data_have_their_own_floor(tmp_path):
     seeds(tmp_path, "bf16", [3.0, 3.1])
     seeds(tmp_path, "bf16", [2.0, 2.3], data_fingerprint="other", name=None, model="llama_30m")
@@ -64,7 +82,7 @@ def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
     groups = group_runs(find_runs([f"{tmp_path}/runs/*"]))
     base = pick_baseline(groups, None)
     assert table(groups, base)[1].gap.verdict == "resolved"
-    assert table(groups, base, floor=(0.01, 8))[1].gap.verdict == "not resolved: inside the noise"
+    assert table(groups, base, floor=Floor((0.01, 8)))[1].gap.verdict == "not resolved: inside the noise"
     cache = tmp_path / "floor.json"
     noisy = tmp_path / "noisy"
     seeds(noisy, "bf16", [3.0, 3.02, 3.04])

@@ -7,6 +7,7 @@ from analysis.pairing import (
     NOT_RESOLVED,
     ONE_SEED,
     RESOLVED,
+    Floor,
     clustered_mean,
     paired_gap,
     seed_gap,
@@ -76,16 +77,25 @@ def test_t_interval_of_per_seed_gaps_by_hand():
 def test_verdict_words():
     assert seed_gap({0: 3.05}, {0: 3.0}).verdict == ONE_SEED
     assert seed_gap({0: 3.5}, {0: 3.0, 1: 3.001, 2: 3.002}).verdict == ONE_SEED
-    assert seed_gap({0: 3.5}, {0: 3.0}, floor=(1e-6, 50)).verdict == ONE_SEED
+    assert seed_gap({0: 3.5}, {0: 3.0}, floor=Floor((1e-6, 50))).verdict == ONE_SEED
     assert seed_gap({0: 3.04, 1: 2.98}, {0: 3.0, 1: 3.0}).verdict == NOT_RESOLVED
     assert seed_gap({0: float("nan"), 1: 3.0}, {0: 3.0, 1: 3.0}).verdict == DIVERGED
 
 
 def test_noise_floor_interval_by_hand():
     # t(8) = 2.3060; 2.306 * .003 * sqrt(1/2 + 1/2) = .006918
-    gap = seed_gap({0: 3.01, 1: 3.02}, {0: 3.0, 1: 3.0}, floor=(0.003, 8))
+    gap = seed_gap({0: 3.01, 1: 3.02}, {0: 3.0, 1: 3.0}, floor=Floor((0.003, 8)))
     assert gap.half_width == pytest.approx(0.006918, abs=1e-6) and gap.verdict == RESOLVED
     assert gap.method.startswith("noise floor sd 3.00e-3")
+
+
+def test_paired_noise_floor_interval_by_hand():
+    # t(6) = 2.44691; 2.44691 * .001 * sqrt(2 / 3) = .0019979; seed 3 has no partner and does not count
+    floor = Floor((0.03, 8), (0.001, 6))
+    gap = seed_gap({0: 3.01, 1: 3.04, 2: 3.07, 3: 9.0}, {0: 3.0, 1: 3.03, 2: 3.06}, floor)
+    assert gap.mean == pytest.approx(0.01) and gap.half_width == pytest.approx(0.0019979, abs=1e-7)
+    assert gap.method == "paired noise floor sd 1.00e-3, df 6, 3 seeds" and gap.verdict == RESOLVED
+    assert seed_gap({0: 3.01, 4: 3.02}, {0: 3.0, 5: 3.0}, floor).method.startswith("noise floor sd 30.00e-3")
 
 
 def test_intervals_cover_the_truth_95_percent_of_the_time():

@@ -54,6 +54,17 @@ def test_corpus_grids_have_the_lengths_of_the_protocol():
     assert (numbers.steps, numbers.tokens_per_step, numbers.schedule.lr_peak) == (2861, 262144, 2.4e-3)
 
 
+def test_short_grid_has_whole_seeds_before_the_next_and_fresh_text():
+    cells = list(grid.expand(grid.load("corpus_short")))
+    recipes = ["bf16", "quartet2", "nvidia", "tetrajet2"]
+    assert cells[:12] == [f"32k/s{seed}/{recipe}" for seed in range(3) for recipe in recipes]
+    for batch, tokens, rows in (("32k", 45_875_200, 26922), ("64k", 91_750_400, 53555)):
+        config = compose(["experiment=corpus_short", f"cell={batch}/s0_rounding/quartet2"]).config
+        numbers = derive(config, WIDTH_30M, world=1)
+        assert (numbers.steps, numbers.tokens, numbers.schedule.lr_peak) == (1400, tokens, 6e-4)
+        assert (config.seed, config.rounding_seed, config.data.max_documents) == (0, 1001, rows)
+
+
 def test_every_recipe_of_every_grid_builds():
     seen = set()
     for name in grid.names():
