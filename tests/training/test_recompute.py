@@ -3,7 +3,11 @@
 import pytest
 import torch
 
+from configs.compose import compose
+from kernels import backend
 from models.llama import Llama, LlamaConfig
+from quant.plan import convert, plan_of
+from training.loss import LossModel
 from training.recompute import recompute_blocks
 
 CONFIG = LlamaConfig(layers=3, width=64, heads=2, hidden=96, vocab_size=61, max_seq_len=16)
@@ -30,6 +34,35 @@ def test_recomputation_is_bitwise_the_same_and_happens():
     assert plain.keys() == recomputed.keys()
     assert all(torch.equal(plain[name], recomputed[name]) for name in plain)
     assert (calls, calls_again) == (3, 6)
+
+
+def stochastic_steps(recipe: str, recompute: bool) -> list[dict[str, torch.Tensor]]:
+    """Loss and gradients of three micro-batches, each with its own random bits."""
+    backend.use("reference", "cpu")
+    model = Llama(LlamaConfig(layers=2, width=128, heads=2, hidden=128, vocab_size=61, max_seq_len=64))
+    model.init_weights(3)
+    rng = torch.zeros(3, dtype=torch.int64)
+    convert(model, plan_of(model, compose([f"quant={recipe}"]).config.quant), rng)
+    if recompute:
+        recompute_blocks(model)
+    loss, found = LossModel(model), []
+    tokens = torch.randint(0, 61, (2, 65), generator=torch.Generator().manual_seed(1))
+    for micro in range(3):
+        rng.copy_(torch.tensor([7, 5, micro]))
+        nats = loss(tokens)
+        nats.backward()
+        found.append({"loss": nats.detach()} | {name: p.grad for name, p in model.named_parameters()})
+        model.zero_grad(set_to_none=True)
+    return found
+
+
+@pytest.mark.parametrize("recipe", ["quartet2", "sr"])
+def test_stochastic_recipes_repeat_their_random_bits(recipe):
+    plain, recomputed = stochastic_steps(recipe, False), stochastic_steps(recipe, True)
+    for one, other in zip(plain, recomputed, strict=True):
+        assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    weight = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(plain[0][weight], plain[1][weight])  # the bits do differ between micro-batches
 
 
 @pytest.mark.parametrize("layers", [2, 4])
