@@ -166,12 +166,17 @@ def resume(arguments: argparse.Namespace) -> Iterator[Case]:
     most = worlds(arguments)[-1]
     everything = [f"--worlds={','.join(map(str, worlds(arguments)))}", "--parallel=ddp,fsdp"]
     cases = {
-        "1 GPU, bitwise": ["--worlds=1", "compile=false"],
-        f"{most} GPUs, DDP, bitwise": [f"--worlds={most}", "--parallel=ddp", "compile=false"],
-        f"{most} GPUs, FSDP, bitwise": [f"--worlds={most}", "--parallel=fsdp"],
-        "any number of GPUs, DDP and FSDP": [*everything, "compile=false", f"--tolerance={arguments.tolerance}"],
+        "1 GPU, bitwise": ["--worlds=1", "--kills=2", "compile=false"],
+        f"{most} GPUs, DDP, bitwise": [f"--worlds={most}", "--parallel=ddp", "--kills=2", "compile=false"],
+        f"{most} GPUs, FSDP, compiled, bitwise": [f"--worlds={most}", "--parallel=fsdp", "--kills=1"],
+        "any number of GPUs, DDP and FSDP": [
+            *everything,
+            f"--tolerance={arguments.tolerance}",
+            "--kills=3",
+            "compile=false",
+        ],
     }
-    steps = ["--kills=2", f"--steps={12 if arguments.rehearse else 60}", "--every=4", "--step-seconds=0.3"]
+    steps = [f"--steps={12 if arguments.rehearse else 60}", "--every=4", "--step-seconds=0.3"]
 
     def one(number: int, options: list[str]) -> dict[str, Any]:
         folder = f"--folder={arguments.out / f'resume-{number}'}"
@@ -316,7 +321,7 @@ def measured(arguments: argparse.Namespace, recipe: str, world: int, gpu: int) -
 def saved_and_resumed(arguments: argparse.Namespace, recipe: str, world: int, gpu: int) -> dict[str, Any]:
     """Saves while training, is preempted by SIGTERM to its ranks, resumes, is killed."""
     name, folder = f"large-{recipe}-{world}", arguments.out / f"large-{recipe}-{world}"
-    options = [*large_size(arguments, recipe, world), ENDLESS, "checkpoint.every=6", "checkpoint.keep_last=1"]
+    options = [*large_size(arguments, recipe, world), ENDLESS, "checkpoint.every=12", "checkpoint.keep_last=1"]
     process = start(arguments, name, world, *options)
     until_step(arguments, process, name, 15)
     found = speed(folder)
