@@ -140,10 +140,18 @@ def equal(arguments: argparse.Namespace) -> Iterator[Case]:
         folder = train(arguments, name, world, f"quant={recipe}", f"parallel={mode}", *batch, gpu=gpu)
         return {"rows": rows(folder, "train")}
 
-    found = dict(side_by_side({name: (one, *run) for name, run in runs.items()}))
-    for name, (recipe, world, _) in runs.items():
-        if world > 1:
-            yield name, attempt(difference, found[f"{recipe} auto x1"], found[name])
+    found: dict[str, dict[str, Any]] = {}
+    waiting = [name for name, (_, world, _) in runs.items() if world > 1]
+    for ended, values in side_by_side({name: (one, *run) for name, run in runs.items()}):
+        found[ended] = values
+        for name in [name for name in waiting if {name, single(name)} <= found.keys()]:
+            waiting.remove(name)
+            yield name, attempt(difference, found[single(name)], found[name])
+
+
+def single(name: str) -> str:
+    """The run on one GPU that a run of `equal` is compared with."""
+    return f"{name.split()[0]} auto x1"
 
 
 def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
@@ -180,9 +188,10 @@ def resume(arguments: argparse.Namespace) -> Iterator[Case]:
 
     def one(number: int, options: list[str]) -> dict[str, Any]:
         folder = f"--folder={arguments.out / f'resume-{number}'}"
-        script = [sys.executable, str(REPOSITORY / "scripts" / "verify_resume.py"), *options, folder, *steps]
+        ordered = sorted([*options, folder, *steps, *batch], key=lambda word: not word.startswith("--"))
+        script = [sys.executable, str(REPOSITORY / "scripts" / "verify_resume.py"), *ordered]
         with open(arguments.out / f"resume-{number}.log", "w") as log:
-            process = subprocess.Popen([*script, *batch], stdout=log, stderr=log, start_new_session=True)
+            process = subprocess.Popen(script, stdout=log, stderr=log, start_new_session=True)
         RUNNING.append(process)
         code = process.wait(LIMIT_S)
         said = (arguments.out / f"resume-{number}.log").read_text()

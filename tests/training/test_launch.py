@@ -197,7 +197,7 @@ def test_a_failed_run_does_not_wait_for_other_ranks(run, monkeypatch):
     """Ending the process group flushes NCCL, with ranks that may be gone; after an error the process just ends."""
     ended = []
     monkeypatch.setattr("training.launch.teardown", lambda: ended.append(True))
-    with pytest.raises(ValueError, match="batch.micro=3"):
+    with pytest.raises(ValueError, match=r"batch\.micro=3"):
         run("batch.micro=3")
     assert not ended
     assert run("steps=1")[0] == 0 and ended
