@@ -129,9 +129,8 @@ def test_initialization_depends_on_seed_and_names_alone():
     assert torch.equal(*same)
     drawn = initial_value("blocks.1.attn.qkv.weight", same[0].shape, deeper.config, 5)
     assert torch.equal(same[0], drawn)
-    assert (
-        deeper.init_weights(5) == "8e8675094e1b8fd0"
-    )  # of every run so far: a run's init_hash must go on meaning the same
+    # That of every run so far: a run's init_hash must go on meaning the same.
+    assert deeper.init_weights(5) == "8e8675094e1b8fd0"
 
 
 def test_initial_standard_deviations():
