@@ -11,6 +11,8 @@ Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hi
 
 import hashlib
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from kernels import pointwise
 from kernels.pointwise import reference_impl
 
+DRAW_THREADS = 8  # a generator is serial: one thread per parameter, or llama_1b9 takes half a minute on every start
 INIT_STD = 0.02  # all weight matrices and the embedding; residual projections are scaled by 1 / sqrt(2 layers)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -183,14 +186,23 @@ class Llama(nn.Module):
         Each parameter has its own generator, keyed by (seed, its name), and is drawn on the CPU: the values depend
         neither on the device, nor on the recipe, nor on the order or number of other parameters.
         """
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            value = initial_value(name, parameter.shape, self.config, seed)
-            digest.update(name.encode())
-            digest.update(value.numpy().tobytes())
-            parameter.copy_(value)
+        digest = fill_parameters(self, lambda name, shape: initial_value(name, shape, self.config, seed))
         self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
-        return digest.hexdigest()[:16]
+        return digest
+
+
+def fill_parameters(model: nn.Module, draw: Callable[[str, torch.Size], Tensor]) -> str:
+    """Copy draw(name, shape), made on the CPU, into every parameter; returns a hash of names and values, 16 digits."""
+    digest, named = hashlib.sha256(), list(model.named_parameters())
+    with ThreadPoolExecutor(DRAW_THREADS) as pool:
+        for begin in range(0, len(named), DRAW_THREADS):  # few at a time: the host need not hold a second model
+            some = named[begin : begin + DRAW_THREADS]
+            values = pool.map(lambda entry: draw(entry[0], entry[1].shape), some)
+            for (name, parameter), value in zip(some, values, strict=True):
+                digest.update(name.encode())
+                digest.update(value.numpy().ravel())
+                parameter.copy_(value)
+    return digest.hexdigest()[:16]
 
 
 def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int) -> Tensor:

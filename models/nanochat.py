@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import turn
-from models.llama import DTYPES, check_shape, rope_table
+from models.llama import DTYPES, check_shape, fill_parameters, rope_table
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -161,14 +161,9 @@ class Nanochat(nn.Module):
 
         Drawn on the CPU with a generator per parameter, keyed by (seed, name), as models/llama.py does.
         """
-        digest = hashlib.sha256()
-        for name, parameter in self.named_parameters():
-            value = initial_value(name, parameter.shape, self.config.width, seed)
-            digest.update(name.encode())
-            digest.update(value.numpy().tobytes())
-            parameter.copy_(value)
+        digest = fill_parameters(self, lambda name, shape: initial_value(name, shape, self.config.width, seed))
         self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
-        return digest.hexdigest()[:16]
+        return digest
 
 
 def initial_value(name: str, shape: torch.Size, width: int, seed: int) -> Tensor:

@@ -2,11 +2,13 @@
 
     python scripts/bench_step.py models=llama_30m,llama_100m,wide recipes=bf16,quartet2 [steps=25] [json=FILE]
 
-Any further key=value is an override of train.py (compile=false, backend=reference, model.residual_dtype=bfloat16).
-`wide` is the 24-layer, 2048-wide model of the speed issue. A recipe may carry overrides of its own, behind semicolons:
+sequences=32 sets every model's micro-batch, in sequences of 512. Any further key=value is an override of train.py
+(compile=false, backend=reference, model.residual_dtype=bfloat16). `wide` is the 24-layer, 2048-wide model of the speed
+issue. A recipe may carry overrides of its own, behind semicolons:
 recipes='bf16,quartet2;quant.fprop.x.tensor_scale=pow2'. Every model and recipe is built anew in this process, on random
-tokens. Reported: min, median and max over the timed steps (CUDA events), tokens/s, MFU by the named formula,
-peak memory, the first step's time (compilation included), recompilations after the second step, ratios to bf16.
+tokens. Reported: min, median and max over the timed steps (CUDA events), tokens/s, MFU by the named formula, peak
+memory and its estimate, the first step's time (compilation included), recompilations after the second step, ratios to
+bf16.
 profile=true adds the time of each GPU kernel in one step.
 """
 
@@ -33,6 +35,7 @@ from training.build import build_micro_batch, compile_loss, set_torch_flags
 from training.config import TrainConfig
 from training.distributed import Dist, setup
 from training.loss import LossModel
+from training.memory import Kept, estimate, kept_of
 from training.metrics import MFU_FORMULA, peak_flops
 from training.microbatch import MicroBatch
 from training.optim import build_optimizer, clip_gradients
@@ -65,6 +68,7 @@ class Timing:
     tokens_per_second: float
     mfu: float | None
     memory_gib: float
+    expected_gib: float
     first_step_s: float
     recompilations: int
     last_loss: float
@@ -79,6 +83,7 @@ class Built:
     model: Llama
     micro_batch: MicroBatch
     rng: Tensor
+    kept: Kept
 
 
 def build(model: str, recipe: str, extra: list[str], ranks: Dist, tokens: int) -> Built:
@@ -100,15 +105,16 @@ def build(model: str, recipe: str, extra: list[str], ranks: Dist, tokens: int) -
     loss = LossModel(llama)
     compile_loss(loss, config, "none", ranks.device, plan.fullgraph)
     parallel = parallelize(loss, "none", ranks)
-    return Built(config, shape, llama, build_micro_batch(loss, config, plan, parallel, tokens, ranks.device), rng)
+    micro_batch = build_micro_batch(loss, config, plan, parallel, tokens, ranks.device)
+    return Built(config, shape, llama, micro_batch, rng, kept_of(plan))
 
 
-def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, profile: bool) -> Timing:
+def run(model: str, recipe: str, options: dict[str, str], extra: list[str], ranks: Dist) -> Timing:
     torch._dynamo.reset()
     gc.collect()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    sequences = SEQUENCES.get(model, 128)
+    steps, sequences = int(options["steps"]), int(options["sequences"] or SEQUENCES.get(model, 128))
     tokens = sequences * SEQ_LEN
     built = build(model, recipe, extra, ranks, tokens)
     optim = built.config.optim
@@ -142,7 +148,7 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, prof
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in pairwise(events)]
     rate = 1e3 * tokens / median(times)
-    if profile:
+    if options["profile"] == "true":
         print(kernel_table(lambda: step(0)), flush=True)
     peak = peak_flops(ranks.device)
     return Timing(
@@ -155,6 +161,7 @@ def run(model: str, recipe: str, steps: int, extra: list[str], ranks: Dist, prof
         tokens_per_second=rate,
         mfu=built.shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
         memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+        expected_gib=estimate(built.shape, tokens, built.kept).total,
         first_step_s=first,
         recompilations=graphs() - compiled,
         last_loss=nats.item() / tokens,
@@ -179,7 +186,7 @@ def graphs() -> int:
 
 
 def table(timings: list[Timing]) -> str:
-    head = "model       recipe                  min ms  median     max   ratio  Mtok/s    MFU    GiB   ratio"
+    head = "model       recipe                  min ms  median     max   ratio  Mtok/s    MFU    GiB   ratio  expected"
     lines = [head + "  first s  recompiled"]
     for t in timings:
         base = next((b for b in timings if b.model == t.model and b.recipe == "bf16"), None)
@@ -188,8 +195,8 @@ def table(timings: list[Timing]) -> str:
         mfu = f"{100 * t.mfu:.1f}%" if t.mfu else "-"
         lines.append(
             f"{t.model:<11} {t.recipe:<22} {t.ms_min:7.1f} {t.ms_median:7.1f} {t.ms_max:7.1f} {ratio:>7} "
-            f"{t.tokens_per_second / 1e6:7.3f} {mfu:>6} {t.memory_gib:6.1f} {memory:>7} {t.first_step_s:8.1f} "
-            f"{t.recompilations:>11}"
+            f"{t.tokens_per_second / 1e6:7.3f} {mfu:>6} {t.memory_gib:6.1f} {memory:>7} {t.expected_gib:9.1f} "
+            f"{t.first_step_s:8.1f} {t.recompilations:>11}"
         )
     return "\n".join(lines)
 
@@ -201,6 +208,7 @@ def main(arguments: list[str]) -> int:
         "steps": "25",
         "json": "",
         "profile": "false",
+        "sequences": "",
     }
     extra = []
     for argument in arguments:
@@ -220,7 +228,7 @@ def main(arguments: list[str]) -> int:
     for model in options["models"].split(","):
         for recipe in options["recipes"].split(","):
             try:
-                timings.append(run(model, recipe, int(options["steps"]), extra, ranks, options["profile"] == "true"))
+                timings.append(run(model, recipe, options, extra, ranks))
                 print(table(timings[-1:]).splitlines()[1], flush=True)
             except Exception as error:  # one failing recipe must not cost the others' measurements
                 print(f"{model} {recipe}: failed: {type(error).__name__}: {str(error)[:2000]}", flush=True)

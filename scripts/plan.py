@@ -39,13 +39,14 @@ def cells_of(line: gridline.GridLine) -> list[Cell]:
 
 def cell_of(name: str, overrides: list[str], config) -> Cell:
     from training.derive import derive
-    from training.memory import estimate
+    from training.memory import BYTES_PACKED, Kept, estimate
     from training.shapes import shape_of
 
     shape = shape_of(config, config.data.vocab_size)
     numbers = derive(config, shape.parameters_non_embedding, world=1)
     recipe = next(o.split("=", 1)[1] for o in overrides if o.startswith("quant="))
     packed = recipe != "bf16" and "quant.fprop=none" not in overrides
+    operands = Kept(BYTES_PACKED, BYTES_PACKED) if packed else Kept()
     kept = config.checkpoint.keep_last + (
         numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
     )
@@ -58,7 +59,7 @@ def cell_of(name: str, overrides: list[str], config) -> Cell:
         tokens=numbers.tokens,
         parameters=shape.parameters,
         flops_per_token=shape.flops_per_token(numbers.seq_len),
-        memory_gib=estimate(shape, numbers.micro_tokens, packed).total,
+        memory_gib=estimate(shape, numbers.micro_tokens, operands, accumulates=numbers.accumulation > 1).total,
         kept_checkpoints=kept,
     )
 

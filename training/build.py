@@ -65,11 +65,11 @@ def build_loss(
 ) -> tuple[LossModel, Parallel, str]:
     """The loss around the model, compiled and distributed as the configuration says, and the init hash."""
     model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb)
-    if config.recompute:
-        recompute_blocks(model)
     loss = LossModel(model)
     mode = choose(config.parallel, ranks, shape.parameters)
     compile_loss(loss, config, mode, ranks.device, plan.fullgraph)
+    if config.recompute:
+        recompute_blocks(model)
     return loss, parallelize(loss, mode, ranks), init_hash
 
 
@@ -84,11 +84,14 @@ def check_schemes(plan: Plan, recompute: bool) -> None:
 
 def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.device, fullgraph: bool = True) -> None:
     """Compile in place: the whole loss, or block by block where FSDP gathers between blocks. `fullgraph`: no break
-    allowed (plan.fullgraph)."""
+    allowed (plan.fullgraph). A block's `forward`, not the module: checkpointing, which Dynamo doesn't enter there, and
+    FSDP's hooks stay outside."""
     if not is_compiled(config, device):
         return
-    for module in loss.model.blocks if mode in ("fsdp", "hsdp") else [loss]:
-        module.compile(fullgraph=fullgraph, dynamic=False)
+    if mode not in ("fsdp", "hsdp"):
+        return loss.compile(fullgraph=fullgraph, dynamic=False)
+    for block in loss.model.blocks:
+        block.forward = torch.compile(block.forward, fullgraph=fullgraph, dynamic=False)
 
 
 def build_micro_batch(

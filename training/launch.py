@@ -43,15 +43,17 @@ def launch(request: Request) -> int:
     Raises ValueError for mistakes in the configuration, RuntimeError for what the machine can't do, OSError for files.
     """
     ranks = setup()
-    try:
-        if request.config.dry_run:
-            sketch = describe(request, ranks, tokens=None)
-            if ranks.is_main:
-                print(screen(request, sketch, ranks))
-            return 0
-        return train(request, ranks)
-    finally:
-        teardown()
+    if request.config.dry_run:
+        sketch = describe(request, ranks, tokens=None)
+        if ranks.is_main:
+            print(screen(request, sketch, ranks))
+        code = 0
+    else:
+        code = train(request, ranks)
+    # Not after an error: NCCL would flush what was started, and wait for ranks that are gone or wait for this one. The
+    # end of the process aborts it instead.
+    teardown()
+    return code
 
 
 def train(request: Request, ranks: Dist) -> int:

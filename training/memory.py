@@ -1,34 +1,51 @@
 """Expected peak memory of a training step on one GPU, before anything is allocated.
 
-States: FP32 weights, gradients and two AdamW moments, 16 bytes a parameter (a share of them under FSDP).
+States: FP32 weights and two AdamW moments, 12 bytes a parameter (a share of them under FSDP).
 Activations, per token of a micro-batch and block, as autograd keeps them (D width, F hidden, in elements):
 
     two norm inputs in the residual's dtype  2 D
     q, k, v after RoPE and attention's output, BF16  4 D
     gate and up, BF16  2 F
-    inputs of qkv, out, gate_up, down: 3 D + F in BF16, or 4.5 bits each where fprop keeps them packed
+    inputs of qkv, out, gate_up, down: 3 D + F in the form that the recipe keeps (`Kept`)
 
-Outside of the blocks: embedding's output and the last norm's, the loss's gradient with respect to the hidden states,
-and one chunk of logits. At the peak, somewhere in the backward of the last block, its own temporaries come on top: the
-gradients of the MLP (3 F + 2 D in BF16, and its operands once more as exact BF16 values when a recipe quantizes).
+A recipe may keep fprop's weights too, from a forward to its backward. Outside of the blocks: embedding's output and the
+last norm's, the loss's gradient with respect to the hidden states, and one chunk of logits. At the peak, somewhere in
+the backward of the last block, its own temporaries come on top: the gradients of the MLP (3 F + 2 D in BF16, and its
+operands once more as exact BF16 values when a recipe quantizes).
 
-Under FSDP a rank also holds, whole and in FP32: embedding and lm_head, two blocks' weights (the one at work and the
-next), and gradients, which are reduced after the last micro-batch only: all of them where a step has several, else
-two blocks'. DDP sums gradients in a copy of them.
+Gradients, 4 bytes a parameter: where a step has several micro-batches, those of the earlier ones are there at the peak.
+Those of the micro-batch itself take the place of the activations that its backward frees; only lm_head's is made in the
+forward. DDP sums gradients in a copy of them. Under FSDP a rank holds, whole and in FP32: embedding and lm_head, two
+blocks' weights (the one at work and the next), and gradients, which are reduced after the last micro-batch only: all
+of them where a step has several, else two blocks' and those of the ends.
 """
 
 from dataclasses import dataclass
 
 from models.llama import LlamaConfig
+from quant.linear import keeps_fprop
 from quant.plan import Plan
-from quant.recipe import Recipe
+from quant.recipe import Operand, Recipe
 
-BYTES_STATE = 16  # per parameter: FP32 weight, gradient, two moments
+BYTES_STATE = 12  # per parameter: FP32 weight, two moments
 BYTES_FP32 = 4.0
 BYTES_BF16 = 2.0
+BYTES_FP8 = 1.0
 BYTES_PACKED = 4.5 / 8  # a 4-bit code and its share of an E4M3 scale per 16
 LOGITS_CHUNK_BYTES = 512 * 2**20  # the loss works on chunks of about this size
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes per element of what the linear layers keep for the backward, beside the master weights."""
+
+    inputs: float = BYTES_BF16
+    weights: float = 0.0
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.inputs < BYTES_BF16 or self.weights > 0
 
 
 @dataclass(frozen=True)
@@ -45,38 +62,73 @@ class MemoryEstimate:
 def estimate(
     config: LlamaConfig,
     micro_tokens: int,
-    packed: bool,
+    kept: Kept,
     shards: int = 1,
     recompute: bool = False,
     accumulates: bool = False,
     replicated: bool = False,
 ) -> MemoryEstimate:
-    """`packed`: the recipe saves fprop's operands in 4 bits. `shards`: ranks that share the states (1 under DDP).
-    `recompute`: only each block's input is kept, and one block's activations at a time. `accumulates`: a rank has
-    several micro-batches a step. `replicated`: gradients are summed over ranks by DDP, from a copy of all of them."""
-    d, f = config.width, config.hidden
-    residual = 4.0 if config.residual_dtype == "float32" else 2.0
-    saved_input = BYTES_PACKED if packed else BYTES_BF16
-    block = 2 * d * residual + BYTES_BF16 * (4 * d + 2 * f) + saved_input * (3 * d + f)
-    kept = config.layers * d * residual + block if recompute else config.layers * block
-    ends = d * (2 * residual + 3 * BYTES_BF16)
-    temporaries = BYTES_BF16 * (3 * f + 2 * d) * (2 if packed else 1)
-    parts = {
-        "weights, gradients, moments": BYTES_STATE * config.parameters / shards,
-        "activations": micro_tokens * (kept + ends),
-        "temporaries": micro_tokens * temporaries + LOGITS_CHUNK_BYTES,
+    """`shards`: ranks that share the states (1 under DDP). `recompute`: only each block's input is kept, and one
+    block's activations at a time. `accumulates`: a rank has several micro-batches a step. `replicated`: gradients are
+    summed over ranks by DDP, from a copy of all of them."""
+    activations = activation_bytes(config, micro_tokens, kept, recompute)
+    sizes = {
+        "weights, moments": BYTES_STATE * config.parameters / shards,
+        "gradients": gradient_bytes(config, activations, shards, accumulates, replicated),
+        "activations": activations,
+        "temporaries": temporary_bytes(config, micro_tokens, kept),
     }
-    if replicated:
-        parts["gradients on their way"] = BYTES_FP32 * config.parameters
     if shards > 1:
-        ends_parameters = 2 * config.vocab_size * config.width
-        two_blocks = 2 * (config.parameters - ends_parameters) / config.layers
-        gradients = config.parameters if accumulates else two_blocks + ends_parameters
-        parts["gathered by FSDP"] = BYTES_FP32 * (ends_parameters + two_blocks + gradients)
-    return MemoryEstimate({name: size / GIB for name, size in parts.items()})
+        sizes["gathered by FSDP"] = BYTES_FP32 * (2 * config.vocab_size * config.width + 2 * block_parameters(config))
+    return MemoryEstimate({name: size / GIB for name, size in sizes.items()})
 
 
-def saves_packed(plan: Plan) -> bool:
-    """Whether the forward keeps its activations in 4 bits (in the layers that the recipe quantizes)."""
-    recipes = [entry.recipe for entry in plan.entries if isinstance(entry.recipe, Recipe)]
-    return any(recipe.operand("fprop.x").is_quantized for recipe in recipes)
+def block_parameters(config: LlamaConfig) -> float:
+    return (config.parameters - 2 * config.vocab_size * config.width) / config.layers
+
+
+def activation_bytes(config: LlamaConfig, micro_tokens: int, kept: Kept, recompute: bool) -> float:
+    """What autograd keeps of one micro-batch, operands made of weights included."""
+    d, f = config.width, config.hidden
+    residual = BYTES_FP32 if config.residual_dtype == "float32" else BYTES_BF16
+    block = micro_tokens * (2 * d * residual + BYTES_BF16 * (4 * d + 2 * f) + kept.inputs * (3 * d + f))
+    block += kept.weights * block_parameters(config)
+    ends = micro_tokens * d * (2 * residual + 3 * BYTES_BF16)
+    return ends + (config.layers * micro_tokens * d * residual + block if recompute else config.layers * block)
+
+
+def temporary_bytes(config: LlamaConfig, micro_tokens: int, kept: Kept) -> float:
+    mlp = BYTES_BF16 * (3 * config.hidden + 2 * config.width)
+    return micro_tokens * mlp * (2 if kept.is_quantized else 1) + LOGITS_CHUNK_BYTES
+
+
+def gradient_bytes(config: LlamaConfig, activations: float, shards: int, accumulates: bool, replicated: bool) -> float:
+    """Gradients at the peak, and what they need beyond the activations' place when these are gone."""
+    whole, head = BYTES_FP32 * config.parameters, BYTES_FP32 * config.vocab_size * config.width
+    if shards > 1 and not accumulates:
+        return 2 * head + BYTES_FP32 * 2 * block_parameters(config)
+    after = whole * (2 if replicated else 1) / shards
+    return (whole if accumulates else head) + max(0.0, after - activations)
+
+
+def kept_of(plan: Plan) -> Kept:
+    """What the quantized layers of a plan keep; of several recipes the one that keeps most. Schemes count as BF16."""
+    recipes = [entry.recipe for entry in plan.entries if isinstance(entry.recipe, Recipe) and entry.recipe.is_quantized]
+    kept = [kept_by(recipe) for recipe in recipes]
+    return max(kept, key=lambda k: (k.inputs, k.weights), default=Kept())
+
+
+def kept_by(recipe: Recipe) -> Kept:
+    """As quant/linear.py decides it: fprop's operand, the backward's own, or the tensor (a weight: the master)."""
+    wgrad_x = recipe.operand("wgrad.x")
+    if keeps_fprop(recipe, "wgrad.x"):
+        inputs = bytes_of(recipe.operand("fprop.x"))
+    else:
+        inputs = bytes_of(wgrad_x) if wgrad_x.source == "input" else BYTES_BF16
+    return Kept(inputs, bytes_of(recipe.operand("fprop.w")) if keeps_fprop(recipe, "dgrad.w") else 0.0)
+
+
+def bytes_of(operand: Operand) -> float:
+    if not operand.is_quantized:
+        return BYTES_BF16
+    return BYTES_PACKED if operand.spec.is_nvfp4 else BYTES_FP8

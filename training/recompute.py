@@ -11,6 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 
 def recompute_blocks(model: nn.Module) -> None:
-    """Make every block of `model.blocks` recompute itself. Before compile and before `parallelize`; no name changes."""
+    """Make every block of `model.blocks` recompute itself. After compile_loss, before `parallelize`; names stay."""
     for block in model.blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)

@@ -15,7 +15,7 @@ from training.config import TrainConfig
 from training.derive import Numbers, derive
 from training.distributed import Dist
 from training.identity import default_name, hash_of, numerics, plan_numerics
-from training.memory import estimate, saves_packed
+from training.memory import estimate, kept_of
 from training.parallel import choose
 from training.report import StartScreen
 from training.shapes import model_of, shape_of
@@ -128,7 +128,7 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             memory=estimate(
                 sketch.shape,
                 sketch.numbers.micro_tokens,
-                saves_packed(sketch.plan),
+                kept_of(sketch.plan),
                 shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
                 recompute=config.recompute,
                 accumulates=sketch.numbers.accumulation > 1,

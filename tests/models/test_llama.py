@@ -7,7 +7,7 @@ import torch
 
 from configs.compose import compose
 from kernels.pointwise.reference_impl import turn
-from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
+from models.llama import Llama, LlamaConfig, initial_value, permute_for_half_split, rope_table
 
 # (layers, width, heads, hidden, non-embedding parameters), from the published protocol and the table.
 PRESETS = {
@@ -125,9 +125,13 @@ def test_initialization_depends_on_seed_and_names_alone():
     assert again.init_weights(5) == hash_first
     assert other.init_weights(6) != hash_first
     deeper = Llama(LlamaConfig(layers=3, width=64, heads=4, hidden=128, vocab_size=97, max_seq_len=32))
-    deeper.init_weights(5)
+    assert deeper.init_weights(5) != hash_first
     same = deeper.state_dict()["blocks.1.attn.qkv.weight"], first.state_dict()["blocks.1.attn.qkv.weight"]
     assert torch.equal(*same)
+    drawn = initial_value("blocks.1.attn.qkv.weight", same[0].shape, deeper.config, 5)
+    assert torch.equal(same[0], drawn)
+    # That of every run so far: a run's init_hash must go on meaning the same.
+    assert deeper.init_weights(5) == "8e8675094e1b8fd0"
 
 
 def test_initial_standard_deviations():

@@ -191,3 +191,13 @@ def test_evaluation_lists_are_fixed_and_clipped_to_the_split(run, rows, token_fo
     tokens = {row["step"]: np.load(folder / "eval" / f"{row['step']}.npz")["tokens"].sum() for row in evals}
     val = TokenSet(next(path for path in token_folder.iterdir() if (path / "manifest.json").exists())).split("val")
     assert tokens == {5: 128, 10: val.length - 1}
+
+
+def test_a_failed_run_does_not_wait_for_other_ranks(run, monkeypatch):
+    """Ending the process group flushes NCCL, with ranks that may be gone; after an error the process just ends."""
+    ended = []
+    monkeypatch.setattr("training.launch.teardown", lambda: ended.append(True))
+    with pytest.raises(ValueError, match=r"batch\.micro=3"):
+        run("batch.micro=3")
+    assert not ended
+    assert run("steps=1")[0] == 0 and ended
