@@ -168,12 +168,22 @@ class Llama(nn.Module):
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
         if tokens_BT.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
-        x_BTD = self.embed(tokens_BT).to(self.residual_dtype)
-        branch_BTD = None
+        x_BTD, branch_BTD = self.first(tokens_BT), None
         for block in self.blocks:
             x_BTD, branch_BTD = block(x_BTD, branch_BTD, self.rope)
-        # Nothing reads the last sum but its norm: no gradient to add, so no operation of its own.
+        return self.last(x_BTD, branch_BTD)
+
+    def first(self, tokens_BT: Tensor) -> Tensor:
+        return self.embed(tokens_BT).to(self.residual_dtype)
+
+    def last(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
+        """The final norm. Nothing else reads its sum: no gradient to add, so no operation of its own."""
         return self.norm(x_BTD + branch_BTD.to(x_BTD.dtype))[1]
+
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """(module, method): the parts to compile, each without a graph break. Blocks share their code, so that a deep
+        model compiles as fast as a shallow one; between them there is nothing left to fuse."""
+        return [(self, "first"), *((block, "forward") for block in self.blocks), (self, "last")]
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> logits [B, T, V] in the compute dtype."""

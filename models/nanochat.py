@@ -118,7 +118,11 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = SquaredReLU(config)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, first_BTD: Tensor, x_scale: Tensor, first_scale: Tensor, rope: Tensor
+    ) -> Tensor:
+        """`first_BTD`: the normalized embedding, which every layer sees; both scales are []."""
+        x_BTD = (x_scale * x_BTD.float() + first_scale * first_BTD.float()).to(x_BTD.dtype)
         x_BTD = x_BTD + self.attn(rms_norm(x_BTD, self.dtype), rope).to(x_BTD.dtype)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.dtype)).to(x_BTD.dtype)
 
@@ -140,15 +144,23 @@ class Nanochat(nn.Module):
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim), persistent=False)
 
+    def regions(self) -> list[tuple[nn.Module, str]]:
+        """(module, method): the parts to compile, each without a graph break; as in models/llama.py."""
+        return [(self, "first"), *((block, "forward") for block in self.blocks), (self, "last")]
+
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
         if tokens_BT.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
-        first_BTD = rms_norm(self.embed(tokens_BT).to(self.dtype), self.residual_dtype)
-        x_BTD = first_BTD
+        x_BTD = first_BTD = self.first(tokens_BT)
         for layer, block in enumerate(self.blocks):
-            mixed = self.residual_scales[layer] * x_BTD.float() + self.embedding_scales[layer] * first_BTD.float()
-            x_BTD = block(mixed.to(self.residual_dtype), self.rope)
+            x_BTD = block(x_BTD, first_BTD, self.residual_scales[layer], self.embedding_scales[layer], self.rope)
+        return self.last(x_BTD)
+
+    def first(self, tokens_BT: Tensor) -> Tensor:
+        return rms_norm(self.embed(tokens_BT).to(self.dtype), self.residual_dtype)
+
+    def last(self, x_BTD: Tensor) -> Tensor:
         return rms_norm(x_BTD, self.dtype)
 
     def forward(self, tokens_BT: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def build(model: str, recipe: str, extra: list[str], ranks: Dist, tokens: int) -
     plan = plan_of(llama, config.quant)
     convert(llama, plan, rng)
     loss = LossModel(llama)
-    compile_loss(loss, config, "none", ranks.device, plan.fullgraph)
+    compile_loss(loss, config, ranks.device, plan.fullgraph)
     parallel = parallelize(loss, "none", ranks)
     micro_batch = build_micro_batch(loss, config, plan, parallel, tokens, ranks.device)
     return Built(config, shape, llama, micro_batch, rng, kept_of(plan))

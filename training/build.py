@@ -67,7 +67,7 @@ def build_loss(
     model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb)
     loss = LossModel(model)
     mode = choose(config.parallel, ranks, shape.parameters)
-    compile_loss(loss, config, mode, ranks.device, plan.fullgraph)
+    compile_loss(loss, config, ranks.device, plan.fullgraph)
     if config.recompute:
         recompute_blocks(model)
     return loss, parallelize(loss, mode, ranks), init_hash
@@ -82,16 +82,13 @@ def check_schemes(plan: Plan, recompute: bool) -> None:
             raise ValueError(f"recompute=true isn't possible with recipe {scheme.label}; set recompute=false")
 
 
-def compile_loss(loss: LossModel, config: TrainConfig, mode: str, device: torch.device, fullgraph: bool = True) -> None:
-    """Compile in place: the whole loss, or block by block where FSDP gathers between blocks. `fullgraph`: no break
-    allowed (plan.fullgraph). A block's `forward`, not the module: checkpointing, which Dynamo doesn't enter there, and
-    FSDP's hooks stay outside."""
+def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, fullgraph: bool = True) -> None:
+    """Compile the model's regions in place. `fullgraph`: no break allowed (plan.fullgraph). Methods, not modules:
+    checkpointing, which Dynamo doesn't enter there, and FSDP's hooks stay outside; the loss is one operator."""
     if not is_compiled(config, device):
         return
-    if mode not in ("fsdp", "hsdp"):
-        return loss.compile(fullgraph=fullgraph, dynamic=False)
-    for block in loss.model.blocks:
-        block.forward = torch.compile(block.forward, fullgraph=fullgraph, dynamic=False)
+    for module, method in loss.model.regions():
+        setattr(module, method, torch.compile(getattr(module, method), fullgraph=fullgraph, dynamic=False))
 
 
 def build_micro_batch(

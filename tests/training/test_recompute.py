@@ -80,10 +80,12 @@ def one_rank(tmp_path):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_fsdp_blocks_share_one_compiled_graph(one_rank, monkeypatch, recompute):
-    """Recomputed blocks too: Dynamo doesn't look into checkpoint, so what it wraps must be compiled already."""
+@pytest.mark.parametrize("mode", ["none", "fsdp"])
+def test_blocks_share_their_compiled_graph(one_rank, monkeypatch, mode, recompute):
+    """Four graphs of a model of three blocks: the embedding, the first block (nothing to add yet), the others, the last
+    norm. Recomputed blocks too: Dynamo doesn't look into checkpoint, so what it wraps must be compiled already."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("training.build.choose", lambda *_: "fsdp")
+    monkeypatch.setattr("training.build.choose", lambda *_: mode)
     torch.compiler.reset()
     backend.use("reference", "cpu")
     config = compose(["compile=true", f"recompute={recompute}"]).config
@@ -92,7 +94,7 @@ def test_fsdp_blocks_share_one_compiled_graph(one_rank, monkeypatch, recompute):
     loss, parallel, _ = build_loss(config, CONFIG, plan, torch.zeros(3, dtype=torch.int64), one_rank)
     with parallel.accumulate(True):
         loss(torch.zeros(2, 17, dtype=torch.int64)).backward()
-    assert counters["stats"]["unique_graphs"] == 1
+    assert counters["stats"]["unique_graphs"] == 4
 
 
 @pytest.mark.parametrize("layers", [2, 4])
