@@ -103,13 +103,6 @@ def e2m1_code(value, source):
 
 
 @triton.jit
-def e2m1_value(code):
-    """nvfp4.decode: code 0 .. 15 (int32) -> FP32 grid value."""
-    magnitude = ((code & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
-    return tl.where(code >= 8, -magnitude, magnitude)
-
-
-@triton.jit
 def e4m3_byte(value):
     """The byte of a non-negative E4M3 value held in FP32: bias 7 instead of 127, so 2^-120 aligns the subnormals."""
     return ((value * 2.0**-120).to(tl.int32, bitcast=True) >> 20).to(tl.uint8)

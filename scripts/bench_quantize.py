@@ -73,6 +73,7 @@ CASES = [
     Case("fp8 e4m3 axis 0 (transposing)", "fp8", axis=0),
     Case("fp8 e4m3 both axes", "fp8_both"),
     Case("values from packed", "unpack", packed_in=True),
+    Case("values from packed, transposed", "unpack", axis=0, packed_in=True),
 ]
 
 
@@ -106,7 +107,7 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
     if case.op == "fp8_both":
         return triton_tiles.launch_fp8_both(o["x"], o["amax"], 448.0, False, True)
     if case.op == "unpack":
-        return torch.ops.nibble.unpack_values(*source)
+        return torch.ops.nibble.unpack_values(*source, case.axis)
     return compiled_amax(o["x"])
 
 

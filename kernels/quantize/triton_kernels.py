@@ -62,8 +62,8 @@ def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr
 
 
 @triton.jit
-def _load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.constexpr, COLS: tl.constexpr,
-               PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.constexpr, COLS: tl.constexpr,
+              PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """[ROWS, COLS] of the source as BF16 (FP32 when interpreting: its BF16 dot is wrong); zeros outside [R, C].
 
     Packed sources come in words of 8 codes, `words` = C / 8 and `groups` = C / 16 a row, and give values * 2^-8.
@@ -264,8 +264,8 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
     for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
-        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, src_words, src_groups, TILE_R, TILE_C, PACKED, SQUARE,
-                       EVEN, INTERPRET)  # fmt: skip
+        x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, src_words, src_groups, TILE_R, TILE_C, PACKED, SQUARE,
+                      EVEN, INTERPRET)  # fmt: skip
         if AXIS == 0:
             x = tl.trans(x)
         line0 = col0 if AXIS == 0 else row0
@@ -355,8 +355,8 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
     for tile in tl.range(program, tl.cdiv(R, TILE_R) * tiles_c, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
-        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
-                       EVEN, INTERPRET)  # fmt: skip
+        x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
+                      EVEN, INTERPRET)  # fmt: skip
         if ALONG_1:
             largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
         if ALONG_0:

@@ -101,8 +101,7 @@ def test_tile_kernels_compile(target: int):
     types = dict(values_ptr="*u8", transposed_ptr="*u8", other_scale_ptr="*fp32")
     assert compile_kernel(triton_tiles.fp8_both_kernel, both, target, **types).asm["cubin"]
     assert compile_kernel(triton_tiles.fp8_kernel, fp8, target, values_ptr="*u8").asm["cubin"]
-    assert compile_kernel(triton_tiles.unpack_kernel, dict(SQUARE=True, BLOCK=128), target, codes_ptr="*u8").asm[
-        "cubin"
-    ]
+    unpack = dict(SQUARE=True, AXIS=0, TILE_R=64, TILE_C=128, INTERPRET=False)
+    assert compile_kernel(triton_tiles.unpack_kernel, unpack, target).asm["cubin"]
     assert compile_kernel(triton_kernels.signs_kernel, dict(STREAM=1, DIM=16, FIXED=False), target, 1,
                           signs_ptr="*fp32").asm["cubin"]  # fmt: skip
