@@ -1,8 +1,9 @@
 """Triton building blocks of the 4-bit quantizers: rounding, division, Philox bits, E2M1 and E4M3 codes.
 
-Everything here is FP32 and 32-bit integer arithmetic: no float8 cast and no inline PTX, so that the kernels compile for
-every architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. The definition
-is kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
+Everything here is FP32 and 32-bit integer arithmetic: no float8 cast and no PTX that needs a certain architecture, so
+that the kernels compile for every one and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same
+bits. What it can't run (PTX, fused multiply-add) has another branch for it, by INTERPRET. The definition is
+kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
 """
 
 import triton
@@ -155,11 +156,22 @@ def next_power_of_two(x):
 
 
 @triton.jit
-def philox4x32(c0, c1, c2, c3, k0, k1):
+def wide_product(a, b, INTERPRET: tl.constexpr):
+    """(low, high) 32-bit words of the product of uint32 a and b. As plain code it becomes two multiplications."""
+    if INTERPRET:
+        return a * b, tl.umulhi(a, b)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p; }", "=r,=r,r,r", [a, b], (tl.uint32, tl.uint32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1, INTERPRET: tl.constexpr):
     """philox.philox4x32 on uint32 words."""
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        low0, high0 = wide_product(c0, 0xD2511F53, INTERPRET)
+        low1, high1 = wide_product(c2, 0xCD9E8D57, INTERPRET)
         c0 = high1 ^ c1 ^ k0
         c2 = high0 ^ c3 ^ k1
         c1 = low1

@@ -93,23 +93,23 @@ def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.con
 
 
 @triton.jit
-def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr):
     """top 24 bits for each element [GROUPS, SIZE]; Philox call [GROUPS, SIZE / 4] serves four neighbours."""
     k0, k1, step, micro_batch, last = key
     counter = call.to(tl.uint32)
     zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1)
+    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] is word 2 i + j
     return top24(tl.reshape(words, [GROUPS, SIZE]))
 
 
 @triton.jit
-def _random24_groups(group, key):
+def _random24_groups(group, key, INTERPRET: tl.constexpr):
     """top 24 bits for each group's scale [GROUPS]."""
     k0, k1, step, micro_batch, last = key
     counter = (group >> 2).to(tl.uint32)
     zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1)
+    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
     word = group & 3
     return top24(tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3))))
 
@@ -168,11 +168,11 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
     calls: how many the elements take in all (a second stochastic branch goes on from there).
     """
     SR: tl.constexpr = ROUNDING == "sr"
-    random24 = _random24_elements(call, key, y.shape[0], y.shape[1]) if SR else 0.0
+    random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
     ratio = tl.div_rn(tl.max(tl.abs(y), 1), TARGET * T * factor)
     elements, codes, scale, alive = _round_groups(y, ratio, T, factor, random24, SR, INTERPRET)
     if SELECT_46:
-        random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1]) if SR else 0.0
+        random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
         elements4, codes4, scale4, alive4 = _round_groups(y, 1.5 * ratio, T, factor, random24, SR, INTERPRET)
         four = _squared_error(elements4, codes4, scale4, alive4) < _squared_error(elements, codes, scale, alive)
         codes = tl.where(four[:, None], codes4, codes)
@@ -185,7 +185,7 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
         squares = _over_blocks(weight * tl.sum(elements * elements, 1), EDEN_GROUPS)
         products = _over_blocks(weight * tl.sum(elements * codes, 1), EDEN_GROUPS)
         correction = tl.where(products > 0.0, tl.div_rn(squares, products), 1.0)
-        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key))
+        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key, INTERPRET))
         alive = alive & (scale > 0.0)
         codes = tl.where(alive[:, None], codes, 0.0)
         scale = tl.where(alive, scale, 1.0)
@@ -368,14 +368,15 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
 
 
 @triton.jit
-def signs_kernel(rng_ptr, layer_ptr, signs_ptr, STREAM: tl.constexpr, DIM: tl.constexpr, FIXED: tl.constexpr):
+def signs_kernel(rng_ptr, layer_ptr, signs_ptr, STREAM: tl.constexpr, DIM: tl.constexpr, FIXED: tl.constexpr,
+                 INTERPRET: tl.constexpr):  # fmt: skip
     """philox.random_signs: FP32 +1 or -1 [DIM]; word i decides by its top bit. FIXED drops step, micro-batch, layer."""
     k0, k1, step, micro_batch, last = load_key(rng_ptr, layer_ptr, STREAM)
     counter = tl.arange(0, DIM // 4).to(tl.uint32)
     zero = tl.zeros_like(counter)
     if FIXED:
-        w0, w1, w2, w3 = philox4x32(counter, zero, zero, zero + STREAM, k0, k1)
+        w0, w1, w2, w3 = philox4x32(counter, zero, zero, zero + STREAM, k0, k1, INTERPRET)
     else:
-        w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1)
+        w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [DIM])
     tl.store(signs_ptr + tl.arange(0, DIM), 1.0 - 2.0 * (words >> 31).to(tl.int32).to(tl.float32))

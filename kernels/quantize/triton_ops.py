@@ -196,7 +196,7 @@ def launch_amax(
 @torch.library.custom_op("nibble::rht_signs", mutates_args=())
 def _rht_signs_op(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
     signs = torch.empty(dim, dtype=torch.float32, device=rng.device)
-    signs_kernel[(1,)](rng, layer, signs, STREAM=gemm, DIM=dim, FIXED=fixed, num_warps=1)
+    signs_kernel[(1,)](rng, layer, signs, STREAM=gemm, DIM=dim, FIXED=fixed, INTERPRET=INTERPRET, num_warps=1)
     return signs
 
 

@@ -103,5 +103,5 @@ def test_tile_kernels_compile(target: int):
     assert compile_kernel(triton_tiles.fp8_kernel, fp8, target, values_ptr="*u8").asm["cubin"]
     unpack = dict(SQUARE=True, AXIS=0, TILE_R=64, TILE_C=128, INTERPRET=False)
     assert compile_kernel(triton_tiles.unpack_kernel, unpack, target).asm["cubin"]
-    assert compile_kernel(triton_kernels.signs_kernel, dict(STREAM=1, DIM=16, FIXED=False), target, 1,
-                          signs_ptr="*fp32").asm["cubin"]  # fmt: skip
+    signs = dict(STREAM=1, DIM=16, FIXED=False, INTERPRET=False)
+    assert compile_kernel(triton_kernels.signs_kernel, signs, target, 1).asm["cubin"]
