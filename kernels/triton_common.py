@@ -46,18 +46,30 @@ def round_e4m3(x):
 
 
 @triton.jit
-def stochastic_e2m1(x, random24):
-    """formats.round_stochastic(x, E2M1, random24); the neighbour towards zero comes from the nearest one, exactly."""
+def stochastic_e2m1(x, random24, INTERPRET: tl.constexpr):
+    """formats.round_stochastic(x, E2M1, random24).
+
+    Between neighbours low <= |x| < low + step: up iff |x| - random24 * 2^-24 * step > low, so the result is that
+    difference rounded up to a multiple of step. Upward rounding of the difference itself can't carry it past one.
+    """
     magnitude = tl.minimum(tl.abs(x), 6.0)
-    power = binade(tl.maximum(magnitude, 1.0))
-    nearest = tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, magnitude))
-    step = power * 0.5
-    low = tl.where(nearest > magnitude, nearest - step, nearest)
-    # frac * 2^24 = (magnitude - low) * (2^25 / power), exactly: the factor is 2^25's exponent less power's.
-    scale = (0x4C000000 - (power.to(tl.int32, bitcast=True) - 0x3F800000)).to(tl.float32, bitcast=True)
-    rounded = tl.where(random24 < (magnitude - low) * scale, low + step, low)
+    power = binade(tl.maximum(magnitude, 1.0))  # 2 * step
+    if INTERPRET:
+        steps = (magnitude.to(tl.float64) - random24.to(tl.float64) * (power * 2.0**-25)) / (power * 0.5)
+        rounded = tl.abs(tl.ceil(steps) * (power * 0.5)).to(tl.float32)
+    else:
+        lowered = fma_up(random24, power * -(2.0**-25), magnitude)
+        rounded = tl.fma(power, -E2M1_SHIFT, fma_up(power, E2M1_SHIFT, lowered))
     sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
     return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fma_up(a, b, c):
+    """a * b + c, rounded once and towards +infinity."""
+    return tl.inline_asm_elementwise(
+        "fma.rp.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit

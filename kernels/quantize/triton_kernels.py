@@ -123,7 +123,7 @@ def _round_groups(y, ratio, T, factor, random24, SR: tl.constexpr, INTERPRET: tl
     # A zero reciprocal gives a dead block codes 0.
     reciprocal = tl.where(alive, tl.div_rn(1.0, divisor), 0.0)
     elements = divide(y, divisor[:, None], reciprocal[:, None], INTERPRET)
-    codes = stochastic_e2m1(elements, random24) if SR else round_e2m1(elements)
+    codes = stochastic_e2m1(elements, random24, INTERPRET) if SR else round_e2m1(elements)
     return elements, codes, tl.where(alive, scale, 1.0), alive
 
 
