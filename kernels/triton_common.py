@@ -77,7 +77,8 @@ def stochastic_e4m3(x, random24):
     """formats.round_stochastic(x, E4M3, random24) of non-negative x."""
     x = tl.minimum(x, E4M3_MAX)
     step = tl.maximum(binade(x), E4M3_MIN_NORMAL) * 0.125
-    steps = tl.div_rn(x, step)
+    # x / step by its reciprocal, exactly: both are powers of two, whose exponent fields add up to 2 * 127.
+    steps = x * (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     low = tl.floor(steps)
     return tl.where(random24 < (steps - low) * RANDOM_RANGE, low + 1.0, low) * step
 

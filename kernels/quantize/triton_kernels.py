@@ -169,7 +169,8 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
     """
     SR: tl.constexpr = ROUNDING == "sr"
     random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
-    ratio = tl.div_rn(tl.max(tl.abs(y), 1), TARGET * T * factor)
+    largest = TARGET * T * factor
+    ratio = divide(tl.max(tl.abs(y), 1), largest, tl.div_rn(1.0, largest), INTERPRET)
     elements, codes, scale, alive = _round_groups(y, ratio, T, factor, random24, SR, INTERPRET)
     if SELECT_46:
         random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
