@@ -20,7 +20,9 @@ E5M2_MAX = tl.constexpr(57344.0)
 EXPONENT_MASK = tl.constexpr(0x7F800000)
 RANDOM_RANGE = tl.constexpr(2.0**24)
 SIGN_BIT = tl.constexpr(-(2**31))
-SIGN_AND_CODE = tl.constexpr(0x81C00000 - 2**32)
+PAIR_SIGNS = tl.constexpr(0x80008000 - 2**32)
+HIGH_HALF = tl.constexpr(-(2**16))
+PAIR_CODES = tl.constexpr(0x01C001C0)
 
 
 @triton.jit
@@ -137,29 +139,31 @@ def encode_words(values, source):
 
 
 @triton.jit
-def _decode_one(words, scales, INDEX: tl.constexpr):
-    bits = ((words << (28 - 4 * INDEX)) >> 6) & SIGN_AND_CODE
-    return bits.to(tl.float32, bitcast=True) * scales
+def _decode_pair(words, scales, INDEX: tl.constexpr, INTERPRET: tl.constexpr):
+    """Codes INDEX and INDEX + 4 of each word, [..., 2], decoded in both halves of a word at once."""
+    top = words << (12 - 4 * INDEX)
+    bits = (top & PAIR_SIGNS) | ((top >> 6) & PAIR_CODES)
+    if INTERPRET:
+        low, high = (bits << 16).to(tl.float32, bitcast=True), (bits & HIGH_HALF).to(tl.float32, bitcast=True)
+    else:
+        low = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.join(low * scales, high * scales)
 
 
 @triton.jit
-def _decode_four(words, scales, FIRST: tl.constexpr):
-    """Codes FIRST, FIRST + 2, FIRST + 4, FIRST + 6 of each word, [..., 2, 2]. Joined, they stay in one thread."""
-    low = tl.join(_decode_one(words, scales, FIRST), _decode_one(words, scales, FIRST + 4))
-    high = tl.join(_decode_one(words, scales, FIRST + 2), _decode_one(words, scales, FIRST + 6))
-    return tl.join(low, high)
+def decode_words(words, scale_bytes, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRET: tl.constexpr):
+    """int32 words of 8 codes [ROWS, COLS / 8] and E4M3 bytes [ROWS, COLS / 16] -> BF16 [ROWS, COLS] values * 2^-8.
 
-
-@triton.jit
-def decode_words(words, scale_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """int32 words of 8 codes [ROWS, COLS / 8] and E4M3 bytes [ROWS, COLS / 16] -> FP32 [ROWS, COLS] values * 2^-8.
-
-    Shifting a code to the top and back with its sign leaves s000000s'eem at bits 31 and 24..22: E2M1 on FP32's smallest
-    exponents, times 2^-126. The factor 2^118 * scale (at most 2^127) undoes that up to 2^-8, exactly, in one product.
+    A code's bits at 15 and 8..6 are E2M1 on BF16's smallest exponents, times 2^-126. The factor 2^118 * scale (at most
+    2^127) undoes that up to 2^-8 in one product, exactly; in FP32 when interpreting. Joined, words stay in one thread.
     """
     scales = e4m3_value(scale_bytes) * 2.0**118
+    scales = scales if INTERPRET else scales.to(tl.bfloat16)
     scales = tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, COLS // 16, 2]), [ROWS, COLS // 8])
-    return tl.reshape(tl.join(_decode_four(words, scales, 0), _decode_four(words, scales, 1)), [ROWS, COLS])
+    even = tl.join(_decode_pair(words, scales, 0, INTERPRET), _decode_pair(words, scales, 2, INTERPRET))
+    odd = tl.join(_decode_pair(words, scales, 1, INTERPRET), _decode_pair(words, scales, 3, INTERPRET))
+    return tl.reshape(tl.join(even, odd), [ROWS, COLS])
 
 
 @triton.jit

@@ -80,7 +80,7 @@ def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.con
         else:
             codes = tl.load(word_at, mask=(rows < R)[:, None] & (word < words)[None, :], other=0)
             scales = tl.load(scale_at, mask=(rows < R)[:, None] & (group < groups)[None, :], other=0)
-        tile = decode_words(codes, scales, ROWS, COLS)
+        tile = decode_words(codes, scales, ROWS, COLS, INTERPRET)
     else:
         cols = col0 + tl.arange(0, COLS)
         at = src_ptr + rows[:, None] * C + cols[None, :]
