@@ -103,14 +103,20 @@ def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr, INTE
 
 
 @triton.jit
-def _random24_groups(group, key, INTERPRET: tl.constexpr):
-    """top 24 bits for each group's scale [GROUPS]."""
+def _random24_groups(group, key, GROUPS: tl.constexpr, INTERPRET: tl.constexpr):
+    """top 24 bits for the scale of each of GROUPS groups, numbered by `group`, or by the even one of each pair."""
     k0, k1, step, micro_batch, last = key
     counter = (group >> 2).to(tl.uint32)
     zero = tl.zeros_like(counter)
     w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
-    word = group & 3
-    return top24(tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3))))
+    upper = (group & 2) == 2
+    even, odd = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
+    if group.shape[0] == GROUPS:
+        word = tl.where((group & 1) == 1, odd, even)
+    else:
+        is_even = (tl.arange(0, 2) == 0)[None, :]
+        word = tl.reshape(tl.where(is_even, even[:, None], odd[:, None]), [GROUPS])
+    return top24(word)
 
 
 @triton.jit
@@ -164,7 +170,8 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
     """Reference `quantize_blocks`: FP32 codes [G, n] and block scales [G] of y [G, n] (n = 16, or 256 for tiles).
 
     T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales;
-    calls: how many the elements take in all (a second stochastic branch goes on from there).
+    calls: how many the elements take in all (a second stochastic branch goes on from there). A group [G / 2] numbers
+    the first of each pair of neighbours, if that is always even: a pair then shares one Philox call.
     """
     SR: tl.constexpr = ROUNDING == "sr"
     random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
@@ -185,7 +192,7 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
         squares = _over_blocks(weight * tl.sum(elements * elements, 1), EDEN_GROUPS)
         products = _over_blocks(weight * tl.sum(elements * codes, 1), EDEN_GROUPS)
         correction = tl.where(products > 0.0, tl.div_rn(squares, products), 1.0)
-        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key, INTERPRET))
+        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key, y.shape[0], INTERPRET))
         alive = alive & (scale > 0.0)
         codes = tl.where(alive[:, None], codes, 0.0)
         scale = tl.where(alive, scale, 1.0)
@@ -203,13 +210,22 @@ def tensor_scale(amax, RANGE: tl.constexpr, POW2: tl.constexpr):
 
 
 @triton.jit
+def _group_numbers(line0, group0, out_groups, TILE: tl.constexpr, ROW: tl.constexpr):
+    """Numbers of ROW groups, evenly spaced among the eight, of each of TILE rows."""
+    i = tl.arange(0, TILE * ROW)
+    return (line0 + i // ROW) * out_groups + group0 + i % ROW * (8 // ROW)
+
+
+@triton.jit
 def _tile_groups(x, rotation, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                 TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                 PAIRS: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (y, codes, block scales)."""
     y = _natural_order(tl.dot(x, rotation), TILE)
-    group = (line0 + tl.arange(0, TILE * 8) // 8) * out_groups + group0 + tl.arange(0, TILE * 8) % 8
+    group = _group_numbers(line0, group0, out_groups, TILE, 8)
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if PAIRS:
+        group = _group_numbers(line0, group0, out_groups, TILE, 4)
     calls = lines * out_groups * 4
     codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
                                    SCALED, INTERPRET)  # fmt: skip
@@ -239,12 +255,12 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
                     AXIS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, HAS_SIGNS: tl.constexpr,
                     TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                     SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                    STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr, EVEN: tl.constexpr,
-                    TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                    PAIRS: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
+                    EVEN: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Quantize [R, C] in blocks of 16 along AXIS. A program takes every num_programs-th tile of TILE x 128.
 
     values_ptr: BF16 [R, C]; codes_ptr (words of 8 codes), scales_ptr: the operand stored as [rows, contraction], with
-    out_words = contraction / 8 and out_groups = contraction / 16; scale_ptr: FP32 [].
+    out_words = contraction / 8 and out_groups = contraction / 16; scale_ptr: FP32 []. PAIRS: out_groups is even.
     """
     program = tl.program_id(0)
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
@@ -271,7 +287,8 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
         line0 = col0 if AXIS == 0 else row0
         group0 = (row0 if AXIS == 0 else col0) // 16
         y, code, scale = _tile_groups(x, rotation, T, factor, key, line0, group0, C if AXIS == 0 else R, out_groups,
-                                      TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED, TILE, INTERPRET)  # fmt: skip
+                                      TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED, PAIRS, TILE,
+                                      INTERPRET)  # fmt: skip
         if STORE_VALUES:
             _store_values(values_ptr, code, scale, row0, col0, R, C, AXIS, TILE, EVEN)
         if STORE_PACKED:

@@ -146,7 +146,7 @@ def launch_quantize(
         columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
         AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
         TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
-        EDEN_GROUPS=eden_groups, SCALED=eden_scaled, STREAM=16 + slot,
+        EDEN_GROUPS=eden_groups, SCALED=eden_scaled, PAIRS=contraction % 32 == 0, STREAM=16 + slot,
         STORE_VALUES=store_values, STORE_PACKED=store_packed,
         EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
         STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,

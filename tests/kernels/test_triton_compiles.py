@@ -16,7 +16,7 @@ from kernels.quantize import triton_kernels, triton_ops, triton_tiles  # noqa: E
 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
-    TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False,
+    TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False, PAIRS=True,
     STREAM=16, STORE_VALUES=True, STORE_PACKED=False, EVEN=True, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
 )  # fmt: skip
 QUANTIZE = {
