@@ -123,10 +123,10 @@ def candidates(case: Case) -> list[Launch]:
         shapes = itertools.product((32, 64), (2, 4, 8), (1, 2, 3), (16, 24, 32, 48))
         return [Launch(a_warp * warps, warps, stages, total // warps) for a_warp, warps, stages, total in shapes]
     if case.op == "amax":
-        tiles, stages, limits = ((128,) if case.axis == 2 else (64, 128)), (2, 3, 4), (None,)
+        tiles, stages, limits = ((128,) if case.axis == 2 else (64, 128, 256)), (2, 3, 4), (None,)
     else:
         tiles, stages, limits = (64, 128), (1, 2, 3), (None, 128, 96)
-    shapes = itertools.product(tiles, (4, 8), stages, (1, 2, 3, 4), limits)
+    shapes = itertools.product(tiles, (4, 8), stages, (1, 2, 3, 4, 5), limits)
     return [Launch(*shape) for shape in shapes if not (case.op == "quantize" and shape[:2] == (128, 4))]
 
 
