@@ -1,8 +1,9 @@
 """Triton building blocks of the 4-bit quantizers: rounding, division, Philox bits, E2M1 and E4M3 codes.
 
 Everything here is FP32 and 32-bit integer arithmetic without float8 casts, so that the kernels compile for every
-architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. The exception is
-E2M1 on Blackwell, whose conversion instruction replaces that arithmetic (`has_e2m1_instruction`). The definition is
+architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. What it can't run
+(PTX, fused multiply-add) has another branch for it, by INTERPRET; and E2M1 on Blackwell has a conversion instruction
+that replaces the arithmetic (`has_e2m1_instruction`). The definition is
 kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
 """
 
@@ -21,7 +22,9 @@ E5M2_MAX = tl.constexpr(57344.0)
 EXPONENT_MASK = tl.constexpr(0x7F800000)
 RANDOM_RANGE = tl.constexpr(2.0**24)
 SIGN_BIT = tl.constexpr(-(2**31))
-SIGN_AND_CODE = tl.constexpr(0x81C00000 - 2**32)
+PAIR_SIGNS = tl.constexpr(0x80008000 - 2**32)
+HIGH_HALF = tl.constexpr(-(2**16))
+PAIR_CODES = tl.constexpr(0x01C001C0)
 
 
 @triton.constexpr_function
@@ -82,21 +85,32 @@ def round_e4m3(x):
 
 
 @triton.jit
-def stochastic_e2m1(x, random24):
-    """formats.round_stochastic(x, E2M1, random24); the neighbour towards zero comes from the nearest one, exactly.
+def stochastic_e2m1(x, random24, INTERPRET: tl.constexpr):
+    """formats.round_stochastic(x, E2M1, random24).
+
+    Between neighbours low <= |x| < low + step: up iff |x| - random24 * 2^-24 * step > low, so the result is that
+    difference rounded up to a multiple of step. Upward rounding of the difference itself can't carry it past one.
 
     Not cvt.rs.satfinite.e2m1x4: its random bits are not design.md's Philox words, and sm_120 has no such instruction.
     """
     magnitude = tl.minimum(tl.abs(x), 6.0)
-    power = binade(tl.maximum(magnitude, 1.0))
-    nearest = tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, magnitude))
-    step = power * 0.5
-    low = tl.where(nearest > magnitude, nearest - step, nearest)
-    # frac * 2^24 = (magnitude - low) * (2^25 / power), exactly: the factor is 2^25's exponent less power's.
-    scale = (0x4C000000 - (power.to(tl.int32, bitcast=True) - 0x3F800000)).to(tl.float32, bitcast=True)
-    rounded = tl.where(random24 < (magnitude - low) * scale, low + step, low)
+    power = binade(tl.maximum(magnitude, 1.0))  # 2 * step
+    if INTERPRET:
+        steps = (magnitude.to(tl.float64) - random24.to(tl.float64) * (power * 2.0**-25)) / (power * 0.5)
+        rounded = tl.abs(tl.ceil(steps) * (power * 0.5)).to(tl.float32)
+    else:
+        lowered = fma_up(random24, power * -(2.0**-25), magnitude)
+        rounded = tl.fma(power, -E2M1_SHIFT, fma_up(power, E2M1_SHIFT, lowered))
     sign = x.to(tl.int32, bitcast=True) & SIGN_BIT
     return (rounded.to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def fma_up(a, b, c):
+    """a * b + c, rounded once and towards +infinity."""
+    return tl.inline_asm_elementwise(
+        "fma.rp.f32 $0, $1, $2, $3;", "=f,f,f,f", [a, b, c], tl.float32, is_pure=True, pack=1
+    )
 
 
 @triton.jit
@@ -104,7 +118,8 @@ def stochastic_e4m3(x, random24):
     """formats.round_stochastic(x, E4M3, random24) of non-negative x."""
     x = tl.minimum(x, E4M3_MAX)
     step = tl.maximum(binade(x), E4M3_MIN_NORMAL) * 0.125
-    steps = tl.div_rn(x, step)
+    # x / step by its reciprocal, exactly: both are powers of two, whose exponent fields add up to 2 * 127.
+    steps = x * (0x7F000000 - step.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
     low = tl.floor(steps)
     return tl.where(random24 < (steps - low) * RANDOM_RANGE, low + 1.0, low) * step
 
@@ -140,13 +155,6 @@ def e2m1_code(value, source):
     """
     magnitude = (tl.abs(value) * 2.0**-126).to(tl.int32, bitcast=True) >> 22
     return magnitude | ((source.to(tl.int32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def e2m1_value(code):
-    """nvfp4.decode: code 0 .. 15 (int32) -> FP32 grid value."""
-    magnitude = ((code & 7) << 22).to(tl.float32, bitcast=True) * 2.0**126
-    return tl.where(code >= 8, -magnitude, magnitude)
 
 
 @triton.jit
@@ -193,29 +201,31 @@ def encode_words(values, source):
 
 
 @triton.jit
-def _decode_one(words, scales, INDEX: tl.constexpr):
-    bits = ((words << (28 - 4 * INDEX)) >> 6) & SIGN_AND_CODE
-    return bits.to(tl.float32, bitcast=True) * scales
+def _decode_pair(words, scales, INDEX: tl.constexpr, INTERPRET: tl.constexpr):
+    """Codes INDEX and INDEX + 4 of each word, [..., 2], decoded in both halves of a word at once."""
+    top = words << (12 - 4 * INDEX)
+    bits = (top & PAIR_SIGNS) | ((top >> 6) & PAIR_CODES)
+    if INTERPRET:
+        low, high = (bits << 16).to(tl.float32, bitcast=True), (bits & HIGH_HALF).to(tl.float32, bitcast=True)
+    else:
+        low = bits.to(tl.int16).to(tl.bfloat16, bitcast=True)
+        high = (bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    return tl.join(low * scales, high * scales)
 
 
 @triton.jit
-def _decode_four(words, scales, FIRST: tl.constexpr):
-    """Codes FIRST, FIRST + 2, FIRST + 4, FIRST + 6 of each word, [..., 2, 2]. Joined, they stay in one thread."""
-    low = tl.join(_decode_one(words, scales, FIRST), _decode_one(words, scales, FIRST + 4))
-    high = tl.join(_decode_one(words, scales, FIRST + 2), _decode_one(words, scales, FIRST + 6))
-    return tl.join(low, high)
+def decode_words(words, scale_bytes, ROWS: tl.constexpr, COLS: tl.constexpr, INTERPRET: tl.constexpr):
+    """int32 words of 8 codes [ROWS, COLS / 8] and E4M3 bytes [ROWS, COLS / 16] -> BF16 [ROWS, COLS] values * 2^-8.
 
-
-@triton.jit
-def decode_words(words, scale_bytes, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """int32 words of 8 codes [ROWS, COLS / 8] and E4M3 bytes [ROWS, COLS / 16] -> FP32 [ROWS, COLS] values * 2^-8.
-
-    Shifting a code to the top and back with its sign leaves s000000s'eem at bits 31 and 24..22: E2M1 on FP32's smallest
-    exponents, times 2^-126. The factor 2^118 * scale (at most 2^127) undoes that up to 2^-8, exactly, in one product.
+    A code's bits at 15 and 8..6 are E2M1 on BF16's smallest exponents, times 2^-126. The factor 2^118 * scale (at most
+    2^127) undoes that up to 2^-8 in one product, exactly; in FP32 when interpreting. Joined, words stay in one thread.
     """
     scales = e4m3_value(scale_bytes) * 2.0**118
+    scales = scales if INTERPRET else scales.to(tl.bfloat16)
     scales = tl.reshape(tl.broadcast_to(scales[:, :, None], [ROWS, COLS // 16, 2]), [ROWS, COLS // 8])
-    return tl.reshape(tl.join(_decode_four(words, scales, 0), _decode_four(words, scales, 1)), [ROWS, COLS])
+    even = tl.join(_decode_pair(words, scales, 0, INTERPRET), _decode_pair(words, scales, 2, INTERPRET))
+    odd = tl.join(_decode_pair(words, scales, 1, INTERPRET), _decode_pair(words, scales, 3, INTERPRET))
+    return tl.reshape(tl.join(even, odd), [ROWS, COLS])
 
 
 @triton.jit
@@ -225,11 +235,22 @@ def next_power_of_two(x):
 
 
 @triton.jit
-def philox4x32(c0, c1, c2, c3, k0, k1):
+def wide_product(a, b, INTERPRET: tl.constexpr):
+    """(low, high) 32-bit words of the product of uint32 a and b. As plain code it becomes two multiplications."""
+    if INTERPRET:
+        return a * b, tl.umulhi(a, b)
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 p; mul.wide.u32 p, $2, $3; mov.b64 {$0, $1}, p; }", "=r,=r,r,r", [a, b], (tl.uint32, tl.uint32),
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def philox4x32(c0, c1, c2, c3, k0, k1, INTERPRET: tl.constexpr):
     """philox.philox4x32 on uint32 words."""
     for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(c0, 0xD2511F53), c0 * 0xD2511F53
-        high1, low1 = tl.umulhi(c2, 0xCD9E8D57), c2 * 0xCD9E8D57
+        low0, high0 = wide_product(c0, 0xD2511F53, INTERPRET)
+        low1, high1 = wide_product(c2, 0xCD9E8D57, INTERPRET)
         c0 = high1 ^ c1 ^ k0
         c2 = high0 ^ c3 ^ k1
         c1 = low1

@@ -118,9 +118,7 @@ class Block(nn.Module):
         self.attn = Attention(config, layer)
         self.mlp = SquaredReLU(config)
 
-    def forward(
-        self, x_BTD: Tensor, first_BTD: Tensor, x_scale: Tensor, first_scale: Tensor, rope: Tensor
-    ) -> Tensor:
+    def forward(self, x_BTD: Tensor, first_BTD: Tensor, x_scale: Tensor, first_scale: Tensor, rope: Tensor) -> Tensor:
         """`first_BTD`: the normalized embedding, which every layer sees; both scales are []."""
         x_BTD = (x_scale * x_BTD.float() + first_scale * first_BTD.float()).to(x_BTD.dtype)
         x_BTD = x_BTD + self.attn(rms_norm(x_BTD, self.dtype), rope).to(x_BTD.dtype)

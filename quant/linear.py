@@ -220,8 +220,7 @@ def as_it_is(held: NVFP4Tensor | Quantized, slot: str, context: Context) -> Quan
     quantized_here = context.recipe.operand(slot).source == "input"  # then it is stored along this slot's contraction
     if "packed" in wanted(context.recipe, slot, False):
         return Quantized(None, held.global_scale, held if quantized_here else held.transposed())
-    plain = ops.dequantize(held)
-    return replace(plain, values=plain.values.t()) if quantized_here else plain
+    return ops.dequantize(held, AXES[slot] if quantized_here else 1)
 
 
 def keeps_fprop(recipe: Recipe, slot: str) -> bool:

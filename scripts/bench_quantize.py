@@ -57,6 +57,7 @@ class Case:
 CASES = [
     Case("x fprop: rtn 4/6, values + packed", "quantize", four_over_six=True, packed_out=True),
     Case("x fprop: rtn, values + packed", "quantize", packed_out=True),
+    Case("dy dgrad: sr, no rotation", "quantize", rounding="sr"),
     Case("rtn axis 0", "quantize", axis=0),
     Case("dy dgrad: ms_eden rot 128", "quantize", rounding="ms_eden", dim=128),
     Case("dy wgrad: ms_eden rot 128", "quantize", axis=0, rounding="ms_eden", dim=128),
@@ -73,6 +74,7 @@ CASES = [
     Case("fp8 e4m3 axis 0 (transposing)", "fp8", axis=0),
     Case("fp8 e4m3 both axes", "fp8_both"),
     Case("values from packed", "unpack", packed_in=True),
+    Case("values from packed, transposed", "unpack", axis=0, packed_in=True),
 ]
 
 
@@ -106,7 +108,7 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
     if case.op == "fp8_both":
         return triton_tiles.launch_fp8_both(o["x"], o["amax"], 448.0, False, True)
     if case.op == "unpack":
-        return torch.ops.nibble.unpack_values(*source)
+        return torch.ops.nibble.unpack_values(*source, case.axis)
     return compiled_amax(o["x"])
 
 
@@ -118,14 +120,13 @@ def compiled_amax(x: Tensor) -> Tensor:
 def candidates(case: Case) -> list[Launch]:
     """Launch shapes that --tune tries; those that don't fit in registers or shared memory fail and are skipped."""
     if case.config_key[0].endswith("_rows"):
-        return [
-            Launch(b, w, 1, 1, r) for b in (64, 128, 256, 512) for w in (2, 4, 8) if b >= 32 * w for r in (None, 64)
-        ]
+        shapes = itertools.product((32, 64), (2, 4, 8), (1, 2, 3), (16, 24, 32, 48))
+        return [Launch(a_warp * warps, warps, stages, total // warps) for a_warp, warps, stages, total in shapes]
     if case.op == "amax":
-        tiles, stages, limits = ((128,) if case.axis == 2 else (64, 128)), (2, 3, 4), (None,)
+        tiles, stages, limits = ((128,) if case.axis == 2 else (64, 128, 256)), (2, 3, 4), (None,)
     else:
         tiles, stages, limits = (64, 128), (1, 2, 3), (None, 128, 96)
-    shapes = itertools.product(tiles, (4, 8), stages, (1, 2, 3, 4), limits)
+    shapes = itertools.product(tiles, (4, 8), stages, (1, 2, 3, 4, 5), limits)
     return [Launch(*shape) for shape in shapes if not (case.op == "quantize" and shape[:2] == (128, 4))]
 
 

@@ -151,6 +151,13 @@ def both_axes_agree(x: Tensor, spec: QuantSpec, rotation: int) -> bool:
     return True
 
 
+def dequantizing_agrees(x: Tensor, spec: QuantSpec, axis: int) -> bool:
+    """Whether packed x turns into the reference's values bit for bit, as row-major BF16 along either axis."""
+    packed = reference_impl.quantize(x, spec, 1, x.abs().amax().float(), None, None, None, 0, ("packed",)).packed
+    got = triton_impl.dequantize(packed, axis).values
+    return got.is_contiguous() and torch.equal(got.float(), reference_impl.dequantize(packed, axis).values.float())
+
+
 def _compare(got: Quantized, expected: Quantized) -> dict[str, float]:
     shares = {"scale": _share(got.scale, expected.scale)}
     if expected.scale.isnan().all():
@@ -208,7 +215,7 @@ def main() -> int:
     kernels: dict[tuple, list[Case]] = {}
     for case in cases(args.small):
         kernels.setdefault((case.spec, case.axis, case.source, case.rotation > 1), []).append(case)
-    rows = both_axes_rows()
+    rows = single_rows()
     if args.workers > 1:
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
             rows += itertools.chain(*pool.map(compare_all, kernels.values()))
@@ -236,14 +243,20 @@ def compare_all(some: Iterable[Case]) -> list[dict]:
     return rows
 
 
-def both_axes_rows() -> list[dict]:
+def single_rows() -> list[dict]:
+    """One row for each comparison that is not of one quantizer: both axes at once, and packed operands as values."""
     x = inputs(32, 160, "cpu" if triton_impl.INTERPRET else "cuda")["randn"]
     pairs = [(spec, dim) for spec in ("rtn", "sr", "ms_eden") for dim in (1, 16)]
     pairs += [(spec, 1) for spec in ("e4m3", "e5m2", "e4m3_rows", "square_rtn")]
     every = {**SPECS, **UNROTATED_ONLY}
-    return [
+    rows = [
         {"spec": f"both axes {spec}", "rotation": dim, "ok": both_axes_agree(x, every[spec], dim)}
         for spec, dim in pairs
+    ]
+    unpacked = itertools.product(("rtn_46", "square_rtn"), (1, 0))
+    return rows + [
+        {"spec": f"values of {spec}", "rotation": 1, "ok": dequantizing_agrees(x, every[spec], axis)}
+        for spec, axis in unpacked
     ]
 
 

@@ -120,9 +120,12 @@ def requantize(
     return backend.impl("quantize").requantize(p, spec, axis, amax, signs, rng, layer, slot, want)
 
 
-def dequantize(p: NVFP4Tensor) -> Quantized:
-    """p as an operand: values = p.values() in p's own [R, C], scale = p.global_scale. Exact."""
-    return backend.impl("quantize").dequantize(p)
+def dequantize(p: NVFP4Tensor, axis: int = 1) -> Quantized:
+    """p as an operand whose contraction is `axis`: p.values() in p's own [R, C] for 1, transposed for 0. Exact.
+
+    scale = p.global_scale.
+    """
+    return backend.impl("quantize").dequantize(p, axis)
 
 
 def _check(x: Tensor | NVFP4Tensor, axis: int, signs: Tensor | None) -> None:

@@ -169,8 +169,8 @@ def requantize(
     return Quantized(out.values, scale, packed)
 
 
-def dequantize(p: NVFP4Tensor) -> Quantized:
-    return Quantized(_operand(p.values(), 1), p.global_scale)
+def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:
+    return Quantized(_operand(p.values(), axis), p.global_scale)
 
 
 def quantize_blocks(

@@ -113,7 +113,7 @@ def requantize(
     want: tuple[str, ...],
 ) -> Quantized:
     if not spec.is_nvfp4 or spec.is_square:
-        values = dequantize(p).values
+        values = dequantize(p, 1).values
         out = quantize(values, spec, axis, amax, signs, rng, layer, slot, want)
         scale = p.global_scale if out.scale is None else out.scale * p.global_scale
         packed = out.packed and NVFP4Tensor(out.packed.codes, out.packed.block_scales, scale)
@@ -122,8 +122,8 @@ def requantize(
     return _nvfp4(p.codes, scales, p.global_scale, spec, axis, amax, signs, rng, layer, slot, want)
 
 
-def dequantize(p: NVFP4Tensor) -> Quantized:
-    values = torch.ops.nibble.unpack_values(p.codes, p.block_scales.view(torch.uint8))
+def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:
+    values = torch.ops.nibble.unpack_values(p.codes, p.block_scales.view(torch.uint8), axis)
     return Quantized(values, p.global_scale)
 
 

@@ -10,8 +10,7 @@ l = lane % 4). `rotation`'s columns are permuted so that column n holds the rota
 then owns two whole groups of 16, all group sums stay inside a thread, and per-group work (division, Philox, E4M3) is
 done once, not four times. The result does not depend on it: `_natural_order` undoes the permutation in the indices.
 Along axis 0 the tile is multiplied transposed, so the groups lie along the columns there too.
-Instructions, not bytes, bound such a kernel: for sm_90 it is 47 (MS-EDEN) or 62 (SR) an element, the part before the
-loop included, and runs at 82 % and 57 % of a copy's speed on an H100 (scripts/bench_quantize.py).
+Instructions, not bytes, bound such a kernel: for sm_90 its loop takes 28 (MS-EDEN) or 34 (SR) an element.
 
 Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its reciprocal infinite, so the rotation
 (loaded anyway) carries a factor 2^64 and so do s_g T and v T after they were rounded: every quotient stays exact.
@@ -62,8 +61,8 @@ def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr
 
 
 @triton.jit
-def _load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.constexpr, COLS: tl.constexpr,
-               PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.constexpr, COLS: tl.constexpr,
+              PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """[ROWS, COLS] of the source as BF16 (FP32 when interpreting: its BF16 dot is wrong); zeros outside [R, C].
 
     Packed sources come in words of 8 codes, `words` = C / 8 and `groups` = C / 16 a row, and give values * 2^-8.
@@ -81,7 +80,7 @@ def _load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.co
         else:
             codes = tl.load(word_at, mask=(rows < R)[:, None] & (word < words)[None, :], other=0)
             scales = tl.load(scale_at, mask=(rows < R)[:, None] & (group < groups)[None, :], other=0)
-        tile = decode_words(codes, scales, ROWS, COLS)
+        tile = decode_words(codes, scales, ROWS, COLS, INTERPRET)
     else:
         cols = col0 + tl.arange(0, COLS)
         at = src_ptr + rows[:, None] * C + cols[None, :]
@@ -93,25 +92,31 @@ def _load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.co
 
 
 @triton.jit
-def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr):
+def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr):
     """top 24 bits for each element [GROUPS, SIZE]; Philox call [GROUPS, SIZE / 4] serves four neighbours."""
     k0, k1, step, micro_batch, last = key
     counter = call.to(tl.uint32)
     zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1)
+    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] is word 2 i + j
     return top24(tl.reshape(words, [GROUPS, SIZE]))
 
 
 @triton.jit
-def _random24_groups(group, key):
-    """top 24 bits for each group's scale [GROUPS]."""
+def _random24_groups(group, key, GROUPS: tl.constexpr, INTERPRET: tl.constexpr):
+    """top 24 bits for the scale of each of GROUPS groups, numbered by `group`, or by the even one of each pair."""
     k0, k1, step, micro_batch, last = key
     counter = (group >> 2).to(tl.uint32)
     zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1)
-    word = group & 3
-    return top24(tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3))))
+    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
+    upper = (group & 2) == 2
+    even, odd = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
+    if group.shape[0] == GROUPS:
+        word = tl.where((group & 1) == 1, odd, even)
+    else:
+        is_even = (tl.arange(0, 2) == 0)[None, :]
+        word = tl.reshape(tl.where(is_even, even[:, None], odd[:, None]), [GROUPS])
+    return top24(word)
 
 
 @triton.jit
@@ -123,7 +128,7 @@ def _round_groups(y, ratio, T, factor, random24, SR: tl.constexpr, INTERPRET: tl
     # A zero reciprocal gives a dead block codes 0.
     reciprocal = tl.where(alive, tl.div_rn(1.0, divisor), 0.0)
     elements = divide(y, divisor[:, None], reciprocal[:, None], INTERPRET)
-    codes = stochastic_e2m1(elements, random24) if SR else round_e2m1(elements)
+    codes = stochastic_e2m1(elements, random24, INTERPRET) if SR else round_e2m1(elements)
     return elements, codes, tl.where(alive, scale, 1.0), alive
 
 
@@ -165,14 +170,16 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
     """Reference `quantize_blocks`: FP32 codes [G, n] and block scales [G] of y [G, n] (n = 16, or 256 for tiles).
 
     T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales;
-    calls: how many the elements take in all (a second stochastic branch goes on from there).
+    calls: how many the elements take in all (a second stochastic branch goes on from there). A group [G / 2] numbers
+    the first of each pair of neighbours, if that is always even: a pair then shares one Philox call.
     """
     SR: tl.constexpr = ROUNDING == "sr"
-    random24 = _random24_elements(call, key, y.shape[0], y.shape[1]) if SR else 0.0
-    ratio = tl.div_rn(tl.max(tl.abs(y), 1), TARGET * T * factor)
+    random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
+    largest = TARGET * T * factor
+    ratio = divide(tl.max(tl.abs(y), 1), largest, tl.div_rn(1.0, largest), INTERPRET)
     elements, codes, scale, alive = _round_groups(y, ratio, T, factor, random24, SR, INTERPRET)
     if SELECT_46:
-        random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1]) if SR else 0.0
+        random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
         elements4, codes4, scale4, alive4 = _round_groups(y, 1.5 * ratio, T, factor, random24, SR, INTERPRET)
         four = _squared_error(elements4, codes4, scale4, alive4) < _squared_error(elements, codes, scale, alive)
         codes = tl.where(four[:, None], codes4, codes)
@@ -185,7 +192,7 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
         squares = _over_blocks(weight * tl.sum(elements * elements, 1), EDEN_GROUPS)
         products = _over_blocks(weight * tl.sum(elements * codes, 1), EDEN_GROUPS)
         correction = tl.where(products > 0.0, tl.div_rn(squares, products), 1.0)
-        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key))
+        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key, y.shape[0], INTERPRET))
         alive = alive & (scale > 0.0)
         codes = tl.where(alive[:, None], codes, 0.0)
         scale = tl.where(alive, scale, 1.0)
@@ -203,13 +210,22 @@ def tensor_scale(amax, RANGE: tl.constexpr, POW2: tl.constexpr):
 
 
 @triton.jit
+def _group_numbers(line0, group0, out_groups, TILE: tl.constexpr, ROW: tl.constexpr):
+    """Numbers of ROW groups, evenly spaced among the eight, of each of TILE rows."""
+    i = tl.arange(0, TILE * ROW)
+    return (line0 + i // ROW) * out_groups + group0 + i % ROW * (8 // ROW)
+
+
+@triton.jit
 def _tile_groups(x, rotation, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                 TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                 PAIRS: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (y, codes, block scales)."""
     y = _natural_order(tl.dot(x, rotation), TILE)
-    group = (line0 + tl.arange(0, TILE * 8) // 8) * out_groups + group0 + tl.arange(0, TILE * 8) % 8
+    group = _group_numbers(line0, group0, out_groups, TILE, 8)
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if PAIRS:
+        group = _group_numbers(line0, group0, out_groups, TILE, 4)
     calls = lines * out_groups * 4
     codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
                                    SCALED, INTERPRET)  # fmt: skip
@@ -239,12 +255,12 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
                     AXIS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, HAS_SIGNS: tl.constexpr,
                     TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                     SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                    STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr, EVEN: tl.constexpr,
-                    TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                    PAIRS: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
+                    EVEN: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Quantize [R, C] in blocks of 16 along AXIS. A program takes every num_programs-th tile of TILE x 128.
 
     values_ptr: BF16 [R, C]; codes_ptr (words of 8 codes), scales_ptr: the operand stored as [rows, contraction], with
-    out_words = contraction / 8 and out_groups = contraction / 16; scale_ptr: FP32 [].
+    out_words = contraction / 8 and out_groups = contraction / 16; scale_ptr: FP32 []. PAIRS: out_groups is even.
     """
     program = tl.program_id(0)
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
@@ -264,14 +280,15 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
     for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
-        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, src_words, src_groups, TILE_R, TILE_C, PACKED, SQUARE,
-                       EVEN, INTERPRET)  # fmt: skip
+        x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, src_words, src_groups, TILE_R, TILE_C, PACKED, SQUARE,
+                      EVEN, INTERPRET)  # fmt: skip
         if AXIS == 0:
             x = tl.trans(x)
         line0 = col0 if AXIS == 0 else row0
         group0 = (row0 if AXIS == 0 else col0) // 16
         y, code, scale = _tile_groups(x, rotation, T, factor, key, line0, group0, C if AXIS == 0 else R, out_groups,
-                                      TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED, TILE, INTERPRET)  # fmt: skip
+                                      TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED, PAIRS, TILE,
+                                      INTERPRET)  # fmt: skip
         if STORE_VALUES:
             _store_values(values_ptr, code, scale, row0, col0, R, C, AXIS, TILE, EVEN)
         if STORE_PACKED:
@@ -292,41 +309,51 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
 
 
 @triton.jit
+def _load_groups(src_ptr, group, count, EVEN: tl.constexpr):
+    """BF16 [BLOCK, 16] of neighbouring groups. Each half is its own load, so that a thread holds whole groups."""
+    at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
+    if EVEN:
+        low = tl.load(src_ptr + at)
+        high = tl.load(src_ptr + at + 8)
+    else:
+        inside = (group < count)[:, None]
+        low = tl.load(src_ptr + at, mask=inside, other=0.0)
+        high = tl.load(src_ptr + at + 8, mask=inside, other=0.0)
+    return tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [group.shape[0], 16])
+
+
+@triton.jit
 def rows_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, count,
                 TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, SELECT_46: tl.constexpr,
                 ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
-                BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                EVEN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """BF16 source, axis 1, no rotation: groups are 32 contiguous bytes and `count` of them follow each other.
 
-    No tensor core and no shared memory. Each half of a group is its own load, so that a thread holds whole groups.
+    No tensor core. A program takes every num_programs-th block of BLOCK groups. EVEN: BLOCK divides count.
     """
+    program = tl.program_id(0)
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
-    if tl.program_id(0) == 0:
+    if program == 0:
         tl.store(scale_ptr, T)
     factor = tl.where(T < TINY_SCALE, TINY_FACTOR, 1.0)
     key = (0, 0, 0, 0, 0)
     if ROUNDING != "rtn":
         key = load_key(rng_ptr, layer_ptr, STREAM)
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (group < count)[:, None]
-    at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
-    low = tl.load(src_ptr + at, mask=inside, other=0.0)
-    high = tl.load(src_ptr + at + 8, mask=inside, other=0.0)
-    x = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BLOCK, 16])
-    y = x.to(tl.float32) * factor
-    call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    calls = count * 4
-    code, scale = quantize_groups(
-        y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
-    )
-    if STORE_VALUES:
-        values = (code * scale[:, None]).to(tl.bfloat16)
-        at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        tl.store(values_ptr + at, values, mask=inside)
-    if STORE_PACKED:
-        at = group.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(codes_ptr + at, tl.reshape(encode_words(code, y), [BLOCK, 2]), mask=inside)
-        tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
+    for block in tl.range(program, tl.cdiv(count, BLOCK), tl.num_programs(0), num_stages=STAGES):
+        group = block * BLOCK + tl.arange(0, BLOCK)
+        y = _load_groups(src_ptr, group, count, EVEN).to(tl.float32) * factor
+        call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        code, scale = quantize_groups(y, T, factor, call, count * 4, group, key, TARGET, SELECT_46, ROUNDING, 1, False,
+                                      INTERPRET)  # fmt: skip
+        group = group.to(tl.int64)[:, None]
+        inside = tl.full([1, 1], True, tl.int1) if EVEN else group < count
+        if STORE_VALUES:
+            values = (code * scale[:, None]).to(tl.bfloat16)
+            tl.store(values_ptr + group * 16 + tl.arange(0, 16)[None, :], values, mask=inside)
+        if STORE_PACKED:
+            words = tl.reshape(encode_words(code, y), [BLOCK, 2])
+            tl.store(codes_ptr + group * 2 + tl.arange(0, 2)[None, :], words, mask=inside)
+            tl.store(scales_ptr + group, e4m3_byte(scale)[:, None], mask=inside)
 
 
 @triton.jit
@@ -355,8 +382,8 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
     for tile in tl.range(program, tl.cdiv(R, TILE_R) * tiles_c, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
-        x = _load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
-                       EVEN, INTERPRET)  # fmt: skip
+        x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
+                      EVEN, INTERPRET)  # fmt: skip
         if ALONG_1:
             largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
         if ALONG_0:
@@ -368,14 +395,15 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
 
 
 @triton.jit
-def signs_kernel(rng_ptr, layer_ptr, signs_ptr, STREAM: tl.constexpr, DIM: tl.constexpr, FIXED: tl.constexpr):
+def signs_kernel(rng_ptr, layer_ptr, signs_ptr, STREAM: tl.constexpr, DIM: tl.constexpr, FIXED: tl.constexpr,
+                 INTERPRET: tl.constexpr):  # fmt: skip
     """philox.random_signs: FP32 +1 or -1 [DIM]; word i decides by its top bit. FIXED drops step, micro-batch, layer."""
     k0, k1, step, micro_batch, last = load_key(rng_ptr, layer_ptr, STREAM)
     counter = tl.arange(0, DIM // 4).to(tl.uint32)
     zero = tl.zeros_like(counter)
     if FIXED:
-        w0, w1, w2, w3 = philox4x32(counter, zero, zero, zero + STREAM, k0, k1)
+        w0, w1, w2, w3 = philox4x32(counter, zero, zero, zero + STREAM, k0, k1, INTERPRET)
     else:
-        w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1)
+        w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [DIM])
     tl.store(signs_ptr + tl.arange(0, DIM), 1.0 - 2.0 * (words >> 31).to(tl.int32).to(tl.float32))

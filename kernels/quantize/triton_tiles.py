@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl
-from kernels.quantize.triton_kernels import quantize_groups, tensor_scale
+from kernels.quantize.triton_kernels import load_tile, quantize_groups, tensor_scale
 from kernels.spec import NVFP4_BLOCK, QuantSpec
-from kernels.triton_common import divide, e2m1_value, e4m3_byte, e4m3_value, encode_bytes, load_key, round_fp8
+from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
@@ -116,16 +116,21 @@ def fp8_kernel(src_ptr, amax_ptr, values_ptr, scale_ptr, ROWS, COLUMNS, row_stri
 
 
 @triton.jit
-def unpack_kernel(codes_ptr, scales_ptr, values_ptr, R, C, SQUARE: tl.constexpr, BLOCK: tl.constexpr):
-    """values = codes * block_scales as BF16; BLOCK groups of 16 a program."""
-    group = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
-    mask = group < R * (C // 16)
-    scale_index = (group // (C // 16) // 16) * (C // 16) + group % (C // 16) if SQUARE else group
-    scale = e4m3_value(tl.load(scales_ptr + scale_index, mask=mask, other=0))[:, None]
-    codes = tl.load(codes_ptr + group[:, None] * 8 + tl.arange(0, 8)[None, :], mask=mask[:, None], other=0).to(tl.int32)
-    values = tl.reshape(tl.join(e2m1_value(codes & 15) * scale, e2m1_value(codes >> 4) * scale), [BLOCK, 16])
-    offsets = group[:, None] * 16 + tl.arange(0, 16)[None, :]
-    tl.store(values_ptr + offsets, values.to(tl.bfloat16), mask=mask[:, None])
+def unpack_kernel(codes_ptr, scales_ptr, values_ptr, R, C, words, groups, SQUARE: tl.constexpr, AXIS: tl.constexpr,
+                  TILE_R: tl.constexpr, TILE_C: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """values = codes * block_scales of packed [R, C] as BF16; into [R, C], or transposed into [C, R] for AXIS 0."""
+    row0, col0 = tl.program_id(0) * TILE_R, tl.program_id(1) * TILE_C
+    tile = load_tile(
+        codes_ptr, scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, True, SQUARE, False, INTERPRET
+    )
+    values = (tile.to(tl.float32) * 256.0).to(tl.bfloat16)
+    row = (row0 + tl.arange(0, TILE_R)).to(tl.int64)[:, None]
+    column = (col0 + tl.arange(0, TILE_C)).to(tl.int64)[None, :]
+    mask = (row < R) & (column < C)
+    if AXIS == 1:
+        tl.store(values_ptr + row * C + column, values, mask=mask)
+    else:
+        tl.store(values_ptr + tl.trans(column * R + row), tl.trans(values), mask=tl.trans(mask))
 
 
 def quantize(
@@ -288,16 +293,22 @@ def _(x, amax1, amax0, targets, pow2, per_row, e4m3):
 
 
 @torch.library.custom_op("nibble::unpack_values", mutates_args=())
-def _unpack_op(codes: Tensor, scales: Tensor) -> Tensor:
+def _unpack_op(codes: Tensor, scales: Tensor, axis: int) -> Tensor:
+    values = _allocate_values(codes, axis)
     rows, columns = codes.shape[0], codes.shape[1] * 2
-    values = codes.new_empty((rows, columns), dtype=torch.bfloat16)
-    block = 128
-    unpack_kernel[(triton.cdiv(rows * columns // NVFP4_BLOCK, block),)](
-        codes, scales, values, rows, columns, SQUARE=scales.shape[0] != rows, BLOCK=block, num_warps=4
-    )
+    tile_r, tile_c = (32, 256) if axis == 1 else (64, 128)
+    unpack_kernel[(triton.cdiv(rows, tile_r), triton.cdiv(columns, tile_c))](
+        codes.view(torch.int32), scales, values, rows, columns, columns // 8, columns // 16,
+        SQUARE=scales.shape[0] != rows, AXIS=axis, TILE_R=tile_r, TILE_C=tile_c, INTERPRET=INTERPRET, num_warps=4,
+    )  # fmt: skip
     return values
 
 
+def _allocate_values(codes: Tensor, axis: int) -> Tensor:
+    rows, columns = codes.shape[0], codes.shape[1] * 2
+    return codes.new_empty((rows, columns) if axis == 1 else (columns, rows), dtype=torch.bfloat16)
+
+
 @_unpack_op.register_fake
-def _(codes, scales):
-    return codes.new_empty((codes.shape[0], codes.shape[1] * 2), dtype=torch.bfloat16)
+def _(codes, scales, axis):
+    return _allocate_values(codes, axis)

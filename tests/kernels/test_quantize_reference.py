@@ -312,6 +312,7 @@ def test_requantize_is_quantize_of_the_values_with_the_global_scale_outside():
     assert out.scale == direct.scale * p.global_scale == out.packed.global_scale
     plain = dequantize(p)
     assert torch.equal(plain.values * plain.scale, p.dequantize())
+    assert torch.equal(dequantize(p, 0).values, plain.values.t())
 
 
 def test_both_axes_at_once_are_two_calls():

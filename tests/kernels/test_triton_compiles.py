@@ -24,7 +24,7 @@ from kernels.selftest import conversion  # noqa: E402
 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
-    TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False,
+    TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False, PAIRS=True,
     STREAM=16, STORE_VALUES=True, STORE_PACKED=False, EVEN=True, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
 )  # fmt: skip
 QUANTIZE = {
@@ -122,7 +122,7 @@ def test_rows_kernel_compiles_without_spills(name: str, target: int, tmp_path: P
     constants = dict(
         TARGET=6.0, RANGE=1536.0, POW2=False, SELECT_46=name == "four_over_six",
         ROUNDING="sr" if name == "sr" else "rtn", STREAM=16, STORE_VALUES=True, STORE_PACKED=True,
-        BLOCK=launch.tile, INTERPRET=False,
+        EVEN=False, BLOCK=launch.tile, STAGES=launch.stages, INTERPRET=False,
     )  # fmt: skip
     compiled = compile_kernel(triton_kernels.rows_kernel, constants, target, launch.warps, launch.registers)
     assert ".local" not in compiled.asm["ptx"] and "shfl.sync.bfly" not in compiled.asm["ptx"]
@@ -142,11 +142,10 @@ def test_tile_kernels_compile(target: int, tmp_path: Path):
     types = dict(values_ptr="*u8", transposed_ptr="*u8", other_scale_ptr="*fp32")
     assert compile_kernel(triton_tiles.fp8_both_kernel, both, target, **types).asm["cubin"]
     assert compile_kernel(triton_tiles.fp8_kernel, fp8, target, values_ptr="*u8").asm["cubin"]
-    assert compile_kernel(triton_tiles.unpack_kernel, dict(SQUARE=True, BLOCK=128), target, codes_ptr="*u8").asm[
-        "cubin"
-    ]
+    unpack = dict(SQUARE=True, AXIS=0, TILE_R=64, TILE_C=128, INTERPRET=False)
+    assert compile_kernel(triton_tiles.unpack_kernel, unpack, target).asm["cubin"]
     check = compile_kernel(conversion.convert_kernel, dict(BLOCK=128), target, x_ptr="*fp32", values_ptr="*fp32",
                            words_ptr="*i32", bytes_ptr="*u8")  # fmt: skip
     assert_e2m1_instruction_on_blackwell_only(check, target, tmp_path)
-    assert compile_kernel(triton_kernels.signs_kernel, dict(STREAM=1, DIM=16, FIXED=False), target, 1,
-                          signs_ptr="*fp32").asm["cubin"]  # fmt: skip
+    signs = dict(STREAM=1, DIM=16, FIXED=False, INTERPRET=False)
+    assert compile_kernel(triton_kernels.signs_kernel, signs, target, 1).asm["cubin"]

@@ -60,7 +60,7 @@ def test_fake_implementations_give_the_shapes_of_the_kernels():
             (torch.tensor([1, 2, 3], device="cuda"), torch.tensor(4, device="cuda"), 1, 32, True),
         ),
         (nibble.amax.default, (x, None, None, torch.ones(16, device="cuda"))),
-        (nibble.unpack_values.default, (q.packed.codes, q.packed.block_scales.view(torch.uint8))),
+        (nibble.unpack_values.default, (q.packed.codes, q.packed.block_scales.view(torch.uint8), 0)),
         (nibble.quantize_fp8.default, (x, amax, 0, 448.0, False, False, True)),
         (nibble.quantize_fp8_both.default, (x, amax, amax, [448.0] * 2, [False] * 2, [False] * 2, [True] * 2)),
         (nibble.quantize_square.default, (x, amax, None, None, 0, 6.0, 448.0, False, True, "rtn", 1, True, True)),
