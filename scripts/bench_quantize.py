@@ -102,7 +102,7 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
             case.four_over_six, case.rounding, 1, False, 4, True, case.packed_out, config,
         )  # fmt: skip
     if case.op == "amax":
-        return triton_ops.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config)
+        return triton_ops.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config=config)
     if case.op == "fp8":
         return torch.ops.nibble.quantize_fp8(o["x"], o["amax"], case.axis, 448.0, False, False, True)
     if case.op == "fp8_both":

@@ -363,11 +363,12 @@ def _atomic_max(pointer, value):
 
 
 @triton.jit
-def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, R, C, words,
-                groups, dim, ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr,
-                EVEN: tl.constexpr,
+def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, plain_ptr, R, C,
+                words, groups, dim, ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PLAIN: tl.constexpr,
+                PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr,
                 TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """Largest magnitude of [R, C] rotated along axis 0 and/or axis 1, from one read; atomically into zeroed FP32 []."""
+    """Largest magnitude of [R, C] rotated along axis 0 and/or axis 1, and not rotated (PLAIN), from one read;
+    atomically into zeroed FP32 []."""
     program = tl.program_id(0)
     unpacking: tl.constexpr = 256.0 if PACKED else 1.0
     TILE_R: tl.constexpr = 128 if ALONG_0 else TILE
@@ -378,12 +379,15 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
         rotation1 = _load_rotation(rotation_ptr, signs1_ptr, dim, unpacking, True, INTERPRET)
     largest0 = tl.zeros([TILE_C], tl.float32)
     largest1 = tl.zeros([TILE_R], tl.float32)
+    largest = tl.zeros([TILE_R], tl.float32)
     tiles_c = tl.cdiv(C, TILE_C)
     for tile in tl.range(program, tl.cdiv(R, TILE_R) * tiles_c, tl.num_programs(0), num_stages=STAGES):
         row0 = (tile // tiles_c) * TILE_R
         col0 = (tile % tiles_c) * TILE_C
         x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
                       EVEN, INTERPRET)  # fmt: skip
+        if PLAIN:
+            largest = max_nan(largest, largest_magnitude(x.to(tl.float32), 1, INTERPRET))
         if ALONG_1:
             largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
         if ALONG_0:
@@ -392,6 +396,8 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
         _atomic_max(amax1_ptr, largest_magnitude(largest1, 0, INTERPRET))
     if ALONG_0:
         _atomic_max(amax0_ptr, largest_magnitude(largest0, 0, INTERPRET))
+    if PLAIN:
+        _atomic_max(plain_ptr, largest_magnitude(largest, 0, INTERPRET))
 
 
 @triton.jit

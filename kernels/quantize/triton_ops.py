@@ -172,9 +172,17 @@ def _allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store
 
 
 def launch_amax(
-    src: Tensor, src_scales: Tensor | None, signs0: Tensor | None, signs1: Tensor | None, config: Launch | None = None
+    src: Tensor,
+    src_scales: Tensor | None,
+    signs0: Tensor | None,
+    signs1: Tensor | None,
+    plain: Tensor | None = None,
+    config: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(amax rotated along axis 1, amax rotated along axis 0), FP32 []; empty for an axis without signs."""
+    """(amax rotated along axis 1, amax rotated along axis 0), FP32 []; empty for an axis without signs.
+
+    plain: zeroed FP32 [] that receives the amax of src as it is (BF16 sources only).
+    """
     is_packed = src_scales is not None
     src = src.contiguous()
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
@@ -186,8 +194,9 @@ def launch_amax(
     dim = _dim(signs0 if along0 else signs1)
     amax_kernel[grid_size(tiles, src.device, config.programs)](
         _words(src) if is_packed else src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1,
-        rows, columns, columns // 8, columns // 16, dim,
-        ALONG_0=along0, ALONG_1=along1, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows,
+        plain, rows, columns, columns // 8, columns // 16, dim,
+        ALONG_0=along0, ALONG_1=along1, PLAIN=plain is not None, PACKED=is_packed,
+        SQUARE=is_packed and src_scales.shape[0] != rows,
         EVEN=rows % tile_r == 0 and columns % tile_c == 0, TILE=config.tile, STAGES=config.stages,
         INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
@@ -252,6 +261,17 @@ def _(src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, p
     return _allocate(src, src_scales is not None, axis, store_values, store_packed)
 
 
+def _both_amaxes(x: Tensor, signs1: Tensor | None, signs0: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Of axis 1 and of axis 0, at least one of them rotated; from one read unless the rotations differ in size."""
+    if signs1 is None or signs0 is None:
+        plain = x.new_zeros((), dtype=torch.float32)
+        rotated = launch_amax(x, None, signs0, signs1, plain)
+        return (rotated[0], plain) if signs0 is None else (plain, rotated[1])
+    if signs1.shape == signs0.shape:
+        return launch_amax(x, None, signs0, signs1)
+    return launch_amax(x, None, None, signs1)[0], launch_amax(x, None, signs0, None)[1]
+
+
 @torch.library.custom_op("nibble::quantize_both", mutates_args=())
 def _quantize_both_op(
     x: Tensor,
@@ -272,12 +292,8 @@ def _quantize_both_op(
     store_values: list[bool],
     store_packed: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if amax1 is None and amax0 is None and signs1.shape == signs0.shape:
-        amax1, amax0 = launch_amax(x, None, signs0, signs1)
     if amax1 is None:
-        amax1 = launch_amax(x, None, None, signs1)[0]
-    if amax0 is None:
-        amax0 = launch_amax(x, None, signs0, None)[1]
+        amax1, amax0 = _both_amaxes(x, signs1, signs0)
     results = ()
     for i, (axis, amax, signs) in enumerate(((1, amax1, signs1), (0, amax0, signs0))):
         results += launch_quantize(

@@ -39,8 +39,8 @@ QUANTIZE = {
 POINTERS = {
     "src_ptr": "*bf16", "src_scales_ptr": "*u8", "src_global_ptr": "*fp32", "rotation_ptr": "*bf16",
     "signs_ptr": "*fp32", "signs0_ptr": "*fp32", "signs1_ptr": "*fp32", "amax_ptr": "*fp32", "amax0_ptr": "*fp32",
-    "amax1_ptr": "*fp32", "rng_ptr": "*i64", "layer_ptr": "*i64", "values_ptr": "*bf16", "codes_ptr": "*i32",
-    "scales_ptr": "*u8", "scale_ptr": "*fp32",
+    "amax1_ptr": "*fp32", "plain_ptr": "*fp32", "rng_ptr": "*i64", "layer_ptr": "*i64",
+    "values_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*u8", "scale_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -111,7 +111,15 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_pat
 def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
     constants = dict(zip(("ALONG_0", "ALONG_1"), along, strict=True))
     launch = triton_ops.CONFIGS["amax", 2 if all(along) else int(along[1])]
-    constants |= dict(PACKED=False, SQUARE=False, EVEN=False, TILE=launch.tile, STAGES=launch.stages, INTERPRET=False)
+    constants |= dict(
+        PLAIN=not all(along),
+        PACKED=False,
+        SQUARE=False,
+        EVEN=False,
+        TILE=launch.tile,
+        STAGES=launch.stages,
+        INTERPRET=False,
+    )
     assert compile_kernel(triton_kernels.amax_kernel, constants, target, launch.warps).asm["cubin"]
 
 
