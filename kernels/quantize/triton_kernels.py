@@ -10,7 +10,8 @@ l = lane % 4). `rotation`'s columns are permuted so that column n holds the rota
 then owns two whole groups of 16, all group sums stay inside a thread, and per-group work (division, Philox, E4M3) is
 done once, not four times. The result does not depend on it: `_natural_order` undoes the permutation in the indices.
 Along axis 0 the tile is multiplied transposed, so the groups lie along the columns there too.
-Instructions, not bytes, bound such a kernel: for sm_90 its loop takes 28 (MS-EDEN) or 34 (SR) an element.
+Instructions, not bytes, bound such a kernel: for sm_90 it is 47 (MS-EDEN) or 62 (SR) an element, the part before the
+loop included, and runs at 82 % and 57 % of a copy's speed on an H100 (scripts/bench_quantize.py).
 
 Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its reciprocal infinite, so the rotation
 (loaded anyway) carries a factor 2^64 and so do s_g T and v T after they were rounded: every quotient stays exact.
@@ -309,51 +310,41 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
 
 
 @triton.jit
-def _load_groups(src_ptr, group, count, EVEN: tl.constexpr):
-    """BF16 [BLOCK, 16] of neighbouring groups. Each half is its own load, so that a thread holds whole groups."""
-    at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
-    if EVEN:
-        low = tl.load(src_ptr + at)
-        high = tl.load(src_ptr + at + 8)
-    else:
-        inside = (group < count)[:, None]
-        low = tl.load(src_ptr + at, mask=inside, other=0.0)
-        high = tl.load(src_ptr + at + 8, mask=inside, other=0.0)
-    return tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [group.shape[0], 16])
-
-
-@triton.jit
 def rows_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, count,
                 TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, SELECT_46: tl.constexpr,
                 ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
-                EVEN: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """BF16 source, axis 1, no rotation: groups are 32 contiguous bytes and `count` of them follow each other.
 
-    No tensor core. A program takes every num_programs-th block of BLOCK groups. EVEN: BLOCK divides count.
+    No tensor core and no shared memory. Each half of a group is its own load, so that a thread holds whole groups.
     """
-    program = tl.program_id(0)
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
-    if program == 0:
+    if tl.program_id(0) == 0:
         tl.store(scale_ptr, T)
     factor = tl.where(T < TINY_SCALE, TINY_FACTOR, 1.0)
     key = (0, 0, 0, 0, 0)
     if ROUNDING != "rtn":
         key = load_key(rng_ptr, layer_ptr, STREAM)
-    for block in tl.range(program, tl.cdiv(count, BLOCK), tl.num_programs(0), num_stages=STAGES):
-        group = block * BLOCK + tl.arange(0, BLOCK)
-        y = _load_groups(src_ptr, group, count, EVEN).to(tl.float32) * factor
-        call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-        code, scale = quantize_groups(y, T, factor, call, count * 4, group, key, TARGET, SELECT_46, ROUNDING, 1, False,
-                                      INTERPRET)  # fmt: skip
-        group = group.to(tl.int64)[:, None]
-        inside = tl.full([1, 1], True, tl.int1) if EVEN else group < count
-        if STORE_VALUES:
-            values = (code * scale[:, None]).to(tl.bfloat16)
-            tl.store(values_ptr + group * 16 + tl.arange(0, 16)[None, :], values, mask=inside)
-        if STORE_PACKED:
-            words = tl.reshape(encode_words(code, y), [BLOCK, 2])
-            tl.store(codes_ptr + group * 2 + tl.arange(0, 2)[None, :], words, mask=inside)
-            tl.store(scales_ptr + group, e4m3_byte(scale)[:, None], mask=inside)
+    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (group < count)[:, None]
+    at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
+    low = tl.load(src_ptr + at, mask=inside, other=0.0)
+    high = tl.load(src_ptr + at + 8, mask=inside, other=0.0)
+    x = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BLOCK, 16])
+    y = x.to(tl.float32) * factor
+    call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    calls = count * 4
+    code, scale = quantize_groups(
+        y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+    )
+    if STORE_VALUES:
+        values = (code * scale[:, None]).to(tl.bfloat16)
+        at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+        tl.store(values_ptr + at, values, mask=inside)
+    if STORE_PACKED:
+        at = group.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+        tl.store(codes_ptr + at, tl.reshape(encode_words(code, y), [BLOCK, 2]), mask=inside)
+        tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
 
 
 @triton.jit

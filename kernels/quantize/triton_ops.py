@@ -37,12 +37,12 @@ class Launch:
 
 
 # By (kernel, axis); axis 2 is both. What --tune found best on an H100; axis-1 entries of kernels that no recipe uses
-# (rtn, 4/6 and packed ones) follow their axis-0 twins. The four of rows_kernel are not tuned yet.
+# (rtn, 4/6 and packed ones) follow their axis-0 twins.
 CONFIGS: dict[tuple[str, int], Launch] = {
-    ("rtn_rows", 1): Launch(128, 4, 1, 8),
-    ("four_over_six_rows", 1): Launch(128, 4, 1, 8),
-    ("sr_rows", 1): Launch(128, 4, 1, 8),
-    ("ms_eden_rows", 1): Launch(128, 4, 1, 8),
+    ("rtn_rows", 1): Launch(128, 4),
+    ("four_over_six_rows", 1): Launch(64, 2),
+    ("sr_rows", 1): Launch(128, 4),
+    ("ms_eden_rows", 1): Launch(128, 4),
     ("rtn", 0): Launch(64, 4, 3, 2),
     ("rtn", 1): Launch(64, 4, 3, 2),
     ("four_over_six", 0): Launch(64, 8, 3, 2, 128),
@@ -129,12 +129,11 @@ def launch_quantize(
     config = config or CONFIGS[key]
     if key[0].endswith("_rows"):
         count = rows * columns // NVFP4_BLOCK
-        rows_kernel[grid_size(triton.cdiv(count, config.tile), src.device, config.programs)](
+        rows_kernel[(triton.cdiv(count, config.tile),)](
             src, amax, rng, layer, values, _words(codes), block_scales, scale, count,
             TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
-            STORE_VALUES=store_values, STORE_PACKED=store_packed, EVEN=count % config.tile == 0, BLOCK=config.tile,
-            STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
-            enable_fp_fusion=not four_over_six,
+            STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile, INTERPRET=INTERPRET,
+            num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=not four_over_six,
         )  # fmt: skip
         return outputs
     lines, contraction = (rows, columns) if axis == 1 else (columns, rows)

@@ -130,7 +130,7 @@ def test_rows_kernel_compiles_without_spills(name: str, target: int, tmp_path: P
     constants = dict(
         TARGET=6.0, RANGE=1536.0, POW2=False, SELECT_46=name == "four_over_six",
         ROUNDING="sr" if name == "sr" else "rtn", STREAM=16, STORE_VALUES=True, STORE_PACKED=True,
-        EVEN=False, BLOCK=launch.tile, STAGES=launch.stages, INTERPRET=False,
+        BLOCK=launch.tile, INTERPRET=False,
     )  # fmt: skip
     compiled = compile_kernel(triton_kernels.rows_kernel, constants, target, launch.warps, launch.registers)
     assert ".local" not in compiled.asm["ptx"] and "shfl.sync.bfly" not in compiled.asm["ptx"]
