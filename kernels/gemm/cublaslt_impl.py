@@ -1,10 +1,12 @@
 """GEMMs of the emulated path on CUDA: BF16 or native FP8 tensor cores, the scales as a device alpha in the epilogue.
 
-No transposes: fprop, dgrad and wgrad are the NT, NN and TN products of row-major tensors. Native FP8 needs sm_89 and
-both operands contiguous along the contraction, which is how the Triton quantizers write float8 values; anything else
-that is float8 here is widened to BF16 first, which is exact. FP32 operands (rotated but unquantized) take the
-reference's path, scales per row an FP32 output that is multiplied afterwards.
+No transposes in BF16: fprop, dgrad and wgrad are the NT, NN and TN products of row-major tensors. Native FP8 needs
+sm_89 and both operands contiguous along the contraction, which is how the Triton quantizers write float8 values; what
+lies the other way is turned first, and what has no FP8 product is widened to BF16, which is exact. FP32 operands
+(rotated but unquantized) take the reference's path, scales per row an FP32 output that is multiplied afterwards.
 """
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -13,6 +15,9 @@ from kernels import cublaslt
 from kernels.gemm import reference_impl
 from kernels.gemm.reference_impl import accumulator_scale, round_output
 from kernels.quantize import Quantized
+
+if find_spec("triton"):  # every torch for CUDA brings it; without, this module is only imported, never used
+    from kernels.gemm import turn  # noqa: F401  registers nibble::turn_bytes
 
 WANTS = "values"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -55,17 +60,22 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
 
 
 def _compatible(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both FP8 in the layout and pairing that the hardware multiplies, else both BF16."""
+    """Both FP8 in the layout and pairing that the hardware multiplies, else both BF16.
+
+    An operand that lies the other way is turned: a byte read and a byte written an element, where widening would write
+    two and have the product read them. It happens to what fprop quantized along its own contraction.
+    """
     sizes = (*left.shape, right.shape[1])
     native = (
         left.dtype in FP8
         and right.dtype in FP8
         and not left.dtype == right.dtype == torch.float8_e5m2
-        and left.stride(1) == 1
-        and right.stride(0) == 1
         and all(size % FP8_MULTIPLE == 0 for size in sizes)
     )
-    return (left, right) if native else (left.to(torch.bfloat16), right.to(torch.bfloat16))
+    if not native:
+        return left.to(torch.bfloat16), right.to(torch.bfloat16)
+    left = left if left.stride(1) == 1 else torch.ops.nibble.turn_bytes(left.t())
+    return left, right if right.stride(0) == 1 else torch.ops.nibble.turn_bytes(right).t()
 
 
 @torch.library.custom_op("nibble::scaled_matmul", mutates_args=())

@@ -76,11 +76,12 @@ def quantize_both(
 
     The maximum of a tensor that no axis rotates is plain PyTorch before it; others are made inside, from one read.
     """
-    if all(spec.grid in triton_tiles.FP8_DTYPES for spec in specs) and signs == (None, None):
+    rotated = signs[0] is not None or signs[1] is not None  # not by ==: Dynamo would compare tensors
+    if all(spec.grid in triton_tiles.FP8_DTYPES for spec in specs) and not rotated:
         return triton_tiles.quantize_fp8_both(x, specs)
     if any(not spec.is_nvfp4 or spec.is_square for spec in specs):
         return reference_impl.each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)
-    amaxes = (reference_impl.amax(x, 1, None, False),) * 2 if signs == (None, None) else (None, None)
+    amaxes = (reference_impl.amax(x, 1, None, False),) * 2 if not rotated else (None, None)
     results = torch.ops.nibble.quantize_both(
         x,
         *amaxes,
