@@ -1,8 +1,9 @@
 """A small copy of a run that the comparison, the law and the plots read like the original.
 
 Kept: run.json, env.json and result.json without this machine's paths, every evaluation and event. Thinned: training
-steps (every n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last (their count
-of tokens stays, as `targets`). Rows are stored compressed, nats in FP32: a loss moves by less than 1e-8.
+steps (every n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last one of each
+run that is kept with it (their count of tokens stays, as `targets`): a cut run is compared where it ended. Rows are
+stored compressed, nats in FP32: a loss moves by less than 1e-8.
 """
 
 import json
@@ -17,8 +18,14 @@ TRAIN_FIELDS = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "ms_per_ste
 SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
 
 
-def keep(run: Run, folder: Path, every: int = 10) -> Path:
-    """Write the copy to folder/<run name>, replacing an older one; returns its path. `every`: training steps kept."""
+def last_evaluations(runs: list[Run]) -> set[int]:
+    """The steps of the last evaluations: where these runs can be compared."""
+    return {int(run.evals["step"].max()) for run in runs if len(run.evals["step"])}
+
+
+def keep(run: Run, folder: Path, every: int = 10, steps: frozenset[int] | set[int] = frozenset()) -> Path:
+    """Write the copy to folder/<run name>, replacing an older one; returns its path. `every`: training steps kept;
+    `steps`: evaluations whose per-segment rows are kept beside the last one's."""
     target = folder / run.name
     (target / "eval").mkdir(parents=True, exist_ok=True)
     for name in FILES:
@@ -28,8 +35,7 @@ def keep(run: Run, folder: Path, every: int = 10) -> Path:
     lines = [line for line in (run.path / "metrics.jsonl").read_text().split("\n")[:-1] if line]
     records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
     (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
-    if targets:
-        step = max(targets)
+    for step in sorted(targets.keys() & (set(steps) | {max(targets, default=0)})):
         rows = run.rows_at(step)
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}
         np.savez_compressed(target / "eval" / f"{step}.npz", **small)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-from analysis.keep import keep
+from analysis.keep import keep, last_evaluations
 from analysis.runs import find_runs
 
 
@@ -23,7 +23,8 @@ def main() -> int:
     parser.add_argument("--every", type=int, default=10, help="training steps kept: every n-th and the last")
     args = parser.parse_args()
     try:
-        kept = [keep(run, args.to, args.every) for run in find_runs(args.runs)]
+        runs = find_runs(args.runs)
+        kept = [keep(run, args.to, args.every, last_evaluations(runs)) for run in runs]
     except ValueError as error:
         print(f"keep_results: {error}", file=sys.stderr)
         return 2

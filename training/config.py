@@ -224,7 +224,7 @@ class TrainConfig:
     parallel: str = "auto"
     backend: str = "auto"
     compile: str = "auto"  # auto: on a GPU
-    cuda_graphs: str = "auto"  # auto: where the model is compiled as a whole
+    cuda_graphs: str = "auto"  # auto: where the model is compiled and no weight is sharded; same bits, fewer launches
     recompute: bool = False  # keep only each block's input, compute the block again in the backward: memory for time
     deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
     nonfinite: str = "stop"  # what a NaN or infinite loss or gradient leads to: stop, skip, rollback

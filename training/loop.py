@@ -250,6 +250,7 @@ class Trainer:
             self._set_rng(self.state.step, 0)
             self.p.loss(tokens).backward()
 
+        self.p.micro_batch.release()
         slots = self.p.count_slots(step)
         self._zero_grad()
         self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})

@@ -25,6 +25,9 @@ class MicroBatch:
         with self._accumulate(last):
             return self.launch(tokens)
 
+    def release(self) -> None:
+        """Give back memory that is kept between calls, before something else needs as much."""
+
     def launch(self, tokens: Tensor) -> Tensor:
         nats = self._loss(tokens)
         (nats / self._tokens_per_step).backward()
@@ -36,7 +39,9 @@ class GraphedMicroBatch(MicroBatch):
     libraries); the second one captures two graphs: one that sets the gradients, one that adds to them.
 
     Gradients, activations and the result live in the graphs' memory pool: they are valid until the next call. The pool
-    gives the activations' memory to the gradients as an ordinary step does, so that the peak is the same.
+    gives the activations' memory to the gradients as an ordinary step does, so that the peak is the same; but nothing
+    else can use it. `release` gives it back (a forward and backward outside would need as much again), and the next
+    call captures anew.
     """
 
     def __init__(
@@ -48,7 +53,6 @@ class GraphedMicroBatch(MicroBatch):
     ):
         super().__init__(loss, tokens_per_step, accumulate)
         self._parameters = list(parameters)
-        self._pool = torch.cuda.graph_pool_handle()
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._nats: dict[bool, Tensor] = {}
         self._gradients: list[Tensor | None] = []
@@ -68,10 +72,15 @@ class GraphedMicroBatch(MicroBatch):
                     parameter.grad = gradient
         return self._nats[first]
 
+    def release(self) -> None:
+        self._graphs, self._nats, self._gradients = {}, {}, []
+        torch.cuda.empty_cache()
+
     def _capture(self, tokens: Tensor, first: bool) -> None:
         """Record the kernels; none of them runs. Other threads (data, checkpoints) may go on using the device."""
         if first:
             self._tokens = tokens.clone()
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         with self._accumulate(False), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
             self._nats[first] = self.launch(self._tokens)

@@ -120,6 +120,7 @@ class Recovery:
     def _diagnose(self, step: int) -> list[Finding]:
         """Replay this rank's micro-batches of the bad step, eagerly."""
         parts, share = self._p, self._p.numbers.micro_batches_of(self._p.ranks.rank)
+        parts.micro_batch.release()
         batches, findings = parts.batches(step - 1), []
         for micro in share:
             tokens = next(batches)

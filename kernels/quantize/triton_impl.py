@@ -2,8 +2,8 @@
 
 Bits agree with the reference as design.md 3.7 says. Every 1x16 NVFP4 slot, rotated or not, along either axis, from BF16
 or packed codes, runs triton_kernels.quantize_kernel (rows_kernel along rows without a rotation); maxima of rotated
-tensors its amax_kernel; 16x16 tiles and FP8 are in triton_tiles.py, launches in triton_ops.py. Unrotated maxima stay
-plain PyTorch, so that Inductor computes them inside the kernel that produces the tensor.
+tensors its amax_kernel; 16x16 tiles and FP8 are in triton_tiles.py, launches in triton_ops.py. The maximum of a tensor
+that nothing rotates stays plain PyTorch, so that Inductor computes it inside the kernel that produces the tensor.
 """
 
 import torch

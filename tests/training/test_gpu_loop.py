@@ -44,11 +44,12 @@ def test_fast_back_end_follows_the_reference(run, rows, recipe):
 
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "quartet2"])
 def test_cuda_graphs_change_no_bit(run, rows, recipe):
-    """Two micro-batches a step, so that both graphs are used; the loss after ten updates and the gradient norms."""
+    """Two micro-batches a step, so that both graphs are used, and an evaluation that makes them be captured again; the
+    loss after ten updates and the gradient norms."""
     found = {}
     for graphs in ("true", "false"):
         torch.compiler.reset()
-        more = ["batch.micro=4", f"cuda_graphs={graphs}"]
+        more = ["batch.micro=4", "evaluate.every=4", "evaluate.slots=true", f"cuda_graphs={graphs}"]
         _, folder = run(*SHAPE, f"quant={recipe}", "compile=true", *more, name=f"graphs-{graphs}")
         found[graphs] = [(row["loss"], row["grad_norm"]) for row in rows(folder, "train")]
     assert found["true"] == found["false"]

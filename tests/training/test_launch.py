@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from configs.compose import compose
 from data.tokens import TokenSet
+from training.build import is_graphed
 from training.identity import IdentityError
 from training.manifest import checkpoints
 
@@ -201,3 +203,27 @@ def test_a_failed_run_does_not_wait_for_other_ranks(run, monkeypatch):
         run("batch.micro=3")
     assert not ended
     assert run("steps=1")[0] == 0 and ended
+
+
+def test_cuda_graphs_are_refused_where_there_are_none(run, tmp_path):
+    """Before anything is written; by what they need and what to type."""
+    with pytest.raises(ValueError, match=r"cuda_graphs=true needs a GPU.*here: cpu.*use cuda_graphs=auto"):
+        run("cuda_graphs=true", name="graphed")
+    assert not list(tmp_path.glob("**/graphed"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "compiled", "fullgraph", "mode", "expected"),
+    [
+        ("auto", "true", True, "none", True),
+        ("auto", "true", True, "ddp", True),
+        ("auto", "true", True, "fsdp", False),
+        ("auto", "true", False, "none", False),
+        ("auto", "false", True, "none", False),
+        ("true", "false", True, "none", True),
+        ("false", "true", True, "none", False),
+    ],
+)
+def test_which_runs_replay_cuda_graphs(setting, compiled, fullgraph, mode, expected):
+    config = compose([f"cuda_graphs={setting}", f"compile={compiled}"]).config
+    assert is_graphed(config, fullgraph, mode, torch.device("cuda")) is expected
