@@ -146,6 +146,14 @@ class Checkpointer:
         self._pending: tuple[CommitThread, SaveReport] | None = None
         self._newest: int | None = None
 
+    def reserve(self, state: TrainState) -> None:
+        """Allocate this rank's host buffers in the background: a third of the state are weights, AdamW's moments the
+        rest, shared out evenly over the ranks. Only for tensors on a GPU, whose buffers are pinned."""
+        weights = [p for p in state.model.parameters() if p.is_cuda]
+        world = 1 if self.group is None else dist.get_world_size(self.group)
+        if weights and self.asynchronous:
+            self._buffers.reserve(3 * sum(p.numel() * p.element_size() for p in weights) // world)
+
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Save `state` as step state.step. Returns once the state is copied; writing goes on in a thread, unless
         `wait` or the Checkpointer isn't asynchronous. The previous save is waited for first.
@@ -176,6 +184,12 @@ class Checkpointer:
         thread.start()
         if wait or not self.asynchronous:
             self.wait()
+
+    def writing_s(self) -> float:
+        """Seconds since the save in progress on this rank began to be written; 0 without one."""
+        if self._pending is None or not self._pending[0].is_alive():
+            return 0.0
+        return time.perf_counter() - self._pending[0].begin
 
     def wait(self) -> None:
         """Wait until the save in progress, if any, is on disk. Raises CheckpointError on every rank if it failed on

@@ -45,14 +45,14 @@ class CommitThread(threading.Thread):
         self.job = job
         self.error: Exception | None = None
         self.seconds = 0.0
+        self.begin = time.perf_counter()
 
     def run(self) -> None:
-        begin = time.perf_counter()
         try:
             commit(self.job)
         except Exception as error:  # carried to the training loop, which raises it
             self.error = error
-        self.seconds = time.perf_counter() - begin
+        self.seconds = time.perf_counter() - self.begin
 
     def result(self) -> float:
         self.join()

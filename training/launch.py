@@ -104,6 +104,9 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
     console = Console(ranks.is_main, sketch.numbers.steps, state.step)
     loader = Loader(sketch.tokens, "train", config.batch.seq_len, config.seed, config.data.packing)
     evalset, final_evalset = eval_sets(config, sketch.tokens)
+    checkpointer = open_checkpointer(folder, config, ranks, sketch.tokens)
+    if config.checkpoint.every is not None:
+        checkpointer.reserve(state)
     trainer = Trainer(
         Parts(
             config=config,
@@ -125,7 +128,7 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
             flops_per_token=sketch.shape.flops_per_token(config.batch.seq_len),
             count_slots=slot_counter(model, sketch.plan) if config.evaluate.slots else None,
             unquantized=(lambda: unquantized(model)) if config.evaluate.bf16 else None,
-            checkpointer=open_checkpointer(folder, config, ranks, sketch.tokens),
+            checkpointer=checkpointer,
             loggers=loggers,
             console=console,
             stop=stop,

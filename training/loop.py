@@ -31,6 +31,9 @@ from training.runfolder import RunFolder
 from training.signals import NAMES, StopFlag
 from training.watchdog import Watchdog
 
+# A save that has been written for longer than this is not followed by another one when the job is stopped.
+LONG_SAVE_S = 2.0
+
 
 @dataclass
 class Parts:
@@ -256,7 +259,11 @@ class Trainer:
         self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})
 
     def _stop_early(self, level: int) -> int:
-        if self.state.step != self._resumed_at:  # else it is on disk already, or is the initialization
+        """Save and leave. A preempted job is given 30 s: where the last save is long under way, another one would wait
+        for it and take as long again, longer than the few steps since then take to be repeated."""
+        if max(self.p.ranks.gather(self.p.checkpointer.writing_s())) > LONG_SAVE_S:
+            self.p.checkpointer.wait()
+        elif self.state.step != self._resumed_at:  # else it is on disk already, or is the initialization
             self._save(wait=True)
         self.event("interrupt", reason=NAMES[level])
         self.p.console.say(f"stopped at step {self.state.step} by {NAMES[level]}; the same command resumes")

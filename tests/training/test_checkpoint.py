@@ -12,7 +12,7 @@ from torch import nn
 
 from training.checkpoint import Checkpointer, TrainState, load, load_model, state_tensors
 from training.manifest import checkpoints, latest_good, problems, prune, read_meta, remove_temporary
-from training.storage import CheckpointError
+from training.storage import CheckpointError, StagingBuffers
 
 
 def new_state(seed: int, width: int = 16, hash_: str = "abc") -> TrainState:
@@ -296,3 +296,15 @@ def test_verification_shares_cover_every_file(tmp_path, monkeypatch):
         path.write_bytes(data)
     found = [p for share in range(3) for p in problems(folder, share, 3)]
     assert len(found) == len(list(folder.glob("shard_*"))) == len(set(found))
+
+
+def test_reserved_buffers_are_used_and_shared_by_no_two_files(monkeypatch):
+    monkeypatch.setattr("training.storage.FILE_BYTES", 600)
+    buffers = StagingBuffers()
+    buffers.reserve(1500, pinned=False)  # three files' worth
+    taken = [buffers.get(name, nbytes, False) for name, nbytes in (("a", 600), ("b", 500), ("c", 20), ("d", 600))]
+    assert [t.numel() for t in taken] == [600, 500, 20, 600]
+    assert [t.untyped_storage().nbytes() for t in taken] == [600, 600, 600, 600]  # the fourth is its own
+    assert len({t.data_ptr() for t in taken}) == 4
+    assert buffers.get("b", 500, False) is taken[1]
+    assert buffers.get("e", 900, False).untyped_storage().nbytes() == 900  # one tensor larger than a file

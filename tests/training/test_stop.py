@@ -1,9 +1,11 @@
 """A stop in the middle of a step: the step is dropped, the state before it saved, and the resumed run repeats it."""
 
 import json
+import time
 
 import torch
 
+from training import commit
 from training.checkpoint import read_all
 from training.loop import Trainer
 from training.manifest import checkpoints
@@ -48,3 +50,18 @@ def test_stop_in_the_first_step_leaves_no_checkpoint_and_a_run_that_starts(run, 
     assert code == 75 and checkpoints(folder / "checkpoints") == []
     assert run()[0] == 0
     assert [step for step, *_ in losses(folder)] == list(range(1, 11))
+
+
+def test_stop_during_a_long_save_waits_for_it_and_repeats_the_steps_since(run, monkeypatch):
+    _, straight = run("quant=quartet2", name="straight")
+    write = commit.commit
+    with monkeypatch.context() as patch:
+        patch.setattr("training.loop.LONG_SAVE_S", 0.0)
+        patch.setattr(commit, "commit", lambda job: (time.sleep(3.0), write(job)))
+        stop_at(patch, 6, 0)
+        code, stopped = run("quant=quartet2", "checkpoint.every=5", name="stopped")
+    assert code == 75
+    assert [folder.name for folder in checkpoints(stopped / "checkpoints")] == ["step_00000005"]
+    assert losses(stopped)[-1][0] == 6
+    assert run("quant=quartet2", "checkpoint.every=5", name="stopped")[0] == 0
+    assert losses(stopped) == losses(straight)
