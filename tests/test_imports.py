@@ -15,7 +15,7 @@ NUMERIC = {"torch", "numpy"}
 MAY = {
     "kernels": (set(), {"torch", "triton"}),
     "quant": ({"kernels", "configs"}, {"torch", "yaml"}),  # configs: only the folder of the recipe files
-    "models": (set(), {"torch"}),
+    "models": ({"kernels"}, {"torch"}),  # kernels.pointwise alone: test_models_know_nothing_of_quantization
     "data": (set(), NUMERIC),
     "training": ({"kernels", "quant", "models", "data"}, NUMERIC | {"rich", "safetensors"}),
     "analysis": ({"configs"}, {"numpy", "scipy", "matplotlib"}),  # configs.grid: plain YAML
@@ -48,6 +48,15 @@ def test_imports_point_one_way(package):
         assert foreign & set(OURS) <= ours, f"{path.relative_to(ROOT)} imports {sorted(foreign & set(OURS) - ours)}"
         rest = foreign - set(OURS)
         assert rest <= others, f"{path.relative_to(ROOT)} imports {sorted(rest - others)} at module level"
+
+
+def test_models_know_nothing_of_quantization():
+    """Of kernels they take the memory-bound parts between GEMMs, whose definition is plain PyTorch."""
+    for path in (ROOT / "models").rglob("*.py"):
+        imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+        taken = {f"{node.module}.{name.name}" for node in imports for name in node.names}
+        foreign = {name for name in taken if name.startswith("kernels") and not name.startswith("kernels.pointwise")}
+        assert not foreign, f"{path.name} imports {sorted(foreign)}"
 
 
 def test_hydra_stays_at_the_top():
