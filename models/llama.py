@@ -4,8 +4,9 @@ Pre-norm RMSNorm with a learned gain, interleaved RoPE in FP32, fused q,k,v and 
 embedding and lm_head not tied. The residual stream is FP32 by default; every nn.Linear is fed `compute_dtype`.
 
 RoPE, SwiGLU and residual + norm are kernels/pointwise, whose definition is plain PyTorch: a GPU run chooses fused
-backwards for them (kernels/backend.py). The linears here hold FP32 master weights. A plain model therefore runs in float32 (`compute_dtype=torch.float32`); for
-BF16 training `quant.plan.convert` replaces each nn.Linear by one that rounds its weight itself, the BF16 baseline too.
+backwards for them (kernels/backend.py). The linears here hold FP32 master weights. A plain model therefore runs in
+float32 (`compute_dtype=torch.float32`); for BF16 training `quant.plan.convert` replaces each nn.Linear by one that
+rounds its weight itself, the BF16 baseline too.
 
 Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hidden, V vocabulary.
 """
