@@ -34,7 +34,7 @@ def launch(folder: Path, how: str) -> subprocess.Popen:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(worker)]
     return subprocess.Popen(
         [*command, str(folder), how],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -46,7 +46,7 @@ def test_handlers_are_restored():
 
 def child(body: str, *arguments: str) -> subprocess.Popen:
     text = f"import sys, time\nfrom training.signals import *\n{body}"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, "-c", text, *arguments],
         stdout=subprocess.PIPE,
