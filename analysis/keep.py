@@ -7,6 +7,7 @@ stored compressed, nats in FP32: a loss moves by less than 1e-8.
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ def last_evaluations(runs: list[Run]) -> set[int]:
     return {int(run.evals["step"].max()) for run in runs if len(run.evals["step"])}
 
 
-def keep(run: Run, folder: Path, every: int = 10, steps: frozenset[int] | set[int] = frozenset()) -> Path:
+def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> Path:
     """Write the copy to folder/<run name>, replacing an older one; returns its path. `every`: training steps kept;
     `steps`: evaluations whose per-segment rows are kept beside the last one's."""
     target = folder / run.name
@@ -35,7 +36,7 @@ def keep(run: Run, folder: Path, every: int = 10, steps: frozenset[int] | set[in
     lines = [line for line in (run.path / "metrics.jsonl").read_text().split("\n")[:-1] if line]
     records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
     (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
-    for step in sorted(targets.keys() & (set(steps) | {max(targets, default=0)})):
+    for step in sorted(targets.keys() & {*steps, max(targets, default=0)}):
         rows = run.rows_at(step)
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}
         np.savez_compressed(target / "eval" / f"{step}.npz", **small)

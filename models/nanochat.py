@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.pointwise.reference_impl import turn
+from kernels.pointwise.reference_impl import inverse_rms, turn
 from models.llama import DTYPES, check_shape, fill_parameters, rope_table
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
@@ -70,7 +70,7 @@ class NanochatConfig:
 def rms_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x / rms(x) over the last dimension, in FP32, rounded once to `dtype`."""
     x = x.float()
-    return (x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + NORM_EPS)).to(dtype)
+    return (x * inverse_rms(x, NORM_EPS)).to(dtype)
 
 
 def window_mask(length: int, window: int, device: torch.device) -> Tensor:

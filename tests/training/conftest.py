@@ -2,12 +2,16 @@
 
 import json
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from configs.compose import compose
 from training.launch import Request, launch
+from training.loop import Trainer
+from training.signals import INTERRUPT
 
 SMALL = [
     "model=llama_tiny",
@@ -62,6 +66,27 @@ def run(tmp_path, text_file, token_folder):
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None
 
     return start
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """stop_after(step) is a context in which runs stop after that step, by the flag that Ctrl-C sets."""
+
+    @contextmanager
+    def stopping_after(step: int) -> Iterator[None]:
+        train_step = Trainer._train_step
+
+        def stopping(self):
+            level = train_step(self)
+            if self.state.step == step:
+                self.p.stop.level = INTERRUPT
+            return level
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "_train_step", stopping)
+            yield
+
+    return stopping_after
 
 
 @pytest.fixture

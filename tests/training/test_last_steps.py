@@ -8,25 +8,13 @@ def test_steps_after_the_last_interval_are_logged(run, rows):
     assert [row["step"] for row in rows(folder, "train")] == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_nanochat_with_muon_learns_and_resumes_bitwise(run, rows, monkeypatch):
+def test_nanochat_with_muon_learns_and_resumes_bitwise(run, rows, stop_after):
     words = ["model.family=nanochat", "model.residual_dtype=bfloat16", "optim=muon", "optim.lr=0.02", "schedule=wsd"]
     words += ["quant=nvidia", "model.heads=1", "optim.scalar_lr=0.05"]
     _, straight = run(*words, name="straight")
     losses = [row["loss"] for row in rows(straight, "train")]
     assert losses[0] == pytest.approx(5.704, abs=0.05) and losses[-1] < losses[0] - 1  # ln 300
-    from training.loop import Trainer
-    from training.signals import INTERRUPT
-
-    step = Trainer._train_step
-
-    def stopping(self):
-        level = step(self)
-        if self.state.step == 6:
-            self.p.stop.level = INTERRUPT
-        return level
-
-    monkeypatch.setattr(Trainer, "_train_step", stopping)
-    run(*words, name="stopped")
-    monkeypatch.undo()
+    with stop_after(6):
+        run(*words, name="stopped")
     _, stopped = run(*words, name="stopped")
     assert [row["loss"] for row in rows(stopped, "train")] == losses

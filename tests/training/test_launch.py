@@ -57,25 +57,13 @@ def weights(folder, step):
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2"])
-def test_interrupted_run_continues_bitwise(run, rows, monkeypatch, recipe):
+def test_interrupted_run_continues_bitwise(run, rows, stop_after, recipe):
     """Stopped at step 6 by the flag that signals set, then the same command: as if nothing had happened."""
     _, straight = run(f"quant={recipe}", name="straight")
-    from training.loop import Trainer
-    from training.signals import INTERRUPT
-
-    step = Trainer._train_step
-
-    def stopping(self):
-        level = step(self)
-        if self.state.step == 6:
-            self.p.stop.level = INTERRUPT
-        return level
-
-    monkeypatch.setattr(Trainer, "_train_step", stopping)
-    code, resumed = run(f"quant={recipe}", name="resumed")
+    with stop_after(6):
+        code, resumed = run(f"quant={recipe}", name="resumed")
     assert code == 0 and not (resumed / "result.json").exists()
     assert [path.name for path in checkpoints(resumed / "checkpoints")][-1] == "step_00000006"
-    monkeypatch.setattr(Trainer, "_train_step", step)
     assert run(f"quant={recipe}", name="resumed")[0] == 0
     assert [row["event"] for row in rows(resumed, "event")].count("resume") == 1
     for kind, fields in (("train", ("step", "loss", "grad_norm", "lr", "samples")), ("eval", ("step", "loss", "bpb"))):
