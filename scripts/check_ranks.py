@@ -318,7 +318,7 @@ def large(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def large_size(arguments: argparse.Namespace, recipe: str, world: int) -> list[str]:
-    batch = size(arguments, "llama_1b9", 2048, 4, 16 * world)
+    batch = size(arguments, "llama_1b9", 2048, 8, 32 * world)
     return [*batch, f"quant={recipe}", "parallel=fsdp", "log.every=3", *arguments.extra]
 
 

@@ -70,7 +70,7 @@ def build_loss(
     compile_loss(loss, config, ranks.device, plan.fullgraph)
     if config.recompute:
         recompute_blocks(model)
-    return loss, parallelize(loss, mode, ranks), init_hash
+    return loss, parallelize(loss, mode, ranks, regather=config.recompute), init_hash
 
 
 def check_schemes(plan: Plan, recompute: bool) -> None:

@@ -225,7 +225,7 @@ class TrainConfig:
     backend: str = "auto"
     compile: str = "auto"  # auto: on a GPU
     cuda_graphs: str = "auto"  # auto: where the model is compiled and no weight is sharded; same bits, fewer launches
-    recompute: bool = False  # keep only each block's input, compute the block again in the backward: memory for time
+    recompute: bool = False  # keep only each block's input, compute it again in the backward, gather weights anew
     deterministic: bool = True  # a resumed run repeats the uninterrupted one bit for bit
     nonfinite: str = "stop"  # what a NaN or infinite loss or gradient leads to: stop, skip, rollback
     rounding_seed: int | None = None  # of rounding bits and signs; null: seed. For measuring what they alone change

@@ -15,9 +15,9 @@ operands once more as exact BF16 values when a recipe quantizes).
 
 Gradients, 4 bytes a parameter: where a step has several micro-batches, those of the earlier ones are there at the peak.
 Those of the micro-batch itself take the place of the activations that its backward frees; only lm_head's is made in the
-forward. DDP sums gradients in a copy of them. Under FSDP a rank holds, whole and in FP32: embedding and lm_head, two
-blocks' weights (the one at work and the next), and gradients, which are reduced after the last micro-batch only: all
-of them where a step has several, else two blocks' and those of the ends.
+forward. DDP sums gradients in a copy of them. Under FSDP a rank holds, whole and in FP32: all weights, or under
+`recompute` embedding, lm_head and two blocks (the one at work and the next); and gradients, which are reduced after the
+last micro-batch only: all of them where a step has several, else two blocks' and those of the ends.
 """
 
 from dataclasses import dataclass
@@ -79,7 +79,9 @@ def estimate(
         "temporaries": temporary_bytes(config, micro_tokens, kept),
     }
     if shards > 1:
-        sizes["gathered by FSDP"] = BYTES_FP32 * (2 * config.vocab_size * config.width + 2 * block_parameters(config))
+        blocks = 2 if recompute else config.layers
+        gathered = 2 * config.vocab_size * config.width + blocks * block_parameters(config)
+        sizes["gathered by FSDP"] = BYTES_FP32 * gathered
     return MemoryEstimate({name: size / GIB for name, size in sizes.items()})
 
 

@@ -2,12 +2,14 @@
 
     none   one process
     ddp    every rank holds everything; gradients are summed in buckets while the last backward still runs
-    fsdp   FSDP2: weights, gradients and moments sharded over all ranks, gathered block by block
+    fsdp   FSDP2: weights, gradients and moments sharded over all ranks, weights gathered block by block
     hsdp   FSDP2 within a node, replicas across nodes
 
 All modes produce the same gradient up to the order of FP32 summation: each rank sums its micro-batches in FP32, already
 weighted by the tokens of the global batch, and the ranks' sums are added, never averaged. Communication waits for the
 last micro-batch of a step. amax and tensor scales are taken after the gather, on whole weights (design.md 3.3).
+Gathered weights stay for the whole step, since its gradients are kept whole as well; where memory is worth more than
+time (recompute=true) every forward and backward gathers anew. Both are the same bits.
 
 torch's DistributedDataParallel isn't used: its reducer only works through its own forward, splits compiled graphs, and
 renames parameters; what is left of it, buckets that are reduced when full, is `ReplicaSync`.
@@ -58,16 +60,17 @@ def choose(parallel: str, ranks: Dist, parameters: int) -> str:
     return parallel
 
 
-def parallelize(loss: nn.Module, mode: str, ranks: Dist) -> Parallel:
+def parallelize(loss: nn.Module, mode: str, ranks: Dist, regather: bool = False) -> Parallel:
     """Wrap in place. `loss` is the LossModel around a model with `blocks`; its weights are on the device, and equal on
-    all ranks. After quant.plan.convert and torch.compile of the blocks, before the optimizer is built."""
+    all ranks. After quant.plan.convert and torch.compile of the blocks, before the optimizer is built. `regather`: of
+    sharded weights only the blocks at work are held whole."""
     if mode == "none":
         return Parallel(mode, lambda last: nullcontext())
     if mode == "ddp":
         return Parallel(mode, ReplicaSync(loss, ranks).accumulate)
     shards = ranks.world if mode == "fsdp" else ranks.local_world
-    shard(loss, ranks, shards)
-    return Parallel(mode, lambda last: _sharded_accumulation(loss, last), shards)
+    shard(loss, ranks, shards, regather)
+    return Parallel(mode, lambda last: _sharded_accumulation(loss, last, regather), shards)
 
 
 @dataclass
@@ -134,7 +137,7 @@ class ReplicaSync:
             bucket.flat = bucket.work = None
 
 
-def shard(loss: nn.Module, ranks: Dist, shards: int) -> None:
+def shard(loss: nn.Module, ranks: Dist, shards: int, regather: bool) -> None:
     """fully_shard every block, then the rest (embedding, last norm, lm_head) as the root, which stays gathered."""
     kind = ranks.device.type
     if shards == ranks.world:
@@ -143,7 +146,7 @@ def shard(loss: nn.Module, ranks: Dist, shards: int) -> None:
         mesh = init_device_mesh(kind, (ranks.world // shards, shards), mesh_dim_names=("replicate", "shard"))
     for block in loss.model.blocks:
         spans = exact_spans(block, shards)
-        fully_shard(block, mesh=mesh, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, reshard_after_forward=regather)
         block.set_custom_all_gather(Bf16Gather(spans))
     fully_shard(loss, mesh=mesh, reshard_after_forward=False)
     for module in loss.modules():
@@ -153,9 +156,10 @@ def shard(loss: nn.Module, ranks: Dist, shards: int) -> None:
 
 
 @contextmanager
-def _sharded_accumulation(loss: nn.Module, last: bool) -> Iterator[None]:
+def _sharded_accumulation(loss: nn.Module, last: bool, regather: bool) -> Iterator[None]:
     loss.set_requires_gradient_sync(last)
     loss.set_is_last_backward(last)
+    loss.set_reshard_after_backward(last or regather)
     yield
 
 

@@ -1,5 +1,7 @@
 """The estimate by hand, against measured peaks, and what each recipe keeps."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -45,12 +47,15 @@ def test_gradients_take_the_place_of_activations():
 
 
 def test_fsdp_gathers_by_hand():
-    """Embedding, lm_head and two blocks, 4 bytes each; their gradients too, or all where a step has several."""
+    """All weights, or embedding, lm_head and two blocks, 4 bytes each; gradients of these, or all where a step has
+    several micro-batches."""
     one, several = parts(shards=4), parts(shards=4, accumulates=True)
-    assert one["gathered by FSDP"] == several["gathered by FSDP"] == pytest.approx(4 * (ENDS + 2 * BLOCK))
+    assert one["gathered by FSDP"] == several["gathered by FSDP"] == pytest.approx(4 * CONFIG.parameters)
     assert one["gradients"] == pytest.approx(4 * (ENDS + 2 * BLOCK))
     assert several["gradients"] == pytest.approx(4 * CONFIG.parameters)
     assert "gathered by FSDP" not in parts()
+    deeper = estimate(replace(CONFIG, layers=3), 1024, BF16, shards=4, recompute=True).parts["gathered by FSDP"] * GIB
+    assert deeper == pytest.approx(4 * (ENDS + 2 * BLOCK), rel=1e-4)
 
 
 def test_total_is_the_sum_of_its_parts():

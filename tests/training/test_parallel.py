@@ -46,7 +46,7 @@ def launch(folder: Path, world: int, *modes: str) -> None:
 def results(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("ranks")
     launch(folder, 1, "auto", "auto:quartet2")
-    launch(folder, 2, "ddp", "fsdp", "ddp:quartet2", "fsdp:quartet2")
+    launch(folder, 2, "ddp", "fsdp", "fsdp+regather", "ddp:quartet2", "fsdp:quartet2")
     launch(folder, 4, "fsdp", "hsdp")
     launch(folder, 1, "fsdp")  # again alone, now from every checkpoint of the others
     return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
@@ -66,6 +66,10 @@ def test_same_curve_on_any_number_of_ranks(results, name):
     assert rows[0][1] == pytest.approx(alone[0][1], rel=FIRST_NORM_RTOL)
     assert_close(rows, alone)
     assert alone[-1][0] != pytest.approx(alone[0][0], abs=10 * LOSS_ATOL)  # the weights did move
+
+
+def test_weights_kept_for_a_step_are_the_same_bits_as_weights_gathered_anew(results):
+    assert results["fsdp-2"]["straight"]["rows"] == results["fsdp+regather-2"]["straight"]["rows"]
 
 
 @pytest.mark.parametrize("name", ["ddp:quartet2-2", "fsdp:quartet2-2"])
