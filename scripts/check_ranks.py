@@ -182,6 +182,7 @@ def resume(arguments: argparse.Namespace) -> Iterator[Case]:
             f"--tolerance={arguments.tolerance}",
             "--kills=3",
             "compile=false",
+            "optim.lr=1e-4",  # at the preset's rate such small batches train so wildly that noise grows to 0.1 nats
         ],
     }
     steps = [f"--steps={12 if arguments.rehearse else 60}", "--every=4", "--step-seconds=0.3"]
@@ -375,7 +376,7 @@ def main() -> int:
     parser.add_argument(
         "--extra", nargs="*", default=[], help="more overrides for scale and large, such as backend=triton"
     )
-    parser.add_argument("--tolerance", default="0.05", help="nats, where a resumed run sums in another order")
+    parser.add_argument("--tolerance", default="0.01", help="nats, where a resumed run sums in another order")
     parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU, two processes")
     parser.add_argument("--out", type=Path, default=Path("check_ranks"))
     arguments = parser.parse_args()
