@@ -139,11 +139,11 @@ def _zoom(ax: Axes, groups: list[Group]) -> None:
 
 
 def _gap_limits(ax: Axes, gaps: list[float]) -> None:
-    """Early gaps are large and of no interest: show twice the final range, zero included."""
+    """Early gaps are large and of no interest: show little more than the final range, zero included."""
     finals = [gap for gap in gaps if np.isfinite(gap)]
     if finals:
         low, high = min(0, *finals), max(0, *finals)
-        margin = 0.75 * (high - low) + 1e-6
+        margin = 0.25 * (high - low) + 1e-6
         ax.set_ylim(low - margin, high + margin)
 
 
