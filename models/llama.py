@@ -23,61 +23,25 @@ from torch import Tensor, nn
 
 from kernels import pointwise
 from kernels.pointwise import reference_impl
+from models.shape import DTYPES, DecoderShape
 
 DRAW_THREADS = 8  # a generator is serial: one thread per parameter, or llama_1b9 takes half a minute on every start
 INIT_STD = 0.02  # all weight matrices and the embedding; residual projections are scaled by 1 / sqrt(2 layers)
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def check_shape(config) -> None:
-    """Raise ValueError, with what to type, for sizes that no decoder of this package can have."""
-    for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"model.{name}={getattr(config, name)}: needs a positive integer")
-    if config.width % config.heads or config.head_dim % 2:
-        raise ValueError(
-            f"model.width={config.width} over model.heads={config.heads}: the head dimension must be even and whole; "
-            f"RoPE turns pairs. Set model.heads={max(1, config.width // 128)} or another divisor of the width"
-        )
-    if config.residual_dtype not in DTYPES:
-        raise ValueError(f"model.residual_dtype={config.residual_dtype}: needs one of {', '.join(DTYPES)}")
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(DecoderShape):
     """Shape of a model. `max_seq_len` only sizes the RoPE table; it holds no parameter."""
 
-    layers: int
-    width: int
-    heads: int
-    hidden: int
-    vocab_size: int
-    max_seq_len: int = 512
     norm_eps: float = 1e-5
     rope_theta: float = 1e4
     residual_dtype: str = "float32"
 
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
-
     @property
     def parameters_non_embedding(self) -> int:
-        """Everything but the embedding and lm_head: L (4 D^2 + 3 D F) + (2 L + 1) D."""
+        """L (4 D^2 + 3 D F) + (2 L + 1) D."""
         per_layer = 4 * self.width**2 + 3 * self.width * self.hidden
         return self.layers * per_layer + (2 * self.layers + 1) * self.width
-
-    @property
-    def parameters(self) -> int:
-        return self.parameters_non_embedding + 2 * self.vocab_size * self.width
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """6 N + 12 L d s: N with lm_head, without the embedding; attention counted non-causally (PaLM's convention)."""
-        counted = self.parameters_non_embedding + self.vocab_size * self.width
-        return 6 * counted + 12 * self.layers * self.width * seq_len
 
 
 class RMSNorm(nn.Module):

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import inverse_rms, turn
-from models.llama import DTYPES, check_shape, fill_parameters, rope_table
+from models.llama import fill_parameters, rope_table
+from models.shape import DTYPES, DecoderShape
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
 NORM_EPS = torch.finfo(torch.float32).eps
@@ -28,38 +29,17 @@ SOFTCAP = 15.0
 
 
 @dataclass(frozen=True)
-class NanochatConfig:
+class NanochatConfig(DecoderShape):
     """Shape of a model. `max_seq_len` is the training context: it sets RoPE's table and the short window."""
 
-    layers: int
-    width: int
-    heads: int
-    hidden: int
-    vocab_size: int
     max_seq_len: int = 2048
     rope_theta: float = 1e4
     residual_dtype: str = "bfloat16"
-
-    def __post_init__(self) -> None:
-        check_shape(self)
-
-    @property
-    def head_dim(self) -> int:
-        return self.width // self.heads
 
     @property
     def parameters_non_embedding(self) -> int:
         """L (4 D^2 + 2 D F) + 2 L scalars."""
         return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden) + 2 * self.layers
-
-    @property
-    def parameters(self) -> int:
-        return self.parameters_non_embedding + 2 * self.vocab_size * self.width
-
-    def flops_per_token(self, seq_len: int) -> int:
-        """6 N + 12 L d s, as models/llama.py counts it: short windows are not discounted."""
-        counted = self.parameters_non_embedding + self.vocab_size * self.width
-        return 6 * counted + 12 * self.layers * self.width * seq_len
 
     def window(self, layer: int) -> int | None:
         """How many earlier positions a layer sees; None: all."""

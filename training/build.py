@@ -10,8 +10,9 @@ from torch import Tensor
 from data.evalset import EvalSet
 from data.loader import Loader
 from data.tokens import TokenSet
-from models.llama import Llama, LlamaConfig
-from models.nanochat import Nanochat, NanochatConfig
+from models.llama import Llama
+from models.nanochat import Nanochat
+from models.shape import DecoderShape
 from quant.plan import Plan, convert
 from quant.recipe import Recipe
 from quant.stats import slot_stats
@@ -39,7 +40,7 @@ def set_torch_flags(config: TrainConfig) -> None:
 
 
 def build_model(
-    shape: LlamaConfig | NanochatConfig, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0
+    shape: DecoderShape, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0
 ) -> tuple[Llama | Nanochat, str]:
     """The initialized and converted model on rng's device, and the init hash (before `perturb`)."""
     with rng.device:
@@ -61,7 +62,7 @@ def nudge(model: torch.nn.Module, relative: float, seed: int) -> None:
 
 
 def build_loss(
-    config: TrainConfig, shape: LlamaConfig | NanochatConfig, plan: Plan, rng: Tensor, ranks: Dist
+    config: TrainConfig, shape: DecoderShape, plan: Plan, rng: Tensor, ranks: Dist
 ) -> tuple[LossModel, Parallel, str]:
     """The loss around the model, compiled and distributed as the configuration says, and the init hash."""
     model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb)

@@ -22,7 +22,7 @@ last micro-batch only: all of them where a step has several, else two blocks' an
 
 from dataclasses import dataclass
 
-from models.llama import LlamaConfig
+from models.shape import DecoderShape
 from quant.linear import keeps_fprop
 from quant.plan import Plan
 from quant.recipe import Operand, Recipe
@@ -60,7 +60,7 @@ class MemoryEstimate:
 
 
 def estimate(
-    config: LlamaConfig,
+    config: DecoderShape,
     micro_tokens: int,
     kept: Kept,
     shards: int = 1,
@@ -85,11 +85,11 @@ def estimate(
     return MemoryEstimate({name: size / GIB for name, size in sizes.items()})
 
 
-def block_parameters(config: LlamaConfig) -> float:
+def block_parameters(config: DecoderShape) -> float:
     return (config.parameters - 2 * config.vocab_size * config.width) / config.layers
 
 
-def activation_bytes(config: LlamaConfig, micro_tokens: int, kept: Kept, recompute: bool) -> float:
+def activation_bytes(config: DecoderShape, micro_tokens: int, kept: Kept, recompute: bool) -> float:
     """What autograd keeps of one micro-batch, operands made of weights included."""
     d, f = config.width, config.hidden
     residual = BYTES_FP32 if config.residual_dtype == "float32" else BYTES_BF16
@@ -99,12 +99,12 @@ def activation_bytes(config: LlamaConfig, micro_tokens: int, kept: Kept, recompu
     return ends + (config.layers * micro_tokens * d * residual + block if recompute else config.layers * block)
 
 
-def temporary_bytes(config: LlamaConfig, micro_tokens: int, kept: Kept) -> float:
+def temporary_bytes(config: DecoderShape, micro_tokens: int, kept: Kept) -> float:
     mlp = BYTES_BF16 * (3 * config.hidden + 2 * config.width)
     return micro_tokens * mlp * (2 if kept.is_quantized else 1) + LOGITS_CHUNK_BYTES
 
 
-def gradient_bytes(config: LlamaConfig, activations: float, shards: int, accumulates: bool, replicated: bool) -> float:
+def gradient_bytes(config: DecoderShape, activations: float, shards: int, accumulates: bool, replicated: bool) -> float:
     """Gradients at the peak, and what they need beyond the activations' place when these are gone."""
     whole, head = BYTES_FP32 * config.parameters, BYTES_FP32 * config.vocab_size * config.width
     if shards > 1 and not accumulates:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from models.llama import LlamaConfig
+from models.shape import DecoderShape
 from training.derive import Numbers
 from training.memory import MemoryEstimate
 from training.metrics import MFU_FORMULA
@@ -21,7 +21,7 @@ class StartScreen:
     fullgraph: bool
     parallel: str
     model: str
-    shape: LlamaConfig
+    shape: DecoderShape
     recipe: str
     plan_lines: list[str]
     numbers: Numbers

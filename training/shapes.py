@@ -2,10 +2,11 @@
 
 from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
+from models.shape import DecoderShape
 from training.config import TrainConfig
 
 
-def shape_of(config: TrainConfig, vocab_size: int) -> LlamaConfig | NanochatConfig:
+def shape_of(config: TrainConfig, vocab_size: int) -> DecoderShape:
     """The shape with its vocabulary; ValueError where widths and heads don't fit."""
     m = config.model
     if m.family == "nanochat":
@@ -25,6 +26,6 @@ def shape_of(config: TrainConfig, vocab_size: int) -> LlamaConfig | NanochatConf
     )
 
 
-def model_of(shape: LlamaConfig | NanochatConfig) -> Llama | Nanochat:
+def model_of(shape: DecoderShape) -> Llama | Nanochat:
     """The uninitialized model of a shape, on the current default device."""
     return Nanochat(shape) if isinstance(shape, NanochatConfig) else Llama(shape)

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from data.tokens import TokenSet
-from models.llama import LlamaConfig
-from models.nanochat import NanochatConfig
+from models.shape import DecoderShape
 from quant.plan import Plan, plan_of
 from training.build import is_compiled, is_graphed
 from training.config import TrainConfig
@@ -35,7 +34,7 @@ class Request:
 class Sketch:
     """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
 
-    shape: LlamaConfig | NanochatConfig
+    shape: DecoderShape
     plan: Plan
     numbers: Numbers
     tokens: TokenSet | None
@@ -65,7 +64,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
 
 
 def run_info(
-    request: Request, shape: LlamaConfig | NanochatConfig, plan: Plan, numbers: Numbers, flat: dict[str, Any]
+    request: Request, shape: DecoderShape, plan: Plan, numbers: Numbers, flat: dict[str, Any]
 ) -> dict[str, Any]:
     """run.json, but for what it says of the data. `flat`: what the hash covers."""
     config, digest = request.config, hash_of(flat)

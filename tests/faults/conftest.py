@@ -1,7 +1,5 @@
 """A run of about a second on a CPU, and its overrides. Token data is prepared once a session."""
 
-import json
-import random
 import sys
 from pathlib import Path
 
@@ -29,16 +27,6 @@ TINY = [
     "evaluate.final_tokens=256",
     "evaluate.slots=false",
 ]
-
-
-@pytest.fixture(scope="session")
-def text_file(tmp_path_factory) -> Path:
-    rng = random.Random(0)
-    words = [f"{a}{b}" for a in ("ka", "lo", "mi", "su") for b in ("na", "re", "ti", "vo")]
-    path = tmp_path_factory.mktemp("text") / "documents.jsonl"
-    lines = [{"id": str(i), "source": "x", "text": " ".join(rng.choices(words, k=200))} for i in range(60)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,52 @@
+"""What all decoders of this package have in common before a tensor exists: sizes, their checks, and what they cost."""
+
+from dataclasses import dataclass
+
+import torch
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Sizes of a decoder; each model adds its own fields, `residual_dtype` (a key of DTYPES) among them.
+
+    Raises ValueError, with what to type, for sizes that no decoder can have."""
+
+    layers: int
+    width: int
+    heads: int
+    hidden: int
+    vocab_size: int
+    max_seq_len: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "width", "heads", "hidden", "vocab_size", "max_seq_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name}={getattr(self, name)}: needs a positive integer")
+        if self.width % self.heads or self.head_dim % 2:
+            raise ValueError(
+                f"model.width={self.width} over model.heads={self.heads}: the head dimension must be even and whole; "
+                f"RoPE turns pairs. Set model.heads={max(1, self.width // 128)} or another divisor of the width"
+            )
+        if self.residual_dtype not in DTYPES:
+            raise ValueError(f"model.residual_dtype={self.residual_dtype}: needs one of {', '.join(DTYPES)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.heads
+
+    @property
+    def parameters_non_embedding(self) -> int:
+        """Everything but the embedding and lm_head."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> int:
+        return self.parameters_non_embedding + 2 * self.vocab_size * self.width
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """6 N + 12 L d s: N with lm_head, without the embedding; attention counted over all positions, causal or
+        windowed as it may be (PaLM's convention)."""
+        counted = self.parameters_non_embedding + self.vocab_size * self.width
+        return 6 * counted + 12 * self.layers * self.width * seq_len
