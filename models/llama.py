@@ -120,6 +120,8 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The model; weights are uninitialized until `init_weights`, so that it can be built on the meta device."""
 
+    softcap: float | None = None  # of the logits; the loss reads it
+
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
         self.config = config

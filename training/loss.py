@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from kernels.cross_entropy import linear_cross_entropy
-from training.softcap import softcapped_cross_entropy
 
 
 class LossModel(nn.Module):
@@ -20,9 +19,5 @@ class LossModel(nn.Module):
     def forward(self, tokens: Tensor, per_token: bool = False) -> Tensor:
         hidden = self.model.hidden(tokens[:, :-1]).flatten(0, 1)
         targets = tokens[:, 1:].flatten()
-        weight, cap = self.model.lm_head.weight, getattr(self.model, "softcap", None)
-        if cap is None:
-            nats = linear_cross_entropy(hidden, weight, targets, per_token=per_token)
-        else:
-            nats = softcapped_cross_entropy(hidden, weight, targets, cap, per_token=per_token)
+        nats = linear_cross_entropy(hidden, self.model.lm_head.weight, targets, per_token, self.model.softcap)
         return nats.view(tokens.shape[0], -1) if per_token else nats

@@ -1,4 +1,7 @@
-"""The definition: logits = bf16(h W^T), loss = logsumexp - logit[target] in FP32, dlogits = bf16(softmax - onehot)."""
+"""The definition: logits = bf16(h W^T), loss = logsumexp - logit[target] in FP32, dlogits = bf16(softmax - onehot).
+
+With a soft-cap c, loss and softmax are of l' = c tanh(l / c) in FP32, and dlogits = bf16((softmax - onehot) dl'/dl).
+"""
 
 import torch
 from torch import Tensor
@@ -15,12 +18,15 @@ def unavailable() -> str | None:
     return None
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, per_token: bool, softcap: float | None = None
+) -> Tensor:
     if per_token:
         with torch.no_grad():
             head = head_bf16(weight)
-            return torch.cat([_nats(*part)[0] for part in _chunks(h, head, targets)])
-    return _SumLoss.apply(h, weight, targets, torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad))
+            return torch.cat([_nats(*part, softcap)[0] for part in _chunks(h, head, targets)])
+    needs_grad = torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)
+    return _SumLoss.apply(h, weight, targets, softcap, needs_grad)
 
 
 def head_bf16(weight: Tensor) -> Tensor:
@@ -34,9 +40,11 @@ def _chunks(h: Tensor, head: Tensor, targets: Tensor):
         yield (rows if h.is_cuda else rows.to(torch.float32)), head, targets[start : start + CHUNK_TOKENS]
 
 
-def _nats(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Per-token nats, the logits and their logsumexp, FP32."""
+def _nats(h: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Per-token nats, the (capped) logits and their logsumexp, FP32."""
     logits = to_bf16_values(accumulate(h, head.t()))
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     logsumexp = logits.logsumexp(dim=-1)
     picked = logits.gather(1, targets[:, None]).squeeze(1)
     return logsumexp - picked, logits, logsumexp
@@ -44,16 +52,19 @@ def _nats(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Ten
 
 class _SumLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, needs_grad: bool) -> Tensor:
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, softcap: float | None, needs_grad: bool) -> Tensor:
         head = head_bf16(weight)
         total = torch.zeros((), device=h.device)
         dh, dweight = [], torch.zeros_like(weight) if needs_grad else None
         for rows, _, part in _chunks(h, head, targets):
-            nats, logits, logsumexp = _nats(rows, head, part)
+            nats, logits, logsumexp = _nats(rows, head, part, softcap)
             total = total + nats.sum()
             if needs_grad:
                 onehot = torch.zeros_like(logits).scatter_(1, part[:, None], 1.0)
-                dlogits = to_bf16_values((logits - logsumexp[:, None]).exp() - onehot).to(head.dtype)
+                gradient = (logits - logsumexp[:, None]).exp() - onehot
+                if softcap is not None:
+                    gradient *= 1 - (logits / softcap).square()
+                dlogits = to_bf16_values(gradient).to(head.dtype)
                 dh.append(accumulate(dlogits, head))
                 dweight += accumulate(dlogits.t(), rows)
         if needs_grad:
@@ -64,4 +75,4 @@ class _SumLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor):
         dh, dweight = ctx.saved_tensors
-        return round_output(dh * grad, torch.bfloat16), dweight * grad, None, None
+        return round_output(dh * grad, torch.bfloat16), dweight * grad, None, None, None

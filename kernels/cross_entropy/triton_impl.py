@@ -30,7 +30,8 @@ def unavailable() -> str | None:
 
 @triton.jit
 def nats_kernel(
-    logits, targets, nats, vocab, LANES: tl.constexpr, VECTOR: tl.constexpr, WRITE_GRADIENT: tl.constexpr
+    logits, targets, nats, vocab,
+    LANES: tl.constexpr, VECTOR: tl.constexpr, WRITE_GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr,
 ):  # fmt: skip
     """logits: BF16 [tokens, vocab], overwritten by dlogits if asked; nats: FP32 [tokens]. One program per token."""
     row = tl.program_id(0).to(tl.int64)
@@ -45,12 +46,16 @@ def nats_kernel(
         index = start + offsets
         # The lowest finite number, not -inf: an idle lane must not form inf - inf.
         x = tl.load(at + index, mask=index < vocab, other=-3.0e38).to(tl.float32)
+        if SOFTCAP is not None:
+            x = tl.where(index < vocab, _capped(x, SOFTCAP), -3.0e38)
         new = tl.maximum(largest, tl.reduce(x, 1, _nan_max), propagate_nan=tl.PropagateNan.ALL)
         total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[:, None]), axis=1)
         largest = new
     row_max = tl.max(largest, axis=0)
     row_sum = tl.sum(total * tl.exp(largest - row_max), axis=0)
     picked = tl.load(at + target).to(tl.float32)
+    if SOFTCAP is not None:
+        picked = _capped(picked, SOFTCAP)
     tl.store(nats + row, row_max + tl.log(row_sum) - picked)
     if WRITE_GRADIENT:
         tl.debug_barrier()  # `picked` is read before any thread overwrites it
@@ -60,8 +65,18 @@ def nats_kernel(
         for back in range(0, chunks):
             index = (chunks - 1 - back) * (LANES * VECTOR) + offsets
             x = tl.load(at + index, mask=index < vocab, other=0.0).to(tl.float32)
+            if SOFTCAP is not None:
+                x = _capped(x, SOFTCAP)
             gradient = tl.exp(x - row_max) * inverse - tl.where(index == target, 1.0, 0.0)
+            if SOFTCAP is not None:
+                gradient *= 1.0 - (x / SOFTCAP) * (x / SOFTCAP)
             tl.store(at + index, gradient.to(tl.bfloat16), mask=index < vocab)
+
+
+@triton.jit
+def _capped(x, SOFTCAP: tl.constexpr):
+    """SOFTCAP tanh(x / SOFTCAP)."""
+    return SOFTCAP * (2.0 / (1.0 + tl.exp(x * (-2.0 / SOFTCAP))) - 1.0)
 
 
 @triton.jit
@@ -69,17 +84,19 @@ def _nan_max(a, b):
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
-def linear_cross_entropy(h: Tensor, weight: Tensor, targets: Tensor, per_token: bool) -> Tensor:
+def linear_cross_entropy(
+    h: Tensor, weight: Tensor, targets: Tensor, per_token: bool, softcap: float | None = None
+) -> Tensor:
     if per_token or not (torch.is_grad_enabled() and (h.requires_grad or weight.requires_grad)):
-        nats = token_nats(h.detach(), weight.detach().to(torch.bfloat16), targets)
+        nats = token_nats(h.detach(), weight.detach().to(torch.bfloat16), targets, softcap)
         return nats if per_token else nats.sum()
-    return _SumLoss.apply(h, weight, targets)
+    return _SumLoss.apply(h, weight, targets, softcap)
 
 
 class _SumLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        total, dh, dweight = loss_and_gradients(h, weight.to(torch.bfloat16), targets)
+    def forward(ctx, h: Tensor, weight: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
+        total, dh, dweight = loss_and_gradients(h, weight.to(torch.bfloat16), targets, softcap)
         # dh waits in FP32, so that the factor of the backward is applied before its one rounding.
         ctx.save_for_backward(dh, dweight)
         return total
@@ -88,11 +105,13 @@ class _SumLoss(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         dh, dweight = ctx.saved_tensors
         # In one kernel: this is not compiled.
-        return torch.mul(dh, grad, out=torch.empty_like(dh, dtype=torch.bfloat16)), dweight * grad, None
+        return torch.mul(dh, grad, out=torch.empty_like(dh, dtype=torch.bfloat16)), dweight * grad, None, None
 
 
 @torch.library.custom_op("nibble::loss_and_gradients", mutates_args=())
-def loss_and_gradients(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def loss_and_gradients(
+    h: Tensor, head: Tensor, targets: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """h [T, d] bf16, head [V, d] bf16, targets int64 [T] -> (sum of nats [], dh [T, d], dW [V, d]), all FP32."""
     dh = torch.empty(h.shape, dtype=torch.float32, device=h.device)
     dweight = torch.empty(head.shape, dtype=torch.float32, device=h.device)
@@ -100,30 +119,30 @@ def loss_and_gradients(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor
     one = cublaslt.constant(1.0, h.device)
     for start, rows in chunks(h, head):
         logits = torch.mm(rows, head.t())
-        total += nats_of(logits, targets[start : start + len(rows)], write_gradient=True).sum()
+        total += nats_of(logits, targets[start : start + len(rows)], softcap, write_gradient=True).sum()
         cublaslt.matmul(logits, head, one, dh[start : start + len(rows)])
         cublaslt.matmul(logits.t(), rows, one, dweight, beta=1.0 if start else 0.0)
     return total, dh, dweight
 
 
 @loss_and_gradients.register_fake
-def _(h: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _(h: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
     fp32 = torch.float32
     return h.new_empty((), dtype=fp32), h.new_empty(h.shape, dtype=fp32), h.new_empty(head.shape, dtype=fp32)
 
 
 @torch.library.custom_op("nibble::token_nats", mutates_args=())
-def token_nats(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def token_nats(h: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """h [T, d] bf16, head [V, d] bf16, targets int64 [T] -> nats of each token, FP32 [T]. No gradient."""
     parts = [
-        nats_of(torch.mm(rows, head.t()), targets[start : start + len(rows)], write_gradient=False)
+        nats_of(torch.mm(rows, head.t()), targets[start : start + len(rows)], softcap, write_gradient=False)
         for start, rows in chunks(h, head)
     ]
     return torch.cat(parts)
 
 
 @token_nats.register_fake
-def _(h: Tensor, head: Tensor, targets: Tensor) -> Tensor:
+def _(h: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     return h.new_empty(targets.shape, dtype=torch.float32)
 
 
@@ -134,9 +153,11 @@ def chunks(h: Tensor, head: Tensor) -> Iterator[tuple[int, Tensor]]:
         yield start, h[start : start + count]
 
 
-def nats_of(logits: Tensor, targets: Tensor, write_gradient: bool) -> Tensor:
+def nats_of(logits: Tensor, targets: Tensor, softcap: float | None, write_gradient: bool) -> Tensor:
     """FP32 [T] losses of contiguous BF16 logits [T, V]; with write_gradient the logits become dlogits."""
     nats = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
     grid = (logits.shape[0],)
-    nats_kernel[grid](logits, targets, nats, logits.shape[1], LANES, VECTOR, write_gradient, num_warps=LANES // 32)
+    nats_kernel[grid](
+        logits, targets, nats, logits.shape[1], LANES, VECTOR, write_gradient, softcap, num_warps=LANES // 32
+    )
     return nats

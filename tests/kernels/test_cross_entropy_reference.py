@@ -20,21 +20,24 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return h, weight, torch.randint(0, 300, (100,), generator=g)
 
 
-def exact(h, weight, targets, factor: float = 1.0):
+def exact(h, weight, targets, factor: float = 1.0, softcap: float | None = None):
     """FP64 with the same BF16 operands and logits; returns per-token nats, dh, dW."""
     h, w = h.double().requires_grad_(), weight.bfloat16().double().requires_grad_()
     logits = h @ w.t()
     rounded = logits + (logits.detach().float().bfloat16().double() - logits.detach())  # straight-through rounding
+    if softcap is not None:
+        rounded = softcap * torch.tanh(rounded / softcap)
     nats = torch.nn.functional.cross_entropy(rounded, targets, reduction="none")
     (nats.sum() * factor).backward()
     return nats.detach(), h.grad, w.grad
 
 
-def test_sum_and_gradients():
+@pytest.mark.parametrize("softcap", [None, 2.0, 15.0])
+def test_sum_and_gradients(softcap):
     h, weight, targets = problem()
-    nats, dh, dw = exact(h, weight, targets, 0.01)
+    nats, dh, dw = exact(h, weight, targets, 0.01, softcap)
     h, weight = h.requires_grad_(), weight.requires_grad_()
-    loss = linear_cross_entropy(h, weight, targets)
+    loss = linear_cross_entropy(h, weight, targets, softcap=softcap)
     (loss * 0.01).backward()
     assert loss.dtype == torch.float32 and weight.grad.dtype == torch.float32 and h.grad.dtype == torch.bfloat16
     torch.testing.assert_close(loss.double(), nats.sum(), rtol=1e-6, atol=0)
@@ -43,11 +46,14 @@ def test_sum_and_gradients():
     assert (weight.grad.double() - dw).norm() / dw.norm() < 2**-9
 
 
-def test_per_token_nats_have_no_gradient():
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_per_token_nats_have_no_gradient(softcap):
     h, weight, targets = problem()
-    nats = linear_cross_entropy(h.requires_grad_(), weight, targets, per_token=True)
+    nats = linear_cross_entropy(h.requires_grad_(), weight, targets, per_token=True, softcap=softcap)
     assert nats.shape == (100,) and not nats.requires_grad
-    torch.testing.assert_close(nats.double(), exact(h.detach(), weight, targets)[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        nats.double(), exact(h.detach(), weight, targets, softcap=softcap)[0], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_large_logits_do_not_overflow():
