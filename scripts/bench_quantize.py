@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -90,7 +91,7 @@ def operands(rows: int, columns: int) -> dict[str, Tensor]:
     return dict(x=x, rng=rng, layer=layer, signs=signs, amax=amax, codes=first[2], scales=first[3], outer=first[1])
 
 
-def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
+def call(case: Case, o: dict[str, Tensor]):
     """Launch the case once."""
     source = (o["codes"], o["scales"]) if case.packed_in else (o["x"], None)
     signs = o["signs"] if case.dim > 1 else None
@@ -98,10 +99,10 @@ def call(case: Case, o: dict[str, Tensor], config: Launch | None = None):
         target, cap = TABLE_A1["four_over_six" if case.four_over_six else "absmax", case.rounding]
         return triton_ops.launch_quantize(
             *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, target, cap, False,
-            case.four_over_six, case.rounding, 1, False, 4, True, case.packed_out, config,
+            case.four_over_six, case.rounding, 1, False, 4, True, case.packed_out,
         )  # fmt: skip
     if case.op == "amax":
-        return triton_ops.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)), config=config)
+        return triton_ops.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)))
     if case.op == "fp8":
         return torch.ops.nibble.quantize_fp8(o["x"], o["amax"], case.axis, 448.0, False, False, True)
     if case.op == "fp8_both":
@@ -134,14 +135,16 @@ def precompile(job: tuple[Case, Launch]) -> None:
     """In a worker process: fill Triton's cache, so that the timing process only loads."""
     case, config = job
     try:
-        call(case, operands(256, 256), replace(config, programs=1))
+        o = operands(256, 256)
+        with patch.dict(CONFIGS, {case.config_key: config}):
+            call(case, o)
         torch.cuda.synchronize()
     except Exception as error:  # any failure means: not a candidate; the timing loop reports it
         print(f"{case.name} {config}: {type(error).__name__}", flush=True)
 
 
 def tune(cases: list[Case], o: dict[str, Tensor], workers: int) -> dict[str, list[tuple[float, Launch]]]:
-    """Median microseconds of every candidate of each case, best first."""
+    """Median microseconds of every candidate of each case, best first; a candidate stands in CONFIGS while it runs."""
     jobs = {(case, replace(c, programs=1)) for case in cases for c in candidates(case)}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(precompile, sorted(jobs, key=str), chunksize=2))
@@ -150,7 +153,8 @@ def tune(cases: list[Case], o: dict[str, Tensor], workers: int) -> dict[str, lis
         timed = []
         for config in candidates(case):
             try:
-                timed.append((time_us(lambda c=case, k=config: call(c, o, k), quick=True), config))
+                with patch.dict(CONFIGS, {case.config_key: config}):
+                    timed.append((time_us(lambda c=case: call(c, o), quick=True), config))
             except Exception:  # out of shared memory or registers
                 continue
         results[case.name] = sorted(timed, key=lambda pair: pair[0])
