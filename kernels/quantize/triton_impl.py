@@ -55,9 +55,17 @@ def quantize(
 ) -> Quantized:
     if spec.grid == "none" or (not spec.is_nvfp4 and signs is not None):
         return reference_impl.quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
-    if not spec.is_nvfp4 or spec.is_square:
-        return triton_tiles.quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
-    return _nvfp4(x, None, None, spec, axis, amax, signs, rng, layer, slot, want)
+    if not spec.is_nvfp4:
+        return triton_tiles.quantize_fp8(x, spec, axis, amax)
+    if not spec.is_square:
+        return _nvfp4(x, None, None, spec, axis, amax, signs, rng, layer, slot, want)
+    if signs is not None:
+        raise ValueError("16x16 blocks can't be rotated along one axis; use 1x16 blocks in this slot, or rotation none")
+    results = torch.ops.nibble.quantize_square(
+        x, amax, rng, layer, axis, spec.target_max, spec.scale_cap, spec.tensor_scale == "pow2",
+        spec.select == "four_over_six", spec.rounding, slot, "values" in want, "packed" in want,
+    )  # fmt: skip
+    return _quantized(results, want)
 
 
 def quantize_both(

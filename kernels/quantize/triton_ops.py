@@ -121,7 +121,7 @@ def launch_quantize(
     """(values, scale, codes, block scale bytes); a tensor that isn't wanted is empty."""
     is_packed = src_scales is not None
     src = src.contiguous()
-    outputs = _allocate(src, is_packed, axis, store_values, store_packed)
+    outputs = allocate(src, is_packed, axis, store_values, store_packed)
     values, scale, codes, block_scales = outputs
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
     key = config_key(is_packed, axis, rounding, four_over_six, signs is not None)
@@ -158,14 +158,16 @@ def _words(codes: Tensor) -> Tensor:
     return codes.view(torch.int32)
 
 
-def _allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store_packed: bool):
+def allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store_packed: bool, block_rows: int = 1):
+    """The four outputs of a quantizer to NVFP4 with blocks of block_rows x 16."""
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
     stored_rows, contraction = (rows, columns) if axis == 1 else (columns, rows)
+    scales = (stored_rows // block_rows, contraction // NVFP4_BLOCK)
     return (
         src.new_empty((rows, columns) if store_values else (0,), dtype=torch.bfloat16),
         src.new_empty((), dtype=torch.float32),
         src.new_empty((stored_rows, contraction // 2) if store_packed else (0,), dtype=torch.uint8),
-        src.new_empty((stored_rows, contraction // NVFP4_BLOCK) if store_packed else (0,), dtype=torch.uint8),
+        src.new_empty(scales if store_packed else (0,), dtype=torch.uint8),
     )
 
 
@@ -232,7 +234,7 @@ _quantize_op = torch.library.custom_op("nibble::quantize", launch_quantize, muta
 @_quantize_op.register_fake
 def _(src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
       eden_groups, eden_scaled, slot, store_values, store_packed):  # fmt: skip
-    return _allocate(src, src_scales is not None, axis, store_values, store_packed)
+    return allocate(src, src_scales is not None, axis, store_values, store_packed)
 
 
 def _both_amaxes(x: Tensor, signs1: Tensor | None, signs0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -281,6 +283,6 @@ def _quantize_both_op(
 def _(x, amax1, amax0, signs1, signs0, rng, layer, targets, caps, pow2, four_over_six, roundings, eden_groups,
       eden_scaled, slots, store_values, store_packed):  # fmt: skip
     return (
-        *_allocate(x, False, 1, store_values[0], store_packed[0]),
-        *_allocate(x, False, 0, store_values[1], store_packed[1]),
+        *allocate(x, False, 1, store_values[0], store_packed[0]),
+        *allocate(x, False, 0, store_values[1], store_packed[1]),
     )

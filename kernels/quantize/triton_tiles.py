@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_kernels import load_tile, quantize_groups, tensor_scale
+from kernels.quantize.triton_ops import INTERPRET, allocate
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -133,28 +132,9 @@ def unpack_kernel(codes_ptr, scales_ptr, values_ptr, R, C, words, groups, SQUARE
         tl.store(values_ptr + tl.trans(column * R + row), tl.trans(values), mask=tl.trans(mask))
 
 
-def quantize(
-    x: Tensor,
-    spec: QuantSpec,
-    axis: int,
-    amax: Tensor,
-    signs: Tensor | None,
-    rng: Tensor | None,
-    layer: Tensor | None,
-    slot: int,
-    want: tuple[str, ...],
-) -> Quantized:
-    """16x16 NVFP4 or FP8 of an unrotated x; FP8 values are float8 tensors (e4m3fn or e5m2) with x's shape."""
-    if not spec.is_nvfp4:
-        return _fp8_operand(*torch.ops.nibble.quantize_fp8(x, amax, axis, *_fp8_settings(spec)), spec, axis)
-    if signs is not None:
-        raise ValueError("16x16 blocks can't be rotated along one axis; use 1x16 blocks in this slot, or rotation none")
-    values, scale, codes, block_scales = torch.ops.nibble.quantize_square(
-        x, amax, rng, layer, axis, spec.target_max, spec.scale_cap, spec.tensor_scale == "pow2",
-        spec.select == "four_over_six", spec.rounding, slot, "values" in want, "packed" in want,
-    )  # fmt: skip
-    packed = NVFP4Tensor(codes, block_scales.view(torch.float8_e4m3fn), scale) if "packed" in want else None
-    return Quantized(values if "values" in want else None, scale, packed)
+def quantize_fp8(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor) -> Quantized:
+    """FP8 of an unrotated x: values are float8 (e4m3fn or e5m2) with x's shape."""
+    return _fp8_operand(*torch.ops.nibble.quantize_fp8(x, amax, axis, *_fp8_settings(spec)), spec, axis)
 
 
 def quantize_fp8_both(x: Tensor, specs: tuple[QuantSpec, QuantSpec]) -> tuple[Quantized, Quantized]:
@@ -198,7 +178,7 @@ def _quantize_square_op(
     store_packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    outputs = _allocate_square(x, axis, store_values, store_packed)
+    outputs = allocate(x, False, axis, store_values, store_packed, NVFP4_BLOCK)
     values, scale, codes, block_scales = outputs
     rows, columns, row_stride, column_stride = _stored_shape(x, axis)
     tiles_a_program = 8
@@ -212,20 +192,9 @@ def _quantize_square_op(
     return outputs
 
 
-def _allocate_square(x: Tensor, axis: int, store_values: bool, store_packed: bool):
-    rows, columns, _, _ = _stored_shape(x, axis)
-    scales = (rows // NVFP4_BLOCK, columns // NVFP4_BLOCK)
-    return (
-        x.new_empty(x.shape if store_values else (0,), dtype=torch.bfloat16),
-        x.new_empty((), dtype=torch.float32),
-        x.new_empty((rows, columns // 2) if store_packed else (0,), dtype=torch.uint8),
-        x.new_empty(scales if store_packed else (0,), dtype=torch.uint8),
-    )
-
-
 @_quantize_square_op.register_fake
 def _(x, amax, rng, layer, axis, target, cap, pow2, four_over_six, rounding, slot, store_values, store_packed):
-    return _allocate_square(x, axis, store_values, store_packed)
+    return allocate(x, False, axis, store_values, store_packed, NVFP4_BLOCK)
 
 
 @torch.library.custom_op("nibble::quantize_fp8", mutates_args=())
