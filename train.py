@@ -1,6 +1,7 @@
 """Train a language model with 4-bit recipes: python train.py [key=value ...]; python train.py --help."""
 
 import os
+import signal
 import sys
 
 # Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
@@ -12,10 +13,12 @@ from configs.multirun import run_all, submit_all
 
 
 def main(arguments: list[str]) -> int:
-    """Exit codes: 0 finished or stopped by Ctrl-C, 1 the machine or the run failed, 2 wrong command, 75 preempted."""
+    """Exit codes: 0 finished or stopped by Ctrl-C, 1 the machine or the run failed, 2 wrong command, 75 preempted,
+    130 Ctrl-C before training began or a second one."""
     try:
         line = read_command_line(arguments)
         if line.text is not None:
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `train.py --help | head` ends quietly
             print(line.text)
             return 0
         if line.slurm is not None:
@@ -36,4 +39,8 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("train.py: interrupted before training began; the same command starts again", file=sys.stderr)
+        sys.exit(130)

@@ -24,14 +24,17 @@ class TextTokenizer:
 
     vocab_size is the largest id + 1; token_bytes uint16 [vocab_size] counts the UTF-8 bytes that each token stands for
     (special tokens: 0); prefix_bytes is 1 where the tokenizer puts a space before each text (Llama-2's does).
-    Raises ValueError when the file has no BOS token.
+    Raises ValueError when the file is no tokenizer.json or has no BOS token.
     """
 
     def __init__(self, path: Path, bos: str | None = None):
         from tokenizers import Tokenizer
 
         self.path = path
-        self.tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path} can't be read as a tokenizer.json: {error}") from error
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         # Otherwise a document that quotes "<|bos|>" would contain a document boundary.

@@ -8,7 +8,6 @@ Load with transformers.AutoModelForCausalLM.from_pretrained("exported/").
 
 import argparse
 import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -16,6 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 
 from training.inference import load_trained, transformers_config, transformers_weights
 from training.storage import CheckpointError
@@ -33,15 +34,25 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
     weights = {name: tensor.to(dtype) for name, tensor in transformers_weights(model).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     has_tokens = tokens is not None and (tokens / "manifest.json").exists()
-    bos_id = json.loads((tokens / "manifest.json").read_text())["tokenizer"]["bos_id"] if has_tokens else None
-    config = transformers_config(model.config, bos_id) | {"dtype": str(dtype).removeprefix("torch.")}
+    bos = json.loads((tokens / "manifest.json").read_text())["tokenizer"] if has_tokens else {}
+    config = transformers_config(model.config, bos.get("bos_id")) | {"dtype": str(dtype).removeprefix("torch.")}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if has_tokens:
-        shutil.copy(tokens / TOKENIZER, out / TOKENIZER)
-        tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.config.max_seq_len}
-        (out / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2) + "\n")
+        export_tokenizer(tokens / TOKENIZER, out, bos, model.config.max_seq_len)
     lost = "" if has_tokens else f" without a tokenizer ({tokens} is gone)"
     return f"{out}: {run['name']} at step {at}, {sum(w.numel() for w in weights.values()):,} parameters{lost}"
+
+
+def export_tokenizer(source: Path, out: Path, bos: dict, max_length: int) -> None:
+    """The run's tokenizer, made to put BOS before every text, as each document of the training data had it."""
+    tokenizer = Tokenizer.from_file(str(source))
+    name = bos["bos"]
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, bos["bos_id"])]
+    )
+    tokenizer.save(str(out / TOKENIZER))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "bos_token": name}
+    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def main() -> int:
@@ -53,7 +64,7 @@ def main() -> int:
     arguments = parser.parse_args()
     try:
         print(export(arguments.run, arguments.out, arguments.step, getattr(torch, arguments.dtype)))
-    except (CheckpointError, OSError) as error:
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"export_hf.py: error: {error}", file=sys.stderr)
         return 1
     return 0

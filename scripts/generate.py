@@ -4,6 +4,7 @@ python scripts/generate.py runs/NAME "The function returns" --tokens 100 --tempe
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.tokenizer import TextTokenizer
 from training.inference import load_trained, sample
 from training.storage import CheckpointError
+
+
+def run_tokenizer(run: dict) -> Path:
+    """Of the data that the run was trained on. Raises ValueError for a thinned copy of a run, which doesn't say."""
+    if not run.get("data_path"):
+        raise ValueError(f"run.json of {run['name']} names no data; give --tokenizer FILE")
+    return Path(run["data_path"]) / "tokenizer.json"
 
 
 def main() -> int:
@@ -25,10 +33,12 @@ def main() -> int:
     parser.add_argument("--step", type=int, help="checkpoint; default the newest")
     parser.add_argument("--tokenizer", type=Path, help="tokenizer.json; default the run's")
     arguments = parser.parse_args()
+    if arguments.tokens < 1 or arguments.top_k < 1 or not 0 <= arguments.temperature < math.inf:
+        parser.error("--tokens and --top-k need at least 1, --temperature at least 0")
     try:
         model, run, step = load_trained(arguments.run, arguments.step)
-        tokenizer = TextTokenizer(arguments.tokenizer or Path(run["data_path"]) / "tokenizer.json")
-    except (CheckpointError, OSError) as error:
+        tokenizer = TextTokenizer(arguments.tokenizer or run_tokenizer(run))
+    except (CheckpointError, OSError, ValueError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 1
     print(f"[{run['name']} at step {step}]", file=sys.stderr)

@@ -6,6 +6,7 @@ Integers that people like to write as 3e9 are declared float and turned into int
 """
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +37,7 @@ def whole(key: str, value: float | None, minimum: int = 1, null: str = "") -> in
     """
     if value is None:
         return None
-    if value != int(value) or value < minimum:
+    if not math.isfinite(value) or value != int(value) or value < minimum:
         raise ValueError(f"{key}={value:g}: needs a whole number of at least {minimum}{null and f', or null {null}'}")
     return int(value)
 
@@ -71,6 +72,10 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         self.family = choice("model.family", self.family, ("llama", "nanochat"))
+        in_range("model.lr", self.lr, 0.0, 1e3)
+        in_range("model.norm_eps", self.norm_eps, 0.0, 1.0)
+        in_range("model.rope_theta", self.rope_theta, 1.0, 1e12)
+        self.micro_tokens = whole("model.micro_tokens", self.micro_tokens)
 
 
 @dataclass
@@ -96,7 +101,7 @@ class OptimSection:
             in_range("optim.lr", self.lr, 0.0, 1e3)
         in_range("optim.eps", self.eps, 0.0, 1.0)
         in_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
-        if self.clip is not None and self.clip <= 0:
+        if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"optim.clip={self.clip:g}: needs a positive number, or null for no clipping")
 
 
@@ -246,5 +251,7 @@ class TrainConfig:
         in_range("perturb", self.perturb, 0.0, 1.0)
         self.compile = choice("compile", self.compile, SWITCH)
         self.cuda_graphs = choice("cuda_graphs", self.cuda_graphs, SWITCH)
-        if not 0 <= self.seed < 2**63:
-            raise ValueError(f"seed={self.seed}: needs an integer from 0 to 2^63 - 1")
+        for key in ("seed", "rounding_seed"):
+            value = getattr(self, key)
+            if value is not None and not 0 <= value < 2**63:
+                raise ValueError(f"{key}={value}: needs an integer from 0 to 2^63 - 1")

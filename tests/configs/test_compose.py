@@ -45,6 +45,14 @@ MISTAKES = [
     (["optim.clip=-1"], ["optim.clip=-1", "null"]),
     (["schedule.end_factor=2"], ["schedule.end_factor=2", "from 0 to 1"]),
     (["seed=-1"], ["seed=-1"]),
+    (["rounding_seed=-5"], ["rounding_seed=-5"]),
+    (["steps=inf"], ["steps=inf", "whole number"]),
+    (["steps=nan"], ["steps=nan", "whole number"]),
+    (["optim.clip=nan"], ["optim.clip=nan", "null"]),
+    (["model.lr=-1"], ["model.lr=-1", "from 0"]),
+    (["model.norm_eps=-1"], ["model.norm_eps=-1", "from 0"]),
+    (["model.rope_theta=0"], ["model.rope_theta=0", "from 1"]),
+    (["model.micro_tokens=0"], ["model.micro_tokens=0", "at least 1"]),
     (["data.source=fils"], ["data.source='fils'", "files"]),
     # pairs of which only one may be given
     (["tokens=1000000", "steps=3"], ["tokens=1000000", "steps=3", "one of them"]),
@@ -149,3 +157,18 @@ def test_a_mistake_ends_with_code_2_and_no_traceback():
     assert done.returncode == 2
     assert done.stderr.startswith("train.py: error: unknown key 'optim.lrr'")
     assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+INTERRUPTED = """
+import runpy, sys
+from configs import cli
+def interrupt(arguments): raise KeyboardInterrupt
+cli.read_command_line, sys.argv = interrupt, ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_before_training_is_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.startswith("train.py: interrupted before training began")
+    assert len(done.stderr.splitlines()) == 1

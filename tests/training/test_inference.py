@@ -38,10 +38,9 @@ def test_exported_model_has_equal_logits_in_transformers(trained, tmp_path):
     assert (mine - reference).abs().max() < 1e-5 * reference.abs().max()
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert tokenizer.decode(tokenizer.encode("kana lore", add_special_tokens=False)) == "kana lore"
-    assert (
-        theirs.config.bos_token_id
-        == json.loads(Path(run_info["data_path"], "manifest.json").read_text())["tokenizer"]["bos_id"]
-    )
+    bos_id = json.loads(Path(run_info["data_path"], "manifest.json").read_text())["tokenizer"]["bos_id"]
+    assert theirs.config.bos_token_id == tokenizer.bos_token_id == bos_id
+    assert tokenizer.encode("kana")[0] == bos_id != tokenizer.encode("kana")[1]  # as in training, once
     again = script("export_hf.py", trained, tmp_path / "exported")
     assert again.returncode == 1 and "is not empty" in again.stderr
 
@@ -62,6 +61,19 @@ def test_generated_text_depends_on_the_seed_alone(trained):
     assert first.stdout.startswith("kana") and len(first.stdout) > 10
     assert "at step 10" in first.stderr
     assert script("generate.py", trained, "kana", "--tokens", 20, "--seed", 1).stdout == first.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--top-k", 0], "need at least 1"),
+        (["--temperature", -1], "at least 0"),
+        (["--tokenizer", "README.md"], "README.md can't be read as a tokenizer.json"),
+    ],
+)
+def test_wrong_options_of_generate_are_one_line(trained, options, says):
+    done = script("generate.py", trained, "kana", *options)
+    assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sampling_follows_the_logits():
