@@ -134,7 +134,7 @@ class Run:
     def read_json(self, name: str) -> dict:
         """`env.json`, `plan.json`, ...: {} when the run has none."""
         path = self.path / name
-        return _json(path) if path.exists() else {}
+        return json_object(path) if path.exists() else {}
 
 
 def read_run(path: str | Path) -> Run:
@@ -142,7 +142,7 @@ def read_run(path: str | Path) -> Run:
     path = Path(path)
     if not (path / "run.json").exists():
         raise RunError(f"{path}: no run.json there; give run folders, for example runs/*")
-    info = _json(path / "run.json")
+    info = json_object(path / "run.json")
     missing = [key for key in RUN_KEYS if key not in info]
     if missing:
         raise RunError(f"{path}/run.json: lacks {missing}")
@@ -153,7 +153,7 @@ def read_run(path: str | Path) -> Run:
         train=_columns(path, records, "train", TRAIN_KEYS),
         evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets",)),
         events=[r for r in records if r["kind"] == "event"],
-        result=_json(path / "result.json") if (path / "result.json").exists() else None,
+        result=json_object(path / "result.json") if (path / "result.json").exists() else None,
     )
 
 
@@ -177,10 +177,11 @@ def find_runs(patterns: list[str]) -> list[Run]:
     return [read_run(path) for path in paths]
 
 
-def _json(path: Path) -> dict:
+def json_object(path: Path) -> dict:
+    """The object in a JSON file; RunError names the file that holds something else."""
     try:
         value = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # not JSON, or not even text
         raise RunError(f"{path}: not JSON ({error})") from None
     if not isinstance(value, dict):
         raise RunError(f"{path}: a JSON object is needed, got {type(value).__name__}")

@@ -10,6 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import noise, published, tables
+from analysis.cli import existing, quiet_pipes
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
 from analysis.runs import find_runs
 
@@ -20,9 +21,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", help="recipe to subtract (default: bf16, else the first)")
     parser.add_argument("--out", type=Path, help="folder for the outputs (default: compare/ beside the first run)")
     parser.add_argument("--allow-mixed", action="store_true", help="go on where data, tokenizer, batch or model differ")
-    parser.add_argument("--floor", type=Path, default=noise.CACHE, help="noise floors measured by noise_floor.py")
+    parser.add_argument("--floor", type=existing, default=noise.CACHE, help="noise floors measured by noise_floor.py")
     parser.add_argument(
-        "--published", type=Path, default=published.DEFAULT_PATH, help="published runs to set beside ours"
+        "--published", type=existing, default=published.DEFAULT_PATH, help="published runs to set beside ours"
     )
     return parser.parse_args()
 
@@ -33,14 +34,14 @@ def write(
     """compare.{csv,md,png,html} in `out`; returns their paths."""
     from analysis import plots, report
 
+    points = published.load(args.published) if args.published.exists() else {}
+    floor = noise.floor_for(base.runs[0], noise.load(args.floor))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")]
     paths[0].write_text(tables.to_csv(rows))
     warnings = "".join(f"\n**Mixed:** {note}\n" for note in notes)
     paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE} {tables.methods(rows)}\n{warnings}")
     plots.save(plots.figure(groups, base), paths[2])
-    points = published.load(args.published) if args.published.exists() else {}
-    floor = noise.floor_for(base.runs[0], noise.load(args.floor))
     paths[3].write_text(report.build(groups, base, rows, notes, floor, points))
     return paths
 
@@ -59,16 +60,17 @@ def main() -> int:
         rows = table(groups, base, floor)
         order = [row.label for row in rows]
         groups.sort(key=lambda group: order.index(group.label))  # one order, so one colour, in all outputs
-    except ValueError as error:
+        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
+    except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"MIXED: {note}")
     print(tables.text(rows), tables.NOTE, tables.methods(rows), sep="\n\n")
-    paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0
 
 
 if __name__ == "__main__":
+    quiet_pipes()
     sys.exit(main())

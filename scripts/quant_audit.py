@@ -15,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from analysis.cli import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
@@ -97,7 +98,9 @@ def main(argv: list[str] | None = None) -> int:
     backend.use("reference")
     try:
         loaded = [library.load(name) for name in args.recipes or library.names()]
-    except ValueError as error:
+        if args.json not in (None, "-"):
+            Path(args.json).touch()  # what can't be written is found before a minute's work
+    except (ValueError, OSError) as error:
         parser.error(str(error))
     recipes = [recipe for recipe in loaded if isinstance(recipe, Recipe)]  # a scheme's quantizers are not ours
     used = audit.quantizers(recipes)
@@ -110,14 +113,15 @@ def main(argv: list[str] | None = None) -> int:
     if args.json == "-":
         print(json.dumps(report, indent=1))
     else:
+        if args.json:
+            Path(args.json).write_text(json.dumps(report, indent=1))
         print(table(rows))
         print("\nUsed by\n" + "\n".join(f"  {r['quantizer']:36}{', '.join(r['used_by'])}" for r in rows))
         print(f"\nGEMM with both operands quantized: SR's squared error is {ratio:.3f} times MS-EDEN's\n")
         print("\n".join(f"{'ok    ' if passed else 'FAILED'} {name}" for name, passed in verdicts.items()))
-        if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=1))
     return 1 if args.check and not all(verdicts.values()) else 0
 
 
 if __name__ == "__main__":
+    quiet_pipes()
     sys.exit(main())

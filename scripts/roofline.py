@@ -13,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from analysis.cli import positive, quiet_pipes
 from kernels.selftest.shapes import PRESETS, PUBLISHED, Layers
 from kernels.selftest.speed import PUBLISHED_5090
 
@@ -169,9 +170,12 @@ def print_tables(tokens: int) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of one micro-batch (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=positive, default=TOKENS, help="tokens of one micro-batch (default: %(default)s)"
+    )
     print_tables(parser.parse_args().tokens)
 
 
 if __name__ == "__main__":
+    quiet_pipes()
     main()

@@ -32,3 +32,11 @@ def test_tables_print_every_machine_and_layer(capsys):
     assert out.count("PREDICTION") == 2
     assert all(f"| {machine.name} | {layers.name} |" in out for machine in roofline.MACHINES for layers in PUBLISHED)
     assert out.count("| quartet2 |") == 2 and "1.00x" in out
+
+
+@pytest.mark.parametrize("tokens", ["0", "-5", "many"])
+def test_tokens_that_make_no_table_are_refused(tokens, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["roofline.py", "--tokens", tokens])
+    with pytest.raises(SystemExit, match="2"):
+        roofline.main()
+    assert "a whole number of at least 1 is needed" in capsys.readouterr().err
