@@ -24,10 +24,21 @@ def last_evaluations(runs: list[Run]) -> set[int]:
     return {int(run.evals["step"].max()) for run in runs if len(run.evals["step"])}
 
 
+def check_names(runs: list[Run]) -> None:
+    """ValueError for two runs of one name: the copy of the second would replace that of the first."""
+    found: dict[str, Path] = {}
+    for run in runs:
+        if run.name in found:
+            raise ValueError(f"{found[run.name]} and {run.path} are both called {run.name}; keep them in two folders")
+        found[run.name] = run.path
+
+
 def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> Path:
     """Write the copy to folder/<run name>, replacing an older one; returns its path. `every`: training steps kept;
     `steps`: evaluations whose per-segment rows are kept beside the last one's."""
     target = folder / run.name
+    if target.resolve() == run.path.resolve():
+        raise ValueError(f"{target}: the copy would replace the run itself; give another folder")
     (target / "eval").mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (run.path / name).exists():

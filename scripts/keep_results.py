@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-from analysis.keep import keep, last_evaluations
+from analysis.cli import positive, quiet_pipes
+from analysis.keep import check_names, keep, last_evaluations
 from analysis.runs import find_runs
 
 
@@ -20,12 +21,13 @@ def main() -> int:
         "runs", nargs="+", help="run folders, or quoted globs; unfinished and diverged ones are kept too"
     )
     parser.add_argument("--to", type=Path, required=True, help="folder for the copies")
-    parser.add_argument("--every", type=int, default=10, help="training steps kept: every n-th and the last")
+    parser.add_argument("--every", type=positive, default=10, help="training steps kept: every n-th and the last")
     args = parser.parse_args()
     try:
         runs = find_runs(args.runs)
+        check_names(runs)
         kept = [keep(run, args.to, args.every, last_evaluations(runs)) for run in runs]
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"keep_results: {error}", file=sys.stderr)
         return 2
     size = sum(file.stat().st_size for path in kept for file in path.rglob("*") if file.is_file())
@@ -34,4 +36,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    quiet_pipes()
     sys.exit(main())

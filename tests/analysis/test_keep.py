@@ -53,3 +53,18 @@ def test_paths_of_this_machine_stay_here(tmp_path):
     kept = read_run(keep(read_run(path), tmp_path / "kept"))
     assert kept.info["command"] == "train.py quant=sr seed=1"
     assert not any("/home/me" in file.read_text() for file in kept.path.glob("*.json*"))
+
+
+def test_runs_are_neither_thinned_in_place_nor_replaced_by_a_namesake(tmp_path):
+    path = write_run(tmp_path / "runs", "bf16", name="one")
+    write_run(tmp_path / "others", "bf16", 1, name="one")
+    before = (path / "metrics.jsonl").read_text()
+    for patterns, to, message in (
+        ([f"{tmp_path}/runs/*"], tmp_path / "runs", "the copy would replace the run itself"),
+        ([f"{tmp_path}/*/one"], tmp_path / "kept", "are both called one"),
+        ([f"{tmp_path}/runs/*"], "/proc/x", "/proc/x"),
+    ):
+        words = [sys.executable, str(SCRIPT), *patterns, "--to", str(to)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert (path / "metrics.jsonl").read_text() == before and not (tmp_path / "kept").exists()
