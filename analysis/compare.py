@@ -1,6 +1,7 @@
 """Group runs by recipe, refuse to mix what can't be compared, and work out the rows of the comparison table."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,8 +122,13 @@ def common_step(a: Group, b: Group) -> int | None:
 
 
 def losses_at(group: Group, step: int) -> dict[int, float]:
-    """{seed: validation loss at step}; reruns of one seed are averaged."""
-    return {seed: float(np.mean([r.loss_at(step) for r in runs])) for seed, runs in group.by_seed().items()}
+    """{seed: validation loss at step}."""
+    return seed_means(group, lambda run: run.loss_at(step))
+
+
+def seed_means(group: Group, value: Callable[[Run], float]) -> dict[int, float]:
+    """{seed: value}; reruns of one seed are averaged, or they would count double in a mean over seeds."""
+    return {seed: float(np.mean([value(run) for run in runs])) for seed, runs in group.by_seed().items()}
 
 
 def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
@@ -153,19 +159,19 @@ def _check_sum(run: Run, step: int, rows) -> None:
 
 
 def table(groups: list[Group], base: Group, floor: Floor | None = None) -> list[Row]:
-    """One row a group, baseline first, then by gap. RunError for a group without an evaluation step of the baseline."""
+    """One row a group, baseline first, then by gap; rows of an earlier step last, since gaps shrink over a run.
+
+    RunError for a group without an evaluation step of the baseline.
+    """
     rows = [_row(group, base, floor) for group in groups]
-    return sorted(rows, key=lambda r: (r.gap is not None, math.inf if r.gap is None else r.gap.mean))
+    last = max(row.step for row in rows)
+    return sorted(rows, key=lambda r: (r.gap is not None, r.step < last, math.inf if r.gap is None else r.gap.mean))
 
 
 def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     step = common_step(group, base)
     if step is None:
-        counts = ", ".join(f"{r.name}: {len(r.evals['step'])}" for r in (*group.runs, *base.runs))
-        raise RunError(
-            f"{group.label} and {base.label} have no evaluation step in common (evaluations per run: {counts}); "
-            "leave out runs that have none yet, or set the same evaluation interval"
-        )
+        raise RunError(_nothing_in_common(group, base))
     losses = np.array(list(losses_at(group, step).values()))
     gap, se = compare_pair(group, base, step, floor) if group is not base else (None, math.nan)
     base_loss = np.mean(list(losses_at(base, step).values()))
@@ -180,15 +186,28 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
         step=step,
         tokens=step * group.runs[0].info["tokens_per_step"],
         final=float(losses.mean()),
-        bpb=float(np.mean([r.loss_at(step, "bpb") for r in group.runs])),
+        bpb=_mean(seed_means(group, lambda run: run.loss_at(step, "bpb"))),
         sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
-        best=float(np.mean([r.best_loss for r in group.runs])),
+        best=_mean(seed_means(group, lambda run: run.best_loss)),
         gap=gap,
         document_se=se,
         percent=100 * gap.mean / base_loss if gap else math.nan,
         tokens_per_second=speed,
         ratio=speed / base_speed,
     )
+
+
+def _nothing_in_common(group: Group, base: Group) -> str:
+    runs = base.runs if group is base else (*group.runs, *base.runs)
+    empty = [run.name for run in runs if not len(run.evals["step"])]
+    if empty:
+        return f"no evaluation yet in {_some(empty)}: leave out such runs, or wait for their first"
+    who = f"the runs of {base.label}" if group is base else f"{group.label} and {base.label}"
+    return f"{who} have no evaluation step in common; set the same evaluation interval"
+
+
+def _mean(values: dict[int, float]) -> float:
+    return float(np.mean(list(values.values())))
 
 
 def _some(names: list[str]) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from analysis.compare import Group
-from analysis.plots import mean_curve
+from analysis.plots import group_curve
 
 
 @dataclass(frozen=True)
@@ -41,8 +41,8 @@ def first_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float |
 
 def equal_loss(group: Group, base: Group) -> EqualLoss | None:
     """None when either has no evaluation yet."""
-    steps, losses, _ = mean_curve([run.curve for run in group.runs])
-    base_steps, base_losses, _ = mean_curve([run.curve for run in base.runs])
+    steps, losses, _ = group_curve(group)
+    base_steps, base_losses, _ = group_curve(base)
     if not len(steps) or not len(base_steps):
         return None
     reached = first_reach(base_steps, base_losses, float(losses[-1]))

@@ -1,5 +1,7 @@
 """Loss and gap curves as PNG (matplotlib, Agg). Okabe-Ito colours, names written at the ends of the lines."""
 
+from collections.abc import Callable
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -17,6 +19,7 @@ from analysis.tables import tokens
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STYLES = ("-", "--", "-.", ":")
 BASELINE = ("#000000", "-")
+Curve = tuple[np.ndarray, np.ndarray]  # steps, losses
 SMOOTHING = 0.02  # width of the moving average of training losses, as a share of the run
 
 
@@ -42,18 +45,22 @@ def figure(groups: list[Group], base: Group, published: dict[str, float] | None 
 
 
 def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]) -> None:
-    ends = []
+    ends, squares = [], ""
     for group in groups:
         colour, dash = style[group.label]
         for run in group.runs:
             x, y = smoothed(run)
             ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
-        steps, mean, _ = mean_curve([r.curve for r in group.runs])
-        x = steps * group.runs[0].info["tokens_per_step"]
-        ax.plot(x, mean, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
-        if len(x):
-            ends.append((x[-1], mean[-1], group.label, colour))
-    style_axes(ax, "loss [nats/token]", "Loss: validation (thick, mean over seeds), training (thin)")
+        per_step = group.runs[0].info["tokens_per_step"]
+        steps, mean, _ = group_curve(group)
+        ax.plot(steps * per_step, mean, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
+        every, losses, _ = group_curve(group, all_evaluations)
+        if len(every) > len(steps):  # the last one is of more text: the table's loss, but no point of the curve
+            ax.plot(every[-1:] * per_step, losses[-1:], "s", color=colour, markersize=4)
+            squares = ", ■ on the final validation text"
+        if len(every):
+            ends.append((every[-1] * per_step, losses[-1], group.label, colour))
+    style_axes(ax, "loss [nats/token]", f"Loss: validation (thick, mean over seeds{squares}), training (thin)")
     _zoom(ax, groups)
     end_labels(ax, ends)
 
@@ -91,19 +98,30 @@ def gap_curve(group: Group, base: Group) -> tuple[np.ndarray, np.ndarray, np.nda
     ours, theirs = group.by_seed(), base.by_seed()
     common = sorted(ours.keys() & theirs.keys())
     if not common:
-        steps, mean, _ = mean_curve([(r.evals["step"], r.evals["loss"]) for r in group.runs])
-        other_steps, other, _ = mean_curve([(r.evals["step"], r.evals["loss"]) for r in base.runs])
+        steps, mean, _ = group_curve(group, all_evaluations)
+        other_steps, other, _ = group_curve(base, all_evaluations)
         shared, i, j = np.intersect1d(steps, other_steps, return_indices=True)
         return shared, mean[i] - other[j], np.full(len(shared), np.nan)
     curves = []
     for seed in common:
-        run, other = ours[seed][0], theirs[seed][0]
-        shared, i, j = np.intersect1d(run.evals["step"], other.evals["step"], return_indices=True)
-        curves.append((shared, run.evals["loss"][i] - other.evals["loss"][j]))
+        steps, mean, _ = mean_curve([all_evaluations(run) for run in ours[seed]])
+        other_steps, other, _ = mean_curve([all_evaluations(run) for run in theirs[seed]])
+        shared, i, j = np.intersect1d(steps, other_steps, return_indices=True)
+        curves.append((shared, mean[i] - other[j]))
     return mean_curve(curves)
 
 
-def mean_curve(curves: list[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def all_evaluations(run: Run) -> Curve:
+    """Unlike `run.curve` with the last one, which may be of more text: for differences at equal steps."""
+    return run.evals["step"], run.evals["loss"]
+
+
+def group_curve(group: Group, curve: Callable[[Run], Curve] = lambda run: run.curve):
+    """Steps, mean and standard error over seeds; reruns of a seed are averaged first, as in the table."""
+    return mean_curve([mean_curve([curve(run) for run in runs])[:2] for runs in group.by_seed().values()])
+
+
+def mean_curve(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean and standard error at the steps that every curve has (NaN error for a single curve)."""
     shared = curves[0][0]
     for steps, _ in curves[1:]:
@@ -130,7 +148,7 @@ def _zoom(ax: Axes, groups: list[Group]) -> None:
         for run in group.runs:
             x, y = smoothed(run)
             values.extend(y[x >= 0.1 * run.info["tokens"]])
-            steps, losses = run.curve
+            steps, losses = all_evaluations(run)
             values.extend(losses[steps >= 0.1 * run.info["steps"]])
     finite = [v for v in values if np.isfinite(v)]
     if finite:
@@ -139,12 +157,13 @@ def _zoom(ax: Axes, groups: list[Group]) -> None:
 
 
 def _gap_limits(ax: Axes, gaps: list[float]) -> None:
-    """Early gaps are large and of no interest: show little more than the final range, zero included."""
+    """Early gaps are large and of no interest: show all that is drawn within half the final range around it."""
     finals = [gap for gap in gaps if np.isfinite(gap)]
     if finals:
         low, high = min(0, *finals), max(0, *finals)
-        margin = 0.25 * (high - low) + 1e-6
-        ax.set_ylim(low - margin, high + margin)
+        size = high - low + 1e-6
+        bottom, top = max(ax.dataLim.y0, low - size / 2), min(ax.dataLim.y1, high + size / 2)
+        ax.set_ylim(min(bottom, low) - 0.1 * size, max(top, high) + 0.1 * size)
 
 
 def style_axes(ax: Axes, label: str, title: str, x: str = "training tokens") -> None:

@@ -65,6 +65,7 @@ def pairwise(groups: list[Group], floor) -> list[str]:
         rows.append(cells)
     note = (
         "Row minus column, 1e-3 nats/token; shaded: resolved at 95 % over seeds (pair by pair, not corrected for many)."
+        " A step in brackets: not at the end, but where both were last evaluated."
     )
     return [
         html.heading("Which recipes are told apart"),
@@ -81,9 +82,10 @@ def _pair_cell(group: Group, other: Group, floor) -> tuple[str, str]:
         gap, _ = compare_pair(group, other, step, floor)
     except RunError:
         return ("other text", "none")
+    mean, where = tables.signed(gap.mean * 1e3, 1), "" if step == group.runs[0].info["steps"] else f" (step {step})"
     if math.isnan(gap.half_width):
-        return (f"{gap.mean * 1e3:+.1f}", "none")
-    return (f"{gap.mean * 1e3:+.1f} ± {gap.half_width * 1e3:.1f}", "yes" if gap.verdict == RESOLVED else "no")
+        return (f"{mean}{where}", "none")
+    return (f"{mean} ± {gap.half_width * 1e3:.1f}{where}", "yes" if gap.verdict == RESOLVED else "no")
 
 
 def equal_losses(groups: list[Group], base: Group) -> list[str]:
@@ -137,8 +139,8 @@ def overlay(rows: list[Row], info: dict, published: dict[str, Points]) -> list[s
         return []
     cells = []
     for row in rows:
-        ours = "-" if row.gap is None else f"{row.gap.mean * 1e3:+.1f}"
-        gap = f"{theirs[row.label] * 1e3:+.1f}" if row.label in theirs else "-"
+        ours = tables.signed(row.gap.mean * 1e3 if row.gap else math.nan, 1)
+        gap = tables.signed(theirs.get(row.label, math.nan) * 1e3, 1)
         cells.append([row.label, f"{row.final:.4f}", ours, gap])
     header = ["recipe", "our loss", "our gap e-3", "published gap e-3 (C4)"]
     note = "Published: Quartet II's released sweep, C4, one seed each; read differences under 1.5e-3 there as noise."

@@ -74,11 +74,11 @@ def cells(row: Row) -> tuple[str, ...]:
         _number(row.bpb, "{:.4f}"),
         _number(row.sd * 1e3, "{:.2f}"),
         _number(row.best, "{:.4f}"),
-        _number(gap.mean * 1e3 if gap else math.nan, "{:+.2f}"),
-        _number(row.percent, "{:+.2f}"),
-        "-" if math.isnan(low) else f"{low * 1e3:+.2f} .. {high * 1e3:+.2f}",
+        signed(gap.mean * 1e3 if gap else math.nan),
+        signed(row.percent),
+        "-" if math.isnan(low) else f"{signed(low * 1e3)} .. {signed(high * 1e3)}",
         _number(row.document_se * 1e3, "{:.2f}"),
-        _number(gap.correlation if gap else math.nan, "{:+.2f}"),
+        signed(gap.correlation if gap else math.nan),
         _number(row.tokens_per_second, "{:,.0f}"),
         _number(row.ratio, "{:.2f}"),
         verdict,
@@ -131,6 +131,12 @@ def tokens(count: float) -> str:
         if count >= size:
             return f"{count / size:.3g}{unit}"
     return f"{count:.0f}"
+
+
+def signed(value: float, digits: int = 2) -> str:
+    """+1.00, -1.00, and 0.00 for what rounds to nothing: the sign of a rounding error says nothing."""
+    text = _number(value, f"{{:+.{digits}f}}")
+    return text if text == "-" or float(text) else text[1:]
 
 
 def _number(value: float, form: str) -> str:

@@ -1,4 +1,5 @@
 import csv
+import json
 import subprocess
 import sys
 import time
@@ -155,3 +156,67 @@ def test_curves_show_the_numbers_and_labels_do_not_overlap(tmp_path):
     boxes = sorted((Text.get_window_extent(t) for t in left.texts), key=lambda b: b.y0)
     assert len(boxes) == 7 and all(a.y1 <= b.y0 + 1 for a, b in pairwise(boxes))
     assert max(b.x1 for b in boxes) < right.get_window_extent().x0
+
+
+def test_reruns_of_a_seed_count_once_in_table_and_curves(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "bf16", 1, 3.3)
+    write_run(tmp_path, "sr", 0, 3.1)
+    write_run(tmp_path, "sr", 0, 3.2, name="rerun")
+    write_run(tmp_path, "sr", 1, 3.45)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base = pick_baseline(groups, None)
+    row = table(groups, base)[1]
+    assert (row.final, row.best, row.bpb) == pytest.approx((3.3, 3.3, 3.3 / 2.8))  # mean of 3.15 and 3.45
+    sr = next(group for group in groups if group is not base)
+    assert plots.group_curve(sr)[1][-1] == pytest.approx(3.3)
+    assert plots.gap_curve(sr, base)[1][-1] == pytest.approx(row.gap.mean) == pytest.approx(0.15)
+
+
+def test_a_recipe_that_was_cut_comes_last_whatever_its_gap(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "nvidia", 0, 2.9, steps_done=60)
+    write_run(tmp_path, "sr", 0, 3.1)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    assert [row.label for row in table(groups, pick_baseline(groups, None))] == ["bf16", "sr", "nvidia"]
+
+
+def test_the_figure_shows_the_final_evaluation_on_more_text(tmp_path):
+    for seed in range(2):
+        path = write_run(tmp_path, "bf16", seed, 3.0 + 0.1 * seed)
+        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for record in records:
+            if record["kind"] == "eval":
+                record["targets"] = 10 + (record["step"] == 100)
+        (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    left = plots.figure(groups, groups[0]).axes[0]
+    ((x, y),) = [line.get_xydata()[0] for line in left.lines if line.get_marker() == "s"]
+    assert (x, y) == (102400, pytest.approx(3.05)) and "■" in left.get_title(loc="left")
+
+
+def test_nothing_evaluated_yet_is_said_of_the_runs_that_have_nothing(tmp_path):
+    write_run(tmp_path, "quartet2", 0, steps_done=10)
+    done = compare(f"{tmp_path}/*")
+    assert done.returncode == 2 and "no evaluation yet in llama_tiny-quartet2-0" in done.stderr
+
+
+def test_files_that_are_not_there_or_not_what_they_should_be_are_one_error(tmp_path):
+    write_run(tmp_path / "runs", "bf16", 0, 3.0)
+    text = tmp_path / "README.md"
+    text.write_text("# no floors")
+    for words in (["--floor", "/nope"], ["--published", "/nope"], ["--floor", text], ["--published", text]):
+        done = compare(f"{tmp_path}/runs/*", *words)
+        assert done.returncode == 2 and str(words[1]) in done.stderr and "Traceback" not in done.stderr
+    for out in (text, "/proc/x"):
+        done = compare(f"{tmp_path}/runs/*", "--out", out)
+        assert done.returncode == 2 and str(out) in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_a_reader_that_goes_away_is_no_error_and_the_files_are_there(tmp_path):
+    write_run(tmp_path / "runs", "bf16", 0, 3.0)
+    command = [sys.executable, str(SCRIPT), f"{tmp_path}/runs/*", "--out", str(tmp_path / "out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert len(list((tmp_path / "out").iterdir())) == 4

@@ -98,6 +98,18 @@ def test_tokens_and_time_to_equal_loss_by_hand(tmp_path):
     assert first_reach(np.array([10.0, 20.0]), np.array([2.0, 1.0]), 2.5) == 10.0
 
 
+def test_a_cell_of_recipes_compared_before_the_end_says_where(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "fp8", 0, 2.99999)
+    write_run(tmp_path, "sr", 0, 3.1, steps_done=60)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    text = report.build(groups, groups[0], table(groups, groups[0]), [], None, {})
+    header, *rows = Tables(text).tables["pairwise"]
+    pairs = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert pairs["sr"]["bf16"] == "+100.0 (step 50)" and pairs["bf16"]["sr"] == "-100.0 (step 50)"
+    assert pairs["fp8"]["bf16"] == pairs["bf16"]["fp8"] == "0.0"  # neither -0.0 nor +0.0
+
+
 def test_without_published_runs_of_that_size_there_is_no_overlay(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
