@@ -6,15 +6,15 @@ Standard deviations are pooled over recipes with their degrees of freedom: recip
 "paired" is what is left between seeds when what a seed does to all recipes alike is taken out.
 """
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from scipy.special import stdtrit
 
 from analysis.pairing import Floor, t_quantile
-from analysis.runs import Run
+from analysis.runs import Run, json_object
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
 NUDGES = ("rounding_seed", "perturb")
@@ -30,8 +30,13 @@ class Spread:
     df: int
 
     def seeds_to_resolve(self, difference: float) -> int:
-        """Runs per recipe that resolve `difference`: 16 sd^2 / d^2 + 1 (two-sided 5 %, power about 80 %)."""
-        return math.ceil(16 * self.sd**2 / difference**2 + 1)
+        """Runs per recipe whose 95 % interval leaves out zero in 80 % of comparisons, with this floor in compare.py.
+
+        2 (t_0.975 + t_0.8)^2 sd^2 / d^2, with the quantiles at this estimate's degrees of freedom: 16 sd^2 / d^2 for
+        many of them, 400 sd^2 / d^2 for one. At least two, below which compare.py gives no verdict.
+        """
+        quantiles = t_quantile(self.df) + stdtrit(self.df, 0.8)
+        return max(2, math.ceil(2 * (quantiles * self.sd / difference) ** 2))
 
 
 def key_of(run: Run) -> str:
@@ -123,7 +128,7 @@ def is_nudged(run: Run) -> bool:
 
 def load(path: Path = CACHE) -> dict[str, dict]:
     """The cached floors; {} when nothing was measured yet."""
-    return json.loads(path.read_text()) if path.exists() else {}
+    return json_object(path) if path.exists() else {}
 
 
 def floor_for(run: Run, floors: dict[str, dict]) -> Floor | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import noise
+from analysis.cli import quiet_pipes
 from analysis.runs import find_runs
 
 
@@ -23,17 +24,17 @@ def main() -> int:
     args = parser.parse_args()
     try:
         floors = noise.measure(find_runs(args.runs))
-    except ValueError as error:
+        if not floors:
+            raise ValueError("no two finished runs differ in the seed alone; run another seed")
+        args.cache.parent.mkdir(parents=True, exist_ok=True)
+        args.cache.write_text(json.dumps(noise.load(args.cache) | floors, indent=1) + "\n")
+    except (ValueError, OSError) as error:
         print(f"noise_floor: {error}", file=sys.stderr)
         return 2
-    if not floors:
-        print("noise_floor: no two finished runs differ in the seed alone; run another seed", file=sys.stderr)
-        return 2
-    args.cache.parent.mkdir(parents=True, exist_ok=True)
-    args.cache.write_text(json.dumps(noise.load(args.cache) | floors, indent=1) + "\n")
     print(noise.text(floors), f"written: {args.cache}", sep="\n")
     return 0
 
 
 if __name__ == "__main__":
+    quiet_pipes()
     sys.exit(main())

@@ -64,9 +64,12 @@ def test_other_lengths_and_data_have_their_own_floor(tmp_path):
 
 
 def test_number_of_seeds_that_resolve_a_difference():
-    # 16 * (.003 / .01)^2 + 1 = 2.44 -> 3; 16 * (.003 / .002)^2 + 1 = 37
-    assert noise.Spread(0.003, 10).seeds_to_resolve(0.01) == 3
-    assert noise.Spread(0.003, 10).seeds_to_resolve(0.002) == 37
+    # Student's t of 10 degrees of freedom: 2.228 and 0.879. 2 * 3.107^2 * (.003 / .002)^2 = 43.4 -> 44
+    assert noise.Spread(0.003, 10).seeds_to_resolve(0.002) == 44
+    assert noise.Spread(0.003, 10).seeds_to_resolve(0.01) == 2  # 1.7, but one seed gives no verdict
+    # One degree: 12.706 and 1.376. 2 * 14.08^2 * 2.25 = 892. Many: 1.960 and 0.842. 2 * 2.802^2 * 2.25 = 35.3
+    assert noise.Spread(0.003, 1).seeds_to_resolve(0.002) == 893
+    assert noise.Spread(0.003, 10**6).seeds_to_resolve(0.002) == 36
 
 
 def test_unfinished_and_diverged_runs_do_not_count(tmp_path):
@@ -94,3 +97,14 @@ def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
     command = [sys.executable, SCRIPTS / "compare.py", f"{tmp_path}/runs/*", "--floor", str(cache)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert "noise floor sd 20.00e-3, df 2" in done.stdout and "not resolved" in done.stdout
+
+
+def test_a_cache_that_can_not_be_read_or_written_is_one_line(tmp_path):
+    seeds(tmp_path / "runs", "bf16", [3.0, 3.1])
+    text = tmp_path / "README.md"
+    text.write_text("# no floors")
+    for cache in ("/proc/x", text):
+        command = [sys.executable, SCRIPTS / "noise_floor.py", f"{tmp_path}/runs/*", "--cache", cache]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2 and str(cache) in done.stderr and done.stderr.count("\n") == 1
+    assert text.read_text() == "# no floors"
