@@ -17,6 +17,7 @@ import numpy as np
 
 from analysis import law as laws
 from analysis import law_report, published
+from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import group_runs
 from analysis.published import Points
 from analysis.runs import find_runs
@@ -28,23 +29,30 @@ def arguments() -> argparse.Namespace:
         "--runs", nargs="*", default=[], help="our run folders, or quoted globs; finished ones are used"
     )
     parser.add_argument(
-        "--published", type=Path, default=published.DEFAULT_PATH, help="CSV: size,N,D,scheme,variant,final_loss"
+        "--published", type=existing, default=published.DEFAULT_PATH, help="CSV: size,N,D,scheme,variant,final_loss"
     )
-    parser.add_argument("--fit", choices=("published", "ours"), default="published", help="which points make the law")
+    parser.add_argument(
+        "--fit", choices=("published", "ours"), help="which points make the law (default: the published ones if there)"
+    )
     parser.add_argument("--form", choices=tuple(laws.FORMS), default="coupled")
-    parser.add_argument("--draws", type=int, default=200, help="bootstrap draws")
+    parser.add_argument("--draws", type=positive, default=200, help="bootstrap draws")
     parser.add_argument("--out", type=Path, default=Path("law"), help="folder for law.md, law.json, law.png")
     return parser.parse_args()
 
 
 def our_points(patterns: list[str]) -> dict[str, Points]:
-    """{recipe label: {(N, D): mean final loss over seeds}} of finished runs."""
-    points: dict[str, dict[tuple[int, int], list[float]]] = {}
+    """{recipe label: {(N, D): mean final loss over seeds}} of finished runs; reruns of a seed are averaged first."""
+    points: dict[str, dict[tuple[int, int], dict[int, list[float]]]] = {}
     for group in group_runs([run for run in find_runs(patterns) if run.finished]) if patterns else []:
         for run in group.runs:
             cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
-            points.setdefault(run.info["recipe_label"], {}).setdefault(cell, []).append(run.result["final_loss"])
-    return {label: {cell: float(np.mean(v)) for cell, v in cells.items()} for label, cells in points.items()}
+            seeds = points.setdefault(run.info["recipe_label"], {}).setdefault(cell, {})
+            seeds.setdefault(run.info["seed"], []).append(run.result["final_loss"])
+    return {label: {cell: mean_of_means(seeds) for cell, seeds in cells.items()} for label, cells in points.items()}
+
+
+def mean_of_means(seeds: dict[int, list[float]]) -> float:
+    return float(np.mean([np.mean(losses) for losses in seeds.values()]))
 
 
 def fit(points: dict[str, Points], form: str, draws: int) -> dict:
@@ -125,28 +133,46 @@ def draw(result: dict, form: str, ours: dict[str, Points], path: Path) -> None:
     plots.save(law_plots.figure(result["fits"][form], result["base"], shown, named, spread, ours), path)
 
 
+def missing(chosen: str, path: Path) -> str:
+    """What there is to do without bf16 points to fit."""
+    if chosen == "ours":
+        return "no finished bf16 runs among --runs; a law needs the baseline"
+    if path.exists():
+        return f"{path}: no bf16 runs; a law needs the baseline"
+    return (
+        f"no {path}: the project's own collection of published losses isn't part of the repository (fits of it are "
+        "kept in results/law); give another with --published FILE, or your own runs with --runs 'runs/*'"
+    )
+
+
+def write(args: argparse.Namespace, result: dict, ours: dict[str, Points], text: str) -> None:
+    """law.{md,json,png} in --out."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "law.md").write_text(text)
+    (args.out / "law.json").write_text(json.dumps(as_json(result, args.form), indent=1) + "\n")
+    draw(result, args.form, ours, args.out / "law.png")
+
+
 def main() -> int:
     args = arguments()
     try:
         ours = our_points(args.runs)
         everyone = published.load(args.published) if args.published.exists() else {}
-        points = ours if args.fit == "ours" else everyone
+        chosen = args.fit or ("ours" if args.runs and not everyone else "published")
+        points = ours if chosen == "ours" else everyone
         if "bf16" not in points:
-            source = "finished bf16 runs among --runs" if args.fit == "ours" else f"published runs at {args.published}"
-            raise ValueError(f"no {source}; a law needs the baseline")
+            raise ValueError(missing(chosen, args.published))
         result = fit(points, args.form, args.draws)
-    except ValueError as error:
+        text = report(result, args.form, "our runs" if chosen == "ours" else "the published runs", ours, everyone)
+        write(args, result, ours, text)
+    except (ValueError, OSError) as error:
         print(f"fit_scaling_law: {error}", file=sys.stderr)
         return 2
-    args.out.mkdir(parents=True, exist_ok=True)
-    text = report(result, args.form, "the published runs" if args.fit == "published" else "our runs", ours, everyone)
-    (args.out / "law.md").write_text(text)
-    (args.out / "law.json").write_text(json.dumps(as_json(result, args.form), indent=1) + "\n")
-    draw(result, args.form, ours, args.out / "law.png")
     print(text)
     print(f"written: {args.out}/law.md  law.json  law.png")
     return 0
 
 
 if __name__ == "__main__":
+    quiet_pipes()
     sys.exit(main())

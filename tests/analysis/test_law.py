@@ -1,4 +1,5 @@
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -124,7 +125,8 @@ def test_a_cell_that_occurs_with_two_losses_is_an_error(tmp_path):
         published.load(path)
 
 
-def test_command_line_fits_our_own_runs(tmp_path):
+@pytest.fixture
+def our_runs(tmp_path):
     for recipe, eff_n in (("bf16", 1.0), ("quartet2", 0.8)):
         for i, n in enumerate((3e7, 1e8, 2e8)):
             for j, steps in enumerate((1000, 4000, 16000)):
@@ -133,10 +135,27 @@ def test_command_line_fits_our_own_runs(tmp_path):
                     tmp_path / "runs", recipe, 0, loss, name=f"{recipe}-{i}-{j}", parameters_non_embedding=int(n),
                     steps=steps, tokens_per_step=262144,
                 )  # fmt: skip
-    command = [sys.executable, str(SCRIPT), "--runs", f"{tmp_path}/runs/*", "--fit", "ours", "--draws", "5"]
+    return f"{tmp_path}/runs/*"
+
+
+def test_command_line_fits_our_own_runs(our_runs, tmp_path):
+    command = [sys.executable, str(SCRIPT), "--runs", our_runs, "--fit", "ours", "--draws", "5"]
     done = subprocess.run([*command, "--out", str(tmp_path / "law")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "law" / "law.json").read_text())
     assert found["factors"]["quartet2"]["eff_n"] == pytest.approx(0.8, abs=0.01)
     assert "| quartet2 | 9 |" in (tmp_path / "law" / "law.md").read_text()
     assert (tmp_path / "law" / "law.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_without_the_published_runs_ours_are_fitted_or_it_is_said_what_they_are(
+    our_runs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(published, "DEFAULT_PATH", tmp_path / "nowhere.csv")
+    main = runpy.run_path(str(SCRIPT))["main"]
+    monkeypatch.setattr("sys.argv", ["", "--runs", our_runs, "--draws", "5", "--out", str(tmp_path / "law")])
+    assert main() == 0 and "Scaling law of our runs" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "law")])
+    assert main() == 2
+    message = capsys.readouterr().err
+    assert "--published FILE" in message and "results/law" in message and "isn't part of the repository" in message
