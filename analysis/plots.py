@@ -196,7 +196,7 @@ def end_labels(ax: Axes, ends: list[tuple[float, float, str, str]], fontsize: fl
         ax.set_xlim(right=x_end + 0.01 * (x_end - ax.get_xlim()[0]))  # the last marker whole
     for (x, y, name, colour), height in zip(ends, heights, strict=True):
         anchor = {"xycoords": "data", "textcoords": ax.get_yaxis_transform(), "annotation_clip": False}
-        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0}
+        arrow = {"arrowstyle": "-", "color": colour, "linewidth": 0.6, "shrinkA": 2, "shrinkB": 0, "relpos": (0, 0.5)}
         at = (x, float(np.clip(y, low, high)))
         ax.annotate(name, at, (1.03, height), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
 
