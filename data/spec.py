@@ -62,6 +62,8 @@ class DataSpec:
         _one_of("data.source", self.source, SOURCES)
         _one_of("data.val_rule", self.val_rule, VAL_RULES)
         _one_of("data.packing", self.packing, PACKINGS)
+        if not self.path:
+            self._check_unread()
         if self.source == "files" and not self.path and not as_list(self.files):
             raise ValueError(
                 "data.files is empty: give a path or a glob, such as data.files='corpus/train-*.jsonl.zst'"
@@ -77,6 +79,20 @@ class DataSpec:
         for name, least in (("tokenizer_train_bytes", 1), ("shard_tokens", 1), ("workers", 0), ("max_documents", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"data.{name}={getattr(self, name)} must be {least} or more")
+
+    def _check_unread(self) -> None:
+        """Raise ValueError for text that this source doesn't read: a run would train on other text without a word.
+
+        hub_* beside source=files stays: data=c4 with files that are here already.
+        """
+        remedies = {"files": "data.source=files"} if self.source == "hub" else {}
+        if self.source == "pydocs":
+            remedies = {"files": "data=text", "val_files": "data=text data.files=..."}
+            remedies |= {f.name: "data=hub" for f in fields(self) if f.name.startswith("hub_")}
+        default = DataSpec()
+        for name, remedy in remedies.items():
+            if getattr(self, name) != getattr(default, name):
+                raise ValueError(f"data.{name} is given, but data.source={self.source} doesn't read it; add {remedy}")
 
     def overrides(self) -> list[str]:
         """Command-line overrides, quoted for a shell, that give this spec; data=text sets this class's defaults."""

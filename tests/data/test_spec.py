@@ -17,6 +17,10 @@ def test_yaml_composes(name):
     assert spec.name == name and spec.source == {"text": "files", "pydocs": "pydocs"}.get(name, "hub")
 
 
+def test_the_files_of_a_hub_data_set_can_be_here_already():
+    assert compose(["data=c4", "data.source=files", "data.files=c4/*.json.gz"]).config.data.hub_path == "allenai/c4"
+
+
 def test_c4_and_fineweb_are_the_published_protocols():
     c4, fineweb = (compose([f"data={name}"]).config.data for name in ("c4", "fineweb_edu"))
     assert (c4.hub_path, c4.hub_name, c4.val_rule, c4.split_seed, c4.vocab_size) == (
@@ -52,7 +56,14 @@ def test_overrides_give_the_same_spec_through_shell_and_hydra(spec):
         ({"val_rule": "half"}, r"data\.val_rule='half' is none of hash, paper"),
         ({"packing": "tight"}, r"data\.packing='tight' is none of stream, bos_bestfit"),
         ({"files": None}, r"data\.files is empty: give a path"),
-        ({"source": "hub"}, r"data\.hub_path is empty"),
+        ({"source": "hub", "files": None}, r"data\.hub_path is empty"),
+        ({"source": "pydocs"}, r"data\.files is given, but data\.source=pydocs doesn't read it; add data=text"),
+        (
+            {"source": "pydocs", "files": None, "val_files": "v.txt"},
+            r"data\.val_files is given.*add data=text data\.files",
+        ),
+        ({"source": "pydocs", "files": None, "hub_path": "a/b"}, r"data\.hub_path is given.*add data=hub"),
+        ({"source": "hub", "hub_path": "a/b"}, r"data\.files is given.*add data\.source=files"),
         ({"vocab_size": 256}, r"data\.vocab_size=256: a byte-level BPE needs 257"),
         ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0 must lie between 0 and 1"),
         ({"shard_tokens": 0}, r"data\.shard_tokens=0 must be 1 or more"),
