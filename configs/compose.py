@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -79,6 +80,8 @@ def compose(overrides: list[str]) -> Composed:
         return Composed(OmegaConf.to_object(tree), OmegaConf.to_yaml(tree), choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(" ".join(str(error).split())) from error  # names file and line
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -72,7 +72,7 @@ def load(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"grids: {', '.join(names())}"
         raise GridError(f"experiment={name} is not a grid; {hint}")
-    grid = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    grid = _content(FOLDER / f"{name}.yaml")
     if set(grid) != set(KEYS):
         raise GridError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(grid)}")
     return grid
@@ -155,5 +155,13 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _is_grid(path: Path) -> bool:
-    content = yaml.safe_load(path.read_text())
+    content = _content(path)
     return isinstance(content, dict) and "cells" in content
+
+
+def _content(path: Path) -> Any:
+    try:
+        with open(path) as file:  # not its text: YAML's message then names the file
+            return yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise GridError(" ".join(str(error).split())) from error

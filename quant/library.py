@@ -23,13 +23,22 @@ def names() -> list[str]:
 
 
 def mapping(name: str) -> dict[str, Any]:
-    """The file of recipe `name` as a plain mapping. Raises ValueError that names the nearest recipe."""
+    """The file of recipe `name` as a plain mapping. Raises ValueError that names the nearest recipe, or file
+    and line of a mistake in YAML."""
     known = names()
     if name not in known:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known)}"
         raise ValueError(f"no recipe {name!r} in configs/quant; {hint}")
-    return yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
+    path = FOLDER / f"{name}.yaml"
+    try:
+        with open(path) as file:  # not its text: YAML's message then names the file
+            values = yaml.safe_load(file)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: got {values!r}, need a mapping such as that of quartet2.yaml")
+    return values
 
 
 def load(name: str) -> AnyRecipe:

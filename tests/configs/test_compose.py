@@ -1,5 +1,6 @@
 """The command line: every mistake is one clear error that names what is near, before any work."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from configs import grid
 from configs.cli import read_command_line
 from configs.compose import ConfigError, compose, groups, sweep
+from quant import library
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -148,6 +150,31 @@ def test_every_group_choice_composes():
             if group == "experiment" and option in grid.names():
                 extra = [f"cell={next(iter(grid.expand(grid.load(option))))}"]
             assert compose([f"{group}={option}", *extra]).choices[group] == option
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("fprop: {x: [1\n", r"line 1.*expected"), ("x: *y\n", "undefined alias")]
+)
+def test_a_mistake_in_yaml_names_the_file(monkeypatch, tmp_path, text, message):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("configs.compose.ROOT", tmp_path / "configs")
+    monkeypatch.setattr(grid, "FOLDER", tmp_path / "configs" / "experiment")
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "configs" / "quant")
+    (tmp_path / "configs" / "quant" / "sr.yaml").write_text(text)
+    for read in (lambda: compose(["quant=sr"]), lambda: library.load("sr")):
+        with pytest.raises(ValueError, match=rf"sr\.yaml.*{message}|{message}.*sr\.yaml") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    (tmp_path / "configs" / "experiment" / "c4_grid.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c4_grid\.yaml"):
+        compose(["seed=1"])
+
+
+def test_an_empty_recipe_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ValueError, match=r"mine\.yaml: got None, need a mapping"):
+        library.load("mine")
 
 
 def test_a_mistake_ends_with_code_2_and_no_traceback():
