@@ -74,7 +74,10 @@ def read_command_line(arguments: list[str]) -> CommandLine:
 def take_launcher(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
     """Split off launcher= and slurm.*= : they say where to run, not what. Raises ConfigError for another launcher."""
     own = [word for word in words if word.startswith(("launcher=", "slurm."))]
-    options = dict(word.removeprefix("slurm.").split("=", 1) for word in own if "=" in word)
+    for word in own:
+        if "=" not in word:
+            raise ConfigError(f"can't read {word!r}; write {word}=...")
+    options = dict(word.removeprefix("slurm.").split("=", 1) for word in own)
     launcher = options.pop("launcher", "local")
     if launcher not in ("local", "slurm"):
         raise ConfigError(f"launcher={launcher}: write launcher=slurm, or leave it out to run here")

@@ -141,5 +141,7 @@ def test_launcher_words_are_taken_off_the_command_line():
     assert read_command_line(["seed=1"]).slurm is None
     with pytest.raises(ConfigError, match="write launcher=slurm"):
         read_command_line(["launcher=slrum"])
+    with pytest.raises(ConfigError, match=r"write slurm\.partition=\.\.\."):
+        read_command_line(["launcher=slurm", "slurm.partition"])
     with pytest.raises(ConfigError, match="without launcher=slurm"):
         read_command_line(["slurm.partition=gpu"])
