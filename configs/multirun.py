@@ -34,11 +34,15 @@ def run_all(overrides: list[str]) -> int:
 
 
 def checked(jobs: list[list[str]]) -> list[list[str]]:
-    """`jobs`, if every one of them composes. Raises ConfigError."""
+    """`jobs`, if every one of them composes to numbers that fit each other. Raises ConfigError."""
     for job in jobs:
         try:
-            compose(job)
-        except ConfigError as error:
+            config = compose(job).config
+            from training.derive import derive  # here: a wrong override shall not wait for torch to be imported
+            from training.shapes import shape_of
+
+            derive(config, shape_of(config, config.data.vocab_size).parameters_non_embedding, world=1)
+        except ValueError as error:
             raise ConfigError(f"in {' '.join(job)}: {error}") from error
     return jobs
 

@@ -38,6 +38,8 @@ def test_runs_every_combination_in_order_and_goes_on_after_a_failure(jobs, capfd
 def test_a_wrong_combination_is_found_before_the_first_run(jobs):
     with pytest.raises(ConfigError, match=r"optim\.lr=-1 seed=0: optim\.lr=-1"):
         multirun.run_all(["optim.lr=1e-3,-1", "seed=0"])
+    with pytest.raises(ConfigError, match=r"batch\.micro=3: batch of 512 sequences is not a multiple"):
+        multirun.run_all(["batch.sequences=512", "batch.micro=4,3"])
     assert jobs() == []
 
 
