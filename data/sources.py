@@ -186,10 +186,19 @@ def _decoded(path: Path, handle: IO[bytes]) -> Iterator[str]:
     elif path.suffix == ".zst":
         stream = io.BufferedReader(_ZstdFile(handle), 1 << 20)
     try:
-        # newline="\n": the default would split lines at a bare carriage return and change the text.
-        yield from io.TextIOWrapper(stream, "utf-8", newline="\n")
-    except (EOFError, UnicodeDecodeError, zlib.error, gzip.BadGzipFile) as error:
+        # Lines of bytes end at "\n" alone: decoding first would split at a bare carriage return and change the text.
+        for number, line in enumerate(stream, 1):
+            yield _utf8(line, f"{path}, line {number}")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{path}: {error}; is the file cut off or damaged?") from error
+
+
+def _utf8(line: bytes, where: str) -> str:
+    try:
+        return line.decode()
+    except UnicodeDecodeError as error:
+        bad = f"byte 0x{line[error.start]:02x}, {error.start + 1} bytes into the line"
+        raise ValueError(f"{where}: not UTF-8 ({bad}); is the file damaged or in another encoding?") from error
 
 
 class _ZstdFile(io.RawIOBase):

@@ -90,6 +90,13 @@ def test_a_bad_row_is_named(tmp_path, line, message):
         read(DataSpec(files=f"{tmp_path}/a.jsonl"), tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_text_that_is_not_utf8_is_named_with_its_line(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "good"}\n' * 5000 + b'{"text": "caf\xe9"}\n')
+    with pytest.raises(ValueError, match=rf"{name}, line 5001: not UTF-8 \(byte 0xe9, 14 bytes into the line\)"):
+        read(DataSpec(files=f"{tmp_path}/{name}"), tmp_path)
+
+
 @pytest.mark.parametrize("kept", [0.3, 0.999])
 @pytest.mark.parametrize("suffix", ["zst", "gz"])
 def test_a_cut_off_file_is_an_error_and_not_a_short_text(tmp_path, make_rows, jsonl, suffix, kept):
