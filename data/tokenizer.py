@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +88,14 @@ def train_bpe(texts: Iterator[str], vocab_size: int, train_bytes: int, path: Pat
     """Train a byte-level BPE on the first `train_bytes` bytes of `texts` and write it to `path`, atomically.
 
     BOS is token 0, then the 256 bytes, then merges; the same texts give the same file on any number of cores.
-    Raises ValueError when there is too little text to find so many tokens.
+    Raises ValueError when there is no text, or too little to find so many tokens.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    texts = filter(None, texts)
+    first = next(texts, None)
+    if first is None:
+        raise ValueError("the train side has no text: give data.files with some, or a smaller data.val_fraction")
     begin = time.monotonic()
     say(f"training a byte-level BPE of {vocab_size} entries on up to {train_bytes / 1e6:.1f} MB of text")
     tokenizer = Tokenizer(models.BPE())
@@ -103,7 +108,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, train_bytes: int, path: Pat
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_first_bytes(texts, train_bytes), trainer)
+    tokenizer.train_from_iterator(_first_bytes(chain([first], texts), train_bytes), trainer)
     found = tokenizer.get_vocab_size()
     if found < vocab_size:
         raise ValueError(
