@@ -21,7 +21,8 @@ def assemble(
 ) -> dict[str, Any]:
     """Write train-*.bin, val-*.bin, their document indices and token_bytes.npy into `folder`; returns the manifest.
 
-    Raises ValueError when a side is empty or when a document of val_files is also a train document.
+    Raises ValueError when a side is empty or when a document of val_files is also a train document (same
+    source and id; rows without an id are not compared).
     """
     splits: dict[str, Any] = {}
     val_groups = np.zeros(0, np.int64)

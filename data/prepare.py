@@ -63,10 +63,11 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
         return _given(spec)
     with disk_full_explained(Path(root)):
         plan = _plan(spec, Path(root))
+        if plan.folder.is_dir():  # without the lock: a finished folder may lie where nothing can be written
+            _verify(plan.folder)
+            return plan.folder
         with locked(plan.root / f".lock-{plan.key}"):
-            if plan.folder.is_dir():
-                _verify(plan.folder)
-            else:
+            if not plan.folder.is_dir():
                 _make(plan)
     return plan.folder
 
@@ -98,11 +99,24 @@ def _plan(spec: DataSpec, root: Path) -> _Plan:
         "keys": [spec.text_key, spec.source_key, spec.id_key],
         "max_documents": spec.max_documents,
     }
+    if val and isinstance(sources["train"], list):
+        _check_disjoint(sources["train"], sources["val"])
     if not val and spec.val_rule == "hash":
         sources["val"]["fraction"] = spec.val_fraction
     tokenizer = _tokenizer_identity(spec, sources)
     key = json_hash([FORMAT, sources, tokenizer, spec.shard_tokens])[:12]
     return _Plan(spec, root, train, val, sources, tokenizer, key)
+
+
+def _check_disjoint(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
+    """Raise ValueError for a file on both sides. Its rows need no ids for that, which assemble() compares."""
+    names = {entry["sha256"]: entry["file"] for entry in train}
+    for entry in val:
+        if entry["sha256"] in names:
+            raise ValueError(
+                f"{entry['file']} of data.val_files has the contents of {names[entry['sha256']]} of data.files: give "
+                "validation text that isn't trained on, or leave data.val_files out (data.val_fraction is split off)"
+            )
 
 
 def _tokenizer_identity(spec: DataSpec, sources: dict[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
         cache[key] = cache.get(key) or sha256_of(path)
         result.append({"file": path.name, "size": stat.st_size, "sha256": cache[key]})
-    if cache != known:
+    if cache != known and os.access(root, os.W_OK):  # prepared folders may lie where nothing can be written
         write_json(cache_path, cache)
     return result
 

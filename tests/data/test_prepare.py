@@ -94,6 +94,19 @@ def test_a_rerun_changes_nothing_and_compares_checksums(spec, folder):
         shard.write_bytes(good)
 
 
+def test_a_finished_folder_needs_no_writing(spec, tmp_path, monkeypatch):
+    made = prepare(spec, tmp_path)
+    (tmp_path / "fingerprints.json").unlink()
+
+    def refuse(*_):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr("data.prepare.locked", refuse)
+    monkeypatch.setattr("data.sources.write_json", refuse)
+    monkeypatch.setattr("data.sources.os.access", lambda path, mode: False)
+    assert prepare(spec, tmp_path) == ensure(spec, tmp_path) == made
+
+
 def test_another_source_or_option_gives_another_folder(spec, folder, tmp_path, make_rows, jsonl):
     changed = jsonl(tmp_path / "text.jsonl", make_rows(81))
     assert ensure(dataclasses.replace(spec, files=str(changed)), tmp_path).name != folder.name
@@ -119,6 +132,13 @@ def test_val_files_override_the_split(tmp_path, make_rows, jsonl):
 def test_a_document_on_both_sides_is_an_error(tmp_path, make_rows, jsonl):
     train, val = jsonl(tmp_path / "t.jsonl", make_rows(40)), jsonl(tmp_path / "v.jsonl", make_rows(8, first=39))
     with pytest.raises(ValueError, match=r"1 rows of the train files belong to one of the 8 validation documents"):
+        prepare(DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1), tmp_path / "out")
+
+
+def test_a_file_on_both_sides_is_an_error_without_ids(tmp_path, make_rows, jsonl):
+    texts = [{"text": row["text"]} for row in make_rows(40)]
+    train, val = jsonl(tmp_path / "t.jsonl", texts), jsonl(tmp_path / "v.jsonl", texts)
+    with pytest.raises(ValueError, match=r"v\.jsonl of data\.val_files has the contents of t\.jsonl of data\.files"):
         prepare(DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1), tmp_path / "out")
 
 
@@ -178,6 +198,13 @@ def test_an_empty_side_is_an_error(tmp_path, jsonl, make_rows):
     source = jsonl(tmp_path / "t.jsonl", make_rows(4))
     spec = DataSpec(files=str(source), vocab_size=280, val_fraction=1e-9, workers=1)
     with pytest.raises(ValueError, match=r"the val side has no document \(5 are train\): give data\.val_files"):
+        prepare(spec, tmp_path / "out")
+
+
+def test_an_empty_train_file_is_an_error_before_a_tokenizer_is_trained_on_it(tmp_path, jsonl, make_rows):
+    empty, val = jsonl(tmp_path / "t.jsonl", [{"text": ""}]), jsonl(tmp_path / "v.jsonl", make_rows(4))
+    spec = DataSpec(files=str(empty), val_files=str(val), vocab_size=280, workers=1)
+    with pytest.raises(ValueError, match=r"the train side has no text"):
         prepare(spec, tmp_path / "out")
 
 
