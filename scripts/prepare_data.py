@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.compose import ConfigError, compose
+from configs.compose import compose
 from data.packing import load_layout
 from data.prepare import prepare
 from data.tokens import TokenSet
@@ -25,9 +25,9 @@ def main(overrides: list[str]) -> int:
         if config.data.packing == "bos_bestfit":
             for split in ("train", "val"):
                 load_layout(TokenSet(folder), split, config.batch.seq_len + 1)
-    except (ConfigError, ValueError, RuntimeError, OSError) as error:
+    except (ValueError, RuntimeError, OSError) as error:  # ValueError: what the command asks for, or the text, is wrong
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
         return 130

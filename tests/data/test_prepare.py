@@ -254,6 +254,14 @@ def test_a_full_disk_is_explained_and_leaves_no_debris(spec, tmp_path, monkeypat
     assert TokenSet(prepare(spec, tmp_path), verify=True)
 
 
+@pytest.mark.parametrize("word", ["data.fils=x", "data.files=/nowhere/*.jsonl"])
+def test_a_wrong_command_ends_with_code_2(word):
+    script = Path(data.parts.__file__).parents[1] / "scripts" / "prepare_data.py"
+    command = [sys.executable, str(script), "data=text", "data.files=a.txt", word]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
+
+
 def start(source: Path, root: Path, workers: int) -> subprocess.Popen:
     script = root.parent / "driver.py"
     script.write_text(DRIVER)
