@@ -22,6 +22,12 @@ class GridLine:
         """Folder of the runs, from paths.runs=..., or runs/."""
         return Path(next((v.split("=", 1)[1] for v in reversed(self.extra) if v.startswith("paths.runs=")), "runs"))
 
+    def is_true(self, key: str) -> bool:
+        """An own key that is true or false; GridError for anything else, since a guess might start runs."""
+        if self.own[key].lower() not in ("true", "false"):
+            raise grid.GridError(f"{key}={self.own[key]}: write {key}=true or {key}=false")
+        return self.own[key].lower() == "true"
+
     def run_name(self, cell: str) -> str:
         return grid.run_name(self.experiment, cell, self.extra)
 

@@ -25,9 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 
 from analysis import states
 from configs import gridline, slurm
+from configs.cli import take_launcher
+from configs.compose import ConfigError, compose
 from configs.grid import GridError
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
+# launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
 POLL_S = 0.5
 
@@ -101,6 +104,8 @@ def gpu_slots(wanted: str, per_gpu: int) -> list[str | None]:
 
 def run_local(line: gridline.GridLine) -> int:
     """Keep every slot busy until nothing is left. Returns 1 if a run failed, 75 if stopped, else 0."""
+    if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
+        raise GridError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
     slots = gpu_slots(line.own["gpus"], int(line.own["per_gpu"]))
     queue, running, failed = pending(line), [], []
     stopping: list[int] = []
@@ -169,22 +174,21 @@ def main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
-    options = dict(word[6:].split("=", 1) for word in words if word.startswith("slurm.") and "=" in word)
     try:
-        line = gridline.read([w for w in words if not w.startswith("slurm.")], OWN)
-        if line.own["launcher"] not in ("local", "slurm"):
-            raise GridError(f"launcher={line.own['launcher']}: write launcher=local or launcher=slurm")
-        if line.own["list"] == "true":
+        rest, options = take_launcher(words)
+        line = gridline.read(rest, OWN)
+        # One for all: cells differ by what the grid's file says, and a mistake in `extra` would fail in every log.
+        compose([f"experiment={line.experiment}", f"cell={next(iter(line.cells))}", *line.extra])
+        if line.is_true("list"):
             for cell in pending(line):
                 print(shlex.join(command(line, cell)))
             return 0
-        if line.own["launcher"] == "slurm":
-            return submit(line, options)
-        return run_local(line)
-    except GridError as error:
+        return run_local(line) if options is None else submit(line, options)
+    except (GridError, ConfigError) as error:
         print(f"run_grid: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this script, without a traceback
     sys.exit(main(sys.argv[1:]))

@@ -32,7 +32,7 @@ def main(words: list[str]) -> int:
     metrics = folder / "metrics.jsonl"
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     for step in range(done + 1, STEPS + 1):
-        time.sleep(float(given.get("log.every", "0.01")))
+        time.sleep(0.01 * int(given.get("log.every", "1")))
         with open(metrics, "a") as file:
             file.write(json.dumps({"kind": "train", "step": step}) + "\n")
         if stop:

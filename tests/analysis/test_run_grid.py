@@ -64,7 +64,7 @@ def test_runs_every_cell_once_and_never_again(run_grid, tmp_path, capsys):
 def test_one_run_a_gpu_side_by_side(run_grid, tmp_path, monkeypatch):
     monkeypatch.setattr(run_grid, "gpu_slots", lambda wanted, per_gpu: ["0", "1"])
     began = time.monotonic()
-    words = ["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}", "log.every=0.05"]
+    words = ["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}", "log.every=5"]
     assert run_grid.main(words) == 0
     used = [starts(tmp_path, f"bf16/s{seed}")[0].split()[1] for seed in range(4)]
     assert sorted(used) == ["0", "0", "1", "1"]
@@ -84,6 +84,11 @@ def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, tmp
     assert run_grid.gpu_slots("all", 1) == ["1"]
 
 
+def test_listing_starts_nothing(run_grid, tmp_path, capsys):
+    assert run_grid.main(["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}", "list=True"]) == 0
+    assert capsys.readouterr().out.count("cell=bf16/s") == 4 and not list(tmp_path.iterdir())
+
+
 def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, capsys):
     words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}", "seed=666"]
     assert run_grid.main(words) == 1
@@ -93,27 +98,27 @@ def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, caps
 
 
 def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
-    script = start_script(tmp_path, "log.every=0.1")
+    script = start_script(tmp_path, "log.every=10")
     name = tmp_path / "corpus_screen-bf16-s0" / "metrics.jsonl"
     wait_until(lambda: states.last_step(name) >= 3)
     script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=30) == 75
     state = states.state_of(tmp_path, "corpus_screen-bf16-s0")
     assert state.status == "stopped" and 3 <= state.step < 20
-    again = start_script(tmp_path, "log.every=0")
+    again = start_script(tmp_path, "log.every=1")
     assert again.wait(timeout=60) == 0
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done"
     assert len(starts(tmp_path, "bf16/s0")) == 2 and len(starts(tmp_path, "bf16/s3")) == 1
 
 
 def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_path):
-    script = start_script(tmp_path, "log.every=0.15")
+    script = start_script(tmp_path, "log.every=15")
     metrics = tmp_path / "corpus_screen-bf16-s0" / "metrics.jsonl"
     wait_until(lambda: states.last_step(metrics) >= 2)
     script.kill()
     script.wait()
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "running"
-    second = start_script(tmp_path, "log.every=0")
+    second = start_script(tmp_path, "log.every=1")
     output = second.communicate(timeout=60)[0]
     assert second.returncode == 0 and "4 cells, 3 to run" in output
     wait_until(lambda: states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done")
@@ -121,7 +126,7 @@ def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_pat
 
 
 def test_two_scripts_at_once_share_the_work(tmp_path):
-    scripts = [start_script(tmp_path, "log.every=0.03") for _ in range(2)]
+    scripts = [start_script(tmp_path, "log.every=3") for _ in range(2)]
     assert [script.wait(timeout=90) for script in scripts] == [0, 0]
     assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
 
@@ -145,12 +150,18 @@ def test_slurm_submits_one_job_a_missing_cell(run_grid, tmp_path, capsys):
     [
         (["experiment=corpus_screen", "only=none/*"], "only=none/\\* matches none of the 76 cells"),
         (["experiment=corpus_scren"], "did you mean corpus_screen"),
-        (["experiment=corpus_screen", "launcher=slrum"], "write launcher=local or launcher=slurm"),
+        (["experiment=corpus_screen", "launcher=slrum"], "write launcher=slurm"),
         (["experiment=corpus_screen", "lancher=slurm"], "unknown key 'lancher'; did you mean launcher"),
         (["only=bf16"], "experiment=<grid> is missing"),
+        (["experiment=corpus_screen", "list=yes"], "list=yes: write list=true or list=false"),
+        (["experiment=corpus_screen", "per_gpu=0"], "per_gpu=0: give a whole number, 1 or more"),
+        (["experiment=corpus_screen", "per_gpu=x"], "per_gpu=x: give a whole number"),
+        (["experiment=corpus_screen", "foo=1"], "unknown key 'foo'"),
+        (["experiment=corpus_screen", "launcher=slurm", "slurm.partition"], "can't read 'slurm.partition'"),
     ],
 )
-def test_mistakes_are_named(run_grid, words, message, capsys):
+def test_mistakes_are_named(run_grid, words, message, capsys, monkeypatch):
+    monkeypatch.setattr(run_grid.subprocess, "Popen", None)  # nothing may start
     assert run_grid.main(words) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
