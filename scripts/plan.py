@@ -9,6 +9,7 @@ that the table names; B200 hours are a prediction from H100 (analysis/costs.py s
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -64,6 +65,19 @@ def cell_of(name: str, overrides: list[str], config) -> Cell:
     )
 
 
+def table_for(own: dict[str, str]) -> dict:
+    """The measured throughput. ValueError for a table that was named and isn't there, and for prices that are none."""
+    for key in ("price", "price_b200"):
+        try:
+            float(own[key] or 0)
+        except ValueError:
+            raise ValueError(f"{key}={own[key]}: give a number, such as {key}=2.5") from None
+    path = Path(own["table"])
+    if path != costs.TABLE and not path.exists():
+        raise ValueError(f"table={path}: no such file; measure='runs/*' table={path} writes it")
+    return costs.load(path)
+
+
 def row(cell: Cell, state: states.State, table: dict) -> tuple[str, ...]:
     hours, source = costs.gpu_hours(cell, table["rows"])
     b200 = costs.b200_hours(cell, table["rows"], table["device"])
@@ -105,14 +119,23 @@ def totals(cells: list[Cell], found: dict[str, states.State], table: dict, own: 
     return lines
 
 
-def measure(words: dict[str, str]) -> int:
-    """Write results/throughput.json; rows of other models and recipes stay."""
+def measure(given: list[str]) -> int:
+    """Write results/throughput.json; rows of other models and recipes stay. ValueError for any other key."""
+    words = dict(word.partition("=")[::2] for word in given)
+    for key in words:
+        if key not in ("measure", "device", "table"):
+            raise ValueError(f"{key} has no meaning beside measure=...; possible are device=... and table=...")
     path = Path(words.get("table", costs.TABLE))
     table = costs.load(path)
     if words["measure"].endswith(".json"):
+        if not words.get("device"):
+            raise ValueError(f"{words['measure']} doesn't name its device: add device='NVIDIA H100'")
         device, rows = words["device"], bench_rows(json.loads(Path(words["measure"]).read_text()), words["measure"])
     else:
-        device, rows = costs.measured_rows([run for run in find_runs([words["measure"]]) if run.finished])
+        runs = [run for run in find_runs([words["measure"]]) if run.finished]
+        if not runs:
+            raise ValueError(f"measure={words['measure']}: no run there has finished")
+        device, rows = costs.measured_rows(runs)
     if table["device"] not in (None, device):
         raise ValueError(f"{path} is about {table['device']}, not {device}; give table=another.json")
     new = {(r["model"], r["recipe"]) for r in rows}
@@ -147,15 +170,16 @@ def main(words: list[str]) -> int:
         return 0 if words else 2
     try:
         if any(word.startswith("measure=") for word in words):
-            return measure(dict(word.split("=", 1) for word in words))
+            return measure(words)
         line = gridline.read(words, OWN)
-        table = costs.load(Path(line.own["table"]))
+        details = line.is_true("details")
+        table = table_for(line.own)
         cells = cells_of(line)
-    except (GridError, ConfigError, ValueError) as error:
+    except (GridError, ConfigError, ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
-    if line.own["details"] == "true":
+    if details:
         lines = [HEADER, *(row(cell, found[cell.name], table) for cell in cells)]
         widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]
         print(
@@ -167,4 +191,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this script, without a traceback
     sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,7 @@
+import importlib.util
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +91,36 @@ def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
     assert "B200, predicted: 0.3 GPU-hours" in done.stdout
 
 
-def test_mistakes_are_named():
-    done = plan("experiment=corpus_rankin")
-    assert done.returncode == 2 and "did you mean corpus_ranking" in done.stderr
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["experiment=corpus_rankin"], "did you mean corpus_ranking"),
+        (["experiment=corpus_ranking", "details=yes"], "write details=true or details=false"),
+        (["experiment=corpus_ranking", "price=abc"], "price=abc: give a number"),
+        (["experiment=corpus_ranking", "table=/nope.json"], "table=/nope.json: no such file"),
+        (["measure=runs/*", "tabel=x.json"], "tabel has no meaning beside measure"),
+        (["measure=runs/*", "foo"], "foo has no meaning beside measure"),
+        (["measure=b.json"], "add device='NVIDIA H100'"),
+        (["measure=/nope.json", "device=CPU"], "/nope.json"),
+    ],
+)
+def test_mistakes_are_named(words, message, capsys, monkeypatch):
+    monkeypatch.setattr(costs, "TABLE", Path("/nowhere/throughput.json"))  # not to be written
+    spec = importlib.util.spec_from_file_location("plan", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("plan: ") and message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize("script", ["plan.py", "run_grid.py"])
+def test_a_reader_that_leaves_early_sees_no_traceback(script):
+    """A pipe whose reading end is closed, as `| head` leaves it."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, str(SCRIPT.with_name(script)), "experiment=corpus_ranking", "only=bf16/x1/s0"]
+    extra = ["list=true"] if script == "run_grid.py" else []
+    done = subprocess.run([*command, *extra], stdout=writing, stderr=subprocess.PIPE, timeout=120, text=True)
+    os.close(writing)
+    assert done.returncode == -signal.SIGPIPE and done.stderr == ""
