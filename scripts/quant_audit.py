@@ -19,6 +19,7 @@ from analysis.cli import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
+from quant.plan import Precision
 from quant.recipe import Recipe
 
 
@@ -97,7 +98,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     backend.use("reference")
     try:
-        loaded = [library.load(name) for name in args.recipes or library.names()]
+        loaded = [Precision.from_dict(library.mapping(name)).recipe for name in args.recipes or library.names()]
         if args.json not in (None, "-"):
             Path(args.json).touch()  # what can't be written is found before a minute's work
     except (ValueError, OSError) as error:
