@@ -8,7 +8,7 @@ from typing import Any, Protocol
 from training.config import LoggerSection
 from training.metrics import MetricsFile
 
-WANDB_TIMEOUT_S = 30  # for the connection, and for an answer to its prompt on a terminal
+WANDB_TIMEOUT_S = 30  # for the connection
 
 
 class Sink(Protocol):
@@ -69,6 +69,8 @@ class WandbSink:
     def __init__(self, run_dir: Path, section: Any, run: dict[str, Any], config: dict[str, Any]):
         import wandb
 
+        if section.mode == "online" and not wandb.login(prompt=False, timeout=WANDB_TIMEOUT_S):
+            raise RuntimeError("no W&B key found; type `wandb login`, or set logger.wandb.mode=offline")
         self._run = wandb.init(
             project=section.project,
             entity=section.entity,
@@ -78,7 +80,7 @@ class WandbSink:
             name=run["name"],
             resume="allow",
             config=config,
-            settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_S, login_timeout=WANDB_TIMEOUT_S),
+            settings=wandb.Settings(init_timeout=WANDB_TIMEOUT_S),
         )
 
     def log(self, row: dict[str, Any]) -> None:

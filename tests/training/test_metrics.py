@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+from training.config import LoggerSection, WandbSection
 from training.identity import short_count
-from training.loggers import Loggers, numbers
+from training.loggers import Loggers, build_sinks, numbers
 from training.metrics import MetricsFile, StepBuffer
 
 
@@ -95,6 +96,18 @@ def test_a_broken_sink_warns_once_and_never_stops_the_run(tmp_path, capsys):
     assert "bad is off" in warnings[1] and "no route to host" in warnings[1]
     assert (good.seen, bad.seen) == ([1, 2, 3, 4], [1])
     assert [line["step"] for line in MetricsFile(tmp_path).rows()] == [1, 2, 3, 4]
+
+
+def test_wandb_without_a_key_is_off_at_once_and_says_what_to_type(tmp_path, monkeypatch, capsys):
+    """Not its prompt, which would hold up a run that somebody left alone."""
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    sinks = build_sinks(LoggerSection(wandb=WandbSection(mode="online")), tmp_path, {"name": "a", "hash": "b"}, {})
+    loggers = Loggers(MetricsFile(tmp_path), sinks)
+    loggers.write(row("train", 1))
+    loggers.close()
+    assert "wandb is off" in (said := capsys.readouterr().err) and "logger.wandb.mode=offline" in said
 
 
 def test_trackers_get_numbers_by_kind():
