@@ -7,11 +7,14 @@
 
 torch.optim.Muon has the momentum and Newton-Schulz with one set of coefficients for all steps; it lacks the Polar
 Express coefficients, the variance reduction, the cautious decay and the on-device skip of a non-finite step.
+Under FSDP the momentum is sharded like its weight; u is gathered, each rank orthogonalizes the whole of it and takes
+its own rows of the result: the numbers are those of one process.
 Sources: quartet2.md c.2; arXiv 2505.16932 (coefficients); arXiv 2510.05491 (variance reduction).
 """
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
 
 # Five steps for singular values in [1e-3, 1] (arXiv 2505.16932). The input is divided by 1.02 times its norm, the
 # paper's safety factor, so that rounding in BF16 can't push a singular value over 1.
@@ -41,15 +44,15 @@ def polar(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """`params`: 2-D, whole (not sharded), FP32. Hyper-parameters of the moment come from `set_progress`."""
+    """`params`: 2-D, whole or sharded, FP32. Hyper-parameters of the moment come from `set_progress`."""
 
     # The non-finite guard raises this flag on the device; then nothing is updated (training/nonfinite.py).
     _step_supports_amp_scaling = True
 
     def __init__(self, params: list[Tensor], lr: float, weight_decay: float):
-        wrong = [tuple(p.shape) for p in params if p.ndim != 2 or hasattr(p, "full_tensor")]
+        wrong = [tuple(p.shape) for p in params if p.ndim != 2]
         if wrong:
-            raise ValueError(f"Muon needs whole matrices, got {wrong[0]}; use parallel=ddp, or optim=adamw")
+            raise ValueError(f"Muon needs matrices, got shape {wrong[0]}; use optim=adamw")
         shapes = sorted({tuple(p.shape) for p in params})
         groups = [{"params": [p for p in params if tuple(p.shape) == shape]} for shape in shapes]  # one batch a shape
         super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": MOMENTUM[0]})
@@ -76,21 +79,51 @@ class Muon(torch.optim.Optimizer):
             if not self.state[p]:
                 rows, columns = p.shape
                 self.state[p]["momentum"] = torch.zeros_like(p)
-                self.state[p]["variance"] = p.new_zeros((rows, 1) if rows >= columns else (1, columns))
-        old = [torch.stack([self.state[p][key] for p in params]) for key in ("momentum", "variance")]
-        weights, gradients = torch.stack(params), torch.stack([p.grad for p in params])
+                shape = (rows, 1) if rows >= columns else (1, columns)
+                self.state[p]["variance"] = torch.zeros(shape, device=p.device)  # whole, on every rank
+        old = [torch.stack([local(self.state[p][key]) for p in params]) for key in ("momentum", "variance")]
+        weights, gradients = (torch.stack([local(t) for t in ts]) for ts in (params, [p.grad for p in params]))
         momentum = torch.lerp(old[0], gradients, 1 - group["momentum"])
-        update, variance = reduce_variance(polar(torch.lerp(gradients, momentum, group["momentum"])), old[1])
-        lr = group["lr"] * max(1.0, weights.shape[-2] / weights.shape[-1]) ** 0.5
+        nesterov = torch.lerp(gradients, momentum, group["momentum"])
+        whole = torch.stack([gathered(u, p) for u, p in zip(nesterov, params, strict=True)])
+        whole, variance = reduce_variance(polar(whole), old[1])
+        update = torch.stack([own_rows(u, p) for u, p in zip(whole, params, strict=True)])
+        rows, columns = params[0].shape
+        lr = group["lr"] * max(1.0, rows / columns) ** 0.5
         decay = group["weight_decay"] * weights * (update * weights >= 0)
         new = (weights - lr * (update + decay), momentum, variance)
         if skip is not None:
             kept = skip > 0
             new = tuple(torch.where(kept, before, after) for before, after in zip((weights, *old), new, strict=True))
         for i, p in enumerate(params):
-            p.copy_(new[0][i])
-            self.state[p]["momentum"].copy_(new[1][i])
+            local(p).copy_(new[0][i])
+            local(self.state[p]["momentum"]).copy_(new[1][i])
             self.state[p]["variance"].copy_(new[2][i])
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(part: Tensor, like: Tensor) -> Tensor:
+    """The whole of which every rank gives `part`, sharded as `like` is."""
+    if not isinstance(like, DTensor):
+        return part
+    options = {"run_check": False, "shape": like.shape, "stride": like.stride()}
+    return DTensor.from_local(part, like.device_mesh, like.placements, **options).full_tensor()
+
+
+def own_rows(whole: Tensor, like: Tensor) -> Tensor:
+    """This rank's part of a tensor that every rank has, sharded as `like` is. No communication."""
+    if not isinstance(like, DTensor):
+        return whole
+    everywhere = [Replicate()] * like.device_mesh.ndim
+    return (
+        DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+        .redistribute(placements=like.placements)
+        .to_local()
+    )
 
 
 def reduce_variance(update: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:

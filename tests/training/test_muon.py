@@ -1,7 +1,13 @@
 """Muon against its formulas, one matrix at a time, and how it sits beside AdamW."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from models.llama import Llama, LlamaConfig
@@ -75,6 +81,26 @@ def test_steps_agree_with_the_formulas():
         torch.testing.assert_close(parameter.detach().double(), expected, atol=2e-5, rtol=0)
 
 
+def test_sharded_weights_take_the_steps_of_whole_ones(tmp_path):
+    """Bit for bit: what is orthogonalized is whole on every rank."""
+    for world in (1, 2):
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"] if world > 1 else []
+        command = [
+            sys.executable,
+            *launcher,
+            str(Path(__file__).with_name("muon_worker.py")),
+            str(tmp_path / f"{world}"),
+        ]
+        path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr[-2000:]
+    alone, sharded = load_file(tmp_path / "1"), load_file(tmp_path / "2")
+    assert alone.keys() == sharded.keys() and len(alone) == 15
+    for name, expected in alone.items():
+        assert torch.equal(sharded[name], expected), name
+
+
 def test_decay_and_momentum_follow_the_run():
     optimizer = Muon([torch.nn.Parameter(randn(4, 4))], lr=0.02, weight_decay=0.2)
     optimizer.set_progress(1000, 2000)
@@ -120,5 +146,5 @@ def test_groups_and_rates_are_the_published_ones():
 def test_other_models_are_refused():
     with pytest.raises(ValueError, match="optim=muon is made for model=nanochat_560m"):
         build_optimizers(Llama(LlamaConfig(1, 32, 2, 64, 50)), OptimSection(name="muon"), 0.02)
-    with pytest.raises(ValueError, match=r"whole matrices, got \(4,\)"):
+    with pytest.raises(ValueError, match=r"needs matrices, got shape \(4,\)"):
         Muon([torch.nn.Parameter(randn(4))], 0.02, 0.0)
