@@ -1,12 +1,12 @@
 """Train a language model with 4-bit recipes: python train.py [key=value ...]; python train.py --help."""
 
 import os
-import signal
 import sys
 
 # Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from analysis.cli import quiet_pipes
 from configs.cli import read_command_line
 from configs.compose import ConfigError, compose
 from configs.multirun import run_all, submit_all
@@ -18,7 +18,7 @@ def main(arguments: list[str]) -> int:
     try:
         line = read_command_line(arguments)
         if line.text is not None:
-            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `train.py --help | head` ends quietly
+            quiet_pipes()  # only here: training has sockets of its own
             print(line.text)
             return 0
         if line.slurm is not None:

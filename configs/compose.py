@@ -23,6 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs import grid
 from configs.schema import FREE_FORM, known_keys, register
+from configs.yamlfile import gist
 from training.config import TrainConfig, suggestion
 
 ROOT = Path(__file__).resolve().parent
@@ -81,7 +82,7 @@ def compose(overrides: list[str]) -> Composed:
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
     except yaml.YAMLError as error:
-        raise ConfigError(" ".join(str(error).split())) from error  # names file and line
+        raise ConfigError(gist(error)) from error
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

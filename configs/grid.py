@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from configs import yamlfile
 
 FOLDER = Path(__file__).resolve().parent / "experiment"
 KEYS = ("base", "axes", "cells")
@@ -72,7 +72,7 @@ def load(name: str) -> dict[str, Any]:
         near = difflib.get_close_matches(name, names(), n=1)
         hint = f"did you mean {near[0]}?" if near else f"grids: {', '.join(names())}"
         raise GridError(f"experiment={name} is not a grid; {hint}")
-    grid = _content(FOLDER / f"{name}.yaml")
+    grid = yamlfile.read(FOLDER / f"{name}.yaml", GridError)
     if set(grid) != set(KEYS):
         raise GridError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(grid)}")
     return grid
@@ -155,13 +155,5 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _is_grid(path: Path) -> bool:
-    content = _content(path)
+    content = yamlfile.read(path, GridError)
     return isinstance(content, dict) and "cells" in content
-
-
-def _content(path: Path) -> Any:
-    try:
-        with open(path) as file:  # not its text: YAML's message then names the file
-            return yaml.safe_load(file)
-    except yaml.YAMLError as error:
-        raise GridError(" ".join(str(error).split())) from error

@@ -4,9 +4,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import configs
+from configs import yamlfile
 from quant.recipe import GEMMS, SLOTS, SPEC_FIELDS, Recipe
 from quant.schemes import SCHEMES
 
@@ -31,11 +30,7 @@ def mapping(name: str) -> dict[str, Any]:
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known)}"
         raise ValueError(f"no recipe {name!r} in configs/quant; {hint}")
     path = FOLDER / f"{name}.yaml"
-    try:
-        with open(path) as file:  # not its text: YAML's message then names the file
-            values = yaml.safe_load(file)
-    except yaml.YAMLError as error:
-        raise ValueError(" ".join(str(error).split())) from error
+    values = yamlfile.read(path)
     if not isinstance(values, dict):
         raise ValueError(f"{path}: got {values!r}, need a mapping such as that of quartet2.yaml")
     return values

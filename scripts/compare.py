@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 from analysis import noise, published, tables
 from analysis.cli import existing, quiet_pipes
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
+from analysis.pairing import Floor
 from analysis.runs import find_runs
 
 
@@ -29,13 +30,18 @@ def arguments() -> argparse.Namespace:
 
 
 def write(
-    args: argparse.Namespace, out: Path, groups: list[Group], base: Group, rows: list[Row], notes: list[str]
+    args: argparse.Namespace,
+    out: Path,
+    groups: list[Group],
+    base: Group,
+    rows: list[Row],
+    notes: list[str],
+    floor: Floor | None,
 ) -> list[Path]:
     """compare.{csv,md,png,html} in `out`; returns their paths."""
     from analysis import plots, report
 
     points = published.load(args.published) if args.published.exists() else {}
-    floor = noise.floor_for(base.runs[0], noise.load(args.floor))
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")]
     paths[0].write_text(tables.to_csv(rows))
@@ -60,7 +66,7 @@ def main() -> int:
         rows = table(groups, base, floor)
         order = [row.label for row in rows]
         groups.sort(key=lambda group: order.index(group.label))  # one order, so one colour, in all outputs
-        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes)
+        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes, floor)
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2

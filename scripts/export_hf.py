@@ -34,21 +34,21 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
     weights = {name: tensor.to(dtype) for name, tensor in transformers_weights(model).items()}
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     has_tokens = tokens is not None and (tokens / "manifest.json").exists()
-    bos = json.loads((tokens / "manifest.json").read_text())["tokenizer"] if has_tokens else {}
-    config = transformers_config(model.config, bos.get("bos_id")) | {"dtype": str(dtype).removeprefix("torch.")}
+    tokenizer = json.loads((tokens / "manifest.json").read_text())["tokenizer"] if has_tokens else {}
+    config = transformers_config(model.config, tokenizer.get("bos_id")) | {"dtype": str(dtype).removeprefix("torch.")}
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     if has_tokens:
-        export_tokenizer(tokens / TOKENIZER, out, bos, model.config.max_seq_len)
+        export_tokenizer(tokens / TOKENIZER, out, tokenizer, model.config.max_seq_len)
     lost = "" if has_tokens else f" without a tokenizer ({tokens} is gone)"
     return f"{out}: {run['name']} at step {at}, {sum(w.numel() for w in weights.values()):,} parameters{lost}"
 
 
-def export_tokenizer(source: Path, out: Path, bos: dict, max_length: int) -> None:
+def export_tokenizer(source: Path, out: Path, manifest: dict, max_length: int) -> None:
     """The run's tokenizer, made to put BOS before every text, as each document of the training data had it."""
     tokenizer = Tokenizer.from_file(str(source))
-    name = bos["bos"]
+    name = manifest["bos"]
     tokenizer.post_processor = TemplateProcessing(
-        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, bos["bos_id"])]
+        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, manifest["bos_id"])]
     )
     tokenizer.save(str(out / TOKENIZER))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "bos_token": name}

@@ -18,9 +18,9 @@ import numpy as np
 from analysis import law as laws
 from analysis import law_report, published
 from analysis.cli import existing, positive, quiet_pipes
-from analysis.compare import group_runs
+from analysis.compare import Group, seed_means
 from analysis.published import Points
-from analysis.runs import find_runs
+from analysis.runs import Run, find_runs
 
 
 def arguments() -> argparse.Namespace:
@@ -42,17 +42,16 @@ def arguments() -> argparse.Namespace:
 
 def our_points(patterns: list[str]) -> dict[str, Points]:
     """{recipe label: {(N, D): mean final loss over seeds}} of finished runs; reruns of a seed are averaged first."""
-    points: dict[str, dict[tuple[int, int], dict[int, list[float]]]] = {}
-    for group in group_runs([run for run in find_runs(patterns) if run.finished]) if patterns else []:
-        for run in group.runs:
-            cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
-            seeds = points.setdefault(run.info["recipe_label"], {}).setdefault(cell, {})
-            seeds.setdefault(run.info["seed"], []).append(run.result["final_loss"])
-    return {label: {cell: mean_of_means(seeds) for cell, seeds in cells.items()} for label, cells in points.items()}
+    cells: dict[str, dict[tuple[int, int], list[Run]]] = {}
+    for run in [run for run in find_runs(patterns) if run.finished] if patterns else []:
+        cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
+        cells.setdefault(run.info["recipe_label"], {}).setdefault(cell, []).append(run)
+    return {label: {cell: mean_loss(runs) for cell, runs in found.items()} for label, found in cells.items()}
 
 
-def mean_of_means(seeds: dict[int, list[float]]) -> float:
-    return float(np.mean([np.mean(losses) for losses in seeds.values()]))
+def mean_loss(runs: list[Run]) -> float:
+    seeds = seed_means(Group("", tuple(runs)), lambda run: run.result["final_loss"])
+    return float(np.mean(list(seeds.values())))
 
 
 def fit(points: dict[str, Points], form: str, draws: int) -> dict:

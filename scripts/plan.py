@@ -9,13 +9,13 @@ that the table names; B200 hours are a prediction from H100 (analysis/costs.py s
 """
 
 import json
-import signal
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import costs, states
+from analysis.cli import quiet_pipes
 from analysis.costs import Cell
 from analysis.runs import find_runs
 from analysis.tables import tokens as short
@@ -191,5 +191,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this script, without a traceback
+    quiet_pipes()
     sys.exit(main(sys.argv[1:]))

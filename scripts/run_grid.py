@@ -24,6 +24,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import states
+from analysis.cli import quiet_pipes
 from configs import gridline, slurm
 from configs.cli import take_launcher
 from configs.compose import ConfigError, compose
@@ -190,5 +191,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this script, without a traceback
+    quiet_pipes()
     sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,8 @@ Sources: quartet2.md c.2; arXiv 2505.16932 (coefficients); arXiv 2510.05491 (var
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
 
 # Five steps for singular values in [1e-3, 1] (arXiv 2505.16932). The input is divided by 1.02 times its norm, the
 # paper's safety factor, so that rounding in BF16 can't push a singular value over 1.
@@ -84,10 +85,9 @@ class Muon(torch.optim.Optimizer):
         old = [torch.stack([local(self.state[p][key]) for p in params]) for key in ("momentum", "variance")]
         weights, gradients = (torch.stack([local(t) for t in ts]) for ts in (params, [p.grad for p in params]))
         momentum = torch.lerp(old[0], gradients, 1 - group["momentum"])
-        nesterov = torch.lerp(gradients, momentum, group["momentum"])
-        whole = torch.stack([gathered(u, p) for u, p in zip(nesterov, params, strict=True)])
-        whole, variance = reduce_variance(polar(whole), old[1])
-        update = torch.stack([own_rows(u, p) for u, p in zip(whole, params, strict=True)])
+        nesterov = gathered(torch.lerp(gradients, momentum, group["momentum"]), params[0])
+        whole, variance = reduce_variance(polar(nesterov), old[1])
+        update = own_rows(whole, params[0])
         rows, columns = params[0].shape
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
         decay = group["weight_decay"] * weights * (update * weights >= 0)
@@ -106,24 +106,27 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def gathered(part: Tensor, like: Tensor) -> Tensor:
-    """The whole of which every rank gives `part`, sharded as `like` is."""
+def gathered(parts: Tensor, like: Tensor) -> Tensor:
+    """The whole matrices [L, m, n] of which every rank gives `parts`, each sharded as `like` is."""
     if not isinstance(like, DTensor):
-        return part
-    options = {"run_check": False, "shape": like.shape, "stride": like.stride()}
-    return DTensor.from_local(part, like.device_mesh, like.placements, **options).full_tensor()
+        return parts
+    rows, columns = like.shape
+    whole = {"shape": torch.Size((len(parts), rows, columns)), "stride": (rows * columns, columns, 1)}
+    return DTensor.from_local(parts, like.device_mesh, stacked(like), run_check=False, **whole).full_tensor()
 
 
 def own_rows(whole: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, sharded as `like` is. No communication."""
+    """This rank's part of matrices [L, m, n] that every rank has, each sharded as `like` is. No communication."""
     if not isinstance(like, DTensor):
         return whole
     everywhere = [Replicate()] * like.device_mesh.ndim
-    return (
-        DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
-        .redistribute(placements=like.placements)
-        .to_local()
-    )
+    tensor = DTensor.from_local(whole, like.device_mesh, everywhere, run_check=False)
+    return tensor.redistribute(placements=stacked(like)).to_local()
+
+
+def stacked(like: DTensor) -> list[Placement]:
+    """The placements of a stack of matrices placed as `like` is: sharded one dimension further on."""
+    return [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in like.placements]
 
 
 def reduce_variance(update: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
