@@ -34,7 +34,9 @@ def run_all(overrides: list[str]) -> int:
 
 
 def checked(jobs: list[list[str]]) -> list[list[str]]:
-    """`jobs`, if every one of them composes to numbers that fit each other. Raises ConfigError."""
+    """`jobs`, if every one of them composes to numbers that fit each other, into a folder of its own. Raises
+    ConfigError."""
+    named: dict[str, list[str]] = {}
     for job in jobs:
         try:
             config = compose(job).config
@@ -44,6 +46,12 @@ def checked(jobs: list[list[str]]) -> list[list[str]]:
             derive(config, shape_of(config, config.data.vocab_size).parameters_non_embedding, world=1)
         except ValueError as error:
             raise ConfigError(f"in {' '.join(job)}: {error}") from error
+        name = config.run.name
+        if name is not None and named.setdefault(name, job) != job:
+            raise ConfigError(
+                f"run.name={name}: {' '.join(named[name])} and {' '.join(job)} would share one folder; leave "
+                "run.name out, and each run gets a name of its own"
+            )
     return jobs
 
 

@@ -35,10 +35,6 @@ class Loader:
         self.samples_per_epoch = self.windows.count
         self._order = lru_cache(maxsize=2)(self._make_order)
 
-    def epoch_of(self, sample: int) -> int:
-        """The epoch, from 0, that a global sample index lies in."""
-        return sample // self.samples_per_epoch
-
     def samples(self, first: int, count: int) -> Tensor:
         """Global samples first .. first + count as int64 [count, seq_len + 1]: inputs [:, :-1], targets [:, 1:]."""
         out = np.empty((count, self.seq_len + 1), np.int64)

@@ -158,7 +158,7 @@ def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
     """Name, size and SHA-256 of files; sums are remembered in root/fingerprints.json by path, size and mtime."""
     root.mkdir(parents=True, exist_ok=True)
     cache_path = root / "fingerprints.json"
-    cache = json.loads(cache_path.read_text()) if cache_path.exists() else {}
+    cache = _remembered(cache_path)
     known = dict(cache)
     result = []
     for path in paths:
@@ -169,6 +169,15 @@ def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
     if cache != known and os.access(root, os.W_OK):  # prepared folders may lie where nothing can be written
         write_json(cache_path, cache)
     return result
+
+
+def _remembered(path: Path) -> dict[str, str]:
+    """The sums in `path`; none where it is missing or damaged: they are only made again."""
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 def _kind(path: Path) -> str:

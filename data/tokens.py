@@ -56,15 +56,6 @@ class TokenSet:
         """UTF-8 bytes that each token stands for, int64 [vocab_size]; special tokens 0."""
         return np.load(self.path / "token_bytes.npy").astype(np.int64)
 
-    def check_vocab(self, model_vocab_size: int) -> None:
-        """Raise ValueError unless the model's vocabulary is this tokenizer's."""
-        if model_vocab_size != self.vocab_size:
-            raise ValueError(
-                f"the model has {model_vocab_size} token embeddings and the tokenizer of {self.path} has "
-                f"{self.vocab_size} entries: set the model's vocab_size to {self.vocab_size}, or prepare the data with "
-                f"data.vocab_size={model_vocab_size}"
-            )
-
     def check_unchanged(self) -> None:
         """Raise RuntimeError, naming the file, if a shard was rewritten or cut since it was opened. Reads no tokens."""
         for file, stamp in self._stamps.items():

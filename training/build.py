@@ -1,6 +1,7 @@
 """The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +159,17 @@ def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ra
     return Loggers(file, build_sinks(config.logger, folder.path, run, run["numerics"]))
 
 
-def eval_sets(config: TrainConfig, tokens: TokenSet) -> tuple[EvalSet, EvalSet]:
-    """The fixed lists of the evaluations during training and at the end; a list longer than val means all of val."""
+@dataclass(frozen=True)
+class Texts:
+    """What is trained on, and the fixed lists of the evaluations during training and at the end."""
+
+    train: Loader
+    evaluation: EvalSet
+    final: EvalSet
+
+
+def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
+    """A list longer than val means all of val. ValueError where a split or a list is too short for one sequence."""
     every = EvalSet(tokens, config.batch.seq_len, None, packing=config.data.packing)
 
     def listed(count: int | None) -> EvalSet:
@@ -167,7 +177,8 @@ def eval_sets(config: TrainConfig, tokens: TokenSet) -> tuple[EvalSet, EvalSet]:
             return every
         return EvalSet(tokens, config.batch.seq_len, count, packing=config.data.packing)
 
-    return listed(config.evaluate.tokens), listed(config.evaluate.final_tokens)
+    train = Loader(tokens, "train", config.batch.seq_len, config.seed, config.data.packing)
+    return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))
 
 
 def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int) -> Iterator[Tensor]:

@@ -54,29 +54,10 @@ class SaveReport:
     gigabytes: float
 
 
-def clean_name(name: str) -> str:
-    """A parameter's name without what DDP, torch.compile and activation checkpointing put into it."""
-    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
-        name = name.replace(wrapper, "")
-    return name
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """The module inside torch.compile and DistributedDataParallel; FSDP2 doesn't wrap."""
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod
-        else:
-            return model
-
-
 def state_tensors(state: TrainState) -> dict[str, Tensor]:
     """Every tensor of the state by its stored name; DTensors stay DTensors. The tensors themselves, not copies."""
-    inner = unwrap(state.model)
-    tensors = {f"model.{clean_name(name)}": value for name, value in inner.state_dict(keep_vars=True).items()}
-    names = {parameter: clean_name(name) for name, parameter in inner.named_parameters()}
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict(keep_vars=True).items()}
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
     for i, optimizer in enumerate(state.optimizers):
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
@@ -257,7 +238,7 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
             f"{path} belongs to a run with numerics hash {meta['hash']}, this one has {state.hash}. Give this run "
             "another run.name, or move that folder away"
         )
-    weights = {f"model.{clean_name(name)}": value for name, value in unwrap(state.model).state_dict().items()}
+    weights = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     index = read_index(path)
     _check_same(path, {k: v for k, v in index.items() if k.startswith("model.")}, weights)
     _create_optimizer_state(state)
@@ -270,7 +251,7 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
 def load_model(path: str | Path, model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
     """Fill only the weights, for evaluation, export and generation. Returns the checkpoint's meta."""
     path = Path(path)
-    tensors = {f"model.{clean_name(name)}": value for name, value in unwrap(model).state_dict().items()}
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     _check_same(path, {k: v for k, v in read_index(path).items() if k.startswith("model.")}, tensors)
     read_tensors(path, tensors, group)
     return read_meta(path)

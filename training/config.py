@@ -7,6 +7,7 @@ Integers that people like to write as 3e9 are declared float and turned into int
 
 import difflib
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,7 +73,7 @@ class ModelSection:
 
     def __post_init__(self) -> None:
         self.family = choice("model.family", self.family, ("llama", "nanochat"))
-        in_range("model.lr", self.lr, 0.0, 1e3)
+        in_range("model.lr", self.lr, 1e-12, 1e3)
         in_range("model.norm_eps", self.norm_eps, 0.0, 1.0)
         in_range("model.rope_theta", self.rope_theta, 1.0, 1e12)
         self.micro_tokens = whole("model.micro_tokens", self.micro_tokens)
@@ -98,7 +99,9 @@ class OptimSection:
         for beta in self.betas:
             in_range("optim.betas", beta, 0.0, 0.999999)
         if self.lr is not None:
-            in_range("optim.lr", self.lr, 0.0, 1e3)
+            in_range("optim.lr", self.lr, 1e-12, 1e3)
+        for name in ("embed_lr", "head_lr", "scalar_lr"):
+            in_range(f"optim.{name}", getattr(self, name), 0.0, 1e3)
         in_range("optim.eps", self.eps, 0.0, 1.0)
         in_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -201,6 +204,13 @@ class LogSection:
 @dataclass
 class RunSection:
     name: str | None = None  # null: model-recipe-tokens-seed-hash
+
+    def __post_init__(self) -> None:
+        if self.name is not None and not re.fullmatch(r"(?!\.+$)[\w.+-]+", self.name):
+            raise ValueError(
+                f"run.name={self.name}: needs the name of one folder: letters, digits and . _ + -; "
+                "where runs lie is paths.runs"
+            )
 
 
 @dataclass

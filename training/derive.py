@@ -41,7 +41,8 @@ class Numbers:
 
 
 def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Numbers:
-    """Raises ValueError, with what to type, where numbers don't divide."""
+    """Raises ValueError, with what to type, where numbers don't divide or an optimizer doesn't fit the model."""
+    check_optimizer(config)
     seq_len = config.batch.seq_len
     sequences = batch_sequences(config)
     micro = config.batch.micro or default_micro(sequences, config.model.micro_tokens // seq_len)
@@ -70,6 +71,20 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
         tokens=steps * tokens_per_step,
         schedule=build_schedule(config, steps, tokens_per_step),
     )
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """A preset's peak rate belongs to one optimizer: a Llama's to AdamW, nanochat's to Muon."""
+    is_nanochat = config.model.family == "nanochat"
+    if config.optim.name == "muon" and not is_nanochat:
+        raise ValueError(
+            "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
+        )
+    if config.optim.name == "adamw" and is_nanochat and config.optim.lr is None:
+        raise ValueError(
+            f"model={config.model.name}: its rate of {config.model.lr:g} is Muon's; add optim=muon schedule=wsd, or "
+            "set AdamW's own with optim.lr=..."
+        )
 
 
 def batch_sequences(config: TrainConfig) -> int:

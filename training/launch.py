@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from data.loader import Loader
 from data.prepare import ensure
 from data.tokens import TokenSet
 from kernels import backend
 from quant.plan import unquantized
 from training.build import (
+    Texts,
     build_loss,
     build_micro_batch,
     check_schemes,
-    eval_sets,
     micro_batches,
     open_checkpointer,
     open_loggers,
+    open_texts,
     resume,
     set_torch_flags,
     slot_counter,
@@ -63,6 +63,7 @@ def train(request: Request, ranks: Dist) -> int:
     tokens = TokenSet(ranks.on_main(lambda: str(ensure(config.data, config.paths.data))), verify=config.data.verify)
     sketch = describe(request, ranks, tokens)
     check_schemes(sketch.plan, config.recompute)
+    texts = open_texts(config, tokens)
     folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
     text = screen(request, sketch, ranks, backends)
     lock = RunLock(folder.path)
@@ -85,12 +86,14 @@ def train(request: Request, ranks: Dist) -> int:
         with full_disk_explained(folder.path):
             if not ranks.on_main(open_folder):
                 return 0
-            return run_in(folder, config, sketch, ranks, backends)
+            return run_in(folder, config, sketch, texts, ranks, backends)
     finally:
         lock.release()
 
 
-def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, backends: dict[str, str]) -> int:
+def run_in(
+    folder: RunFolder, config: TrainConfig, sketch: Sketch, texts: Texts, ranks: Dist, backends: dict[str, str]
+) -> int:
     """Build, resume, train. The folder is locked and is this run's."""
     stop, watchdog = StopFlag(), Watchdog(ranks, config.watchdog_s)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
@@ -102,8 +105,6 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
     resumed = resume(folder, state, ranks)
     loggers = open_loggers(folder, config, sketch.run, ranks, state.step)
     console = Console(ranks.is_main, sketch.numbers.steps, state.step)
-    loader = Loader(sketch.tokens, "train", config.batch.seq_len, config.seed, config.data.packing)
-    evalset, final_evalset = eval_sets(config, sketch.tokens)
     checkpointer = open_checkpointer(folder, config, ranks, sketch.tokens)
     if config.checkpoint.every is not None:
         checkpointer.reserve(state)
@@ -121,10 +122,10 @@ def run_in(folder: RunFolder, config: TrainConfig, sketch: Sketch, ranks: Dist, 
                 loss, config, sketch.plan, parallel, sketch.numbers.tokens_per_step, ranks.device
             ),
             rng=rng,
-            batches=lambda first_step: micro_batches(loader, sketch.numbers, ranks, first_step),
-            sample_hash=lambda step: loader.sample_hash(step * sketch.numbers.sequences, sketch.numbers.sequences),
-            evalset=evalset,
-            final_evalset=final_evalset,
+            batches=lambda first_step: micro_batches(texts.train, sketch.numbers, ranks, first_step),
+            sample_hash=lambda step: texts.train.sample_hash(step * sketch.numbers.sequences, sketch.numbers.sequences),
+            evalset=texts.evaluation,
+            final_evalset=texts.final,
             flops_per_token=sketch.shape.flops_per_token(config.batch.seq_len),
             count_slots=slot_counter(model, sketch.plan) if config.evaluate.slots else None,
             unquantized=(lambda: unquantized(model)) if config.evaluate.bf16 else None,

@@ -283,7 +283,6 @@ class Trainer:
     def _result(self, final: dict[str, float]) -> dict[str, Any]:
         rows = self.p.loggers.file.rows()
         train = [row for row in rows if row["kind"] == "train"]
-        best = min((row for row in rows if row["kind"] == "eval"), key=lambda row: row["loss"])
         return {
             "status": "finished",
             "step": self.state.step,
@@ -291,8 +290,6 @@ class Trainer:
             "final_loss": final["loss"],
             "final_bpb": final["bpb"],
             "final_se": final["se"],
-            "best_loss": best["loss"],
-            "best_step": best["step"],
             "wall_s": self._wall_s(),
             "train_loss_last": train[-1]["loss"] if train else None,
             "ms_per_step_median": median(row["ms_per_step"] for row in train) if train else None,

@@ -54,11 +54,6 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
         "residual_scales": config.scalar_lr * RESIDUAL_SCALE_FACTOR,
         "embedding_scales": config.scalar_lr,
     }
-    others = {name for name, p in named.items() if not any(p is matrix for matrix in matrices)}
-    if others != set(rates):
-        raise ValueError(
-            "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
-        )
     groups = [{"params": [named[name]], "lr_scale": rate / lr} for name, rate in rates.items()]
     devices = {parameter.device.type for parameter in named.values()}
     betas = (config.betas[0], config.betas[1])

@@ -51,7 +51,7 @@ MISTAKES = [
     (["steps=inf"], ["steps=inf", "whole number"]),
     (["steps=nan"], ["steps=nan", "whole number"]),
     (["optim.clip=nan"], ["optim.clip=nan", "null"]),
-    (["model.lr=-1"], ["model.lr=-1", "from 0"]),
+    (["model.lr=-1"], ["model.lr=-1", "from 1e-12"]),
     (["model.norm_eps=-1"], ["model.norm_eps=-1", "from 0"]),
     (["model.rope_theta=0"], ["model.rope_theta=0", "from 1"]),
     (["model.micro_tokens=0"], ["model.micro_tokens=0", "at least 1"]),

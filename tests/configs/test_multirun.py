@@ -43,6 +43,12 @@ def test_a_wrong_combination_is_found_before_the_first_run(jobs):
     assert jobs() == []
 
 
+def test_two_runs_of_one_name_are_refused_before_the_first(jobs):
+    with pytest.raises(ConfigError, match=r"run\.name=same: .*seed=0.* and .*seed=1.* would share one folder"):
+        multirun.run_all(["seed=0,1", "run.name=same"])
+    assert jobs() == []
+
+
 def test_refused_under_torchrun(jobs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one torchrun per run"):

@@ -7,7 +7,7 @@ import pytest
 import zstandard
 
 from data.pydocs import PydocsSource, module_text
-from data.sources import FileSource, open_source
+from data.sources import FileSource, file_fingerprints, open_source
 from data.spec import DataSpec
 
 
@@ -122,6 +122,14 @@ def test_missing_files_and_unknown_types_are_errors(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(ValueError, match="unknown file type"):
         open_source(DataSpec(files=f"{tmp_path}/a.pdf"), tmp_path)
+
+
+def test_a_damaged_cache_of_fingerprints_is_made_anew(tmp_path, make_rows, jsonl):
+    source = jsonl(tmp_path / "a.jsonl", make_rows(3))
+    fresh = file_fingerprints([source], tmp_path / "cache")
+    for damage in ("", '{"a', "[1]"):
+        (tmp_path / "cache" / "fingerprints.json").write_text(damage)
+        assert file_fingerprints([source], tmp_path / "cache") == fresh
 
 
 def test_fingerprints_follow_the_contents_not_the_place(tmp_path, make_rows, jsonl):

@@ -71,12 +71,6 @@ def test_an_impossible_token_is_named_with_its_shard(copy):
         loader.samples(0, loader.samples_per_epoch)
 
 
-def test_the_models_vocabulary_must_be_the_tokenizers(tokens):
-    tokens.check_vocab(400)
-    with pytest.raises(ValueError, match=r"the model has 512 token embeddings.*400 entries.*vocab_size to 400"):
-        tokens.check_vocab(512)
-
-
 def test_reading_crosses_shards(tokens, folder):
     """3,000 tokens a shard: a read over three of them equals the files put together."""
     whole = np.concatenate([np.fromfile(file, "<u2") for file in sorted(folder.glob("train-0*.bin"))])

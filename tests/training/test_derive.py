@@ -3,7 +3,7 @@
 import pytest
 
 from data.spec import DataSpec
-from training.config import BatchSection, ModelSection, ScheduleSection, TrainConfig
+from training.config import BatchSection, ModelSection, OptimSection, ScheduleSection, TrainConfig
 from training.derive import derive
 
 N_30M = 30_482_560
@@ -46,6 +46,26 @@ def test_warmup_in_tokens_or_steps():
     by_tokens = derive(config(steps=100, batch=batch, schedule=ScheduleSection(warmup_tokens=20480)), N_30M, 1)
     by_steps = derive(config(steps=100, batch=batch, schedule=ScheduleSection(warmup_steps=20)), N_30M, 1)
     assert by_tokens.schedule.warmup_steps == by_steps.schedule.warmup_steps == 20
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(optim=OptimSection(name="muon")), "optim=muon is made for model=nanochat_560m"),
+        (
+            dict(model=ModelSection(family="nanochat", lr=0.02)),
+            "its rate of 0.02 is Muon's; add optim=muon schedule=wsd",
+        ),
+    ],
+)
+def test_a_presets_rate_belongs_to_one_optimizer(fields, message):
+    with pytest.raises(ValueError, match=message):
+        derive(config(steps=10, **fields), N_30M, 1)
+
+
+def test_adamw_may_train_nanochat_at_a_rate_of_its_own():
+    fields = dict(model=ModelSection(family="nanochat", lr=0.02), optim=OptimSection(lr=1e-3))
+    assert derive(config(steps=10, **fields), N_30M, 1).schedule.lr_peak == 1e-3
 
 
 @pytest.mark.parametrize(

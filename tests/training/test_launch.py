@@ -43,7 +43,6 @@ def test_run_folder_holds_what_readers_need(run, rows):
     result = json.loads((folder / "result.json").read_text())
     assert (result["status"], result["step"]) == ("finished", 10)
     assert result["final_loss"] == evals[-1]["loss"]
-    assert result["best_loss"] == min(row["loss"] for row in evals)
     slots = rows(folder, "slots")[-1]["slots"]["blocks.0.attn.qkv"]
     assert set(slots) == {"fprop.x", "fprop.w", "dgrad.dy", "dgrad.w", "wgrad.dy", "wgrad.x"}
     assert (folder / "start.txt").read_text().splitlines()[0].startswith("run ")
@@ -82,6 +81,26 @@ def test_finished_run_says_so_and_is_left_alone(run, capsys):
     assert run()[0] == 0
     assert "this run is finished (step 10, final loss" in (out := capsys.readouterr().out) and str(folder) in out
     assert (folder / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["evaluate.final_tokens=10"], "10 evaluation tokens are 0 sequences of 64"),
+        (["batch.seq_len=100000", "batch.sequences=4"], "one sequence needs 100001"),
+        (["optim=muon"], "optim=muon is made for"),
+    ],
+)
+def test_what_can_be_known_in_advance_is_refused_before_anything_is_written(run, tmp_path, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        run(*overrides)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", "x y"])
+def test_a_runs_name_is_one_folder(run, name):
+    with pytest.raises(ValueError, match=r"run\.name=.*needs the name of one folder"):
+        run(name=name)
 
 
 def test_other_numerics_in_the_same_folder_are_refused_with_the_keys(run):
