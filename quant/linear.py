@@ -198,8 +198,13 @@ def quantize_packed(p: NVFP4Tensor, spec, axis: int, signs: Tensor | None, amax:
 
 
 def fixed_or(amax: str | float, largest: Tensor | None) -> Tensor | None:
-    """A fixed amax is that of the tensor the quantizer sees: rotated, not normalised, without an outer scale."""
-    return largest if amax == "exact" or largest is None else torch.full_like(largest, amax)
+    """A fixed amax is that of the tensor the quantizer sees: rotated, not normalised, without an outer scale.
+
+    NaN where the measured one, `largest`, is not finite: a bad number must reach the output (design.md 3.6).
+    """
+    if amax == "exact" or largest is None:
+        return largest
+    return torch.where(largest.isfinite(), torch.full_like(largest, amax), float("nan"))
 
 
 def is_plain(operand: Operand, signs: Tensor | None) -> bool:

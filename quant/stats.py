@@ -14,7 +14,7 @@ from kernels.formats import BY_NAME
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 from kernels.quantize import reference_impl as reference
-from quant.linear import QuantLinear
+from quant.linear import QuantLinear, fixed_or
 from quant.recipe import SLOTS, Operand
 
 
@@ -54,7 +54,7 @@ def count_operand(
     """
     spec = operand.spec
     y = reference.stored(x, axis, signs)
-    largest = reference.amax(x, axis, signs, spec.per_row) if operand.amax == "exact" else y.new_tensor(operand.amax)
+    largest = fixed_or(operand.amax, reference.amax(x, axis, signs, spec.per_row))
     scale = reference.tensor_scale(largest, spec)
     counts = {"elements": y.new_tensor(y.numel()), "non_finite": (~largest.isfinite()).any()}
     if not spec.is_nvfp4:

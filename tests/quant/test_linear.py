@@ -294,6 +294,43 @@ def test_nan_reaches_every_output():
     assert dx.isnan().all() and dw.isnan().all()
 
 
+def with_fixed_amax(name: str, amax: float) -> Recipe:
+    mapping = library.mapping(name)
+    for slot in SLOTS:
+        gemm, name = slot.split(".")
+        mapping[gemm] = mapping[gemm] | {name: mapping[gemm][name] | {"amax": amax}}
+    return library.build(mapping)
+
+
+def test_fixed_amax_takes_the_place_of_the_measured_one():
+    x, w, dy = tensors(14)
+    got = run(with_fixed_amax("nvfp4_rtn", 3.0), x, w, dy)
+    assert not any(torch.equal(a, b) for a, b in zip(got, run(library.load("nvfp4_rtn"), x, w, dy), strict=True))
+
+    def fixed(tensor: Tensor, axis: int) -> Tensor:
+        out = quantize(tensor.bfloat16(), RTN, axis, torch.tensor(3.0))
+        return out.values.double() * out.scale.double()
+
+    exact = fixed(x, 1) @ fixed(w, 1).t(), fixed(dy, 1) @ fixed(w, 0), fixed(dy, 0).t() @ fixed(x, 0)
+    for out, value in zip(got, exact, strict=True):
+        torch.testing.assert_close(out.double(), value, rtol=2**-8, atol=1e-6 * value.abs().max())
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["quartet2", "nvidia", "fp8"])
+def test_a_fixed_amax_hides_no_bad_number(name, bad):
+    """design.md 3.6. Without the measured amax Inf would saturate, and packed codes have no NaN."""
+    recipe = with_fixed_amax(name, 3.0)
+    x, w, dy = tensors(15)
+    x[3, 4] = bad
+    y, dx, dw = run(recipe, x, w, dy)
+    assert y.isnan().all() and dw.isnan().all() and dx.isfinite().all()
+    x, w, dy = tensors(15)
+    dy[3, 4] = bad
+    y, dx, dw = run(recipe, x, w, dy)
+    assert y.isfinite().all() and dx.isnan().all() and dw.isnan().all()
+
+
 def check_compiled(name: str, **options) -> None:
     """fullgraph, forward and backward, with the bits of eager."""
     x, w, dy = tensors(10)

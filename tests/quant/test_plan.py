@@ -160,7 +160,10 @@ def test_slot_counters_by_hand():
         "underflow_blocks": 1,
     }
     x[3, 3] = float("inf")
-    assert slot_stats(layer, lambda: layer(x.bfloat16()))[""]["fprop.x"]["non_finite"] == 1
+    for amax in ("exact", 3.0):
+        mapping["fprop"]["x"]["amax"] = amax
+        layer.recipe = library.build(mapping)
+        assert slot_stats(layer, lambda: layer(x.bfloat16()))[""]["fprop.x"]["non_finite"] == 1
 
 
 def test_a_gemm_with_one_nvfp4_operand_is_refused_by_the_packed_back_end():
