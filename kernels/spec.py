@@ -138,6 +138,13 @@ class QuantSpec:
 NO_QUANT = QuantSpec("none")
 
 
+def default_limits(grid: str, select: str, rounding: str) -> tuple[float | None, float | None]:
+    """(target_max, scale_cap) where a recipe leaves them null; None for a combination that table a.1 lacks."""
+    if grid in FP8_MAX:
+        return FP8_MAX[grid], 1.0
+    return TABLE_A1.get((select, rounding), (None, None))
+
+
 def _limits(
     grid: str,
     scales: tuple[ScaleLevel, ...],
@@ -150,21 +157,21 @@ def _limits(
     for field, value in (("target_max", target_max), ("scale_cap", scale_cap)):
         if value is not None and not value > 0:
             raise ValueError(f"{field}={value} must be positive (leave it null for the value of table a.1)")
+    defaults = default_limits(grid, select, rounding)
     if grid in FP8_MAX:
         if scales not in FP8_SCALES or (select, rounding) != ("absmax", "rtn"):
             raise ValueError(
                 f"grid={grid} takes select=absmax, rounding=rtn and one fp32 scale per tensor or per row; "
                 f"got select={select}, rounding={rounding}, scales={scales}"
             )
-        return target_max or FP8_MAX[grid], scale_cap or 1.0
+        return target_max or defaults[0], scale_cap or defaults[1]
     if scales not in (NVFP4_SCALES, NVFP4_SQUARE_SCALES):
         raise ValueError(f"grid=e2m1 takes scales [tensor fp32, 1x16 e4m3] or [tensor fp32, 16x16 e4m3]; got {scales}")
     if rounding == "ms_eden" and scales == NVFP4_SQUARE_SCALES:
         raise ValueError("rounding=ms_eden corrects groups of 16 along the contraction: 1x16 blocks, not 16x16")
-    if (select, rounding) not in TABLE_A1 and (target_max is None or scale_cap is None):
+    if None in defaults and (target_max is None or scale_cap is None):
         raise ValueError(
             f"select={select} with rounding={rounding} is not in table a.1 (a branch chosen after random rounding is "
             "biased): set select=absmax, or give both target_max and scale_cap to say that you mean it"
         )
-    table = TABLE_A1.get((select, rounding), (0.0, 0.0))
-    return target_max or table[0], scale_cap or table[1]
+    return target_max or defaults[0], scale_cap or defaults[1]

@@ -6,7 +6,8 @@ from typing import Any
 
 import configs
 from configs import yamlfile
-from quant.recipe import GEMMS, SLOTS, SPEC_FIELDS, Recipe
+from kernels.spec import default_limits
+from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe, write_level
 from quant.schemes import SCHEMES
 
 FOLDER = Path(configs.__file__).parent / "quant"
@@ -58,9 +59,10 @@ def label(recipe: AnyRecipe) -> str:
     if recipe.name not in names():
         return recipe.name
     base, own = _flat(load(recipe.name).to_dict()), _flat(recipe.to_dict())
-    changed = {key: value for key, value in own.items() if base[key] != value}
+    expected = base | _what_follows(base, own)
+    changed = {key: value for key, value in own.items() if expected[key] != value}
     for gemm in GEMMS:
-        _drop_what_follows(changed, own, gemm)
+        _drop_unquantized(changed, own, gemm)
     return " ".join([recipe.name, *(f"{key}={_short(value)}" for key, value in changed.items())])
 
 
@@ -68,21 +70,32 @@ def _short(value: Any) -> str:
     return "+".join(value) if isinstance(value, list) else str(value)
 
 
-def _drop_what_follows(changed: dict[str, Any], own: dict[str, Any], gemm: str) -> None:
-    """Leave out of `changed` what follows from other fields: all of an unquantized GEMM, limits from table a.1."""
+def _what_follows(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Fields that other fields, changed from `base`, bring with them: limits from table a.1, scales from the grid."""
+    follows: dict[str, Any] = {}
+    for slot in SLOTS:
+        decides = [f"{slot}.{field}" for field in ("grid", "select", "rounding")]
+        if any(own[key] != base[key] for key in decides):
+            limits = default_limits(*(own[key] for key in decides))
+            follows |= dict(zip((f"{slot}.target_max", f"{slot}.scale_cap"), limits, strict=True))
+        grid = own[f"{slot}.grid"]
+        if grid != base[f"{slot}.grid"]:
+            follows[f"{slot}.scales"] = [write_level(level) for level in DEFAULT_SCALES[grid]]
+    return follows
+
+
+def _drop_unquantized(changed: dict[str, Any], own: dict[str, Any], gemm: str) -> None:
+    """Leave out of `changed` what doesn't act: all but grid and source of an unquantized operand; a whole GEMM as
+    "none"."""
     slots = [slot for slot in SLOTS if slot.startswith(gemm)]
-    is_none = all(own[f"{slot}.grid"] == "none" for slot in slots)
-    if is_none and any(f"{slot}.grid" in changed for slot in slots):
+    unquantized = [slot for slot in slots if own[f"{slot}.grid"] == "none"]
+    for slot in unquantized:
+        for name in SPEC_FIELDS[1:]:
+            changed.pop(f"{slot}.{name}", None)
+    if unquantized == slots and any(f"{slot}.grid" in changed for slot in slots):
         changed[gemm] = "none"
         for key in (f"{gemm}.rotation.dim", *(f"{slot}.grid" for slot in slots)):
             changed.pop(key, None)
-    for slot in slots:
-        names = SPEC_FIELDS[1:] if own[f"{slot}.grid"] == "none" else ("target_max", "scale_cap")
-        if is_none or any(f"{slot}.{name}" in changed for name in ("grid", "select", "rounding")):
-            for name in names:
-                changed.pop(f"{slot}.{name}", None)
-        if f"{slot}.grid" in changed:
-            changed.pop(f"{slot}.scales", None)
 
 
 def _scheme(name: str) -> Any:

@@ -78,6 +78,31 @@ def test_overrides(path, value, check):
     assert library.label(recipe) == f"quartet2 {path}={shown}"
 
 
+def test_label_names_limits_that_do_not_follow_from_the_table():
+    """Two recipes must not share a label: analysis averages what has the same."""
+
+    def label(name: str, **fields) -> str:
+        mapping = changed(name, "dgrad.dy.rounding", fields.pop("rounding"))
+        mapping["dgrad"]["dy"] |= fields
+        return library.label(library.build(mapping))
+
+    assert label("quartet2", rounding="sr") == "quartet2 dgrad.dy.rounding=sr"
+    table = {"target_max": 6 * 16 / 17, "scale_cap": 448.0}
+    assert label("quartet2", rounding="sr", **table) == "quartet2 dgrad.dy.rounding=sr"
+    clipping = label("quartet2", rounding="sr", target_max=6.0)
+    assert clipping == "quartet2 dgrad.dy.rounding=sr dgrad.dy.target_max=6.0"
+    base = library.load("quartet2").operand("dgrad.dy").spec  # kept although the table has others for sr
+    kept = label("quartet2", rounding="sr", target_max=base.target_max, scale_cap=256)
+    assert kept == f"quartet2 dgrad.dy.rounding=sr dgrad.dy.target_max={base.target_max} dgrad.dy.scale_cap=256.0"
+    outside = label("quartet2", rounding="sr", select="four_over_six", target_max=5.5, scale_cap=256)
+    assert outside.endswith("rounding=sr dgrad.dy.target_max=5.5 dgrad.dy.scale_cap=256.0")
+    fp8 = {"grid": "e4m3", "target_max": None, "scale_cap": None}
+    tensor = label("nvfp4_rtn", rounding="rtn", **fp8, scales=["tensor fp32"])
+    assert tensor == "nvfp4_rtn dgrad.dy.grid=e4m3"
+    rows = label("nvfp4_rtn", rounding="rtn", **fp8, scales=["row fp32"])
+    assert rows == "nvfp4_rtn dgrad.dy.grid=e4m3 dgrad.dy.scales=row fp32"
+
+
 def test_none_keeps_the_sources():
     recipe = library.build(changed("quartet2", "dgrad", "none"))
     assert not recipe.dgrad.is_quantized and recipe.dgrad.rotation_dim is None
