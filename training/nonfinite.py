@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.linear import QuantLinear
-from quant.recipe import GEMMS, Recipe
+from quant.recipe import FPROP_SLOT, GEMMS, Recipe
 from training.checkpoint import load
 from training.manifest import latest_good
 
@@ -154,12 +154,16 @@ def linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 def only(recipe: Recipe, gemms: tuple[str, ...]) -> Recipe:
-    """The recipe with all but the named GEMMs in BF16; unchanged where a GEMM can't stand alone."""
+    """The recipe with all but the named GEMMs in BF16. Codes of fprop that a GEMM reuses are made from the input."""
     fields = recipe.to_dict()
-    try:
-        return Recipe.from_dict({"name": recipe.name, **{g: fields[g] if g in gemms else "none" for g in GEMMS}})
-    except ValueError:
-        return recipe
+    kept = {gemm: fields[gemm] if gemm in gemms else "none" for gemm in GEMMS}
+    if "fprop" not in gemms:
+        for slot, name in FPROP_SLOT.items():
+            gemm, operand = slot.split(".")
+            used = recipe.operand(slot)
+            if gemm in gemms and used.is_quantized and used.source == "fprop_transposed":
+                kept[gemm][operand] = fields["fprop"][name] | {"source": "input"}
+    return Recipe.from_dict({"name": recipe.name, **kept})
 
 
 @contextmanager

@@ -5,10 +5,14 @@ import json
 import pytest
 import torch
 
+from kernels import backend
+from quant import library
+from quant.linear import QuantLinear
+from quant.recipe import GEMMS, Recipe
 from training import build as building_blocks
 from training.checkpoint import read_all
 from training.manifest import checkpoints
-from training.nonfinite import Guard, NonFiniteError
+from training.nonfinite import Guard, NonFiniteError, only
 
 BAD_STEP = 7  # 1-based; checkpoint.every=5 and log.every=4 put it after a checkpoint and inside a logging window
 NAN = float("nan")
@@ -96,13 +100,35 @@ def test_nan_in_a_weight_is_named_and_not_saved(run, plant, tmp_path):
     assert checkpoints(tmp_path / "runs" / "test" / "checkpoints")[-1].name == "step_00000005"
 
 
-@pytest.mark.parametrize("gemm", ["fprop"])
-def test_a_recipe_that_causes_it_is_told_from_the_data(run, plant, gemm):
-    plant("blocks.0.mlp.gate_up", "activation", when=lambda module: module.recipe.gemm(gemm).is_quantized)
-    with pytest.raises(
-        NonFiniteError, match=rf"In BF16 it is finite: the recipe is the cause\. {gemm} quantized alone"
-    ):
-        run("quant=quartet2")
+@pytest.mark.parametrize("name", ["quartet2", "nvidia"])
+def test_a_recipe_that_causes_it_is_told_from_the_data(run, plant, name):
+    plant("blocks.0.mlp.gate_up", "activation", when=lambda module: module.recipe.fprop.is_quantized)
+    with pytest.raises(NonFiniteError, match=r"In BF16 it is finite: the recipe is the cause\. fprop quantized alone"):
+        run(f"quant={name}")
+
+
+@pytest.mark.parametrize("name", [name for name in library.names() if isinstance(library.load(name), Recipe)])
+def test_one_gemm_quantized_alone_multiplies_by_the_same_operands(name):
+    """Also where a slot reuses fprop's codes, which are then made from the tensor itself."""
+    backend.use("reference")
+    recipe = library.load(name)
+
+    def product_of(kind: int, recipe: Recipe) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        linear = torch.nn.Linear(128, 128, bias=False)
+        linear.weight.data = torch.randn(128, 128, generator=generator) * 0.1
+        x, dy = (torch.randn(128, 128, generator=generator).bfloat16() for _ in range(2))
+        y = QuantLinear(linear, recipe, 3, torch.tensor([1, 2, 3]))(x.requires_grad_())
+        y.backward(dy)
+        return (y.detach(), x.grad, linear.weight.grad)[kind]
+
+    for number, gemm in enumerate(GEMMS):
+        alone = only(recipe, (gemm,))
+        assert [alone.gemm(other).is_quantized for other in GEMMS] == [
+            other == gemm and recipe.gemm(other).is_quantized for other in GEMMS
+        ]
+        if all(operand.source != "fprop" for operand in recipe.gemm(gemm).operands):
+            assert torch.equal(product_of(number, alone), product_of(number, recipe))
 
 
 def test_skip_leaves_out_exactly_that_batch(run, plant):
