@@ -16,7 +16,7 @@ from kernels.spec import NVFP4_BLOCK
 from quant import library
 from quant.library import AnyRecipe
 from quant.linear import QuantLinear
-from quant.recipe import GEMMS, SLOTS, Gemm, Recipe
+from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Recipe
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -131,6 +131,9 @@ def describe(name: str, recipe: AnyRecipe) -> list[str]:
         turned = f", rotation {rotation.dim} {rotation.signs}" if rotation.dim else ""
         if not operand.is_quantized:
             lines.append(f"  {slot:9} bf16, source {operand.source}")
+            continue
+        if operand.source == "fprop_transposed":
+            lines.append(f"  {slot:9} codes of fprop.{FPROP_SLOT[slot]}")
             continue
         block = "x".join(map(str, spec.scales[-1].block)) if spec.is_nvfp4 else spec.scales[-1].block
         eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
 from typing import Any
 
-from kernels.spec import NVFP4_SCALES, TENSOR_FP32, QuantSpec, ScaleLevel
+from kernels.spec import NVFP4_SCALES, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
@@ -215,19 +215,31 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
     if used.per_row:
         raise ValueError(f"source={operand.source}: fprop's operand has a scale per row of the other axis; use input")
     if operand.source == "fprop_transposed" and operand.is_quantized:
-        if used.grid == "none":
-            raise ValueError(
-                f"source=fprop_transposed, but fprop.{FPROP_SLOT[slot]}.grid=none; set quant.{slot}.source=input"
-            )
-        if (used.grid, used.scales) != (spec.grid, spec.scales) or not (used.is_square or used.grid != "e2m1"):
-            raise ValueError(
-                "source=fprop_transposed reuses fprop's codes: it needs fprop's grid and scales, 16x16 blocks"
-            )
-        if spec.rounding != used.rounding:
-            raise ValueError(
-                f"rounding={spec.rounding} can't act on fprop's codes as they are; use source=input or fprop"
-            )
         if gemm.rotation.dim is not None:
             raise ValueError(
                 "source=fprop_transposed reuses fprop's codes, which are not rotated; set rotation.dim=null"
             )
+        _check_reused(operand, recipe.operand(f"fprop.{FPROP_SLOT[slot]}"), slot)
+
+
+def _check_reused(operand: Operand, made: Operand, slot: str) -> None:
+    """A slot that reuses the codes of `made` says of them what is true, or leaves it at the default."""
+    spec, used, origin = operand.spec, made.spec, f"quant.fprop.{FPROP_SLOT[slot]}"
+    if used.grid == "none":
+        raise ValueError(
+            f"source=fprop_transposed, but {origin.removeprefix('quant.')}.grid=none; set quant.{slot}.source=input"
+        )
+    if (used.grid, used.scales) != (spec.grid, spec.scales) or not (used.is_square or used.grid != "e2m1"):
+        raise ValueError("source=fprop_transposed reuses fprop's codes: it needs fprop's grid and scales, 16x16 blocks")
+    if spec.rounding != used.rounding:
+        raise ValueError(f"rounding={spec.rounding} can't act on fprop's codes as they are; use source=input or fprop")
+    target_max, scale_cap = default_limits(spec.grid, spec.select, spec.rounding)
+    for field, here, there, default in (
+        ("select", spec.select, used.select, "absmax"),
+        ("target_max", spec.target_max, used.target_max, target_max),
+        ("scale_cap", spec.scale_cap, used.scale_cap, scale_cap),
+        ("tensor_scale", spec.tensor_scale, used.tensor_scale, "fp32"),
+        ("amax", operand.amax, made.amax, "exact"),
+    ):
+        if here not in (there, default):
+            raise ValueError(f"{field}={here} can't act on fprop's codes as they are; set {origin}.{field}")

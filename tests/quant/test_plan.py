@@ -113,6 +113,7 @@ def test_plan_is_json_and_a_table():
     assert set(saved["recipes"]) == {"quartet2", "nvidia", "bf16"}
     table = found.table()
     assert "blocks.*.qkv" in table and "0,2" in table and "ms_eden per 16" in table and "16x16" in table
+    assert "  dgrad.w   codes of fprop.w\n" in table and table.count("source fprop_transposed") == 0
 
 
 def test_conversion_keeps_parameters_and_state_dict_keys():

@@ -147,6 +147,16 @@ def test_none_keeps_the_sources():
         ("nvidia", "fprop", "none", r"fprop\.w\.grid=none; set quant\.dgrad\.w\.source=input"),
         ("nvidia", "dgrad.w.scales", ["tensor fp32", "1x16 e4m3"], "needs fprop's grid and scales"),
         ("nvidia", "dgrad.w.rounding", "sr", "can't act on fprop's codes"),
+        (
+            "nvidia",
+            "dgrad.w.select",
+            "four_over_six",
+            r"select=four_over_six can't act on fprop's codes.*quant\.fprop\.w",
+        ),
+        ("nvidia", "dgrad.w.target_max", 5.5, r"target_max=5\.5 can't act on fprop's codes"),
+        ("nvidia", "dgrad.w.scale_cap", 256, r"scale_cap=256\.0 can't act on fprop's codes"),
+        ("nvidia", "dgrad.w.tensor_scale", "pow2", r"tensor_scale=pow2 can't act on fprop's codes"),
+        ("fp8", "wgrad.x.amax", 3, r"amax=3\.0 can't act on fprop's codes.*set quant\.fprop\.x\.amax"),
         ("nvidia", "dgrad.rotation.dim", 16, r"not rotated; set rotation\.dim=null"),
         ("fp8_rowwise", "dgrad.w.source", "fprop", "scale per row of the other axis; use input"),
     ],
@@ -154,6 +164,16 @@ def test_none_keeps_the_sources():
 def test_errors_name_the_way_out(name, path, value, message):
     with pytest.raises(ValueError, match=message):
         library.build(changed(name, path, value))
+
+
+def test_reused_codes_follow_fprop_or_keep_their_defaults():
+    """The grids' nvidia_46 sets select in fprop only; saying it again for dgrad.w is the same recipe, said in full."""
+    mapping = changed("nvidia", "fprop.w.select", "four_over_six")
+    assert library.build(mapping).operand("dgrad.w").spec.select == "absmax"
+    mapping["dgrad"]["w"]["select"] = "four_over_six"
+    assert library.build(mapping).operand("dgrad.w").spec == library.build(mapping).operand("fprop.w").spec
+    mapping["fprop"]["w"]["scale_cap"] = 300
+    assert library.build(mapping).operand("dgrad.w").spec.scale_cap == 256
 
 
 def test_unknown_recipe_names_the_nearest():
