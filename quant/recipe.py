@@ -201,9 +201,10 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
     gemm = recipe.gemm(slot.split(".")[0])
     operand = recipe.operand(slot)
     spec = operand.spec
-    if spec.rounding == "ms_eden" and gemm.rotation.dim is None:
+    if spec.rounding == "ms_eden" and (gemm.rotation.dim is None or gemm.rotation.signs == "none"):
         raise ValueError(
-            "rounding=ms_eden is unbiased only behind a random rotation; set its GEMM's rotation.dim, say 128"
+            "rounding=ms_eden is unbiased only behind a random rotation; set its GEMM's rotation.dim, say 128, and "
+            "rotation.signs=random"
         )
     if operand.source == "input":
         return

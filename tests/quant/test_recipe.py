@@ -116,6 +116,18 @@ def test_none_keeps_the_sources():
     assert library.label(library.build(mapping)) == "quartet2 dgrad.w.source=input dgrad=none"
 
 
+def test_none_under_a_name_without_a_file_is_refused():
+    """Its sources would be unknown; the command line knows them (quant=quartet2 quant.name=... quant.dgrad=none)."""
+    mapping = library.mapping("quartet2") | {"name": "forward_only", "dgrad": "none"}
+    with pytest.raises(
+        ValueError, match=r"quant\.dgrad=none keeps the sources of a recipe file, but there is no file 'f"
+    ):
+        library.build(mapping)
+    nothing = {"grid": "none"}
+    mapping["dgrad"] = {"dy": nothing, "w": nothing | {"source": "fprop"}}
+    assert library.build(mapping).operand("dgrad.w").source == "fprop"
+
+
 @pytest.mark.parametrize(
     ("name", "path", "value", "message"),
     [
@@ -132,6 +144,7 @@ def test_none_keeps_the_sources():
             None,
             r"ms_eden is unbiased only behind a random rotation; set its",
         ),
+        ("quartet2", "wgrad.rotation.signs", "none", r"ms_eden is unbiased only behind a random rotation; set its"),
         ("quartet2", "dgrad.rotation.dim", 48, "use null or one of 16, 32, 64, 128"),
         ("quartet2", "dgrad.rotation.signs", "frozen", "use one of random, fixed, none"),
         ("quartet2", "dgrad.rotation.rounds", 2, "only 1 is implemented"),
