@@ -23,7 +23,7 @@ CUDA_TYPES = {
     torch.float8_e4m3fn: 28,
     torch.float8_e5m2: 29,
 }
-DESC_POINTER_MODE, DESC_TRANSA, DESC_TRANSB, DESC_FAST_ACCUM = 2, 3, 4, 25
+DESC_POINTER_MODE, DESC_TRANSA, DESC_TRANSB = 2, 3, 4
 POINTER_MODE_DEVICE = 1
 PREF_MAX_WORKSPACE, PREF_REDUCTION_SCHEMES, PREF_MIN_ALIGNMENT_A = 1, 3, 5
 # Split-K sums in FP32 only: the scheme that adds partial sums in the output type would round to BF16 in between.
