@@ -89,6 +89,15 @@ def test_four_over_six_tie_goes_to_six():
     assert run(x.bfloat16(), FOUR_OVER_SIX).packed.block_scales.float().tolist() == [[256.0, 8.0]]
 
 
+def test_four_over_six_takes_the_live_branch_where_the_other_vanishes():
+    # T = 1; maximum 5.375 * 2^-10 / 6 = 0.896 * 2^-10 rounds to scale 0, 1.5 times that to 2^-9: 2.69 of those is 3.
+    x = torch.zeros(1, 32)
+    x[0, 0], x[0, 16] = 1536.0, 5.375 * 2.0**-10
+    out = run(x.bfloat16(), FOUR_OVER_SIX)
+    assert out.packed.block_scales.float().tolist() == [[256.0, 2.0**-9]]
+    assert out.values[0, 16] == 3.0 * 2.0**-9
+
+
 def test_zero_tensor_has_scale_one():
     for spec in (RTN, FOUR_OVER_SIX, SQUARE, SR):
         out = run(torch.zeros(16, 32).bfloat16(), spec)
@@ -295,6 +304,8 @@ def test_rotation_cancels_in_a_product(axis):
 def test_fixed_signs_ignore_step_micro_batch_and_layer():
     other = torch.tensor([3, 9, 8])
     assert torch.equal(rht_signs(RNG, LAYER, 1, 64, fixed=True), rht_signs(other, torch.tensor(7), 1, 64, fixed=True))
+    seeded = rht_signs(torch.tensor([4, 1, 2]), LAYER, 1, 64, fixed=True)
+    assert not torch.equal(seeded, rht_signs(RNG, LAYER, 1, 64, fixed=True))
     fresh = [
         rht_signs(rng, layer, gemm, 64) for rng, layer, gemm in ((RNG, LAYER, 1), (other, LAYER, 1), (RNG, LAYER, 2))
     ]
