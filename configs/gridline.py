@@ -1,6 +1,7 @@
 """Command lines of the grid scripts: key=value words, some of them the script's own, the rest overrides of train.py."""
 
 import difflib
+import glob
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,12 +34,13 @@ class GridLine:
 
 
 def read(words: list[str], own: dict[str, str]) -> GridLine:
-    """`own`: {key: default}; `experiment` and `only` (a glob over cell names, commas between several) always exist.
+    """`own`: {key: default}; `experiment` and `only` (a glob over cell names, commas between several) always exist;
+    `cell` is one name.
 
     GridError for a missing experiment, an unknown one, a pattern that matches no cell, or a misspelt own key.
     """
     own = {"only": "*", **own}
-    extra, experiment = [], None
+    extra, experiment, cell = [], None, None
     for word in words:
         key, equals, value = word.partition("=")
         near = difflib.get_close_matches(key, own, n=1, cutoff=0.8)
@@ -46,6 +48,8 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
             raise grid.GridError(f"can't read {word!r}; write key=value")
         if key == "experiment":
             experiment = value
+        elif key == "cell":
+            cell = value
         elif key in own:
             own[key] = value
         elif near and "." not in key:
@@ -54,9 +58,14 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
             extra.append(word)
     if experiment is None:
         raise grid.GridError(f"experiment=<grid> is missing; grids: {', '.join(grid.names())}")
-    cells = grid.expand(grid.load(experiment))
-    patterns = own["only"].split(",")
+    return GridLine(experiment, _chosen(grid.expand(grid.load(experiment)), own["only"], cell), extra, own)
+
+
+def _chosen(cells: dict[str, list[str]], only: str, cell: str | None) -> dict[str, list[str]]:
+    if cell is not None and only != "*":
+        raise grid.GridError(f"only={only} cell={cell}: give one of only= and cell=")
+    asked, patterns = (f"only={only}", only.split(",")) if cell is None else (f"cell={cell}", [glob.escape(cell)])
     chosen = {name: o for name, o in cells.items() if any(fnmatch(name, pattern) for pattern in patterns)}
     if not chosen:
-        raise grid.GridError(f"only={own['only']} matches none of the {len(cells)} cells, such as {next(iter(cells))}")
-    return GridLine(experiment, chosen, extra, own)
+        raise grid.GridError(f"{asked} matches none of the {len(cells)} cells, such as {next(iter(cells))}")
+    return chosen

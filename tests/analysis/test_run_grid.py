@@ -89,6 +89,16 @@ def test_listing_starts_nothing(run_grid, tmp_path, capsys):
     assert capsys.readouterr().out.count("cell=bf16/s") == 4 and not list(tmp_path.iterdir())
 
 
+def test_cell_chooses_that_cell_alone(run_grid, tmp_path, capsys):
+    words = ["experiment=corpus_screen", f"paths.runs={tmp_path}", "list=true"]
+    assert run_grid.main([*words, "cell=bf16/s2"]) == 0
+    (listed,) = capsys.readouterr().out.splitlines()
+    assert "cell=bf16/s2" in listed and listed.count("cell=") == 1
+    assert run_grid.main([*words, "cell=bf16/s[2]"]) == 2  # a name, not a pattern
+    assert run_grid.main([*words, "only=bf16/*", "cell=bf16/s2"]) == 2
+    assert "give one of only= and cell=" in capsys.readouterr().err
+
+
 def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, capsys):
     words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}", "seed=666"]
     assert run_grid.main(words) == 1
