@@ -45,6 +45,8 @@ HARMLESS += (
     "watchdog_s=",
     "deterministic=",
     "dry_run=",
+    "recompute=",
+    "nonfinite=",
 )
 
 

@@ -1,9 +1,13 @@
-"""What the numerics hash covers and what it leaves out, key by key."""
+"""What the numerics hash covers and what it leaves out, key by key; the names of grid cells follow it."""
+
+from dataclasses import fields
 
 import pytest
 import torch
 
+from configs import grid
 from configs.compose import compose
+from training.config import TrainConfig
 from training.distributed import Dist
 from training.identity import IdentityError, flatten, refuse_other
 from training.sketch import Request, describe
@@ -45,6 +49,8 @@ CHANGES_NOTHING = [
     "evaluate.bf16=true",
     "checkpoint.every=3",
     "checkpoint.keep_last=5",
+    "cuda_graphs=false",
+    "dry_run=true",
     "backend=reference",
     "compile=true",
     "parallel=ddp",
@@ -77,6 +83,20 @@ def test_hash_covers(base_hash, override):
 @pytest.mark.parametrize("override", CHANGES_NOTHING)
 def test_hash_leaves_out(base_hash, override):
     assert hash_with(override) == base_hash
+
+
+@pytest.mark.parametrize("override", [item for item in CHANGES_NOTHING if not item.startswith("model.")])
+def test_a_cell_keeps_its_name_where_the_hash_stays(override):
+    """Else what an error says to add, such as nonfinite=skip, would start another run from step 0."""
+    assert grid.run_name("c4_grid", "a/b", [override]) == "c4_grid-a-b"
+
+
+@pytest.mark.parametrize("key", [field.name for field in fields(TrainConfig) if field.name != "tokens"])
+def test_every_key_either_moves_the_hash_or_leaves_a_cell_its_name(key):
+    """`tokens` is another way to write steps. A key that is in neither list is new: decide which it is."""
+    begins = (f"{key}=", f"{key}.")
+    moves = any(item.startswith(begins) for item in CHANGES_NUMBERS)
+    assert moves or any(item.startswith(begins) and item.startswith(grid.HARMLESS) for item in CHANGES_NOTHING)
 
 
 def test_hash_knows_which_layers_an_exception_covers():
