@@ -29,16 +29,22 @@ class MetricsFile:
             file.write(text)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole rows; a last line torn by a kill is left out."""
+        """All whole rows; an unterminated last line (torn by a kill) is left out. ValueError for any other bad line."""
         if not self.path.exists():
             return []
-        rows = []
-        for line in self.path.read_text().splitlines():
-            try:
-                rows.append(json.loads(line))
-            except ValueError:
-                continue
-        return rows
+        *lines, _torn = self.path.read_bytes().split(b"\n")
+        return [self._row(number, line) for number, line in enumerate(lines, 1)]
+
+    def _row(self, number: int, line: bytes) -> dict[str, Any]:
+        try:
+            row = json.loads(line)
+            row["kind"], row["step"]
+        except (ValueError, KeyError, TypeError) as error:  # not JSON, not even text, or no object with these fields
+            raise ValueError(
+                f"{self.path}:{number}: not a record ({error!r}): {line[:60]!r}. Repair or delete this line; nothing "
+                "was changed"
+            ) from None
+        return row
 
     def truncate(self, step: int) -> int:
         """Drop measurements after `step` (events stay: they are history); atomic. Returns how many rows went."""

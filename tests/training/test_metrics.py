@@ -34,6 +34,19 @@ def test_a_line_torn_by_a_kill_is_cut_off(tmp_path):
     assert [json.loads(line)["step"] for line in file.path.read_text().splitlines()] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("line", [b'{"kind": "train", "st\n', b"\xff\n", b"\n", b"[1]\n", b'{"kind": "train"}\n'])
+def test_a_damaged_line_elsewhere_is_an_error_and_nothing_is_cut(tmp_path, line):
+    file = MetricsFile(tmp_path)
+    file.append([row("train", 1)])
+    with open(file.path, "ab") as handle:
+        handle.write(line)
+    file.append([row("train", 2)])
+    before = file.path.read_bytes()
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record .* delete"):
+        file.truncate(1)
+    assert file.path.read_bytes() == before
+
+
 def test_truncation_is_atomic(tmp_path, monkeypatch):
     file = MetricsFile(tmp_path)
     file.append([row("train", step) for step in (1, 2, 3)])
