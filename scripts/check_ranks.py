@@ -9,7 +9,8 @@
 `--data` takes overrides that choose the text (default: data=pydocs). Every run is `torchrun train.py`, so that what is
 measured is what users get; --gpus limits the number of GPUs. Parts that time nothing run their cases side by side.
 Each case is written as soon as it is there; a case that fails doesn't stop the others. `--rehearse` puts a tiny model
-in place of every other and takes two processes on a CPU.
+in place of every other and takes two processes on a CPU. Exit code 1 if a case fails or shows what it looks for:
+other samples or losses beyond --tolerance (equal), a resumed run that differs (resume), orphans (faults, large).
 """
 
 import argparse
@@ -353,6 +354,14 @@ def saved_and_resumed(arguments: argparse.Namespace, recipe: str, world: int, gp
 
 
 PARTS = {"equal": equal, "resume": resume, "faults": faults, "large": large, "scale": scale}
+# What a case that ran must show: (values, nats that sums in another order may differ by) -> passed.
+CHECKS: dict[str, Callable[[dict[str, Any], float], bool]] = {
+    "equal": lambda found, nats: found["same_samples"] and found["largest_loss_difference"] <= nats,
+    "resume": lambda found, nats: found["exit_code"] == 0,
+    "faults": lambda found, nats: found["orphans"] == 0,
+    "large": lambda found, nats: found.get("preempted_orphans", 0) == 0,
+    "scale": lambda found, nats: True,
+}
 
 
 def shown(values: dict[str, Any]) -> str:
@@ -376,7 +385,7 @@ def main() -> int:
     parser.add_argument(
         "--extra", nargs="*", default=[], help="more overrides for scale and large, such as backend=triton"
     )
-    parser.add_argument("--tolerance", default="0.01", help="nats, where a resumed run sums in another order")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="nats, where sums are formed in another order")
     parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU, two processes")
     parser.add_argument("--out", type=Path, default=Path("check_ranks"))
     arguments = parser.parse_args()
@@ -390,9 +399,10 @@ def main() -> int:
         found = {}
         for name, values in PARTS[part](arguments):
             found[name] = values
-            failures += "failed" in values
+            passed = "failed" not in values and CHECKS[part](values, arguments.tolerance)
+            failures += not passed
             (arguments.out / f"{part}.json").write_text(json.dumps(found, indent=1))
-            print(f"{part}: {name:33}", shown(values), flush=True)
+            print(f"{part}: {name:33}", shown(values), "" if passed else " FAILED", flush=True)
     return 1 if failures else 0
 
 
