@@ -30,13 +30,15 @@ class StopFlag:
 
     def __init__(self) -> None:
         self.level = 0
+        self._interrupted = False
         self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.level == INTERRUPT:
+        if number == signal.SIGINT and self._interrupted:
             os.write(2, b"\nstopped at once by a second Ctrl-C; the same command resumes from the last checkpoint\n")
             os._exit(EXIT_KILLED_BY_USER)
         if number == signal.SIGINT:
+            self._interrupted = True
             os.write(2, b"\nCtrl-C: saving after this step (again to stop at once, without saving)\n")
         self.level = max(self.level, INTERRUPT if number == signal.SIGINT else PREEMPT)
 

@@ -58,8 +58,12 @@ def child(body: str, *arguments: str) -> subprocess.Popen:
     return process
 
 
-def test_second_ctrl_c_ends_at_once():
+@pytest.mark.parametrize("before", [None, signal.SIGTERM, signal.SIGUSR1])
+def test_second_ctrl_c_ends_at_once(before):
     process = child("flag = StopFlag()\nprint('ready', flush=True)\nwhile True: time.sleep(0.01)")
+    if before is not None:
+        process.send_signal(before)
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     time.sleep(0.3)
     assert process.poll() is None
