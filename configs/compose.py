@@ -24,10 +24,10 @@ from omegaconf.errors import OmegaConfBaseException
 from configs import grid
 from configs.schema import FREE_FORM, known_keys, register
 from configs.yamlfile import gist
+from quant.recipe import OPERANDS
 from training.config import TrainConfig, suggestion
 
 ROOT = Path(__file__).resolve().parent
-GEMM_SLOTS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 CELL = "cell"  # of an experiment grid: written out before composition, so not a key of the schema
 # What other trainers call some keys, for suggestions only.
 OTHER_NAMES = {"learning_rate": "lr", "batch_size": "sequences", "micro_batch_size": "micro", "max_steps": "steps"}
@@ -154,14 +154,14 @@ def rewrite(override: Override) -> list[str]:
     section, *rest = override.key_or_group.split(".")
     if section not in FREE_FORM or not rest or override.is_delete():
         return [override.input_line]
-    if section == "quant" and len(rest) == 1 and rest[0] in GEMM_SLOTS and str(override.value()) == "none":
+    if section == "quant" and len(rest) == 1 and rest[0] in OPERANDS and str(override.value()) == "none":
         return [f"++quant.{rest[0]}.{NONE_MARK}=true"]
     return [f"++{override.input_line.lstrip('+')}"]
 
 
 def without_none_gemms(quant: dict[str, Any], choice: str | None) -> dict[str, Any]:
     """Write a GEMM given as `none` out: both grids none, each operand's source kept (design.md, section 2)."""
-    for gemm, slots in GEMM_SLOTS.items():
+    for gemm, slots in OPERANDS.items():
         given = quant.get(gemm)
         if given == "none" and choice:  # from a YAML file; the sources are those of the recipe it started from
             given = {**OmegaConf.to_container(OmegaConf.load(ROOT / "quant" / f"{choice}.yaml"))[gemm], NONE_MARK: True}

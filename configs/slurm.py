@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 from configs.grid import GridError
+from training.signals import EXIT_PREEMPTED
 
 # Where train.py saves and leaves with code 75; submitit's own default, USR2, would end it without a save.
 PREEMPT_SIGNAL = "USR1"
-PREEMPTED = 75
 SAVE_LIMIT_S = 120
 FAILURE_PAUSE_S = 10
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
@@ -44,7 +44,7 @@ class Task:
         )
         self._pid = process.pid
         code = process.wait()
-        if code not in (0, PREEMPTED):
+        if code not in (0, EXIT_PREEMPTED):
             # torchrun says 1 for its ranks' 75. A preempted job is taken away in this pause, a failed one says so.
             time.sleep(FAILURE_PAUSE_S)
             raise RuntimeError(f"{shlex.join(words)} failed with exit code {code}")

@@ -29,6 +29,7 @@ from configs import gridline, slurm
 from configs.cli import take_launcher
 from configs.compose import ConfigError, compose
 from configs.grid import GridError
+from training.signals import EXIT_PREEMPTED
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # launcher= is taken off before these are read; here it is for the suggestion.
@@ -134,7 +135,7 @@ def run_local(line: gridline.GridLine) -> int:
             signal.signal(number, handler)
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
-    return 1 if failed else 75 if stopping else 0
+    return 1 if failed else EXIT_PREEMPTED if stopping else 0
 
 
 def begin(line: gridline.GridLine, cell: str, slots: list[str | None], running: list[Running]) -> None:

@@ -19,7 +19,7 @@ MAY = {
     "data": (set(), NUMERIC),
     "training": ({"kernels", "quant", "models", "data"}, NUMERIC | {"rich", "safetensors"}),
     "analysis": ({"configs"}, {"numpy", "scipy", "matplotlib"}),  # configs.grid: plain YAML
-    "configs": ({"training", "data"}, {"hydra", "omegaconf", "yaml"}),
+    "configs": ({"training", "quant", "data"}, {"hydra", "omegaconf", "yaml"}),
 }
 
 
