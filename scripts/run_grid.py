@@ -112,10 +112,13 @@ def run_local(line: gridline.GridLine) -> int:
     queue, running, failed = pending(line), [], []
     stopping: list[int] = []
 
-    def stop(number: int, frame: object) -> None:
-        stopping.append(number)
+    def pass_on() -> None:
         for run in running:
             run.process.send_signal(signal.SIGTERM)
+
+    def stop(number: int, frame: object) -> None:
+        stopping.append(number)
+        pass_on()
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     print(f"{line.experiment}: {len(line.cells)} cells, {len(queue)} to run on {len(slots)} slot(s)", flush=True)
@@ -123,6 +126,8 @@ def run_local(line: gridline.GridLine) -> int:
         while (queue and not stopping) or running:
             while queue and slots and not stopping:
                 begin(line, queue.pop(0), slots, running)
+                if stopping:
+                    pass_on()  # to the one being started, too: `stop` didn't know it. A second SIGTERM does no harm
             time.sleep(POLL_S)
             for run in [r for r in running if r.process.poll() is not None]:
                 running.remove(run)

@@ -121,6 +121,23 @@ def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
     assert len(starts(tmp_path, "bf16/s0")) == 2 and len(starts(tmp_path, "bf16/s3")) == 1
 
 
+def test_sigterm_while_a_run_is_being_started_reaches_that_run(run_grid, tmp_path, monkeypatch):
+    monkeypatch.setattr(run_grid, "gpu_slots", lambda wanted, per_gpu: [None])
+    start = run_grid.start
+
+    def interrupted(*given):
+        run = start(*given)
+        wait_until((tmp_path / "corpus_screen-bf16-s0" / "starts").exists)
+        time.sleep(0.1)  # the stand-in now has its handler
+        os.kill(os.getpid(), signal.SIGTERM)
+        return run
+
+    monkeypatch.setattr(run_grid, "start", interrupted)
+    words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}", "log.every=20"]
+    assert run_grid.main(words) == 75
+    assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "stopped"
+
+
 def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_path):
     script = start_script(tmp_path, "log.every=15")
     metrics = tmp_path / "corpus_screen-bf16-s0" / "metrics.jsonl"
