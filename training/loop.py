@@ -63,6 +63,14 @@ class Parts:
     watchdog: Watchdog
 
 
+class _Stopped(Exception):
+    """A stop of this level was asked for within an evaluation."""
+
+    def __init__(self, level: int) -> None:
+        super().__init__(level)
+        self.level = level
+
+
 class Trainer:
     """Runs from state.step to the last step. Steps are counted as completed optimizer steps."""
 
@@ -85,6 +93,12 @@ class Trainer:
 
     def run(self) -> int:
         """Train to the end or until asked to stop. Returns the process's exit code."""
+        try:
+            return self._run()
+        except _Stopped as stopped:  # an evaluation changes no state; the resumed run begins with it
+            return self._stop_early(stopped.level)
+
+    def _run(self) -> int:
         if self._evaluation_due() and not self._evaluated():
             self._evaluate(self.p.evalset)  # killed between a checkpoint and its evaluation
         self._batches = self.p.batches(self._resumed_at)
@@ -218,6 +232,8 @@ class Trainer:
             return self.p.loss(tokens, per_token=True)
 
         def before_batch(index: int) -> None:
+            if level := self._stop.poll(self.p.stop.level):
+                raise _Stopped(level)
             self._set_rng(self.state.step, index)
 
         return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)

@@ -1,7 +1,7 @@
 """Signals that ask a run to stop, and the lock that keeps two processes out of one run folder.
 
-SIGINT (Ctrl-C), SIGTERM and SIGUSR1 set a flag; the loop looks at it after each step, saves, and ends with
-`StopFlag.exit_code`. A second Ctrl-C ends at once, without saving. Exit codes:
+SIGINT (Ctrl-C), SIGTERM and SIGUSR1 set a flag; the loop looks at it before each batch of training and
+evaluation, saves, and ends with `StopFlag.exit_code`. A second Ctrl-C ends at once, without saving. Exit codes:
 
     0    finished, or stopped by Ctrl-C after saving
     75   stopped by SIGTERM or SIGUSR1 (preemption) after saving: start the same command again. EX_TEMPFAIL of
@@ -39,7 +39,7 @@ class StopFlag:
             os._exit(EXIT_KILLED_BY_USER)
         if number == signal.SIGINT:
             self._interrupted = True
-            os.write(2, b"\nCtrl-C: saving after this step (again to stop at once, without saving)\n")
+            os.write(2, b"\nCtrl-C: saving after this batch (again to stop at once, without saving)\n")
         self.level = max(self.level, INTERRUPT if number == signal.SIGINT else PREEMPT)
 
     def restore(self) -> None:

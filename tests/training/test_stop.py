@@ -3,10 +3,12 @@
 import json
 import time
 
+import pytest
 import torch
 
 from training import commit
 from training.checkpoint import read_all
+from training.evaluate import EVAL_MICRO_BASE
 from training.loop import Trainer
 from training.manifest import checkpoints
 from training.signals import PREEMPT
@@ -27,6 +29,33 @@ def stop_at(monkeypatch, step: int, micro: int) -> None:
 def losses(folder) -> list:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [(row["step"], row["loss"], row["grad_norm"], row["samples"]) for row in rows if row["kind"] == "train"]
+
+
+def evaluations(folder) -> list:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["loss"], row["loss_bf16"]) for row in rows if row["kind"] == "eval"]
+
+
+@pytest.mark.parametrize(
+    ("step", "every", "evaluated"), [(5, "5", []), (5, "null", []), (10, "5", [5])], ids=["saved", "unsaved", "final"]
+)
+def test_stop_within_an_evaluation_leaves_it_out_and_the_resumed_run_does_it(run, monkeypatch, step, every, evaluated):
+    words = ["quant=quartet2", "evaluate.bf16=true", f"checkpoint.every={every}"]
+    _, straight = run(*words, name="straight")
+    with monkeypatch.context() as patch:
+        stop_at(patch, step, EVAL_MICRO_BASE)
+        code, stopped = run(*words, name="stopped")
+    assert code == 75 and not (stopped / "result.json").exists()
+    assert [step for step, *_ in evaluations(stopped)] == evaluated
+    assert not (stopped / "eval" / f"{step}.npz").exists()
+    assert checkpoints(stopped / "checkpoints")[-1].name == f"step_{step:08d}"
+    with monkeypatch.context() as patch:  # again, in the evaluation that the resumed run begins with
+        stop_at(patch, step, EVAL_MICRO_BASE)
+        assert run(*words, name="stopped")[0] == 75
+    assert run(*words, name="stopped")[0] == 0
+    assert losses(stopped) == losses(straight) and evaluations(stopped) == evaluations(straight)
+    one, other = (read_all(folder / "checkpoints" / "step_00000010") for folder in (straight, stopped))
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_stop_within_a_step_drops_it_and_resumes_bitwise(run, monkeypatch):
