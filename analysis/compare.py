@@ -1,13 +1,14 @@
 """Group runs by recipe, refuse to mix what can't be compared, and work out the rows of the comparison table."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from analysis.pairing import Floor, SeedGap, align, paired_gap, seed_gap
-from analysis.runs import Run, RunError
+from analysis.runs import EvalRows, Run, RunError
 
 # What two runs must share for their losses to mean the same thing: (field of run.json, what to call it).
 COMPARABLE = (
@@ -134,26 +135,37 @@ def seed_means(group: Group, value: Callable[[Run], float]) -> dict[int, float]:
 def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
     """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
 
-    Also proves, by aligning every evaluation, that all runs were scored on the same validation tokens (else RunError).
+    RunError unless all runs of both were scored on the same validation tokens.
     """
+    rows = same_text((*base.runs, *group.runs), step)
     ours, theirs = group.by_seed(), base.by_seed()
     pairs = sorted(ours.keys() & theirs.keys()) or None
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
-    try:
-        rows = [(run.rows_at(step), other.rows_at(step)) for run, other in couples]
-        for (run, _), (mine, _) in zip(couples, rows, strict=True):
-            align(rows[0][0], mine)
-            _check_sum(run, step, mine)
-        se = paired_gap([r for r, _ in rows], [b for _, b in rows]).se
-    except ValueError as error:
-        raise RunError(f"{group.label} against {base.label}, step {step}: {error}") from None
+    se = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples]).se
     return seed_gap(losses_at(group, step), losses_at(base, step), floor), se
 
 
-def _check_sum(run: Run, step: int, rows) -> None:
+def same_text(runs: Iterable[Run], step: int) -> dict[Path, EvalRows]:
+    """{run folder: its rows at `step`}. RunError unless all are of the same validation tokens and give the logged loss.
+
+    How much text an evaluation takes is in no hash: only the rows tell that losses of two seeds mean the same thing.
+    """
+    rows: dict[Path, EvalRows] = {}
+    for run in runs:
+        rows[run.path] = run.rows_at(step)
+        first = next(iter(rows))
+        try:
+            align(rows[first], rows[run.path])
+        except ValueError as error:
+            raise RunError(f"{first} and {run.path}, step {step}: {error}") from None
+        _check_sum(run, step, rows[run.path])
+    return rows
+
+
+def _check_sum(run: Run, step: int, rows: EvalRows) -> None:
     logged, summed = run.loss_at(step), rows.nats.sum() / rows.tokens.sum()
     if math.isfinite(logged) and abs(logged - summed) > 1e-6 * max(1.0, abs(logged)):
-        raise ValueError(
+        raise RunError(
             f"{run.path}: metrics.jsonl says {logged:.8f}, eval rows give {summed:.8f}; one of them is stale"
         )
 
@@ -172,6 +184,7 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     step = common_step(group, base)
     if step is None:
         raise RunError(_nothing_in_common(group, base))
+    same_text(base.runs, step)
     losses = np.array(list(losses_at(group, step).values()))
     gap, se = compare_pair(group, base, step, floor) if group is not base else (None, math.nan)
     base_loss = np.mean(list(losses_at(base, step).values()))

@@ -40,10 +40,11 @@ class Spread:
 
 
 def key_of(run: Run) -> str:
-    """What a noise floor belongs to: model, length, batch, data, tokenizer."""
+    """What a noise floor belongs to: model, length, batch, data, tokenizer, amount of final validation text."""
     info = run.info
     parts = [info["model"], f"{info['steps']}x{info['tokens_per_step']}", f"seq{info['seq_len']}"]
-    return " ".join([*parts, f"data {info['data_fingerprint']}", f"tokenizer {info['tokenizer_hash']}"])
+    parts += [f"data {info['data_fingerprint']}", f"tokenizer {info['tokenizer_hash']}", f"val {run.final_targets}"]
+    return " ".join(parts)
 
 
 def measure(runs: list[Run]) -> dict[str, dict]:

@@ -103,9 +103,16 @@ class Run:
 
         From the rows, or from `targets` in metrics.jsonl where a small copy (analysis/keep.py) has no rows.
         """
-        steps, known = self.evals["step"].astype(int), self.evals["targets"]
-        pairs = zip(steps, known, strict=True)
-        return np.array([self.rows_at(int(step)).tokens.sum() if np.isnan(n) else n for step, n in pairs])
+        return np.array([self._scored(i) for i in range(len(self.evals["step"]))])
+
+    @cached_property
+    def final_targets(self) -> int:
+        """Tokens scored at the last evaluation; 0 without one."""
+        return int(self._scored(-1)) if len(self.evals["step"]) else 0
+
+    def _scored(self, i: int) -> float:
+        known = self.evals["targets"][i]
+        return self.rows_at(int(self.evals["step"][i])).tokens.sum() if np.isnan(known) else known
 
     @cached_property
     def curve(self) -> tuple[np.ndarray, np.ndarray]:

@@ -220,3 +220,34 @@ def test_a_reader_that_goes_away_is_no_error_and_the_files_are_there(tmp_path):
         process.stdout.close()
         assert process.stderr.read() == b""
     assert len(list((tmp_path / "out").iterdir())) == 4
+
+
+@pytest.mark.parametrize("others", [(0, 1), (3, 4)])
+@pytest.mark.parametrize("recipe", ["bf16", "sr"])
+def test_a_seed_scored_on_other_text_is_refused_wherever_it_stands(tmp_path, recipe, others):
+    """Of the baseline or of the recipe, with a partner of its seed or without."""
+    for name, seeds in (("bf16", (0, 1)), ("sr", others)):
+        for seed in seeds:
+            other_text = name == recipe and seed == seeds[1]
+            write_run(tmp_path, name, seed, 3.0, rows_seed=8 if other_text else 7)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base = pick_baseline(groups, None)
+    with pytest.raises(RunError, match="not the same validation tokens"):
+        table(groups, base)
+
+
+def test_seeds_of_one_recipe_alone_are_aligned_too(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "bf16", 1, 3.0, rows_seed=8)
+    done = compare(f"{tmp_path}/*")
+    assert done.returncode == 2 and "bf16-0 and" in done.stderr and "not the same validation tokens" in done.stderr
+
+
+def test_a_stale_evaluation_of_the_baseline_is_found(tmp_path):
+    path = write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "sr", 0, 3.1)
+    with np.load(path / "eval" / "100.npz") as rows:
+        np.savez(path / "eval" / "100.npz", **{**rows, "nats": rows["nats"] * 1.5})
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    with pytest.raises(RunError, match=r"bf16-0: metrics\.jsonl says 3\.0.* one of them is stale"):
+        table(groups, groups[0])

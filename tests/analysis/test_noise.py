@@ -1,3 +1,4 @@
+import json
 import math
 import subprocess
 import sys
@@ -108,3 +109,13 @@ def test_a_cache_that_can_not_be_read_or_written_is_one_line(tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and str(cache) in done.stderr and done.stderr.count("\n") == 1
     assert text.read_text() == "# no floors"
+
+
+def test_runs_scored_on_more_text_at_the_end_have_their_own_floor(tmp_path):
+    seeds(tmp_path, "bf16", [3.0, 3.1])
+    path = write_run(tmp_path, "bf16", 2, 9.0)
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    records[-1]["targets"] = 10**6
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
+    assert entry["recipes"]["bf16"]["seeds"] == 2 and entry["seed"]["df"] == 1
