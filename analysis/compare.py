@@ -135,14 +135,17 @@ def seed_means(group: Group, value: Callable[[Run], float]) -> dict[int, float]:
 def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
     """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
 
-    RunError unless all runs of both were scored on the same validation tokens.
+    The noise floor is one of final losses, so it judges only these. RunError unless all runs of both were scored on
+    the same validation tokens.
     """
-    rows = same_text((*base.runs, *group.runs), step)
+    runs = (*base.runs, *group.runs)
+    rows = same_text(runs, step)
     ours, theirs = group.by_seed(), base.by_seed()
     pairs = sorted(ours.keys() & theirs.keys()) or None
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
     se = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples]).se
-    return seed_gap(losses_at(group, step), losses_at(base, step), floor), se
+    at_end = all(run.info["steps"] == step for run in runs)
+    return seed_gap(losses_at(group, step), losses_at(base, step), floor if at_end else None), se
 
 
 def same_text(runs: Iterable[Run], step: int) -> dict[Path, EvalRows]:

@@ -13,6 +13,7 @@ from synthetic import write_run
 
 from analysis import plots
 from analysis.compare import common_step, differences, group_runs, pick_baseline, table
+from analysis.pairing import Floor
 from analysis.runs import RunError, find_runs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
@@ -251,3 +252,13 @@ def test_a_stale_evaluation_of_the_baseline_is_found(tmp_path):
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     with pytest.raises(RunError, match=r"bf16-0: metrics\.jsonl says 3\.0.* one of them is stale"):
         table(groups, groups[0])
+
+
+def test_the_floor_of_final_losses_judges_no_gap_before_the_end(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "bf16", seed, 3.0)
+        write_run(tmp_path, "sr", seed, 3.1, steps_done=60)
+        write_run(tmp_path, "fp8", seed, 3.1)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    found = {row.label: row.gap for row in table(groups, pick_baseline(groups, None), Floor((0.01, 8)))}
+    assert found["fp8"].method.startswith("noise floor") and found["sr"].method == "paired t, 2 seeds"
