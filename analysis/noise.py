@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 from scipy.special import stdtrit
 
+from analysis.compare import group_runs, seed_means
 from analysis.pairing import Floor, t_quantile
 from analysis.runs import Run, json_object
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
 NUDGES = ("rounding_seed", "perturb")
-CLUSTERED = ("rerun", "nudge", "seed")
-KINDS = (*CLUSTERED, "paired")
+KINDS = ("rerun", "nudge", "seed", "paired")
 
 
 @dataclass(frozen=True)
@@ -52,34 +52,41 @@ def measure(runs: list[Run]) -> dict[str, dict]:
     found: dict[str, dict] = {}
     keyed: dict[str, list[Run]] = {}
     for run in runs:
-        if run.finished and math.isfinite(run.result["final_loss"]):
+        if run.finished and math.isfinite(final_loss(run)):
             keyed.setdefault(key_of(run), []).append(run)
     for key, members in keyed.items():
-        spreads = {kind: pooled(clusters(members, kind)) for kind in CLUSTERED} | {"paired": paired(members)}
+        losses = seed_losses(members)
+        spreads = {"rerun": pooled(reruns(members)), "nudge": pooled(nudges(members))}
+        spreads |= {"seed": pooled([list(row.values()) for row in losses.values()]), "paired": paired(losses)}
         entry = {kind: asdict(spread) for kind, spread in spreads.items() if spread}
         if entry:
-            found[key] = entry | {"recipes": per_recipe(members)}
+            found[key] = entry | {"recipes": per_recipe(losses)}
     return found
 
 
-def clusters(runs: list[Run], kind: str) -> list[list[float]]:
-    """Final losses of runs that differ in nothing but `kind`, one list per cluster."""
-    groups: dict[tuple, list[float]] = {}
+def seed_losses(runs: list[Run]) -> dict[str, dict[int, float]]:
+    """{recipe: {seed: final loss}} of the runs without nudges; another learning rate is another recipe."""
+    return {group.label: seed_means(group, final_loss) for group in group_runs([r for r in runs if not is_nudged(r)])}
+
+
+def reruns(runs: list[Run]) -> list[list[float]]:
+    """Final losses of runs of one hash, one list a hash."""
+    hashes: dict[str, list[float]] = {}
     for run in runs:
-        if kind == "rerun":
-            identity = (run.info["hash"],)
-        elif kind == "nudge":
-            identity = (_recipe(run), run.info["seed"])
-        elif is_nudged(run):
-            continue
-        else:
-            identity = (_recipe(run),)
-        groups.setdefault(identity, []).append(run)
-    losses = []
-    for members in groups.values():
-        unique = {r.info["hash"]: r for r in members}.values() if kind != "rerun" else members
-        losses.append([float(r.result["final_loss"]) for r in unique])
-    return losses
+        hashes.setdefault(run.info["hash"], []).append(final_loss(run))
+    return list(hashes.values())
+
+
+def nudges(runs: list[Run]) -> list[list[float]]:
+    """Final losses of runs that differ in nudges alone, one list a recipe and seed; reruns are averaged."""
+    clusters: dict[tuple, list[Run]] = {}
+    for run in runs:
+        clusters.setdefault((_recipe(run), run.info["seed"]), []).append(run)
+    return [[float(np.mean(losses)) for losses in reruns(members)] for members in clusters.values()]
+
+
+def final_loss(run: Run) -> float:
+    return float(run.result["final_loss"])
 
 
 def pooled(groups: list[list[float]]) -> Spread | None:
@@ -91,32 +98,26 @@ def pooled(groups: list[list[float]]) -> Spread | None:
     return Spread(math.sqrt(squares / df), df)
 
 
-def paired(runs: list[Run]) -> Spread | None:
-    """Residual of loss = recipe + seed over the seeds that all recipes have; None below two recipes or two seeds.
+def paired(losses: dict[str, dict[int, float]]) -> Spread | None:
+    """Residual of loss = recipe + seed by least squares, whatever seeds a recipe has; None without degrees of freedom.
 
     In units of one run: a gap between two recipes, seed by seed, has sqrt(2) times this standard deviation.
     """
-    losses: dict[tuple, dict[int, float]] = {}
-    for run in runs:
-        if not is_nudged(run):
-            losses.setdefault(_recipe(run), {})[run.info["seed"]] = float(run.result["final_loss"])
-    seeds = sorted(set.intersection(*(set(row) for row in losses.values()))) if losses else []
-    df = (len(losses) - 1) * (len(seeds) - 1)
-    if df < 1 or len(seeds) < 2:
-        return None
-    table = np.array([[row[seed] for seed in seeds] for row in losses.values()])
-    residual = table - table.mean(0) - table.mean(1, keepdims=True) + table.mean()
-    return Spread(math.sqrt(float(np.sum(residual**2)) / df), df)
+    seeds = sorted(set().union(*losses.values()))
+    cells = [(r, seeds.index(seed), loss) for r, row in enumerate(losses.values()) for seed, loss in row.items()]
+    design = np.zeros((len(cells), len(losses) + len(seeds)))  # one column a recipe, one a seed
+    for i, (recipe, seed, _) in enumerate(cells):
+        design[i, recipe] = design[i, len(losses) + seed] = 1
+    values = np.array([loss for _, _, loss in cells])
+    effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
+    df = len(cells) - int(rank)
+    return Spread(float(np.linalg.norm(values - design @ effects)) / math.sqrt(df), df) if df else None
 
 
-def per_recipe(runs: list[Run]) -> dict[str, dict[str, float]]:
-    labelled: dict[str, dict[str, float]] = {}
-    for run in runs:
-        if not is_nudged(run):
-            labelled.setdefault(run.info["recipe_label"], {})[run.info["hash"]] = run.result["final_loss"]
+def per_recipe(losses: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
     table = {}
-    for label, losses in labelled.items():
-        values = np.array(list(losses.values()))
+    for label, row in losses.items():
+        values = np.array(list(row.values()))
         table[label] = {"mean": float(values.mean()), "seeds": len(values)}
         if len(values) > 1:
             table[label]["sd"] = float(values.std(ddof=1))
@@ -144,7 +145,7 @@ def text(floors: dict[str, dict]) -> str:
     lines = []
     for key, entry in floors.items():
         lines.append(key)
-        seeds = min(row["seeds"] for row in entry["recipes"].values())
+        seeds = min((row["seeds"] for row in entry["recipes"].values() if row["seeds"] > 1), default=1)
         for kind in KINDS:
             if kind in entry:
                 spread = Spread(**entry[kind])

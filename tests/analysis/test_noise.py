@@ -20,6 +20,11 @@ def seeds(root, recipe, losses, **kwargs):
         write_run(root, recipe, seed, loss, **kwargs)
 
 
+def floor_of(root):
+    (entry,) = noise.measure(find_runs([f"{root}/*"])).values()
+    return entry
+
+
 def test_spreads_are_pooled_over_recipes_by_hand(tmp_path):
     seeds(tmp_path, "bf16", [3.00, 3.02, 3.04])  # squares .0008, df 2
     seeds(tmp_path, "sr", [3.10, 3.12])  # squares .0002, df 1
@@ -52,9 +57,42 @@ def test_paired_spread_is_what_a_seed_does_not_do_to_all_recipes(tmp_path):
 
 def test_one_recipe_or_one_common_seed_has_no_paired_spread(tmp_path):
     seeds(tmp_path, "bf16", [3.00, 3.02])
-    assert noise.paired(find_runs([f"{tmp_path}/*"])) is None
+    assert "paired" not in floor_of(tmp_path)
     write_run(tmp_path, "sr", 1, 3.1)
-    assert noise.paired(find_runs([f"{tmp_path}/*"])) is None
+    assert "paired" not in floor_of(tmp_path)
+
+
+def test_a_recipe_of_one_seed_leaves_the_paired_spread_of_the_others_as_it_is(tmp_path):
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    seeds(tmp_path, "sr", [3.10, 3.13])
+    before = floor_of(tmp_path)
+    write_run(tmp_path, "bf16", 0, 2.5, numerics={"optim.lr": 2e-3}, name="fast")
+    after = floor_of(tmp_path)
+    assert after["paired"] == {"sd": pytest.approx(before["paired"]["sd"]), "df": 1}
+    assert "over 2 seeds" in noise.text({"key": after})
+
+
+def test_learning_rates_are_no_seeds(tmp_path):
+    seeds(tmp_path, "bf16", [3.0, 3.1])
+    seeds(tmp_path / "fast", "bf16", [2.0, 2.1], numerics={"optim.lr": 2e-3})
+    (entry,) = noise.measure(find_runs([f"{tmp_path}/*", f"{tmp_path}/fast/*"])).values()
+    means = {label: (row["mean"], row["seeds"]) for label, row in entry["recipes"].items()}
+    assert means == {"bf16 (optim.lr=0.001)": (pytest.approx(3.05), 2), "bf16 (optim.lr=0.002)": (2.05, 2)}
+
+
+def test_reruns_count_once_and_the_order_of_the_folders_does_not_matter(tmp_path):
+    seeds(tmp_path / "a", "bf16", [3.00, 3.02])
+    write_run(tmp_path / "a", "bf16", 0, 3.03, name="nudged", numerics={"perturb": 1e-6}, hash="other")
+    write_run(tmp_path / "b", "bf16", 0, 3.01)
+    entries = [
+        noise.measure(find_runs([f"{tmp_path}/{folder}/*" for folder in order])).popitem()[1] for order in ("ab", "ba")
+    ]
+    assert entries[0] == entries[1] and entries[0]["recipes"]["bf16"] == {
+        "mean": pytest.approx(3.0125),  # of 3.005 and 3.02
+        "seeds": 2,
+        "sd": pytest.approx(0.015 / math.sqrt(2)),
+    }
+    assert entries[0]["nudge"] == {"sd": pytest.approx(0.025 / math.sqrt(2)), "df": 1}
 
 
 def test_other_lengths_and_data_have_their_own_floor(tmp_path):
@@ -73,11 +111,11 @@ def test_number_of_seeds_that_resolve_a_difference():
     assert noise.Spread(0.003, 10**6).seeds_to_resolve(0.002) == 36
 
 
-def test_unfinished_and_diverged_runs_do_not_count(tmp_path):
+def test_unfinished_runs_and_losses_that_are_not_finite_do_not_count(tmp_path):
     seeds(tmp_path, "bf16", [3.0, 3.1])
     write_run(tmp_path, "bf16", 5, 9.0, steps_done=60)
-    (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
-    assert entry["recipes"]["bf16"]["seeds"] == 2
+    write_run(tmp_path, "bf16", 6, float("nan"))
+    assert floor_of(tmp_path)["recipes"]["bf16"]["seeds"] == 2
 
 
 def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
