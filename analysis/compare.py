@@ -28,7 +28,8 @@ class Group:
     """Runs of one recipe that differ in nothing but the seed.
 
     `cut`: runs stopped early though others of the recipe came to an end. They are listed, and in no figure: they would
-    pull every comparison back to the step at which the time was up.
+    pull every comparison back to the step at which the time was up. A diverged one takes the group's losses and verdict
+    with it: a mean over the seeds that survived would flatter the recipe.
     """
 
     label: str
@@ -40,6 +41,15 @@ class Group:
         for run in self.runs:
             seeds.setdefault(int(run.info["seed"]), []).append(run)
         return dict(sorted(seeds.items()))
+
+    @property
+    def diverged(self) -> tuple[Run, ...]:
+        return tuple(run for run in (*self.runs, *self.cut) if run.diverged_at is not None)
+
+    @property
+    def caption(self) -> str:
+        """The name at a curve, which is that of the other seeds."""
+        return f"{self.label} ({len(self.diverged)} diverged)" if self.diverged else self.label
 
 
 @dataclass(frozen=True)
@@ -91,7 +101,7 @@ def group_runs(runs: list[Run]) -> list[Group]:
 
 def _split_cut(runs: list[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
     """(runs that count, runs that were cut); where nothing came to an end, what there is counts."""
-    ended = tuple(run for run in runs if not run.status.startswith("unfinished"))
+    ended = tuple(run for run in runs if run.finished)
     return (ended, tuple(run for run in runs if run not in ended)) if ended else (tuple(runs), ())
 
 
@@ -128,8 +138,10 @@ def losses_at(group: Group, step: int) -> dict[int, float]:
 
 
 def seed_means(group: Group, value: Callable[[Run], float]) -> dict[int, float]:
-    """{seed: value}; reruns of one seed are averaged, or they would count double in a mean over seeds."""
-    return {seed: float(np.mean([value(run) for run in runs])) for seed, runs in group.by_seed().items()}
+    """{seed: value}; reruns of one seed are averaged, or they would count double in a mean over seeds; NaN for a seed
+    that diverged."""
+    means = {seed: float(np.mean([value(run) for run in runs])) for seed, runs in group.by_seed().items()}
+    return means | {int(run.info["seed"]): math.nan for run in group.diverged}
 
 
 def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
@@ -145,7 +157,8 @@ def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> t
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
     se = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples]).se
     at_end = all(run.info["steps"] == step for run in runs)
-    return seed_gap(losses_at(group, step), losses_at(base, step), floor if at_end else None), se
+    gap = seed_gap(losses_at(group, step), losses_at(base, step), floor if at_end else None)
+    return gap, math.nan if math.isnan(gap.mean) else se
 
 
 def same_text(runs: Iterable[Run], step: int) -> dict[Path, EvalRows]:
@@ -174,13 +187,18 @@ def _check_sum(run: Run, step: int, rows: EvalRows) -> None:
 
 
 def table(groups: list[Group], base: Group, floor: Floor | None = None) -> list[Row]:
-    """One row a group, baseline first, then by gap; rows of an earlier step last, since gaps shrink over a run.
+    """One row a group, baseline first, then by gap; diverged ones and rows of an earlier step last, since gaps shrink
+    over a run.
 
     RunError for a group without an evaluation step of the baseline.
     """
     rows = [_row(group, base, floor) for group in groups]
     last = max(row.step for row in rows)
-    return sorted(rows, key=lambda r: (r.gap is not None, r.step < last, math.inf if r.gap is None else r.gap.mean))
+    return sorted(rows, key=lambda r: (r.gap is not None, r.step < last, _finite(r.gap.mean) if r.gap else math.inf))
+
+
+def _finite(value: float) -> float:
+    return math.inf if math.isnan(value) else value
 
 
 def _row(group: Group, base: Group, floor: Floor | None) -> Row:

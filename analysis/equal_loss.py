@@ -40,7 +40,9 @@ def first_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float |
 
 
 def equal_loss(group: Group, base: Group) -> EqualLoss | None:
-    """None when either has no evaluation yet."""
+    """None when either has no evaluation yet, or a seed that diverged."""
+    if group.diverged or base.diverged:
+        return None
     steps, losses, _ = group_curve(group)
     base_steps, base_losses, _ = group_curve(base)
     if not len(steps) or not len(base_steps):

@@ -118,6 +118,7 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor 
     - else two or more common seeds: paired t-interval of the per-seed gaps;
     - else two or more runs on both sides: Welch interval;
     - else no interval and no verdict.
+    A loss that is not finite, of a seed that diverged, leaves neither gap nor verdict, also where it has no partner.
     """
     a, b = np.array(list(losses.values())), np.array(list(baseline.values()))
     common = sorted(losses.keys() & baseline.keys())
@@ -142,6 +143,8 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor 
     else:
         mean = diff.mean() if len(common) else a.mean() - b.mean()
         half, method = math.nan, "one seed"
+    if not np.isfinite([*a, *b]).all():
+        mean = half = math.nan
     return SeedGap(float(mean), float(half), min(len(a), len(b)), method, correlation, _verdict(mean, half))
 
 

@@ -59,7 +59,7 @@ def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]
             ax.plot(every[-1:] * per_step, losses[-1:], "s", color=colour, markersize=4)
             squares = ", ■ on the final validation text"
         if len(every):
-            ends.append((every[-1] * per_step, losses[-1], group.label, colour))
+            ends.append((every[-1] * per_step, losses[-1], group.caption, colour))
     style_axes(ax, "loss [nats/token]", f"Loss: validation (thick, mean over seeds{squares}), training (thin)")
     _zoom(ax, groups)
     end_labels(ax, ends)
@@ -81,7 +81,7 @@ def draw_gaps(
         if np.all(np.isfinite(se)) and len(se):
             ax.fill_between(x, (mean - se) * 1e3, (mean + se) * 1e3, color=colour, alpha=0.15, linewidth=0)
         if len(x):
-            ends.append((x[-1], mean[-1] * 1e3, group.label, colour))
+            ends.append((x[-1], mean[-1] * 1e3, group.caption, colour))
         if group.label in published:
             diamond = {"color": colour, "fillstyle": "none", "markersize": 7, "clip_on": False}
             ax.plot(base.runs[0].info["tokens"], published[group.label] * 1e3, "D", **diamond)

@@ -67,18 +67,33 @@ class Run:
 
     @property
     def finished(self) -> bool:
-        return self.result is not None and self.result.get("status") == "finished"
+        return self.result is not None
+
+    @property
+    def last_step(self) -> int:
+        return int(self.train["step"][-1]) if len(self.train["step"]) else 0
+
+    @property
+    def diverged_at(self) -> int | None:
+        """The step whose loss or gradient was not finite and that the run never got past, or that of a last evaluation
+        that is not finite; else None. The trainer writes a bad step as an event, not as a row of losses."""
+        if not np.isfinite(self.evals["loss"][-1:]).all():
+            return int(self.evals["step"][-1])
+        last = next((e for e in reversed(self.events) if e["event"] in ("nonfinite", "skip", "rollback")), None)
+        if last is None or last["event"] != "nonfinite" or last["bad_step"] <= self.last_step or self.finished:
+            return None
+        return last["bad_step"]
 
     @property
     def status(self) -> str:
-        """What result.json says, or "unfinished (step/steps)"; "diverged" when the last loss is not finite."""
-        last = self.train["loss"][-1:] if len(self.train["loss"]) else self.evals["loss"][-1:]
-        if len(last) and not np.isfinite(last[0]):
-            return "diverged"
-        if self.result is not None:
-            return self.result["status"]
-        step = int(self.train["step"][-1]) if len(self.train["step"]) else 0
-        return f"unfinished ({step}/{self.info['steps']})"
+        """ "finished", with the number of non-finite steps it got past; "diverged" or "unfinished (step/steps)"."""
+        steps = self.info["steps"]
+        if self.diverged_at is not None:
+            return f"diverged ({self.diverged_at}/{steps})"
+        if not self.finished:
+            return f"unfinished ({self.last_step}/{steps})"
+        bad = len({e["bad_step"] for e in self.events if e["event"] == "nonfinite"})
+        return f"finished, {bad} non-finite step{'s' * (bad > 1)}" if bad else "finished"
 
     @cached_property
     def milliseconds(self) -> float:

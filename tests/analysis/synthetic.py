@@ -39,6 +39,14 @@ def eval_rows(loss: float, documents: int = 12, seed: int = 7, noise: float = 0.
     }
 
 
+def non_finite(path: Path, step: int, policy: str | None = None) -> None:
+    """Add what training/nonfinite.py writes of a bad step to a run; without a policy the run stopped there."""
+    records = [{"event": "nonfinite", "bad_step": step, "loss": "nan"}]
+    records += [{"event": policy, "bad_step": step}] if policy else []
+    with open(path / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps({"kind": "event", "step": step - 1, **record}) + "\n" for record in records)
+
+
 def write_run(
     root: Path,
     recipe: str = "bf16",

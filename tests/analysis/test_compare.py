@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from synthetic import write_run
+from synthetic import non_finite, write_run
 
 from analysis import plots
 from analysis.compare import common_step, differences, group_runs, pick_baseline, table
-from analysis.pairing import Floor
+from analysis.equal_loss import equal_loss
+from analysis.pairing import DIVERGED, Floor
 from analysis.runs import RunError, find_runs
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
@@ -262,3 +263,28 @@ def test_the_floor_of_final_losses_judges_no_gap_before_the_end(tmp_path):
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     found = {row.label: row.gap for row in table(groups, pick_baseline(groups, None), Floor((0.01, 8)))}
     assert found["fp8"].method.startswith("noise floor") and found["sr"].method == "paired t, 2 seeds"
+
+
+def test_a_diverged_seed_leaves_its_recipe_without_mean_and_verdict(tmp_path):
+    three_seeds(tmp_path / "runs", "bf16", (0, 0, 0))
+    three_seeds(tmp_path / "runs", "sr")
+    three_seeds(tmp_path / "runs", "fp8")
+    non_finite(write_run(tmp_path / "runs", "sr", 3, 9.0, steps_done=60), 61)
+    groups = group_runs(find_runs([f"{tmp_path}/runs/*"]))
+    _, fp8, sr = table(groups, pick_baseline(groups, None), Floor((0.001, 8), (0.001, 8)))
+    assert (sr.label, sr.gap.verdict, sr.step) == ("sr", DIVERGED, 100) and fp8.gap.verdict == "resolved"
+    assert sr.status == "diverged (61/100); finished" and [r.status for r in groups[2].cut] == ["diverged (61/100)"]
+    assert np.isnan([sr.final, sr.bpb, sr.best, sr.sd, sr.gap.mean, sr.document_se]).all()
+    done = compare(f"{tmp_path}/runs/*", "--out", tmp_path / "out")
+    assert "diverged: no verdict [diverged (61/100); finished]" in done.stdout and done.stderr == ""
+    left, _ = plots.figure(groups, groups[0]).axes
+    assert "sr (1 diverged)" in [text.get_text() for text in left.texts]
+    assert equal_loss(groups[2], groups[0]) is None
+
+
+def test_a_diverged_baseline_judges_nothing(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    three_seeds(tmp_path)
+    non_finite(write_run(tmp_path, "bf16", 3, 9.0, steps_done=60), 61)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    assert [row.gap and row.gap.verdict for row in table(groups, groups[0])] == [None, DIVERGED]

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from synthetic import write_run
+from synthetic import non_finite, write_run
 
 from analysis import noise
 from analysis.compare import group_runs, pick_baseline, table
@@ -111,10 +111,11 @@ def test_number_of_seeds_that_resolve_a_difference():
     assert noise.Spread(0.003, 10**6).seeds_to_resolve(0.002) == 36
 
 
-def test_unfinished_runs_and_losses_that_are_not_finite_do_not_count(tmp_path):
+def test_unfinished_and_diverged_runs_do_not_count(tmp_path):
     seeds(tmp_path, "bf16", [3.0, 3.1])
     write_run(tmp_path, "bf16", 5, 9.0, steps_done=60)
     write_run(tmp_path, "bf16", 6, float("nan"))
+    non_finite(write_run(tmp_path, "bf16", 7, 9.0, steps_done=60), 61)
     assert floor_of(tmp_path)["recipes"]["bf16"]["seeds"] == 2
 
 

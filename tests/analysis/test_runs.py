@@ -1,8 +1,7 @@
 import json
 
-import numpy as np
 import pytest
-from synthetic import write_run
+from synthetic import non_finite, write_run
 
 from analysis.runs import RunError, find_runs, read_run
 
@@ -65,13 +64,33 @@ def test_a_missing_evaluation_file_is_an_error_only_when_asked_for(tmp_path):
         run.rows_at(100)
 
 
-def test_a_not_finite_loss_makes_a_run_diverged(tmp_path):
+def test_a_run_stopped_at_a_non_finite_step_has_diverged_until_it_gets_past_it(tmp_path):
     path = write_run(tmp_path, steps_done=60)
-    record = json.loads((path / "metrics.jsonl").read_text().splitlines()[3]) | {"step": 61, "loss": float("nan")}
+    non_finite(path, 61)
     with open(path / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(record) + "\n")
-    run = read_run(path)
-    assert run.status == "diverged" and np.isnan(run.train["loss"][-1])
+        file.write('{"kind": "event", "event": "checkpoint", "step": 60}\n')
+    assert read_run(path).status == "diverged (61/100)" and not read_run(path).finished
+    record = json.loads((path / "metrics.jsonl").read_text().splitlines()[3])
+    with open(path / "metrics.jsonl", "a") as file:  # resumed, and the step was finite this time: a hardware fault
+        file.write(json.dumps(record | {"step": 61}) + "\n")
+    assert read_run(path).status == "unfinished (61/100)"
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_a_run_that_went_on_after_non_finite_steps_says_so(tmp_path, policy):
+    path = write_run(tmp_path, steps_done=60)
+    non_finite(path, 61, policy)
+    assert read_run(path).status == "unfinished (60/100)"
+    path = write_run(tmp_path, seed=1)
+    non_finite(path, 31, policy)
+    non_finite(path, 31, policy)  # again, after a kill
+    assert read_run(path).status == "finished, 1 non-finite step" and read_run(path).finished
+    non_finite(path, 61, policy)
+    assert read_run(path).status == "finished, 2 non-finite steps"
+
+
+def test_an_evaluation_that_is_not_finite_makes_a_run_diverged(tmp_path):
+    assert read_run(write_run(tmp_path, final=float("nan"))).status == "diverged (100/100)"
 
 
 def test_globs_pass_over_other_folders_and_named_folders_do_not(tmp_path):
