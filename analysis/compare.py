@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,7 +86,10 @@ def differences(runs: list[Run]) -> list[str]:
 
 
 def group_runs(runs: list[Run]) -> list[Group]:
-    """Groups in order of first appearance; the label says where other numerics differ under one recipe_label."""
+    """Groups in order of first appearance; the label says where other numerics differ under one recipe_label.
+
+    It shows three of the keys; where these don't tell two groups apart, the hash of the first run does.
+    """
     keys: dict[tuple, list[Run]] = {}
     for run in runs:
         keys.setdefault((run.info["recipe_label"], _without_seed(run)), []).append(run)
@@ -96,7 +99,12 @@ def group_runs(runs: list[Run]) -> list[Group]:
         varying = [k for k, v in numerics if any(s.get(k) != v for s in siblings)] if len(siblings) > 1 else []
         suffix = ", ".join(f"{k}={dict(numerics)[k]}"[:60] for k in varying[:3])
         groups.append(Group(f"{label} ({suffix})" if suffix else label, *_split_cut(members)))
-    return groups
+    labels = [group.label for group in groups]
+    return [_with_hash(group) if labels.count(group.label) > 1 else group for group in groups]
+
+
+def _with_hash(group: Group) -> Group:
+    return replace(group, label=f"{group.label.removesuffix(')')}, {group.runs[0].info['hash'][:6]})")
 
 
 def _split_cut(runs: list[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:

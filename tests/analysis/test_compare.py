@@ -51,6 +51,16 @@ def test_another_learning_rate_is_another_group_and_its_label_says_so(tmp_path):
         pick_baseline(groups, "none")
 
 
+def test_no_two_groups_have_one_label(tmp_path):
+    """The label shows three of the keys that vary; these runs differ in a fourth."""
+    write_run(tmp_path, "bf16", 0, 2.8, hash="c" * 16)
+    for i in (1, 2):
+        numerics = {"a": 1, "b": 1, "c": 1, "optim.lr": i * 1e-3}
+        write_run(tmp_path, "bf16", 0, 2.9, numerics=numerics, name=f"fast-{i}", hash=str(i) * 16)
+    labels = [g.label for g in group_runs(find_runs([f"{tmp_path}/*"]))]
+    assert labels == ["bf16 (a=1, b=1, c=1, 111111)", "bf16 (a=1, b=1, c=1, 222222)", "bf16 (optim.lr=0.001)"]
+
+
 def test_an_unfinished_run_is_compared_at_the_last_common_evaluation(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "sr", 0, 3.1, steps_done=60)
