@@ -27,7 +27,7 @@ def build(
         f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "
         f"{info['steps']:,} steps of {info['tokens_per_step']:,} tokens; baseline {base.label}."
     )
-    figure = plots.figure(groups, base, published_gaps([row.label for row in rows], info, published))
+    figure = plots.figure(groups, base, published_gaps([row.label for row in rows], base.label, info, published))
     body = [
         f"<h1>{escape(title)}</h1>",
         html.note(what),
@@ -38,7 +38,7 @@ def build(
         html.picture(figure, "loss and gap curves"),
         *pairwise(groups, floor),
         *equal_losses(groups, base),
-        *overlay(rows, info, published),
+        *overlay(rows, base.label, info, published),
         *run_list(runs),
         *differing("Configuration", {run.name: run.info["numerics"] for run in runs}, "configuration"),
         *differing("Environment", {run.name: flat(run.read_json("env.json")) for run in runs}, "environment"),
@@ -122,19 +122,21 @@ def _equal_row(e: EqualLoss) -> list[str]:
     return [*first, tables.tokens(e.base_tokens), shares[0], duration(e.seconds), duration(e.base_seconds), shares[1]]
 
 
-def published_gaps(labels: list[str], info: dict, published: dict[str, Points]) -> dict[str, float]:
-    """{label: gap to bf16} [nats] of the published runs at the same N and tokens (within 1 %), if there are any."""
+def published_gaps(labels: list[str], base: str, info: dict, published: dict[str, Points]) -> dict[str, float]:
+    """{label: gap to the recipe `base`} [nats] of the published runs at the same N and tokens (within 1 %).
+
+    {} where `base` was not among them.
+    """
     n, d = info["parameters_non_embedding"], info["steps"] * info["tokens_per_step"]
-    base = at(published.get("bf16", {}), n, d)
-    if base is None:
+    losses = {label: at(published.get(ALIASES.get(label, label), {}), n, d) for label in (*labels, base)}
+    if losses[base] is None:
         return {}
-    losses = {label: at(published.get(ALIASES.get(label, label), {}), n, d) for label in labels}
-    return {label: loss - base for label, loss in losses.items() if loss is not None}
+    return {label: loss - losses[base] for label, loss in losses.items() if loss is not None}
 
 
-def overlay(rows: list[Row], info: dict, published: dict[str, Points]) -> list[str]:
+def overlay(rows: list[Row], base: str, info: dict, published: dict[str, Points]) -> list[str]:
     """Published gaps beside ours."""
-    theirs = published_gaps([row.label for row in rows], info, published)
+    theirs = published_gaps([row.label for row in rows], base, info, published)
     if not theirs:
         return []
     cells = []

@@ -117,6 +117,17 @@ def test_without_published_runs_of_that_size_there_is_no_overlay(tmp_path):
     assert "published" not in Tables(text).tables and "pairwise" not in Tables(text).tables
 
 
+def test_published_gaps_are_to_the_baseline_of_the_comparison(tmp_path):
+    for recipe, loss in (("bf16", 3.4), ("quartet2", 3.45)):
+        write_run(tmp_path, recipe, 0, loss, **PAPER)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base, info = groups[1], groups[0].runs[0].info
+    text = report.build(groups, base, table(groups, base), [], None, PUBLISHED)
+    shown = {row[0]: row[2:] for row in Tables(text).tables["published"]}
+    assert shown["bf16"] == ["-50.0", "-43.0"] and shown["quartet2"] == ["-", "0.0"]
+    assert report.published_gaps(["bf16", "quartet2"], "sr", info, PUBLISHED) == {}
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")
 def test_a_browser_renders_it(document, tmp_path):
     page = tmp_path / "page.html"
