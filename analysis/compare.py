@@ -85,20 +85,23 @@ def differences(runs: list[Run]) -> list[str]:
     return found
 
 
-def group_runs(runs: list[Run]) -> list[Group]:
+def group_runs(runs: list[Run], step: int | None = None) -> list[Group]:
     """Groups in order of first appearance; the label says where other numerics differ under one recipe_label.
 
-    It shows three of the keys; where these don't tell two groups apart, the hash of the first run does.
+    It shows three of the keys; where these don't tell two groups apart, the hash of the first run does. With `step`,
+    every run as it stood there, and those that were evaluated there count, finished or not. RunError for a group
+    without such a run.
     """
     keys: dict[tuple, list[Run]] = {}
-    for run in runs:
+    for run in runs if step is None else [run.until(step) for run in runs]:
         keys.setdefault((run.info["recipe_label"], _without_seed(run)), []).append(run)
     groups = []
     for (label, numerics), members in keys.items():
         siblings = [dict(n) for (other, n) in keys if other == label]
         varying = [k for k, v in numerics if any(s.get(k) != v for s in siblings)] if len(siblings) > 1 else []
         suffix = ", ".join(f"{k}={dict(numerics)[k]}"[:60] for k in varying[:3])
-        groups.append(Group(f"{label} ({suffix})" if suffix else label, *_split_cut(members)))
+        full = f"{label} ({suffix})" if suffix else label
+        groups.append(Group(full, *(_split_cut(members) if step is None else _split_at(step, full, members))))
     labels = [group.label for group in groups]
     return [_with_hash(group) if labels.count(group.label) > 1 else group for group in groups]
 
@@ -111,6 +114,15 @@ def _split_cut(runs: list[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
     """(runs that count, runs that were cut); where nothing came to an end, what there is counts."""
     ended = tuple(run for run in runs if run.finished)
     return (ended, tuple(run for run in runs if run not in ended)) if ended else (tuple(runs), ())
+
+
+def _split_at(step: int, label: str, runs: list[Run]) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
+    """(runs evaluated at `step`, the others)."""
+    there = tuple(run for run in runs if step in run.evals["step"])
+    if not there:
+        steps = sorted({int(s) for run in runs for s in run.evals["step"]})
+        raise RunError(f"--step {step}: no run of {label} was evaluated there; up to it at: {steps or 'no step'}")
+    return there, tuple(run for run in runs if run not in there)
 
 
 def _without_seed(run: Run) -> tuple:

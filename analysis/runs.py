@@ -6,7 +6,7 @@ Anything else out of format is an error that names the file and the line: a sile
 
 import glob
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -104,6 +104,16 @@ class Run:
     @property
     def tokens_per_second(self) -> float:
         return self.info["tokens_per_step"] / self.milliseconds * 1e3
+
+    def until(self, step: int) -> "Run":
+        """The run as it stood after `step`: what came later, the result with it, is left out."""
+
+        def head(fields: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {key: values[fields["step"] <= step] for key, values in fields.items()}
+
+        events = [event for event in self.events if event["step"] <= step]
+        result = self.result if step >= self.info["steps"] else None
+        return replace(self, train=head(self.train), evals=head(self.evals), events=events, result=result)
 
     def loss_at(self, step: int, field: str = "loss") -> float:
         """Validation loss [nats/token] (or bpb) logged at `step`; KeyError when it was not evaluated there."""

@@ -10,7 +10,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import noise, published, tables
-from analysis.cli import existing, quiet_pipes
+from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
 from analysis.pairing import Floor
 from analysis.runs import find_runs
@@ -20,6 +20,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or quoted globs")
     parser.add_argument("--baseline", help="recipe to subtract (default: bf16, else the first)")
+    parser.add_argument("--step", type=positive, help="compare as of this evaluation (default: the last in common)")
     parser.add_argument("--out", type=Path, help="folder for the outputs (default: compare/ beside the first run)")
     parser.add_argument("--allow-mixed", action="store_true", help="go on where data, tokenizer, batch or model differ")
     parser.add_argument("--floor", type=existing, default=noise.CACHE, help="noise floors measured by noise_floor.py")
@@ -60,7 +61,7 @@ def main() -> int:
         if notes and not args.allow_mixed:
             listing = "\n  ".join(notes)
             raise ValueError(f"these runs can't be compared:\n  {listing}\nLeave some out, or add --allow-mixed.")
-        groups = group_runs(runs)
+        groups = group_runs(runs, args.step)
         base = pick_baseline(groups, args.baseline)
         floor = noise.floor_for(base.runs[0], noise.load(args.floor))
         rows = table(groups, base, floor)

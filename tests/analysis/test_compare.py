@@ -81,6 +81,28 @@ def test_a_cut_run_beside_finished_ones_is_listed_but_not_averaged(tmp_path):
     assert [run.info["seed"] for run in groups[1].cut] == [3]
 
 
+def test_as_of_a_step_every_run_evaluated_there_counts(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    write_run(tmp_path, "quartet2", 0, 3.2)
+    write_run(tmp_path, "quartet2", 1, 3.3, steps_done=80)  # evaluated at 75, then cut
+    write_run(tmp_path, "quartet2", 2, 9.0, steps_done=60)  # cut before
+    runs = find_runs([f"{tmp_path}/*"])
+    groups = group_runs(runs, 75)
+    base = pick_baseline(groups, None)
+    row = next(r for r in table(groups, base) if r.label == "quartet2")
+    assert (row.step, row.seeds, row.status) == (75, 2, "unfinished (60/100); unfinished (75/100)")
+    late = {seed: run.loss_at(75) for seed, run in enumerate(base.runs)}
+    ours = {
+        run.info["seed"]: run.loss_at(75)
+        for run in runs
+        if run.info["recipe_label"] == "quartet2" and run.evals["step"][-1] >= 75
+    }
+    assert row.gap.mean == pytest.approx(sum(ours[s] - late[s] for s in (0, 1)) / 2)
+    assert group_runs(runs, 100)[0].runs[0].finished
+    with pytest.raises(ValueError, match="--step 60: no run of bf16 was evaluated there; up to it at:"):
+        group_runs(runs, 60)
+
+
 def test_a_stale_evaluation_file_is_found(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     path = write_run(tmp_path, "sr", 0, 3.1)
