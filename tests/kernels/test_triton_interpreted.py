@@ -37,6 +37,12 @@ def test_all_kinds_of_slots_were_compared(comparisons):
     for spec in ("rtn", "rtn_46", "sr", "ms_eden"):
         assert {(spec, a, s, r) for a in (0, 1) for s in ("bf16", "packed") for r in (False, True)} <= seen
     assert {("square_rtn", 1, "bf16", False), ("e4m3_rows", 0, "bf16", False), ("e5m2", 1, "bf16", False)} <= seen
+    over = {r["rotation"] for r in comparisons if r["spec"] in ("ms_eden_rotation", "ms_eden_upstream")}
+    assert over == {32}  # two groups share a correction
+    for family in ("subnormal_scales", "gradient"):
+        assert {"rtn", "rtn_46", "sr", "ms_eden", "ms_eden_rotation", "square_46", "e5m2"} <= {
+            r["spec"] for r in comparisons if r.get("family") == family
+        }
 
 
 def test_without_rotation_all_but_ms_eden_agree_bit_for_bit(comparisons):
