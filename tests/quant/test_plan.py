@@ -7,9 +7,11 @@ import torch
 from torch import nn
 
 from kernels import backend
+from kernels.quantize import amax, quantize
 from quant import library
 from quant.linear import QuantLinear
 from quant.plan import Precision, convert, resolve
+from quant.recipe import SLOTS
 from quant.stats import slot_stats
 
 
@@ -142,6 +144,22 @@ def test_slot_counters_of_a_step():
     assert all(module.watch is None for module in model.modules() if isinstance(module, QuantLinear))
 
 
+def test_slot_counters_use_the_random_bits_of_their_slot():
+    """Zeros among the codes that the step itself makes of dY, for dgrad and for wgrad."""
+    rng, index = torch.tensor([1, 2, 3]), torch.tensor(4)
+    generator = torch.Generator().manual_seed(3)
+    x, dy = (torch.randn(128, 64, generator=generator).bfloat16() for _ in range(2))
+    mapping = library.mapping("nvfp4_rtn")
+    for gemm in ("dgrad", "wgrad"):
+        mapping[gemm]["dy"] = mapping[gemm]["dy"] | {"rounding": "sr"}
+    layer = QuantLinear(nn.Linear(64, 64, bias=False), library.build(mapping), 4, rng)
+    stats = slot_stats(layer, lambda: layer(x.requires_grad_()).backward(dy))[""]
+    for slot, axis in (("dgrad.dy", 1), ("wgrad.dy", 0)):
+        spec = layer.recipe.operand(slot).spec
+        codes = quantize(dy, spec, axis, amax(dy, axis), None, rng, index, SLOTS.index(slot)).values
+        assert stats[slot]["zeroed"] == int(((codes == 0) & (dy != 0)).sum())
+
+
 def test_slot_counters_by_hand():
     """A layer whose input has one vanishing block, one clipped element and zeros."""
     linear = nn.Linear(32, 16, bias=False)
@@ -161,8 +179,8 @@ def test_slot_counters_by_hand():
         "underflow_blocks": 1,
     }
     x[3, 3] = float("inf")
-    for amax in ("exact", 3.0):
-        mapping["fprop"]["x"]["amax"] = amax
+    for kind in ("exact", 3.0):
+        mapping["fprop"]["x"]["amax"] = kind
         layer.recipe = library.build(mapping)
         assert slot_stats(layer, lambda: layer(x.bfloat16()))[""]["fprop.x"]["non_finite"] == 1
 
