@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 import numpy as np
 
 from analysis import law as laws
-from analysis import law_report, published
+from analysis import law_report, noise, published
 from analysis.cli import existing, positive, quiet_pipes
-from analysis.compare import Group, seed_means
+from analysis.compare import Group, differences, group_runs, seed_means
 from analysis.published import Points
 from analysis.runs import Run, find_runs
 
@@ -41,17 +41,40 @@ def arguments() -> argparse.Namespace:
 
 
 def our_points(patterns: list[str]) -> dict[str, Points]:
-    """{recipe label: {(N, D): mean final loss over seeds}} of finished runs; reruns of a seed are averaged first."""
-    cells: dict[str, dict[tuple[int, int], list[Run]]] = {}
-    for run in [run for run in find_runs(patterns) if run.finished] if patterns else []:
-        cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
-        cells.setdefault(run.info["recipe_label"], {}).setdefault(cell, []).append(run)
-    return {label: {cell: mean_loss(runs) for cell, runs in found.items()} for label, found in cells.items()}
+    """{recipe label: {(N, D): mean final loss over seeds}} of finished runs; reruns of a seed are averaged first.
+
+    Left out: nudged runs, and cells of a recipe with a seed that diverged. ValueError for a cell whose runs can't be
+    compared, or that has a recipe in two variants (two learning rates, say).
+    """
+    cells: dict[tuple[int, int], list[Run]] = {}
+    for run in find_runs(patterns) if patterns else []:
+        if not noise.is_nudged(run) and (run.finished or run.diverged_at is not None):
+            cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
+            cells.setdefault(cell, []).append(run)
+    points: dict[str, Points] = {}
+    for cell, runs in cells.items():
+        for label, loss in cell_losses(cell, runs).items():
+            points.setdefault(label, {})[cell] = loss
+    return points
 
 
-def mean_loss(runs: list[Run]) -> float:
-    seeds = seed_means(Group("", tuple(runs)), lambda run: run.result["final_loss"])
-    return float(np.mean(list(seeds.values())))
+def cell_losses(cell: tuple[int, int], runs: list[Run]) -> dict[str, float]:
+    """{recipe label: mean final loss} of one (N, D)."""
+    where = f"N={cell[0]:,} D={cell[1]:,}"
+    if mixed := differences(runs):
+        raise ValueError(f"{where}: {'; '.join(mixed)}. Leave some out")
+    groups: dict[str, list[Group]] = {}
+    for group in group_runs(runs):
+        groups.setdefault(group.runs[0].info["recipe_label"], []).append(group)
+    if several := [group.label for variants in groups.values() if len(variants) > 1 for group in variants]:
+        raise ValueError(
+            f"{where}: several variants of a recipe make no one point: {', '.join(several)}. Leave some out"
+        )
+    return {label: mean_loss(group) for label, (group,) in groups.items() if not group.diverged}
+
+
+def mean_loss(group: Group) -> float:
+    return float(np.mean(list(seed_means(group, noise.final_loss).values())))
 
 
 def fit(points: dict[str, Points], form: str, draws: int) -> dict:

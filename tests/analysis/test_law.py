@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from synthetic import write_run
+from synthetic import non_finite, write_run
 
 from analysis import law, published
 
@@ -159,3 +159,32 @@ def test_without_the_published_runs_ours_are_fitted_or_it_is_said_what_they_are(
     assert main() == 2
     message = capsys.readouterr().err
     assert "--published FILE" in message and "results/law" in message and "isn't part of the repository" in message
+
+
+def our_points(root):
+    return runpy.run_path(str(SCRIPT))["our_points"]([f"{root}/*"])
+
+
+def test_points_are_means_over_seeds_without_nudged_and_diverged_runs(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "bf16", 1, 3.2)
+    write_run(tmp_path, "bf16", 0, 9.0, numerics={"rounding_seed": 1001}, name="nudged")
+    write_run(tmp_path, "sr", 0, 3.3)
+    non_finite(write_run(tmp_path, "sr", 1, 9.0, steps_done=60), 61)
+    write_run(tmp_path, "fp8", 0, 9.0, steps_done=60)
+    assert our_points(tmp_path) == {"bf16": {(3_000_000, 102_400): pytest.approx(3.1)}}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"numerics": {"optim.lr": 2e-3}}, r"bf16 \(optim.lr=0.001\), bf16 \(optim.lr=0.002\)"),
+        ({"data_fingerprint": "x"}, "data differs"),
+        ({"steps": 50, "tokens_per_step": 2048}, "batch"),
+    ],
+)
+def test_runs_that_make_no_one_point_are_refused(tmp_path, change, message):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "bf16", 1, 2.9, name="other", **change)
+    with pytest.raises(ValueError, match=message):
+        our_points(tmp_path)
