@@ -13,6 +13,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 from scipy.optimize import least_squares
 
+from analysis.pairing import t_quantile
 from analysis.published import Points, gaps
 
 # Residuals beyond this count linearly (Huber): published exact reruns agree to 1e-5, seeds to about 1e-3.
@@ -157,10 +158,10 @@ def bootstrap(
 ) -> tuple[list[Law], dict[str, list[Factors]]]:
     """Refit on `draws` synthetic data sets: the law plus residuals redrawn, for the base and for each recipe's gaps.
 
-    Residuals, not cells, are redrawn: with four sizes, leaving out cells often leaves out a size.
+    Residuals, not cells, are redrawn: with four sizes, leaving out cells often leaves out a size. They are `widened`.
     """
     rng = np.random.default_rng(seed)
-    resid = np.array(list(residuals(law, base).values()))
+    resid = widened(np.array(list(residuals(law, base).values())), FORMS[form])
     factors = {name: fit_factors(law, points, base) for name, points in recipes.items()}
     laws, drawn = [], {name: [] for name in recipes}
     for _ in range(draws):
@@ -181,8 +182,18 @@ def _redraw(
     gap = gaps(points, base)
     n, d, value = arrays(gap)
     predicted = law.loss(n, d, factors.eff_n, factors.eff_d) - law.loss(n, d)
-    noisy = predicted + rng.choice(value - predicted, len(value))
+    noisy = predicted + rng.choice(widened(value - predicted, 2), len(value))
     return dict(zip(sorted(gap), noisy.tolist(), strict=True)), dict.fromkeys(gap, 0.0)
+
+
+def widened(resid: np.ndarray, parameters: int) -> np.ndarray:
+    """Residuals of a fit [cells], so that percentiles of refits to redrawn ones are 95 % intervals for few cells, too.
+
+    A fit with p parameters takes up p of n degrees of freedom: sqrt(n / (n - p)) restores the noise's size, and the
+    ratio of Student's t to the normal quantile allows for that size being an estimate. Needs n > p.
+    """
+    n = len(resid)
+    return resid * np.sqrt(n / (n - parameters)) * t_quantile(n - parameters) / t_quantile(np.inf)
 
 
 def interval(values: list[float]) -> tuple[float, float]:

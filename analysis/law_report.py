@@ -6,6 +6,13 @@ from analysis.law import Factors, GapPower, Law, interval, residuals, rms
 from analysis.published import ALIASES, MAIN, Points, at, gaps, reduction
 from analysis.tables import tokens
 
+# 200 simulated data sets each, noise 1e-3, 60 draws, law known; eff_N / eff_D: 92.0 / 93.5, 96.0 / 94.5, 91.5 / 93.0.
+COVERAGE = (
+    "Bootstrap of residuals, widened for the parameters that a fit takes up. In simulations such 95 % intervals of a "
+    "factor held the truth in 92 to 94 % of cases with 3 cells, 94 to 96 % with 6, 91 to 93 % with 20. Noise of cells "
+    "only: what the shape of the law misses is in no interval.\n"
+)
+
 
 def law_table(law: Law, laws: list[Law]) -> str:
     """Parameters of the base law with bootstrap intervals; A and B refer to N/1e8 and D/1e10."""

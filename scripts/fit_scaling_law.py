@@ -117,6 +117,7 @@ def report(result: dict, form: str, source: str, ours: dict[str, Points], everyo
         law_report.form_table(result["fits"], base, result["without"]),
         "Efficiency factors, fitted on gaps at equal (N, D), and a power law of the gap for comparison:\n",
         law_report.factor_table(result["factors"], result["drawn"], result["recipes"], base, result["power"]),
+        law_report.COVERAGE,
     ]
     if "quartet2" in everyone and "tetrajet2" in everyone:
         parts += [
