@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
-DONE, RUNNING, STOPPED, MISSING, FAILED = "done", "running", "stopped", "missing", "failed"
+DONE, RUNNING, STOPPED, MISSING = "done", "running", "stopped", "missing"
 
 
 @dataclass(frozen=True)
@@ -25,13 +25,12 @@ def cell_lock(runs: Path, name: str) -> Path:
 
 
 def state_of(runs: Path, name: str) -> State:
-    """State of the run folder runs/<name>. A result that isn't "finished" (an error, say) is "failed"."""
+    """State of the run folder runs/<name>."""
     folder = runs / name
     result = folder / "result.json"
     if result.exists():
         content = json.loads(result.read_text())
-        status = DONE if content.get("status") == "finished" else FAILED
-        return State(status, content.get("step", 0), content.get("final_loss"))
+        return State(DONE, content.get("step", 0), content.get("final_loss"))
     if is_locked(cell_lock(runs, name)) or is_locked(folder / RUN_LOCK):
         return State(RUNNING, last_step(folder / "metrics.jsonl"))
     if (folder / "run.json").exists():
@@ -40,12 +39,15 @@ def state_of(runs: Path, name: str) -> State:
 
 
 def is_locked(path: Path) -> bool:
-    """Does a living process hold a flock on `path`? (Locks of killed processes vanish with them.)"""
+    """Does a living process hold `path` locked exclusively? (Locks of killed processes vanish with them.)
+
+    Asks with a shared lock: several may ask at once, and a start waits for them (training.signals.lock_file).
+    """
     if not path.exists():
         return False
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

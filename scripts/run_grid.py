@@ -11,7 +11,6 @@ second one started beside it or after it takes only what nobody runs. Ctrl-C and
 current step, saved; the same command goes on.
 """
 
-import fcntl
 import os
 import shlex
 import signal
@@ -29,7 +28,7 @@ from configs import gridline, slurm
 from configs.cli import take_launcher
 from configs.compose import ConfigError, compose
 from configs.grid import GridError
-from training.signals import EXIT_PREEMPTED
+from training.signals import EXIT_PREEMPTED, lock_file
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # launcher= is taken off before these are read; here it is for the suggestion.
@@ -50,9 +49,7 @@ class Running:
 def pending(line: gridline.GridLine) -> list[str]:
     """Cells that nobody has finished or is running, stopped ones first: they are nearest to a result."""
     found = {cell: states.state_of(line.runs, line.run_name(cell)).status for cell in line.cells}
-    return [c for c in found if found[c] == states.STOPPED] + [
-        c for c in found if found[c] in (states.MISSING, states.FAILED)
-    ]
+    return [c for wanted in (states.STOPPED, states.MISSING) for c in found if found[c] == wanted]
 
 
 def command(line: gridline.GridLine, cell: str) -> list[str]:
@@ -66,8 +63,8 @@ def start(line: gridline.GridLine, cell: str, slot: str | None) -> Running | Non
     lock.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if (line.runs / name / "result.json").exists() and states.state_of(line.runs, name).status == states.DONE:
+        lock_file(descriptor)
+        if (line.runs / name / "result.json").exists():
             return None
         environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
         with open(lock.with_suffix(".log"), "ab") as log:

@@ -12,12 +12,14 @@ evaluation, saves, and ends with `StopFlag.exit_code`. A second Ctrl-C ends at o
 import fcntl
 import os
 import signal
+import time
 from pathlib import Path
 from types import FrameType
 
 EXIT_PREEMPTED = 75
 EXIT_KILLED_BY_USER = 130
 LOCK = ".lock"
+LOCK_WAIT_S = 0.2
 # Larger is more urgent: what one rank got decides for all (distributed.SharedFlag takes the maximum).
 INTERRUPT, PREEMPT = 1, 2
 NAMES = {INTERRUPT: "interrupt (Ctrl-C)", PREEMPT: "preemption (SIGTERM or SIGUSR1)"}
@@ -51,6 +53,21 @@ class StopFlag:
         return EXIT_PREEMPTED if level == PREEMPT else 0
 
 
+def lock_file(descriptor: int) -> None:
+    """Lock exclusively, trying for 0.2 s: who asks whether a run is going on holds its lock shared for a moment.
+
+    Raises BlockingIOError if another process has it.
+    """
+    end = time.monotonic() + LOCK_WAIT_S
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(0.01)
+
+
 class RunLock:
     """Exclusive use of a run folder, held by rank 0 for all ranks.
 
@@ -65,7 +82,7 @@ class RunLock:
         """Take the lock. Raises RuntimeError, naming the holder, if another process has it."""
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock_file(descriptor)
         except BlockingIOError as error:
             holder = os.read(descriptor, 200).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)

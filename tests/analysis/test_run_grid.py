@@ -1,9 +1,11 @@
+import fcntl
 import importlib.util
 import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 
 from analysis import states
 from configs import grid
+from training.signals import RunLock
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "run_grid.py"
@@ -156,6 +159,27 @@ def test_two_scripts_at_once_share_the_work(tmp_path):
     scripts = [start_script(tmp_path, "log.every=3") for _ in range(2)]
     assert [script.wait(timeout=90) for script in scripts] == [0, 0]
     assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
+
+
+def test_who_asks_is_not_who_runs(run_grid, tmp_path):
+    """Asking holds the lock shared: two who ask don't see each other as a run, and a start beside them waits."""
+    path = tmp_path / ".lock"
+    path.touch()
+    asking = os.open(path, os.O_RDONLY)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    assert not states.is_locked(path)
+    threading.Timer(0.05, os.close, [asking]).start()
+    lock = RunLock(tmp_path)
+    lock.acquire()
+    assert states.is_locked(path)
+    lock.release()
+    line = run_grid.gridline.read(["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"], run_grid.OWN)
+    cell = states.cell_lock(tmp_path, line.run_name("bf16/s0"))
+    cell.parent.mkdir()
+    asking = os.open(cell, os.O_RDWR | os.O_CREAT)
+    fcntl.flock(asking, fcntl.LOCK_SH)
+    threading.Timer(0.05, os.close, [asking]).start()
+    assert run_grid.start(line, "bf16/s0", None).process.wait(timeout=30) == 0
 
 
 def test_slurm_submits_one_job_a_missing_cell(run_grid, tmp_path, capsys):
