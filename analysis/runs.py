@@ -6,6 +6,8 @@ Anything else out of format is an error that names the file and the line: a sile
 
 import glob
 import json
+import zipfile
+import zlib
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -151,17 +153,15 @@ class Run:
         return float(np.min(self.evals["loss"][self.targets == self.targets[-1:]], initial=np.inf))
 
     def rows_at(self, step: int) -> EvalRows:
-        """The per-segment rows of the evaluation at `step`. RunError when the file is missing or malformed."""
+        """The per-segment rows of the evaluation at `step`. RunError when the file is missing, damaged or malformed."""
         path = self.path / "eval" / f"{step}.npz"
-        candidates = [path, *self.path.glob(f"eval/*{step}.npz")]  # names may be zero padded
-        found = next((p for p in candidates if p.exists() and int(p.stem.split("_")[-1]) == step), None)
-        if found is None:
+        if not path.exists():
             raise RunError(f"{path}: missing, but metrics.jsonl reports an evaluation at step {step}")
-        with np.load(found, allow_pickle=False) as file:
-            missing = set(ROW_KEYS) - set(file.files)
-            if missing:
-                raise RunError(f"{found}: lacks {sorted(missing)}; needs {list(ROW_KEYS)}")
-            return EvalRows(**{key: file[key] for key in ROW_KEYS})
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                return EvalRows(**{key: file[key] for key in ROW_KEYS})
+        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise RunError(f"{path}: can't be read ({error}); needs {list(ROW_KEYS)}") from None
 
     def read_json(self, name: str) -> dict:
         """`env.json`, `plan.json`, ...: {} when the run has none."""
@@ -185,8 +185,15 @@ def read_run(path: str | Path) -> Run:
         train=_columns(path, records, "train", TRAIN_KEYS),
         evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets",)),
         events=[r for r in records if r["kind"] == "event"],
-        result=json_object(path / "result.json") if (path / "result.json").exists() else None,
+        result=_result(path / "result.json") if (path / "result.json").exists() else None,
     )
+
+
+def _result(path: Path) -> dict:
+    result = json_object(path)
+    if not isinstance(result.get("final_loss"), int | float):
+        raise RunError(f"{path}: final_loss must be a number, got {result.get('final_loss')!r}")
+    return result
 
 
 def find_runs(patterns: list[str]) -> list[Run]:
@@ -224,7 +231,10 @@ def _metrics(path: Path) -> list[dict]:
     """All records of metrics.jsonl. Only an unterminated last line (being written, or cut by a kill) is passed over."""
     if not path.exists():
         return []
-    lines = path.read_text().split("\n")
+    try:
+        lines = path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise RunError(f"{path}: not text ({error})") from None
     records = []
     for number, line in enumerate(lines[:-1], 1):
         try:

@@ -11,6 +11,7 @@ that the table names; B200 hours are a prediction from H100 (analysis/costs.py s
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
@@ -24,6 +25,7 @@ from configs.compose import ConfigError, compose
 from configs.grid import GridError
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
+BENCH_KEYS = {"model", "recipe", "tokens_per_second"}
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
 
@@ -146,10 +148,12 @@ def measure(given: list[str]) -> int:
     return 0
 
 
-def bench_rows(timings: list[dict], source: str) -> list[dict]:
-    """Rows from bench_step.py's JSON; presets only, since the FLOPs come from the preset."""
+def bench_rows(timings: Any, source: str) -> list[dict]:
+    """Rows from bench_step.py's JSON; presets only, since the FLOPs come from the preset. ValueError for other JSON."""
     from training.shapes import shape_of
 
+    if not isinstance(timings, list) or not all(isinstance(t, dict) and t.keys() >= BENCH_KEYS for t in timings):
+        raise ValueError(f"{source}: not what scripts/bench_step.py json=... writes, a list with {sorted(BENCH_KEYS)}")
     rows = []
     for timing in timings:
         try:

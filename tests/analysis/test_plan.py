@@ -102,6 +102,10 @@ def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
         (["measure=runs/*", "foo"], "foo has no meaning beside measure"),
         (["measure=b.json"], "add device='NVIDIA H100'"),
         (["measure=/nope.json", "device=CPU"], "/nope.json"),
+        (
+            ["measure=results/bench/linear.json", "device=CPU"],
+            "results/bench/linear.json: not what scripts/bench_step.py",
+        ),
     ],
 )
 def test_mistakes_are_named(words, message, capsys, monkeypatch):

@@ -102,3 +102,36 @@ def test_globs_pass_over_other_folders_and_named_folders_do_not(tmp_path):
         find_runs([f"{tmp_path}/compare"])
     with pytest.raises(RunError, match="no run folder matches"):
         find_runs([f"{tmp_path}/nothing*"])
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda data: b"", lambda data: data[:100], lambda data: data[:-40], lambda data: b"x"]
+)
+def test_a_damaged_evaluation_file_is_one_error_that_names_it(tmp_path, damage):
+    file = write_run(tmp_path) / "eval" / "100.npz"
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(RunError, match=r"eval/100\.npz: can't be read"):
+        read_run(tmp_path / "llama_tiny-bf16-0").rows_at(100)
+
+
+@pytest.mark.parametrize("content", ["{}", '{"status": "finished", "final_loss": "low"}', "[]", "{"])
+def test_a_result_without_a_final_loss_is_one_error_that_names_it(tmp_path, content):
+    path = write_run(tmp_path)
+    (path / "result.json").write_text(content)
+    with pytest.raises(RunError, match=r"result\.json"):
+        read_run(path)
+
+
+def test_metrics_that_are_no_text_are_one_error_that_names_them(tmp_path):
+    path = write_run(tmp_path)
+    with open(path / "metrics.jsonl", "ab") as file:
+        file.write(b"\xff\xfe\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: not text"):
+        read_run(path)
+
+
+def test_an_evaluation_is_that_of_its_step_and_no_other(tmp_path):
+    path = write_run(tmp_path)
+    (path / "eval" / "100.npz").rename(path / "eval" / "x_100.npz")
+    with pytest.raises(RunError, match="missing"):
+        read_run(path).rows_at(100)
