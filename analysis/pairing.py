@@ -94,13 +94,6 @@ def paired_gap(runs: list[EvalRows], baselines: list[EvalRows]) -> Gap:
     return Gap(*_ratio(x, n), documents=len(n))
 
 
-def clustered_mean(rows: EvalRows) -> Gap:
-    """Loss [nats/token] of one evaluation with its document-clustered standard error."""
-    _, document = np.unique(rows.document, return_inverse=True)
-    n = np.bincount(document, weights=rows.tokens)
-    return Gap(*_ratio(np.bincount(document, weights=rows.nats), n), documents=len(n))
-
-
 def _ratio(x: np.ndarray, n: np.ndarray) -> tuple[float, float]:
     mean = x.sum() / n.sum()
     if len(n) < 2:

@@ -8,7 +8,6 @@ from analysis.pairing import (
     ONE_SEED,
     RESOLVED,
     Floor,
-    clustered_mean,
     paired_gap,
     seed_gap,
     t_quantile,
@@ -53,7 +52,7 @@ def test_clustered_error_is_the_spread_over_fresh_documents():
     document = np.repeat(np.arange(40), 10)
     for _ in range(400):
         nats = (3 + rng.normal(size=40)[document]) * 100
-        gap = clustered_mean(rows(document, nats, np.full(400, 100)))
+        gap = paired_gap([rows(document, nats, np.full(400, 100))], [rows(document, np.zeros(400), np.full(400, 100))])
         means.append(gap.value)
         errors.append(gap.se)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
