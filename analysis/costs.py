@@ -13,16 +13,15 @@ import numpy as np
 from analysis.runs import Run
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "throughput.json"
-# Dense BF16 peaks as NVIDIA states them. Prediction for B200: the MFU measured on an H100 in BF16, whatever the recipe:
+# Dense BF16 peak as NVIDIA states it. Prediction for B200: the MFU measured on an H100 in BF16, whatever the recipe:
 # native NVFP4 GEMMs pay from about 3B parameters on (quartet2.md, d.6), and none of these grids has such a model.
-H100_PEAK, B200_PEAK = 989e12, 2250e12
-BYTES_CHECKPOINT = 12  # a parameter: FP32 master weight and two AdamW moments
-BYTES_EVALUATION = 40  # a row of eval/<step>.npz
+B200_PEAK = 2250e12
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of a grid and what follows from its configuration. `base_recipe`: the file its recipe started from."""
+    """One cell of a grid and what follows from its configuration. `base_recipe`: the file its recipe started from.
+    `disk_gib`: of the checkpoints kept; metrics and evaluations add a few MB."""
 
     name: str
     model: str
@@ -30,19 +29,13 @@ class Cell:
     base_recipe: str
     steps: int
     tokens: int
-    parameters: int
     flops_per_token: int
     memory_gib: float
-    kept_checkpoints: int
+    disk_gib: float
 
     @property
     def flops(self) -> float:
         return float(self.flops_per_token) * self.tokens
-
-    @property
-    def disk_gib(self) -> float:
-        """Checkpoints kept; metrics and evaluations add a few MB."""
-        return self.kept_checkpoints * BYTES_CHECKPOINT * self.parameters / 2**30
 
 
 @dataclass(frozen=True)
@@ -78,13 +71,16 @@ def gpu_hours(cell: Cell, rows: list[dict]) -> tuple[float | None, str]:
     return (None, "not measured") if speed is None else (cell.tokens / speed.tokens_per_second / 3600, speed.source)
 
 
-def b200_hours(cell: Cell, rows: list[dict], device: str | None) -> float | None:
-    """Predicted GPU-hours on a B200: this model's BF16 hours on an H100 or H200 times 989/2250; else None."""
-    if device is None or not any(name in device for name in ("H100", "H200")):
+def b200_hours(cell: Cell, rows: list[dict], peak: float | None) -> float | None:
+    """Predicted GPU-hours on a B200: this model's BF16 hours on the measured device times the ratio of the BF16 peaks.
+
+    `peak` [FLOP/s]: the measured device's; None without one.
+    """
+    if peak is None:
         return None
     plain = Cell(**{**cell.__dict__, "recipe": "bf16", "base_recipe": "bf16"})
     hours, _ = gpu_hours(plain, rows)
-    return None if hours is None else hours * H100_PEAK / B200_PEAK
+    return None if hours is None else hours * peak / B200_PEAK
 
 
 def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:

@@ -21,8 +21,9 @@ from analysis.costs import Cell
 from analysis.runs import find_runs
 from analysis.tables import tokens as short
 from configs import gridline
-from configs.compose import ConfigError, compose
+from configs.compose import Composed, ConfigError, compose
 from configs.grid import GridError
+from training.config import TrainConfig
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
 BENCH_KEYS = {"model", "recipe", "tokens_per_second"}
@@ -30,41 +31,57 @@ HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "h
 
 
 def cells_of(line: gridline.GridLine) -> list[Cell]:
-    """All chosen cells. Composing takes long, and only quant and seed differ between most cells: composed once each."""
-    composed, cells = {}, []
+    """All chosen cells. Composing takes long, and cells share most of it: each shape and each recipe composed once."""
+    composed: dict[tuple[str, ...], Composed] = {}
+
+    def once(overrides: list[str]) -> Composed:
+        key = tuple(overrides)
+        if key not in composed:
+            composed[key] = compose([*overrides, *line.extra])
+        return composed[key]
+
+    cells = []
     for name, overrides in line.cells.items():
-        shape = tuple(o for o in overrides if not o.startswith(("quant", "seed=")))
-        if shape not in composed:
-            composed[shape] = compose([*shape, *line.extra]).config
-        cells.append(cell_of(name, overrides, composed[shape]))
+        shape = once([o for o in overrides if not o.startswith(("quant", "seed="))])
+        cells.append(cell_of(name, shape.config, once([o for o in overrides if o.startswith("quant")])))
     return cells
 
 
-def cell_of(name: str, overrides: list[str], config) -> Cell:
+def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
+    """`config`: of the cell but for its recipe, which is that of `recipe`."""
+    import torch
+
+    from quant.plan import plan_of
     from training.derive import derive
-    from training.memory import BYTES_PACKED, Kept, estimate
-    from training.shapes import shape_of
+    from training.memory import BYTES_STATE, GIB, estimate, kept_of
+    from training.shapes import model_of, shape_of
 
     shape = shape_of(config, config.data.vocab_size)
+    with torch.device("meta"):
+        plan = plan_of(model_of(shape), recipe.config.quant)
     numbers = derive(config, shape.parameters_non_embedding, world=1)
-    recipe = next(o.split("=", 1)[1] for o in overrides if o.startswith("quant="))
-    packed = recipe != "bf16" and "quant.fprop=none" not in overrides
-    operands = Kept(BYTES_PACKED, BYTES_PACKED) if packed else Kept()
     kept = config.checkpoint.keep_last + (
         numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
     )
+    memory = estimate(shape, numbers.micro_tokens, kept_of(plan), accumulates=numbers.accumulation > 1)
     return Cell(
         name=name,
         model=config.model.name,
-        recipe=next((o.split("=", 1)[1] for o in overrides if o.startswith("quant.name=")), recipe),
-        base_recipe=recipe,
+        recipe=plan.recipe.name,
+        base_recipe=recipe.choices["quant"],
         steps=numbers.steps,
         tokens=numbers.tokens,
-        parameters=shape.parameters,
         flops_per_token=shape.flops_per_token(numbers.seq_len),
-        memory_gib=estimate(shape, numbers.micro_tokens, operands, accumulates=numbers.accumulation > 1).total,
-        kept_checkpoints=kept,
+        memory_gib=memory.total,
+        disk_gib=kept * BYTES_STATE * shape.parameters / GIB,
     )
+
+
+def peak_of(device: str | None) -> float | None:
+    """The measured device's BF16 peak [FLOP/s], where there is one to predict a B200 from."""
+    from training.metrics import PEAK_FLOPS
+
+    return next((peak for name, peak in PEAK_FLOPS.items() if device and name in device), None)
 
 
 def table_for(own: dict[str, str]) -> dict:
@@ -82,7 +99,7 @@ def table_for(own: dict[str, str]) -> dict:
 
 def row(cell: Cell, state: states.State, table: dict) -> tuple[str, ...]:
     hours, source = costs.gpu_hours(cell, table["rows"])
-    b200 = costs.b200_hours(cell, table["rows"], table["device"])
+    b200 = costs.b200_hours(cell, table["rows"], peak_of(table["device"]))
     shown = state.status if state.status in (states.DONE, states.MISSING) else f"{state.status} {state.step}"
     return (
         cell.name,
@@ -103,11 +120,11 @@ def totals(cells: list[Cell], found: dict[str, states.State], table: dict, own: 
     left = {c.name: 0.0 if found[c.name].status == states.DONE else 1 - found[c.name].step / c.steps for c in cells}
     counts = [s.status for s in found.values()]
     lines = [", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))]
-    disk = sum(c.disk_gib for c in cells)
+    disk, peak = sum(c.disk_gib for c in cells), peak_of(table["device"])
     lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")
     for label, hours_of, price in (
         (table["device"] or "measured device", lambda c: costs.gpu_hours(c, table["rows"])[0], own["price"]),
-        ("B200, predicted", lambda c: costs.b200_hours(c, table["rows"], table["device"]), own["price_b200"]),
+        ("B200, predicted", lambda c: costs.b200_hours(c, table["rows"], peak), own["price_b200"]),
     ):
         hours = {c.name: hours_of(c) for c in cells}
         known = {name: h for name, h in hours.items() if h is not None}

@@ -7,11 +7,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from synthetic import write_run
 
 from analysis import costs
 from analysis.costs import Cell
 from analysis.runs import find_runs
+from configs.compose import compose
+from training.distributed import Dist
+from training.memory import estimate, kept_of
+from training.sketch import Request, describe
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "plan.py"
 # llama_30m, 512 tokens: 6 (30,482,560 + 32000 * 640) + 12 * 6 * 640 * 512
@@ -19,7 +24,19 @@ FLOPS_30M = 6 * (30_482_560 + 32_000 * 640) + 12 * 6 * 640 * 512
 
 
 def cell(model="llama_30m", recipe="quartet2", base=None, flops_per_token=1000):
-    return Cell("c", model, recipe, base or recipe, 100, 3_600_000, 10**6, flops_per_token, 1.0, 2)
+    return Cell("c", model, recipe, base or recipe, 100, 3_600_000, flops_per_token, memory_gib=1.0, disk_gib=2.0)
+
+
+def cells(*words):
+    module = plan_module()
+    return {cell.name: cell for cell in module.cells_of(module.gridline.read(words, module.OWN))}
+
+
+def plan_module():
+    spec = importlib.util.spec_from_file_location("plan", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def rows(**speeds):
@@ -51,12 +68,31 @@ def test_another_model_is_taken_at_equal_mfu_and_said_to_be():
 
 def test_b200_is_predicted_from_bf16_whatever_the_recipe():
     # 3.6M tokens at 2,000 a second: half an hour; times 989 / 2250
-    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), "NVIDIA H100") == pytest.approx(0.5 * 989 / 2250)
-    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), "CPU") is None
+    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), 989e12) == pytest.approx(0.5 * 989 / 2250)
+    assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), None) is None
 
 
 def test_disk_is_what_the_kept_checkpoints_take():
-    assert cell().disk_gib == pytest.approx(2 * 12 * 10**6 / 2**30)
+    # llama_30m: 30,482,560 parameters and twice 32,000 x 640; one checkpoint of weights and two moments in FP32
+    found = cells("experiment=corpus_screen", "only=bf16/s0")["bf16/s0"]
+    assert found.disk_gib == pytest.approx(12 * (30_482_560 + 2 * 32_000 * 640) / 2**30)
+
+
+def test_memory_is_what_the_start_screen_of_the_run_says():
+    found = cells("experiment=corpus_screen", "only=fp8/s0,quartet2_forward/s0")
+    for name in ("fp8/s0", "quartet2_forward/s0"):
+        request = Request(compose(["experiment=corpus_screen", f"cell={name}"]).config, "", {}, "")
+        sketch = describe(request, Dist(0, 1, 0, torch.device("cpu")), None)
+        expected = estimate(sketch.shape, sketch.numbers.micro_tokens, kept_of(sketch.plan), accumulates=False)
+        assert found[name].memory_gib == pytest.approx(expected.total)
+    assert found["fp8/s0"].memory_gib == pytest.approx(11.3, abs=0.05)
+    variant = found["quartet2_forward/s0"]
+    assert (variant.recipe, variant.base_recipe) == ("quartet2_forward", "quartet2")
+
+
+def test_a_recipe_on_the_command_line_is_the_one_that_is_planned():
+    found = cells("experiment=corpus_screen", "only=quartet2/s0", "quant=fp8")["quartet2/s0"]
+    assert (found.recipe, found.base_recipe) == ("fp8", "fp8") and found.memory_gib == pytest.approx(11.3, abs=0.05)
 
 
 def test_throughput_is_read_from_runs_and_mixed_devices_are_refused(tmp_path):
@@ -110,10 +146,7 @@ def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
 )
 def test_mistakes_are_named(words, message, capsys, monkeypatch):
     monkeypatch.setattr(costs, "TABLE", Path("/nowhere/throughput.json"))  # not to be written
-    spec = importlib.util.spec_from_file_location("plan", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    assert module.main(words) == 2
+    assert plan_module().main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("plan: ") and message in error and len(error.splitlines()) == 1
 
