@@ -102,7 +102,7 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     """Submit one job array; returns the job ids. `options`: submitit parameters, cluster=local|debug for trials, and
     processes_per_node (default: gpus_per_node, itself 1).
 
-    GridError without submitit.
+    GridError without submitit, or for an option that it refuses.
     """
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", PREEMPT_SIGNAL)  # submitit reads it when it is imported
     try:
@@ -118,7 +118,11 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
     executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}
-    executor.update_parameters(**{"name": name, "gpus_per_node": 1, "tasks_per_node": 1, **settings})
+    try:
+        executor.update_parameters(**{"name": name, "gpus_per_node": 1, "tasks_per_node": 1, **settings})
+    except (NameError, AssertionError) as error:  # submitit's, for an unknown option and one of another type
+        given = " ".join(f"slurm.{key}={value}" for key, value in options.items())
+        raise GridError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None
     return [job.job_id for job in executor.map_array(Task(processes), commands)]
 
 

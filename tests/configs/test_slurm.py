@@ -135,6 +135,16 @@ def test_without_slurm_it_says_so(tmp_path, monkeypatch):
         slurm.submit("name", tmp_path, [["true"]], {})
 
 
+@pytest.mark.parametrize("cluster", ["slurm", "local"])
+@pytest.mark.parametrize("options", [{"timeout_min": "abc"}, {"foo": "1"}])
+def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, options, cluster):
+    monkeypatch.setattr(slurm.shutil, "which", lambda name: "/usr/bin/srun")
+    monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda *_: 2)
+    key, value = next(iter(options.items()))
+    with pytest.raises(GridError, match=rf"slurm\.{key}={value}.*submitit"):
+        slurm.submit("name", tmp_path, [["true"]], {**options, "cluster": cluster})
+
+
 def test_launcher_words_are_taken_off_the_command_line():
     line = read_command_line(["seed=1", "launcher=slurm", "slurm.partition=gpu", "slurm.nodes=2"])
     assert line.overrides == ["seed=1"] and line.slurm == {"partition": "gpu", "nodes": "2"}
