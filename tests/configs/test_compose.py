@@ -11,6 +11,7 @@ from configs import grid
 from configs.cli import read_command_line
 from configs.compose import ConfigError, compose, groups, sweep
 from quant import library
+from training.config import OptimSection
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -199,3 +200,11 @@ def test_ctrl_c_before_training_is_one_line():
     done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 130 and done.stderr.startswith("train.py: interrupted before training began")
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_optimizers_have_the_published_values():
+    """Written out: a default of the schema and a YAML file could drift together."""
+    adamw = OptimSection("adamw", None, [0.9, 0.95], 1e-8, 0.1, 1.0, 0.3, 0.004, 0.5)
+    muon = OptimSection("muon", None, [0.8, 0.95], 1e-10, 0.2, None, 0.3, 0.004, 0.5)
+    assert compose([]).config.optim == compose(["optim=adamw"]).config.optim == adamw
+    assert compose(["optim=muon"]).config.optim == muon
