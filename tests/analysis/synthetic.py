@@ -96,8 +96,6 @@ def write_run(
             "final_bpb": final / 2.8,
         }
         result |= {
-            "best_loss": final,
-            "best_step": 100,
             "wall_s": ms / 10,
             "train_loss_last": final,
             "ms_per_step_median": ms,
