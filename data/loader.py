@@ -43,14 +43,16 @@ class Loader:
         self.stream.check(out)
         return torch.from_numpy(out)
 
-    def sample_hash(self, first: int, count: int) -> str:
-        """16 hex digits that name the samples first .. first + count: which windows of which data, in which order.
+    def sample_hashes(self, first: int, count: int, batches: int) -> list[str]:
+        """For each of `batches` batches of `count` samples from sample `first` on, 16 hex digits that name it: which
+        windows of which data, in which order.
 
-        Reads no tokens (the data's fingerprint stands for them), so it costs little enough for every logged step.
+        Reads no tokens (the data's fingerprint stands for them) and locates all samples at once: the GPU waits
+        meanwhile.
         """
-        digest = hashlib.blake2b(f"{self.tokens.fingerprint}/{self.seq_len}/{self.packing}".encode(), digest_size=8)
-        digest.update(self._locate(first, count).astype("<i8").tobytes())
-        return digest.hexdigest()
+        what = f"{self.tokens.fingerprint}/{self.seq_len}/{self.packing}".encode()
+        where = self._locate(first, count * batches).astype("<i8").reshape(batches, -1)
+        return [hashlib.blake2b(what + batch.tobytes(), digest_size=8).hexdigest() for batch in where]
 
     def prefetch(self, ranges: Iterable[tuple[int, int]], pin: bool | None = None) -> Iterator[Tensor]:
         """Yield samples(first, count) for each range, read ahead by a thread; in pinned memory if there is CUDA.

@@ -123,7 +123,9 @@ def run_in(
             ),
             rng=rng,
             batches=lambda first_step: micro_batches(texts.train, sketch.numbers, ranks, first_step),
-            sample_hash=lambda step: texts.train.sample_hash(step * sketch.numbers.sequences, sketch.numbers.sequences),
+            sample_hashes=lambda step, count: texts.train.sample_hashes(
+                step * sketch.numbers.sequences, sketch.numbers.sequences, count
+            ),
             evalset=texts.evaluation,
             final_evalset=texts.final,
             flops_per_token=sketch.shape.flops_per_token(config.batch.seq_len),

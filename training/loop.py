@@ -50,7 +50,7 @@ class Parts:
     micro_batch: MicroBatch
     rng: Tensor  # int64 [3]: seed, step, micro-batch
     batches: Callable[[int], Iterator[Tensor]]  # first step -> this rank's micro-batches, int64 on the device
-    sample_hash: Callable[[int], str]  # step -> hash of the samples it consumes, over all ranks
+    sample_hashes: Callable[[int, int], list[str]]  # first step, count -> hash of each one's samples, over all ranks
     evalset: EvalSet
     final_evalset: EvalSet
     flops_per_token: int
@@ -175,7 +175,13 @@ class Trainer:
         ms = 1e3 * (now - self._window_start) / len(values)
         self._window_start = now
         first = self.state.step - len(values) + 1
-        rows = [self._train_row(first + i, nats, norm, ms) for i, (nats, norm) in enumerate(values)]
+        # What all steps share is found once: the device stands still until the next one is launched.
+        shared = {"ms_per_step": ms, **self._speed(ms), "memory_gib": memory_gib(self.p.ranks.device)}
+        samples = self.p.sample_hashes(first - 1, len(values))
+        rows = [
+            self._train_row(first + i, nats, norm) | shared | {"samples": samples[i], "time": time.time()}
+            for i, (nats, norm) in enumerate(values)
+        ]
         bad = first_non_finite(rows)
         if bad is not None:
             return self._recover(rows[:bad], rows[bad])
@@ -190,9 +196,16 @@ class Trainer:
         self._batches = self.p.batches(self.state.step)
         self._restart_clock()
 
-    def _train_row(self, step: int, nats: float, grad_norm: float, ms: float) -> dict[str, Any]:
+    def _speed(self, ms: float) -> dict[str, Any]:
         tokens_per_second = 1e3 * self.numbers.tokens_per_step / ms
         flops = self.p.flops_per_token * tokens_per_second / self.numbers.world
+        return {
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops / self._peak if self._peak else None,
+            "mfu_formula": MFU_FORMULA if self._peak else None,
+        }
+
+    def _train_row(self, step: int, nats: float, grad_norm: float) -> dict[str, Any]:
         return {
             "kind": "train",
             "step": step,
@@ -200,13 +213,6 @@ class Trainer:
             "loss": nats / self.numbers.tokens_per_step,
             "grad_norm": grad_norm,
             "lr": self.numbers.schedule.lr(step - 1),
-            "ms_per_step": ms,
-            "tokens_per_second": tokens_per_second,
-            "mfu": flops / self._peak if self._peak else None,
-            "mfu_formula": MFU_FORMULA if self._peak else None,
-            "memory_gib": memory_gib(self.p.ranks.device),
-            "samples": self.p.sample_hash(step - 1),
-            "time": time.time(),
         }
 
     def _log(self, *rows: dict[str, Any]) -> None:

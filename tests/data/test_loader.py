@@ -70,14 +70,22 @@ def test_seeds_and_epochs_do_not_alias(tokens):
 
 
 def test_sample_hash_names_data_seed_and_place(loader, tokens, folder):
-    base = loader.sample_hash(10, 6)
-    assert len(base) == 16 and base == Loader(tokens, "train", SEQ, 5).sample_hash(10, 6)
-    others = [loader.sample_hash(11, 6), loader.sample_hash(10, 7), Loader(tokens, "train", SEQ, 6).sample_hash(10, 6)]
-    others.append(Loader(tokens, "train", 32, 5).sample_hash(10, 6))
+    def hash_of(source, first=10, count=6):
+        return source.sample_hashes(first, count, 1)[0]
+
+    base = hash_of(loader)
+    assert len(base) == 16 and base == hash_of(Loader(tokens, "train", SEQ, 5))
+    others = [hash_of(loader, 11), hash_of(loader, 10, 7), hash_of(Loader(tokens, "train", SEQ, 6))]
+    others.append(hash_of(Loader(tokens, "train", 32, 5)))
     changed = TokenSet(folder)
     changed.fingerprint = "0" * 64
-    others.append(Loader(changed, "train", SEQ, 5).sample_hash(10, 6))
+    others.append(hash_of(Loader(changed, "train", SEQ, 5)))
     assert len({base, *others}) == 6
+
+
+def test_hashes_of_several_batches_are_those_of_each(loader):
+    n = loader.samples_per_epoch  # the third batch lies in two epochs
+    assert loader.sample_hashes(n - 15, 6, 4) == [loader.sample_hashes(n - 15 + 6 * i, 6, 1)[0] for i in range(4)]
 
 
 def test_the_smallest_text_that_holds_a_sequence(tokens):

@@ -77,7 +77,7 @@ def test_the_loader_reads_the_layout(tokens):
     for sample, index in zip(batch, where, strict=True):
         assert sample.tolist() == expected[index].tolist()
     assert torch.equal(torch.cat([loader.samples(i, 1) for i in range(2 * n)]), batch)
-    assert loader.sample_hash(0, 4) != Loader(tokens, "train", ROW - 1, seed=1).sample_hash(0, 4)
+    assert loader.sample_hashes(0, 4, 1) != Loader(tokens, "train", ROW - 1, seed=1).sample_hashes(0, 4, 1)
 
 
 def test_the_layout_is_repeatable_and_says_what_it_crops(tokens, copy):
