@@ -62,6 +62,7 @@ class Run:
     evals: dict[str, np.ndarray]
     events: list[dict]
     result: dict | None
+    as_of: int | None = None  # cut off by `until` at this step, where it was evaluated
 
     @property
     def name(self) -> str:
@@ -88,10 +89,13 @@ class Run:
 
     @property
     def status(self) -> str:
-        """ "finished", with the number of non-finite steps it got past; "diverged" or "unfinished (step/steps)"."""
+        """ "finished", with the number of non-finite steps it got past; "diverged" or "unfinished (step/steps)"; of a
+        run cut off by `until`, the step."""
         steps = self.info["steps"]
         if self.diverged_at is not None:
             return f"diverged ({self.diverged_at}/{steps})"
+        if self.as_of is not None:
+            return f"as of step {self.as_of}/{steps}"
         if not self.finished:
             return f"unfinished ({self.last_step}/{steps})"
         bad = len({e["bad_step"] for e in self.events if e["event"] == "nonfinite"})
@@ -114,8 +118,15 @@ class Run:
             return {key: values[fields["step"] <= step] for key, values in fields.items()}
 
         events = [event for event in self.events if event["step"] <= step]
-        result = self.result if step >= self.info["steps"] else None
-        return replace(self, train=head(self.train), evals=head(self.evals), events=events, result=result)
+        cut = step < self.info["steps"]
+        return replace(
+            self,
+            train=head(self.train),
+            evals=head(self.evals),
+            events=events,
+            result=None if cut else self.result,
+            as_of=step if cut and step in self.evals["step"] else None,
+        )
 
     def loss_at(self, step: int, field: str = "loss") -> float:
         """Validation loss [nats/token] (or bpb) logged at `step`; KeyError when it was not evaluated there."""

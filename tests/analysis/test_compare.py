@@ -90,7 +90,7 @@ def test_as_of_a_step_every_run_evaluated_there_counts(tmp_path):
     groups = group_runs(runs, 75)
     base = pick_baseline(groups, None)
     row = next(r for r in table(groups, base) if r.label == "quartet2")
-    assert (row.step, row.seeds, row.status) == (75, 2, "unfinished (60/100); unfinished (75/100)")
+    assert (row.step, row.seeds, row.status) == (75, 2, "as of step 75/100; unfinished (60/100)")
     late = {seed: run.loss_at(75) for seed, run in enumerate(base.runs)}
     ours = {
         run.info["seed"]: run.loss_at(75)
