@@ -225,9 +225,12 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     step = common_step(group, base)
     if step is None:
         raise RunError(_nothing_in_common(group, base))
-    same_text(base.runs, step)
     losses = np.array(list(losses_at(group, step).values()))
-    gap, se = compare_pair(group, base, step, floor) if group is not base else (None, math.nan)
+    gap, se = None, math.nan
+    if group is base:
+        same_text(base.runs, step)  # compare_pair looks at both sides
+    else:
+        gap, se = compare_pair(group, base, step, floor)
     base_loss = np.mean(list(losses_at(base, step).values()))
     speed = float(np.median([r.tokens_per_second for r in group.runs]))
     base_speed = float(np.median([r.tokens_per_second for r in base.runs]))

@@ -77,13 +77,6 @@ def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
     )
 
 
-def peak_of(device: str | None) -> float | None:
-    """The measured device's BF16 peak [FLOP/s], where there is one to predict a B200 from."""
-    from training.metrics import PEAK_FLOPS
-
-    return next((peak for name, peak in PEAK_FLOPS.items() if device and name in device), None)
-
-
 def table_for(own: dict[str, str]) -> dict:
     """The measured throughput. ValueError for a table that was named and isn't there, and for prices that are none."""
     for key in ("price", "price_b200"):
@@ -97,9 +90,10 @@ def table_for(own: dict[str, str]) -> dict:
     return costs.load(path)
 
 
-def row(cell: Cell, state: states.State, table: dict) -> tuple[str, ...]:
+def row(cell: Cell, state: states.State, table: dict, peak: float | None) -> tuple[str, ...]:
+    """One line of the table. `peak` [FLOP/s]: of the device that the table measured."""
     hours, source = costs.gpu_hours(cell, table["rows"])
-    b200 = costs.b200_hours(cell, table["rows"], peak_of(table["device"]))
+    b200 = costs.b200_hours(cell, table["rows"], peak)
     shown = state.status if state.status in (states.DONE, states.MISSING) else f"{state.status} {state.step}"
     return (
         cell.name,
@@ -115,12 +109,14 @@ def row(cell: Cell, state: states.State, table: dict) -> tuple[str, ...]:
     )
 
 
-def totals(cells: list[Cell], found: dict[str, states.State], table: dict, own: dict[str, str]) -> list[str]:
+def totals(
+    cells: list[Cell], found: dict[str, states.State], table: dict, peak: float | None, own: dict[str, str]
+) -> list[str]:
     """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
     left = {c.name: 0.0 if found[c.name].status == states.DONE else 1 - found[c.name].step / c.steps for c in cells}
     counts = [s.status for s in found.values()]
     lines = [", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))]
-    disk, peak = sum(c.disk_gib for c in cells), peak_of(table["device"])
+    disk = sum(c.disk_gib for c in cells)
     lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")
     for label, hours_of, price in (
         (table["device"] or "measured device", lambda c: costs.gpu_hours(c, table["rows"])[0], own["price"]),
@@ -199,15 +195,18 @@ def main(words: list[str]) -> int:
     except (GridError, ConfigError, ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
+    from training.metrics import peak_of  # here: a wrong word shall not wait for torch to be imported
+
+    peak = peak_of(table["device"])
     found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
     if details:
-        lines = [HEADER, *(row(cell, found[cell.name], table) for cell in cells)]
+        lines = [HEADER, *(row(cell, found[cell.name], table, peak) for cell in cells)]
         widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]
         print(
             "\n".join("  ".join(part.ljust(w) for part, w in zip(entry, widths, strict=True)) for entry in lines), "\n"
         )
     measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
-    print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, line.own), sep="\n")
+    print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")
     return 0
 
 

@@ -6,6 +6,7 @@ from training.config import TrainConfig
 from training.schedule import Schedule
 
 TOKENS_PER_PARAMETER = 20  # length of a run that names neither tokens nor steps, per non-embedding parameter
+MUON_IS_FOR = "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
 DEFAULT_BATCH_TOKENS = 262144  # the published runs' 512 sequences of 512
 
 
@@ -77,9 +78,7 @@ def check_optimizer(config: TrainConfig) -> None:
     """A preset's peak rate belongs to one optimizer: a Llama's to AdamW, nanochat's to Muon."""
     is_nanochat = config.model.family == "nanochat"
     if config.optim.name == "muon" and not is_nanochat:
-        raise ValueError(
-            "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
-        )
+        raise ValueError(MUON_IS_FOR)
     if config.optim.name == "adamw" and is_nanochat and config.optim.lr is None:
         raise ValueError(
             f"model={config.model.name}: its rate of {config.model.lr:g} is Muon's; add optim=muon schedule=wsd, or "

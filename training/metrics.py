@@ -85,10 +85,12 @@ class StepBuffer:
 
 def peak_flops(device: torch.device) -> float | None:
     """Dense BF16 peak of the GPU that MFU is measured against; None where we know no honest figure (CPUs too)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name: str | None) -> float | None:
+    """The same by the device's name, as NVIDIA writes it; None without one."""
+    return next((flops for key, flops in PEAK_FLOPS.items() if name and key in name), None)
 
 
 def memory_gib(device: torch.device) -> float | None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import OptimSection
+from training.derive import MUON_IS_FOR
 from training.muon import Muon
 from training.schedule import Schedule
 
@@ -54,6 +55,9 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
         "residual_scales": config.scalar_lr * RESIDUAL_SCALE_FACTOR,
         "embedding_scales": config.scalar_lr,
     }
+    others = {name for name, p in named.items() if not any(p is matrix for matrix in matrices)}
+    if others != set(rates):
+        raise ValueError(MUON_IS_FOR)  # a parameter without a rate would stay as it is, without a word
     groups = [{"params": [named[name]], "lr_scale": rate / lr} for name, rate in rates.items()]
     devices = {parameter.device.type for parameter in named.values()}
     betas = (config.betas[0], config.betas[1])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
 from training.config import OptimSection
 from training.muon import POLAR_EXPRESS, Muon, polar, reduce_variance
@@ -142,6 +143,8 @@ def test_groups_and_rates_are_the_published_ones():
     assert sum(len(group["params"]) for group in muon.param_groups) == 24 * 6
 
 
-def test_vectors_are_refused():
+def test_other_models_are_refused():
+    with pytest.raises(ValueError, match="optim=muon is made for model=nanochat_560m"):
+        build_optimizers(Llama(LlamaConfig(1, 32, 2, 64, 50)), OptimSection(name="muon"), 0.02)
     with pytest.raises(ValueError, match=r"needs matrices, got shape \(4,\)"):
         Muon([torch.nn.Parameter(randn(4))], 0.02, 0.0)
