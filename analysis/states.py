@@ -1,13 +1,15 @@
-"""Which runs of a grid are done, running, stopped or missing, told from their folders and locks. No torch, quick."""
+"""Which runs of a grid are done, running, diverged, stopped or missing, told from folders and locks. No torch, quick."""
 
 import fcntl
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
-DONE, RUNNING, STOPPED, MISSING = "done", "running", "stopped", "missing"
+DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
+HANDLED = ("nonfinite", "skip", "rollback")  # events of training/nonfinite.py
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,11 @@ def state_of(runs: Path, name: str) -> State:
     if result.exists():
         content = json.loads(result.read_text())
         return State(DONE, content.get("step", 0), content.get("final_loss"))
+    metrics = folder / "metrics.jsonl"
     if is_locked(cell_lock(runs, name)) or is_locked(folder / RUN_LOCK):
-        return State(RUNNING, last_step(folder / "metrics.jsonl"))
+        return State(RUNNING, last_step(metrics))
     if (folder / "run.json").exists():
-        return State(STOPPED, last_step(folder / "metrics.jsonl"))
+        return State(DIVERGED if diverged(metrics) else STOPPED, last_step(metrics))
     return State(MISSING)
 
 
@@ -56,18 +59,26 @@ def is_locked(path: Path) -> bool:
 
 
 def last_step(metrics: Path) -> int:
-    """The last training step in metrics.jsonl, read from its end; 0 without one."""
+    """The last training step in metrics.jsonl; 0 without one."""
+    return next((int(record["step"]) for record in newest_first(metrics) if record.get("kind") == "train"), 0)
+
+
+def diverged(metrics: Path) -> bool:
+    """Did a loss or gradient that is not finite end the run? (One that was skipped or rolled back did not.)"""
+    last = next((record for record in newest_first(metrics) if record.get("event") in HANDLED), None)
+    return last is not None and last["event"] == "nonfinite" and last["bad_step"] > last_step(metrics)
+
+
+def newest_first(metrics: Path) -> Iterator[dict]:
+    """The records in the last 64 KiB of metrics.jsonl."""
     if not metrics.exists():
-        return 0
+        return
     with open(metrics, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(0, size - 65536))
         lines = file.read().split(b"\n")[:-1]
     for line in reversed(lines):
         try:
-            record = json.loads(line)
+            yield json.loads(line)
         except json.JSONDecodeError:
             continue  # the first line of the window is cut
-        if record.get("kind") == "train":
-            return int(record["step"])
-    return 0

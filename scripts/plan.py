@@ -113,7 +113,8 @@ def totals(
     cells: list[Cell], found: dict[str, states.State], table: dict, peak: float | None, own: dict[str, str]
 ) -> list[str]:
     """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
-    left = {c.name: 0.0 if found[c.name].status == states.DONE else 1 - found[c.name].step / c.steps for c in cells}
+    over = (states.DONE, states.DIVERGED)
+    left = {c.name: 0.0 if found[c.name].status in over else 1 - found[c.name].step / c.steps for c in cells}
     counts = [s.status for s in found.values()]
     lines = [", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))]
     disk = sum(c.disk_gib for c in cells)

@@ -8,7 +8,8 @@ Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (
 Everything else is passed to train.py. On a CPU one run at a time. Output of each run: <runs>/.grid/<run>.log.
 A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
 second one started beside it or after it takes only what nobody runs. Ctrl-C and SIGTERM stop the runs after their
-current step, saved; the same command goes on.
+current step, saved; the same command goes on. A cell that diverged is a result, too: it is left alone unless
+nonfinite=skip or nonfinite=rollback is given.
 """
 
 import os
@@ -47,9 +48,16 @@ class Running:
 
 
 def pending(line: gridline.GridLine) -> list[str]:
-    """Cells that nobody has finished or is running, stopped ones first: they are nearest to a result."""
+    """Cells that nobody has finished or is running, begun ones first: they are nearest to a result. Those that diverged
+    only where the command says how to get past that: they would end as before."""
     found = {cell: states.state_of(line.runs, line.run_name(cell)).status for cell in line.cells}
-    return [c for wanted in (states.STOPPED, states.MISSING) for c in found if found[c] == wanted]
+    mended = {"nonfinite=skip", "nonfinite=rollback"} & set(line.extra)
+    begun = {states.STOPPED, states.DIVERGED} if mended else {states.STOPPED}
+    return [c for wanted in (begun, {states.MISSING}) for c in found if found[c] in wanted]
+
+
+def diverged(line: gridline.GridLine) -> list[str]:
+    return [c for c in line.cells if states.state_of(line.runs, line.run_name(c)).status == states.DIVERGED]
 
 
 def command(line: gridline.GridLine, cell: str) -> list[str]:
@@ -135,6 +143,8 @@ def run_local(line: gridline.GridLine) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+    for cell in diverged(line):
+        print(f"{cell}: diverged, left as it is; nonfinite=skip or nonfinite=rollback would go on")
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
     return 1 if failed else EXIT_PREEMPTED if stopping else 0

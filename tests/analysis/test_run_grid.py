@@ -110,6 +110,23 @@ def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, caps
     assert "no such data" in Path(log).read_text()
 
 
+def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path, capsys):
+    folder = tmp_path / "corpus_screen-bf16-s0"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    train, bad = '{"kind": "train", "step": 6}\n', '{"kind": "event", "event": "nonfinite", "step": 6, "bad_step": 7}\n'
+    (folder / "metrics.jsonl").write_text(train + bad)
+    words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"]
+    assert states.state_of(tmp_path, folder.name) == states.State("diverged", 6)
+    assert run_grid.main(words) == 0 and not (folder / "starts").exists()
+    assert "1 cells, 0 to run" in (out := capsys.readouterr().out) and "bf16/s0: diverged, left as it is" in out
+    skipped = '{"kind": "event", "event": "skip", "step": 7, "bad_step": 7}\n'
+    (folder / "metrics.jsonl").write_text(train + bad + skipped)
+    assert states.state_of(tmp_path, folder.name) == states.State("stopped", 6)
+    (folder / "metrics.jsonl").write_text(train + bad)
+    assert run_grid.main([*words, "nonfinite=skip"]) == 0 and len(starts(tmp_path, "bf16/s0")) == 1
+
+
 def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
     script = start_script(tmp_path, "log.every=10")
     name = tmp_path / "corpus_screen-bf16-s0" / "metrics.jsonl"
