@@ -47,6 +47,16 @@ class Group:
         return tuple(run for run in (*self.runs, *self.cut) if run.diverged_at is not None)
 
     @property
+    def milliseconds(self) -> float:
+        """A step's, the median of the runs that had their GPU alone; NaN without one."""
+        alone = [run.milliseconds for run in self.runs if not run.shared_gpu]
+        return float(np.median(alone)) if alone else math.nan
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.runs[0].info["tokens_per_step"] / self.milliseconds * 1e3
+
+    @property
     def caption(self) -> str:
         """The name at a curve, which is that of the other seeds."""
         return f"{self.label} ({len(self.diverged)} diverged)" if self.diverged else self.label
@@ -164,6 +174,10 @@ def seed_means(group: Group, value: Callable[[Run], float]) -> dict[int, float]:
     return means | {int(run.info["seed"]): math.nan for run in group.diverged}
 
 
+def mean_over_seeds(group: Group, value: Callable[[Run], float]) -> float:
+    return float(np.mean(list(seed_means(group, value).values())))
+
+
 def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
     """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
 
@@ -232,8 +246,6 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     else:
         gap, se = compare_pair(group, base, step, floor)
     base_loss = np.mean(list(losses_at(base, step).values()))
-    speed = float(np.median([r.tokens_per_second for r in group.runs]))
-    base_speed = float(np.median([r.tokens_per_second for r in base.runs]))
     statuses = sorted({r.status for r in (*group.runs, *group.cut)})
     return Row(
         label=group.label,
@@ -243,14 +255,14 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
         step=step,
         tokens=step * group.runs[0].info["tokens_per_step"],
         final=float(losses.mean()),
-        bpb=_mean(seed_means(group, lambda run: run.loss_at(step, "bpb"))),
+        bpb=mean_over_seeds(group, lambda run: run.loss_at(step, "bpb")),
         sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
-        best=_mean(seed_means(group, lambda run: run.best_loss)),
+        best=mean_over_seeds(group, lambda run: run.best_loss),
         gap=gap,
         document_se=se,
         percent=100 * gap.mean / base_loss if gap else math.nan,
-        tokens_per_second=speed,
-        ratio=speed / base_speed,
+        tokens_per_second=group.tokens_per_second,
+        ratio=group.tokens_per_second / base.tokens_per_second,
     )
 
 
@@ -261,10 +273,6 @@ def _nothing_in_common(group: Group, base: Group) -> str:
         return f"no evaluation yet in {_some(empty)}: leave out such runs, or wait for their first"
     who = f"the runs of {base.label}" if group is base else f"{group.label} and {base.label}"
     return f"{who} have no evaluation step in common; set the same evaluation interval"
-
-
-def _mean(values: dict[int, float]) -> float:
-    return float(np.mean(list(values.values())))
 
 
 def _some(names: list[str]) -> str:

@@ -92,7 +92,7 @@ def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:
     if len(devices) != 1 or any(run.read_json("env.json").get("device_count", 1) != 1 for run in runs):
         raise ValueError(f"throughput needs single-GPU runs of one kind of device, got {', '.join(sorted(devices))}")
     best: dict[tuple[str, str], dict] = {}
-    for run in runs:
+    for run in (run for run in runs if not run.shared_gpu):
         key = (run.info["model"], run.info["recipe"])
         if key not in best or best[key]["tokens_per_second"] < run.tokens_per_second:
             best[key] = {

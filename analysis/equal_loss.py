@@ -16,7 +16,8 @@ from analysis.plots import group_curve
 class EqualLoss:
     """The baseline reaches `loss` (the recipe's last on its curve) after `base_tokens`; the recipe after `tokens`.
 
-    `base_tokens` is None when the baseline never does. Seconds are steps times the median step time.
+    `base_tokens` is None when the baseline never does. Seconds are steps times the median step time of runs that had
+    their GPU alone; NaN without one.
     """
 
     label: str
@@ -61,4 +62,4 @@ def equal_loss(group: Group, base: Group) -> EqualLoss | None:
 
 def _per_step(group: Group) -> tuple[int, float]:
     """Tokens and seconds of one step."""
-    return group.runs[0].info["tokens_per_step"], float(np.median([r.milliseconds for r in group.runs])) / 1e3
+    return group.runs[0].info["tokens_per_step"], group.milliseconds / 1e3

@@ -105,7 +105,7 @@ def equal_losses(groups: list[Group], base: Group) -> list[str]:
     note = (
         f"When {base.label} first comes down to the loss at which each recipe's curve ends. Its learning rate has not "
         "decayed by then, so a run planned for that length would need fewer tokens still. Times are of these machines: "
-        "emulated 4-bit runs say nothing about native speed."
+        "emulated 4-bit runs say nothing about native speed. Runs that shared their GPU give no time."
     )
     return [
         html.heading("Tokens and time to equal loss"),
@@ -118,7 +118,8 @@ def _equal_row(e: EqualLoss) -> list[str]:
     first = [e.label, f"{e.loss:.4f}", tables.tokens(e.tokens)]
     if e.base_tokens is None:
         return [*first, "not reached", "-", duration(e.seconds), "-", "-"]
-    shares = f"{e.base_tokens / e.tokens:.1%}", f"{e.base_seconds / e.seconds:.1%}"
+    time = e.base_seconds / e.seconds
+    shares = f"{e.base_tokens / e.tokens:.1%}", "-" if math.isnan(time) else f"{time:.1%}"
     return [*first, tables.tokens(e.base_tokens), shares[0], duration(e.seconds), duration(e.base_seconds), shares[1]]
 
 
@@ -156,10 +157,14 @@ def run_list(runs: list[Run]) -> list[str]:
         last = [f"{column['loss'][-1]:.4f}" if len(column["loss"]) else "-" for column in (run.evals, run.train)]
         start = next((e for e in run.events if e.get("init_hash")), {})
         init = str(start.get("init_hash", "-"))[:8]
-        rows.append([run.name, str(run.info["seed"]), run.status, *last, f"{run.milliseconds:.1f}", init])
+        rows.append([run.name, str(run.info["seed"]), run.status, *last, _step_time(run), init])
         rows[-1].append(str(run.info.get("command", "")))
     note = "Equal init: the same initial weights. Training: the last step's loss, one batch."
     return [html.heading("Runs"), html.table(header, rows, "runs", text_columns=(7,)), html.note(note)]
+
+
+def _step_time(run: Run) -> str:
+    return f"{run.milliseconds:.1f}" + (" (shared GPU)" if run.shared_gpu else "")
 
 
 def differing(title: str, values: dict[str, dict], identity: str) -> list[str]:
@@ -191,6 +196,8 @@ def flat(value: dict, prefix: str = "") -> dict:
 
 
 def duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "-"
     if seconds >= 3600:
         return f"{seconds / 3600:.2f} h"
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

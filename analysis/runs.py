@@ -33,6 +33,7 @@ RUN_KEYS = (
     "tokenizer_hash",
 )
 TRAIN_KEYS = ("step", "tokens", "loss", "ms_per_step", "tokens_per_second", "time")
+SHARED_GIB = 4.0  # our own CUDA context, libraries and NCCL's buffers stay below
 EVAL_KEYS = ("step", "tokens", "loss", "bpb", "se", "time")
 ROW_KEYS = ("sequence", "document", "nats", "tokens", "bytes")
 
@@ -106,6 +107,12 @@ class Run:
         """Median milliseconds a step; the first tenth is left out (compilation, warm-up). NaN without steps."""
         ms = self.train["ms_per_step"]
         return float(np.median(ms[len(ms) // 10 :])) if len(ms) else float("nan")
+
+    @property
+    def shared_gpu(self) -> bool:
+        """Did other processes hold memory of its GPU for more than half of the run? No where it wasn't logged."""
+        others = self.train["others_gib"]
+        return 2 * int(np.count_nonzero(others > SHARED_GIB)) > len(others)
 
     @property
     def tokens_per_second(self) -> float:
@@ -193,7 +200,7 @@ def read_run(path: str | Path) -> Run:
     return Run(
         path=path,
         info=info,
-        train=_columns(path, records, "train", TRAIN_KEYS),
+        train=_columns(path, records, "train", TRAIN_KEYS, optional=("others_gib",)),
         evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets",)),
         events=[r for r in records if r["kind"] == "event"],
         result=_result(path / "result.json") if (path / "result.json").exists() else None,

@@ -1,4 +1,4 @@
-"""Which runs of a grid are done, running, diverged, stopped or missing, told from folders and locks. No torch, quick."""
+"""Which runs of a grid are done, running, diverged, stopped or missing; from folders and locks. No torch, quick."""
 
 import fcntl
 import json

@@ -13,12 +13,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-import numpy as np
-
 from analysis import law as laws
 from analysis import law_report, noise, published
 from analysis.cli import existing, positive, quiet_pipes
-from analysis.compare import Group, differences, group_runs, seed_means
+from analysis.compare import Group, differences, group_runs, mean_over_seeds
 from analysis.published import Points
 from analysis.runs import Run, find_runs
 
@@ -70,11 +68,7 @@ def cell_losses(cell: tuple[int, int], runs: list[Run]) -> dict[str, float]:
         raise ValueError(
             f"{where}: several variants of a recipe make no one point: {', '.join(several)}. Leave some out"
         )
-    return {label: mean_loss(group) for label, (group,) in groups.items() if not group.diverged}
-
-
-def mean_loss(group: Group) -> float:
-    return float(np.mean(list(seed_means(group, noise.final_loss).values())))
+    return {label: mean_over_seeds(group, noise.final_loss) for label, (group,) in groups.items() if not group.diverged}
 
 
 def fit(points: dict[str, Points], form: str, draws: int) -> dict:

@@ -23,7 +23,7 @@ from training.derive import Numbers
 from training.distributed import Dist, SharedFlag
 from training.evaluate import evaluate, save_rows
 from training.loggers import Loggers
-from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, peak_flops
+from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, others_gib, peak_flops
 from training.microbatch import MicroBatch
 from training.nonfinite import Guard, Recovery, first_non_finite
 from training.optim import clip_gradients, set_rates
@@ -176,7 +176,9 @@ class Trainer:
         self._window_start = now
         first = self.state.step - len(values) + 1
         # What all steps share is found once: the device stands still until the next one is launched.
-        shared = {"ms_per_step": ms, **self._speed(ms), "memory_gib": memory_gib(self.p.ranks.device)}
+        device = self.p.ranks.device
+        memory = {"memory_gib": memory_gib(device), "others_gib": others_gib(device)}
+        shared = {"ms_per_step": ms, **self._speed(ms), **memory}
         samples = self.p.sample_hashes(first - 1, len(values))
         rows = [
             self._train_row(first + i, nats, norm) | shared | {"samples": samples[i], "time": time.time()}

@@ -93,6 +93,15 @@ def peak_of(name: str | None) -> float | None:
     return next((flops for key, flops in PEAK_FLOPS.items() if name and key in name), None)
 
 
+def others_gib(device: torch.device) -> float | None:
+    """Memory of the GPU that this process's tensors don't hold, GiB: other processes' above all, since CUDA's context
+    and libraries take about one. A run that shares its GPU says nothing about speed. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    free, total = torch.cuda.mem_get_info(device)
+    return (total - free - torch.cuda.memory_reserved(device)) / 2**30
+
+
 def memory_gib(device: torch.device) -> float | None:
     """Peak memory that tensors took since the start, GiB; on a CPU the process's peak resident memory."""
     if device.type == "cuda":

@@ -59,9 +59,11 @@ def write_run(
     numerics: dict | None = None,
     rows_seed: int = 7,
     name: str | None = None,
+    others_gib: float | None = None,
     **info,
 ) -> Path:
-    """Write runs/<name> with a smooth loss curve that ends at `final`; `steps_done` < 100 leaves it unfinished."""
+    """Write runs/<name> with a smooth loss curve that ends at `final`; `steps_done` < 100 leaves it unfinished.
+    `others_gib`: GPU memory of other processes; None as runs on a CPU and old ones have it."""
     label = label or recipe
     fields = {**BASE_INFO, **info, "recipe": recipe, "recipe_label": label, "seed": seed}
     fields["tokens"] = fields["steps"] * fields["tokens_per_step"]
@@ -79,7 +81,8 @@ def write_run(
         loss = final + 4.0 * (100 - step) / 100
         record = {"kind": "train", "step": step, "tokens": step * per_step, "loss": loss - 0.01, "grad_norm": 1.0}
         record |= {"lr": 1e-3, "ms_per_step": ms, "tokens_per_second": per_step / ms * 1e3, "mfu": 0.1}
-        record |= {"mfu_formula": "6N+12Lds", "memory_gib": 0.5, "samples": "ab", "time": step * ms / 1e3}
+        record |= {"mfu_formula": "6N+12Lds", "memory_gib": 0.5, "others_gib": others_gib}
+        record |= {"samples": "ab", "time": step * ms / 1e3}
         records.append(record)
         if step in EVAL_STEPS:
             rows = eval_rows(loss, seed=rows_seed)

@@ -7,11 +7,17 @@ import torch
 from training.config import LoggerSection, WandbSection
 from training.identity import short_count
 from training.loggers import Loggers, build_sinks, numbers
-from training.metrics import MetricsFile, StepBuffer
+from training.metrics import MetricsFile, StepBuffer, others_gib
 
 
 def row(kind: str, step: int, **fields) -> dict:
     return {"kind": kind, "step": step, **fields}
+
+
+def test_memory_of_others_is_what_is_taken_and_not_ours(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * 2**30)
+    assert others_gib(torch.device("cuda")) == 18.0 and others_gib(torch.device("cpu")) is None
 
 
 def test_truncation_drops_later_measurements_and_keeps_the_history(tmp_path):
