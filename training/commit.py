@@ -15,7 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.manifest import FORMAT, MANIFEST, META, fsync_folder, prune, remove, write_durably, write_json
+from training.manifest import (
+    FORMAT,
+    MANIFEST,
+    META,
+    fsync_folder,
+    prune,
+    remove,
+    step_of,
+    write_durably,
+    write_json,
+)
 from training.storage import INDEX, IO_THREADS, CheckpointError, StagedFile
 
 POLL_S = 0.02
@@ -130,4 +140,4 @@ def _publish_checkpoint(job: Job, files: dict[str, dict[str, Any]]) -> None:
         remove(job.final)
     job.folder.rename(job.final)
     fsync_folder(job.final.parent)
-    prune(job.final.parent, job.keep_last, job.keep_every)
+    prune(job.final.parent, step_of(job.final), job.keep_last, job.keep_every)

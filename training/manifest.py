@@ -131,7 +131,7 @@ def latest_good(
     whole, raises CheckpointError: starting again from step 0 without a word would lose the run.
     """
     root = Path(run_dir) / "checkpoints"
-    found = [path for path in checkpoints(root) if before is None or int(STEP_NAME.fullmatch(path.name)[1]) < before]
+    found = [path for path in checkpoints(root) if before is None or step_of(path) < before]
     for path in reversed(found):
         reasons = check(path)
         if not reasons:
@@ -170,9 +170,15 @@ def remove_temporary(root: Path) -> list[str]:
     return sorted(path.name for path in left)
 
 
-def prune(root: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all but the newest `keep_last` and those whose step is a multiple of `keep_every` (0: no such)."""
-    for path in checkpoints(root)[:-keep_last]:
-        step = int(STEP_NAME.fullmatch(path.name)[1])
-        if not (keep_every and step % keep_every == 0):
+def step_of(folder: Path) -> int:
+    return int(STEP_NAME.fullmatch(folder.name)[1])
+
+
+def prune(root: Path, saved: int, keep_last: int, keep_every: int) -> None:
+    """Delete all before step `saved` but the newest `keep_last`, that one included, and those whose step is a multiple
+    of `keep_every` (0: no such). Later ones are damaged, or the run would have gone on from there: they must not count
+    as kept, and stay to be looked at until the run gets there again."""
+    past = [path for path in checkpoints(root) if step_of(path) <= saved]
+    for path in past[:-keep_last]:
+        if not (keep_every and step_of(path) % keep_every == 0):
             remove(path)

@@ -246,8 +246,20 @@ def test_retention_keeps_last_and_every(tmp_path):
         "step_00000009",
         "step_00000010",
     ]
-    prune(tmp_path / "checkpoints", 1, 0)
+    prune(tmp_path / "checkpoints", 10, 1, 0)
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_00000010"]
+
+
+def test_a_damaged_later_checkpoint_costs_no_good_one(tmp_path):
+    """Resumed from step 3 because 9 is damaged: the save of step 6 must not count 9 as kept and delete itself."""
+    saved_run(tmp_path, (3, 9))
+    root = tmp_path / "checkpoints"
+    damage_truncate(root / "step_00000009")
+    saved_run(tmp_path, (6,), keep_last=1)
+    assert [p.name for p in checkpoints(root)] == ["step_00000006", "step_00000009"]
+    assert latest_good(tmp_path).name == "step_00000006"
+    saved_run(tmp_path, (9,), keep_last=1)
+    assert latest_good(tmp_path).name == "step_00000009" and len(checkpoints(root)) == 1
 
 
 def test_temporary_folders_are_never_seen_and_removable(tmp_path):
