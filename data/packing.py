@@ -35,11 +35,15 @@ def load_layout(tokens: TokenSet, split: str, row_tokens: int) -> tuple[np.ndarr
         with disk_full_explained(tokens.path), locked(tokens.path / ".lock-packing"):
             if not folder.is_dir():
                 _store(tokens.split(split), row_tokens, folder)
-    info = json.loads((folder / "info.json").read_text())
-    for name in ("rows", "pieces"):
-        if sha256_of(folder / f"{name}.bin") != info[f"{name}_sha256"]:
-            raise RuntimeError(f"{folder / name}.bin is damaged: delete {folder}; it is made again")
-    if info["documents_sha256"] != tokens.manifest["splits"][split]["documents_sha256"]:
+    try:
+        info = json.loads((folder / "info.json").read_text())
+        damaged = [name for name in ("rows", "pieces") if sha256_of(folder / f"{name}.bin") != info[f"{name}_sha256"]]
+        documents = info["documents_sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{folder} is damaged ({error!r}): delete it; it is made again") from error
+    if damaged:
+        raise RuntimeError(f"{folder / damaged[0]}.bin is damaged: delete {folder}; it is made again")
+    if documents != tokens.manifest["splits"][split]["documents_sha256"]:
         raise RuntimeError(f"{folder} belongs to other documents: delete it; it is made again")
     rows = np.asarray(np.memmap(folder / "rows.bin", "<i8", "r"))
     if len(rows) == 1:  # not one row: there is no empty memory map

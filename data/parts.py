@@ -117,11 +117,10 @@ def tokenize_part(part: Part, tokenizer: TextTokenizer) -> int:
     """Write one part atomically; returns the bytes of text in it."""
     if load_part(part.path, ("counts",)) is not None:  # made before a kill, after a part that was not
         return 0
-    texts = [_valid_utf8(text) for text in part.texts]
-    documents = np.zeros((len(texts), 5), np.int64)
+    documents = np.zeros((len(part.texts), 5), np.int64)
     documents[:, GROUP], documents[:, IS_VAL] = part.groups, part.is_val
     pieces = []
-    for row, (text, ids) in enumerate(zip(texts, tokenizer.encode(texts), strict=True)):
+    for row, (text, ids) in enumerate(zip(part.texts, tokenizer.encode(part.texts), strict=True)):
         size = len(text.encode())
         documents[row, TOKENS], documents[row, BYTES] = len(ids), size
         documents[row, INEXACT] = int(tokenizer.token_bytes[ids].sum()) - tokenizer.prefix_bytes != size
@@ -145,15 +144,6 @@ def _finished(folder: Path, role: str, unit: int) -> tuple[int, int, bool]:
         if arrays["counts"][1]:
             return index, rows, True
     return index, rows, False
-
-
-def _valid_utf8(text: str) -> str:
-    """A lone surrogate (half of an escaped pair in JSON) has no UTF-8: it becomes a question mark."""
-    try:
-        text.encode()
-        return text
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "replace").decode()
 
 
 class _Pool:

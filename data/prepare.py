@@ -60,7 +60,9 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
     Raises ValueError for wrong options or data, RuntimeError for a full disk or a damaged folder.
     """
     if spec.path:
-        return _given(spec)
+        folder = _given(spec)
+        _verify(folder)
+        return folder
     with disk_full_explained(Path(root)):
         plan = _plan(spec, Path(root))
         if plan.folder.is_dir():  # without the lock: a finished folder may lie where nothing can be written

@@ -103,8 +103,8 @@ class FileSource:
         for number, line in enumerate(islice(lines, skip, None), skip + 1):
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON ({error.msg}); is the file cut off?") from error
+            except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, too deep
+                raise ValueError(f"{path}, line {number}: not JSON ({error}); is the file cut off?") from error
             if not isinstance(row, dict):
                 raise ValueError(f"{path}, line {number}: a {type(row).__name__}, not an object with a text")
             yield make_row(row, self.spec, f"{path}, line {number}")
@@ -114,15 +114,18 @@ class FileSource:
             import pyarrow.parquet
         except ImportError as error:
             raise RuntimeError(f"{path}: Parquet needs pyarrow: pip install 'nibble-train[hub]'") from error
-        table = pyarrow.parquet.ParquetFile(handle)
         keys = {self.spec.text_key, self.spec.source_key, self.spec.id_key}
-        columns = [name for name in table.schema_arrow.names if name in keys]
         number = 0
-        for batch in table.iter_batches(batch_size=1024, columns=columns):
-            for row in batch.to_pylist():
-                number += 1
-                if number > skip:
-                    yield make_row(row, self.spec, f"{path}, row {number}")
+        try:
+            table = pyarrow.parquet.ParquetFile(handle)
+            columns = [name for name in table.schema_arrow.names if name in keys]
+            for batch in table.iter_batches(batch_size=1024, columns=columns):
+                for row in batch.to_pylist():
+                    number += 1
+                    if number > skip:
+                        yield make_row(row, self.spec, f"{path}, row {number}")
+        except (pyarrow.ArrowException, OSError) as error:
+            raise ValueError(f"{path}: {error}; is the file cut off or damaged? ({number} rows were read)") from error
 
 
 def make_row(row: dict[str, Any], spec: DataSpec, where: str) -> Row:
@@ -132,7 +135,17 @@ def make_row(row: dict[str, Any], spec: DataSpec, where: str) -> Row:
         raise ValueError(f"{where}: no text under data.text_key={spec.text_key}; the row's keys are {', '.join(row)}")
     identity = row.get(spec.id_key) if spec.id_key else None
     source = row.get(spec.source_key) if spec.source_key else None
-    return Row(text, "" if source is None else str(source), None if identity is None else str(identity))
+    identity = None if identity is None else _valid_utf8(str(identity))
+    return Row(_valid_utf8(text), "" if source is None else _valid_utf8(str(source)), identity)
+
+
+def _valid_utf8(text: str) -> str:
+    """A lone surrogate (half of an escaped pair in JSON) has no UTF-8: it becomes a question mark."""
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
 
 
 def expand(patterns: list[str], option: str) -> list[Path]:

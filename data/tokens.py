@@ -32,16 +32,22 @@ class TokenSet:
             ) from error
         except ValueError as error:
             raise RuntimeError(f"{self.path / 'manifest.json'} is damaged ({error}): {_REMEDY}") from error
+        try:
+            self._open(verify)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RuntimeError(f"{self.path / 'manifest.json'} is damaged ({error!r}): {_REMEDY}") from error
+        self._stamps = {file: _stamp(file) for file in sorted(self.path.glob("*.bin"))}
+        self._streams: dict[str, Stream] = {}
+
+    def _open(self, verify: bool) -> None:
         if self.manifest["format"] != FORMAT:
-            raise RuntimeError(f"{path} has format {self.manifest['format']}, needed: {FORMAT}; {_REMEDY}")
+            raise RuntimeError(f"{self.path} has format {self.manifest['format']}, needed: {FORMAT}; {_REMEDY}")
         self.fingerprint: str = self.manifest["fingerprint"]
         self.tokenizer_hash: str = self.manifest["tokenizer"]["hash"]
         self.vocab_size: int = self.manifest["tokenizer"]["vocab_size"]
         self.bos_id: int = self.manifest["tokenizer"]["bos_id"]
         self.dtype = np.dtype(self.manifest["dtype"]).newbyteorder("<")
         self._check_files(verify)
-        self._stamps = {file: _stamp(file) for file in sorted(self.path.glob("*.bin"))}
-        self._streams: dict[str, Stream] = {}
 
     def split(self, name: str) -> "Stream":
         """The stream of `train` or `val`."""

@@ -22,6 +22,23 @@ def run_tokenizer(run: dict) -> Path:
     return Path(run["data_path"]) / "tokenizer.json"
 
 
+def open_tokenizer(given: Path | None, run: dict) -> TextTokenizer:
+    """ValueError for one that the run was not trained with: its numbers would stand for other text."""
+    path = given or run_tokenizer(run)
+    tokenizer = TextTokenizer(path)
+    if tokenizer.hash != run["tokenizer_hash"]:
+        raise ValueError(f"{path} is not the tokenizer that {run['name']} was trained with; give --tokenizer FILE")
+    return tokenizer
+
+
+def is_text(words: str) -> bool:
+    try:
+        words.encode()
+    except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
+        return False
+    return True
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
@@ -35,9 +52,11 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.tokens < 1 or arguments.top_k < 1 or not 0 <= arguments.temperature < math.inf:
         parser.error("--tokens and --top-k need at least 1, --temperature at least 0")
+    if not 0 <= arguments.seed < 2**63 or not is_text(arguments.prompt):
+        parser.error("--seed needs 0 to 2^63 - 1, the prompt UTF-8")
     try:
         model, run, step = load_trained(arguments.run, arguments.step)
-        tokenizer = TextTokenizer(arguments.tokenizer or run_tokenizer(run))
+        tokenizer = open_tokenizer(arguments.tokenizer, run)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 1

@@ -109,9 +109,8 @@ def sample(model: Llama, prompt: list[int], count: int, temperature: float, top_
         if temperature == 0:
             choice = int(logits.argmax())
         else:
-            best = logits.topk(min(top_k, len(logits)))
-            choice = int(
-                best.indices[torch.multinomial((best.values / temperature).softmax(0), 1, generator=generator)]
-            )
+            best = logits.double().topk(min(top_k, len(logits)))  # a tiny temperature would be 0 in FP32
+            shares = ((best.values - best.values[0]) / temperature).softmax(0)
+            choice = int(best.indices[torch.multinomial(shares, 1, generator=generator)])
         tokens.append(choice)
         yield choice

@@ -100,6 +100,15 @@ def test_a_damaged_layout_is_refused(copy):
         load_layout(TokenSet(copy), "val", ROW)
 
 
+@pytest.mark.parametrize("info", ["{", "{}", "[]", None])
+def test_a_layout_whose_description_is_damaged_is_refused(copy, info):
+    load_layout(TokenSet(copy), "val", ROW)
+    path = copy / f"packed-val-{ROW}" / "info.json"
+    path.unlink() if info is None else path.write_text(info)
+    with pytest.raises(RuntimeError, match=r"packed-val-65 is damaged \(.*\): delete it; it is made again"):
+        load_layout(TokenSet(copy), "val", ROW)
+
+
 def test_too_little_text_for_one_row_is_an_error(tokens):
     length = tokens.split("val").length
     with pytest.raises(ValueError, match=rf"has {length} tokens and one sequence needs {length + 1}"):

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -240,6 +241,16 @@ def test_a_given_folder_is_taken_as_it_is(folder, tmp_path):
     assert ensure(DataSpec(path=str(folder)), tmp_path) == folder
     with pytest.raises(FileNotFoundError, match=r"data\.path=.*no manifest\.json"):
         ensure(DataSpec(path=str(tmp_path)), tmp_path)
+
+
+def test_preparing_a_given_folder_compares_its_checksums(folder, tmp_path, capsys):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    assert prepare(DataSpec(path=str(copy)), tmp_path) == copy and "all checksums agree" in capsys.readouterr().err
+    data = bytearray((copy / "train-00003.bin").read_bytes())
+    data[5] ^= 1
+    (copy / "train-00003.bin").write_bytes(data)
+    with pytest.raises(RuntimeError, match=r"train-00003\.bin differs from its checksum"):
+        prepare(DataSpec(path=str(copy)), tmp_path)
 
 
 def test_a_full_disk_is_explained_and_leaves_no_debris(spec, tmp_path, monkeypatch):

@@ -82,6 +82,8 @@ def test_a_long_text_file_is_cut_at_line_ends_and_stays_one_document(tmp_path, m
         ('{"text": "cut o', r"a\.jsonl, line 2: not JSON"),
         ('{"body": "x"}', r"a\.jsonl, line 2: no text under data\.text_key=text; the row's keys are body"),
         ('["x"]', r"a\.jsonl, line 2: a list"),
+        (f'{{"text": "x", "n": {"1" * 5000}}}', r"a\.jsonl, line 2: not JSON \(Exceeds the limit"),
+        ("[" * 100_000, r"a\.jsonl, line 2: not JSON"),
     ],
 )
 def test_a_bad_row_is_named(tmp_path, line, message):
@@ -114,6 +116,22 @@ def test_a_damaged_zstd_file_is_an_error(tmp_path, make_rows, jsonl):
     (tmp_path / "b.jsonl.zst").write_bytes(packed)
     with pytest.raises(ValueError, match=r"b\.jsonl\.zst.*damaged"):
         read(DataSpec(files=f"{tmp_path}/b.jsonl.zst"), tmp_path)
+
+
+def test_a_damaged_parquet_file_is_named(tmp_path, make_rows):
+    path = tmp_path / "a.parquet"
+    as_parquet(make_rows(40), path)
+    whole = path.read_bytes()
+    for data in (b"garbage", whole[:-9], whole[:60] + b"\xff" * 200 + whole[260:]):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"a\.parquet: .*damaged\? \(\d+ rows were read\)"):
+            read(DataSpec(files=str(path)), tmp_path)
+
+
+def test_half_characters_become_question_marks_wherever_they_are(tmp_path):
+    row = {"text": "a \ud800 b", "source": "\udfff", "id": "\ud800"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    assert read(DataSpec(files=f"{tmp_path}/a.jsonl"), tmp_path) == [("a ? b", "?", "?")]
 
 
 def test_missing_files_and_unknown_types_are_errors(tmp_path):

@@ -56,9 +56,10 @@ def test_a_damaged_manifest_or_another_format_is_refused(copy):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "format": 99}))
     with pytest.raises(RuntimeError, match="format 99, needed: 1"):
         TokenSet(copy)
-    (copy / "manifest.json").write_text('{"format": 1,')
-    with pytest.raises(RuntimeError, match=r"manifest\.json is damaged"):
-        TokenSet(copy)
+    for text in ('{"format": 1,', '{"format": 1}', "{}", "[]", "7", json.dumps({**manifest, "splits": []})):
+        (copy / "manifest.json").write_text(text)
+        with pytest.raises(RuntimeError, match=r"manifest\.json is damaged"):
+            TokenSet(copy)
 
 
 def test_an_impossible_token_is_named_with_its_shard(copy):

@@ -20,7 +20,8 @@ def trained(run):
 
 
 def script(name: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "scripts" / name)]
+    command += [word if isinstance(word, bytes) else str(word) for word in arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
@@ -69,11 +70,22 @@ def test_generated_text_depends_on_the_seed_alone(trained):
         (["--top-k", 0], "need at least 1"),
         (["--temperature", -1], "at least 0"),
         (["--tokenizer", "README.md"], "README.md can't be read as a tokenizer.json"),
+        (["--seed", 2**63], "--seed needs 0 to 2^63 - 1"),
+        ([b"\xff"], "the prompt UTF-8"),
     ],
 )
 def test_wrong_options_of_generate_are_one_line(trained, options, says):
-    done = script("generate.py", trained, "kana", *options)
+    prompt = [] if options == [b"\xff"] else ["kana"]
+    done = script("generate.py", trained, *prompt, *options)
     assert done.returncode and says in done.stderr and "Traceback" not in done.stderr
+
+
+def test_another_tokenizer_than_the_runs_is_refused(trained, tmp_path):
+    content = json.loads(Path(json.loads((trained / "run.json").read_text())["data_path"], "tokenizer.json").read_text())
+    content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    done = script("generate.py", trained, "kana", "--tokenizer", tmp_path / "other.json")
+    assert done.returncode == 1 and "other.json is not the tokenizer that" in done.stderr
 
 
 def test_sampling_follows_the_logits():
@@ -96,6 +108,7 @@ def test_sampling_follows_the_logits():
     steps = [(b - a) % 7 for a, b in zip([0, *drawn], drawn, strict=False)]
     # e^5 against e^4: the first is drawn with 0.731; 400 draws have a standard deviation of 0.022
     assert set(steps) == {1, 2} and steps.count(1) / 400 == pytest.approx(0.731, abs=0.09)
+    assert list(sample(Favours(), [5], 6, temperature=1e-45, top_k=7, seed=0)) == [6, 0, 1, 2, 3, 4]
     with pytest.raises(ValueError, match="at least one token"):
         next(sample(Favours(), [], 1, 0, 1, 0))
 
