@@ -81,7 +81,8 @@ def test_wrong_options_of_generate_are_one_line(trained, options, says):
 
 
 def test_another_tokenizer_than_the_runs_is_refused(trained, tmp_path):
-    content = json.loads(Path(json.loads((trained / "run.json").read_text())["data_path"], "tokenizer.json").read_text())
+    data = json.loads((trained / "run.json").read_text())["data_path"]
+    content = json.loads(Path(data, "tokenizer.json").read_text())
     content["truncation"] = {"direction": "Right", "max_length": 5, "strategy": "LongestFirst", "stride": 0}
     (tmp_path / "other.json").write_text(json.dumps(content))
     done = script("generate.py", trained, "kana", "--tokenizer", tmp_path / "other.json")
