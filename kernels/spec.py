@@ -7,6 +7,7 @@ Scale chain of NVFP4, outer to inner (design.md 3, quartet2.md a.1), with v = ta
 FP8 has the outer level only: scale = amax / v, code = round(x / scale).
 """
 
+import math
 from dataclasses import dataclass
 
 TENSOR = "tensor"
@@ -125,7 +126,7 @@ class QuantSpec:
             ("scale_rounding", scale_rounding, ("rtn",)),
             ("tensor_scale", tensor_scale, TENSOR_SCALES),
         ):
-            if value not in allowed:
+            if value not in allowed or type(value) not in map(type, allowed):  # 16.0 is another numerics hash
                 raise ValueError(f"{field}={value!r} is unknown; use one of {', '.join(map(str, allowed))}")
         if grid == "none":
             return NO_QUANT
@@ -155,8 +156,8 @@ def _limits(
 ) -> tuple[float, float]:
     """(target_max, scale_cap), or ValueError where the combination has none."""
     for field, value in (("target_max", target_max), ("scale_cap", scale_cap)):
-        if value is not None and not value > 0:
-            raise ValueError(f"{field}={value} must be positive (leave it null for the value of table a.1)")
+        if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(f"{field}={value!r} must be a positive number (leave it null for the value of table a.1)")
     defaults = default_limits(grid, select, rounding)
     if grid in FP8_MAX:
         if scales not in FP8_SCALES or (select, rounding) != ("absmax", "rtn"):
@@ -165,6 +166,8 @@ def _limits(
                 f"got select={select}, rounding={rounding}, scales={scales}"
             )
         return target_max or defaults[0], scale_cap or defaults[1]
+    if scale_cap is not None and scale_cap > E4M3_MAX:
+        raise ValueError(f"scale_cap={scale_cap}: block scales are E4M3 and end at {E4M3_MAX:.0f}")
     if scales not in (NVFP4_SCALES, NVFP4_SQUARE_SCALES):
         raise ValueError(f"grid=e2m1 takes scales [tensor fp32, 1x16 e4m3] or [tensor fp32, 16x16 e4m3]; got {scales}")
     if rounding == "ms_eden" and scales == NVFP4_SQUARE_SCALES:

@@ -60,7 +60,7 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype != torch.bfloat16:
             raise ValueError(f"QuantLinear takes bfloat16 (the compute dtype of a converted model); got {x.dtype}")
-        keep = torch.is_grad_enabled() and self.weight.requires_grad
+        keep = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
         context = Context(self.recipe, self.rng, self.layer, self.watch)
         y = QuantizedProduct.apply(x.reshape(-1, self.in_features), self.weight, self.rng, self.layer, context, keep)
         return y.view(*x.shape[:-1], self.out_features)

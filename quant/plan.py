@@ -16,7 +16,7 @@ from kernels.spec import NVFP4_BLOCK
 from quant import library
 from quant.library import AnyRecipe
 from quant.linear import QuantLinear
-from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Recipe
+from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Recipe, mapping_at
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -43,14 +43,16 @@ class Precision:
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Precision":
         """From the whole group as a plain mapping (configs/quant/*.yaml). Raises ValueError that says what to type."""
-        ends = mapping.get("high_precision") or {}
-        rules = []
-        for rule in mapping.get("rules") or []:
+        ends = mapping_at("quant.high_precision", mapping.get("high_precision"))
+        rules, given = [], mapping.get("rules")
+        if not isinstance(given, list | tuple | None):
+            raise ValueError(f"quant.rules: got {given!r}; write '[{{match: \"blocks.0.*\", recipe: bf16}}]'")
+        for rule in given or ():
             if not isinstance(rule, Mapping) or set(rule) != {"match", "recipe"}:
                 raise ValueError(f"quant.rules: got {rule!r}; write '[{{match: \"blocks.0.*\", recipe: bf16}}]'")
             rules.append(Rule(str(rule["match"]), library.load(str(rule["recipe"]))))
         counts = {"first": 0, "last": 0} | dict(ends)
-        if set(counts) != {"first", "last"} or not all(isinstance(n, int) and n >= 0 for n in counts.values()):
+        if set(counts) != {"first", "last"} or not all(type(n) is int and n >= 0 for n in counts.values()):
             raise ValueError(f"quant.high_precision={dict(ends)}: give whole numbers of blocks as first and last")
         return cls(library.build(dict(mapping)), tuple(rules), counts["first"], counts["last"])
 

@@ -7,6 +7,7 @@ wgrad   dW[N,K] = dY^T X             M, tokens           4 wgrad.dy  5 wgrad.x
 Source: design.md section 2.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from difflib import get_close_matches
@@ -40,11 +41,11 @@ class Rotation:
     signs: str = "random"
 
     def __post_init__(self):
-        if self.dim is not None and self.dim not in ROTATION_DIMS:
+        if self.dim is not None and (type(self.dim) is not int or self.dim not in ROTATION_DIMS):
             raise ValueError(f"rotation.dim={self.dim!r}; use null or one of {', '.join(map(str, ROTATION_DIMS))}")
         if self.signs not in SIGNS:
             raise ValueError(f"rotation.signs={self.signs!r}; use one of {', '.join(SIGNS)}")
-        if self.rounds != 1:
+        if type(self.rounds) is not int or self.rounds != 1:
             raise ValueError(f"rotation.rounds={self.rounds!r}; only 1 is implemented")
 
 
@@ -59,7 +60,7 @@ class Operand:
     def __post_init__(self):
         if self.source not in SOURCES:
             raise ValueError(f"source={self.source!r} is unknown; use one of {', '.join(SOURCES)}")
-        if not (self.amax == "exact" or (isinstance(self.amax, float) and self.amax > 0)):
+        if not (self.amax == "exact" or (isinstance(self.amax, float) and 0 < self.amax < math.inf)):
             raise ValueError(f"amax={self.amax!r}: use exact, or a positive number (delayed amax is not built)")
 
     @property
@@ -125,7 +126,10 @@ class Recipe:
             if gemm not in mapping:
                 raise ValueError(f"quant.{gemm} is missing; give {{rotation, {', '.join(OPERANDS[gemm])}}} or none")
             gemms[gemm] = _gemm_from(mapping[gemm], gemm, base)
-        return cls(str(mapping.get("name", "unnamed")), **gemms)
+        name = mapping.get("name", "unnamed")
+        if type(name) not in (str, int):
+            raise ValueError(f"quant.name={name!r}: give a word")
+        return cls(str(name), **gemms)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that decides the numerics, resolved (target_max and scale_cap as numbers), JSON-able."""
@@ -146,30 +150,47 @@ def _gemm_from(mapping: Any, gemm: str, base: Recipe | None) -> Gemm:
     if not isinstance(mapping, Mapping):
         raise ValueError(f"quant.{gemm}={mapping!r}: give a mapping, or none")
     _check_keys(mapping, ("rotation", *OPERANDS[gemm]), f"quant.{gemm}")
-    rotation = mapping.get("rotation") or {}
+    rotation = mapping_at(f"quant.{gemm}.rotation", mapping.get("rotation"))
     _check_keys(rotation, [field.name for field in fields(Rotation)], f"quant.{gemm}.rotation")
     try:
         turned = Rotation(**rotation)
     except ValueError as error:
         raise ValueError(f"quant.{gemm}.{error}") from None
-    operands = (_operand_from(mapping.get(name) or {}, f"quant.{gemm}.{name}") for name in OPERANDS[gemm])
+    operands = (_operand_from(mapping.get(name), f"quant.{gemm}.{name}") for name in OPERANDS[gemm])
     return Gemm(turned, tuple(operands))
 
 
-def _operand_from(mapping: Mapping[str, Any], path: str) -> Operand:
-    _check_keys(mapping, (*SPEC_FIELDS, "amax", "source"), path)
-    values = dict(mapping)
+def _operand_from(mapping: Any, path: str) -> Operand:
+    values = dict(mapping_at(path, mapping))
+    _check_keys(values, (*SPEC_FIELDS, "amax", "source"), path)
     grid = values.setdefault("grid", "none")
     try:
-        for name in ("target_max", "scale_cap"):
-            if isinstance(values.get(name), int | str):
-                values[name] = float(values[name])
+        for name in {"target_max", "scale_cap"} & values.keys():
+            values[name] = _number(values[name])
         levels = values.get("scales")
-        values["scales"] = DEFAULT_SCALES.get(grid, ()) if levels is None else tuple(map(read_level, levels))
+        if not isinstance(levels, list | tuple | None):
+            raise ValueError(f"scales={levels!r}: give a list, such as '[tensor fp32,1x16 e4m3]'")
+        default = DEFAULT_SCALES.get(grid, ()) if isinstance(grid, str) else ()
+        values["scales"] = default if levels is None else tuple(map(read_level, levels))
         amax, source = values.pop("amax", "exact"), values.pop("source", "input")
-        return Operand(QuantSpec.resolve(**values), source, float(amax) if isinstance(amax, int) else amax)
+        return Operand(QuantSpec.resolve(**values), source, float(amax) if type(amax) is int else amax)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _number(value: Any) -> Any:
+    """A whole number or one that YAML takes for text (1e-3) as float; anything else as it is, to be refused by name."""
+    try:
+        return float(value) if type(value) in (int, str) else value
+    except ValueError:
+        return value
+
+
+def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
+    """`value`, {} for null; ValueError for anything but a mapping."""
+    if not isinstance(value, Mapping | None):
+        raise ValueError(f"{path}={value!r}: one of its fields is set as {path}.<field>=<value>")
+    return {} if value is None else value
 
 
 def read_level(text: str) -> ScaleLevel:

@@ -100,7 +100,7 @@ def fp8_kernel(src_ptr, amax_ptr, values_ptr, scale_ptr, ROWS, COLUMNS, row_stri
                TILE_R: tl.constexpr, TILE_C: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """One TILE_R x TILE_C tile of the stored operand: float8 bytes, contiguous, and the tensor's or the rows' scale."""
     row = (tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)).to(tl.int64)
-    column = tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)
+    column = (tl.program_id(1) * TILE_C + tl.arange(0, TILE_C)).to(tl.int64)  # along axis 0 its stride is a row's
     mask = (row < ROWS)[:, None] & (column < COLUMNS)[None, :]
     x = tl.load(src_ptr + row[:, None] * row_stride + column[None, :] * column_stride, mask=mask, other=0.0)
     if PER_ROW:

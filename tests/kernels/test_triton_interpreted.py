@@ -73,3 +73,22 @@ def test_every_quantizer_agrees_with_the_reference_on_the_gpu(tmp_path):
     command = [sys.executable, "scripts/check_fast.py", "--workers", "8", "--json", str(out)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+BEYOND_32_BITS = """
+import torch
+from kernels.quantize import triton_impl, triton_tiles
+wide = torch.empty(17 * 2**27 + 64, dtype=torch.bfloat16)  # untouched pages take no memory
+x = torch.as_strided(wide, (18, 16), (2**27, 1)).copy_(torch.randn(18, 16, generator=torch.Generator().manual_seed(0)))
+amax = x.float().abs().amax()
+for axis in (0, 1):
+    far, near = (torch.ops.nibble.quantize_fp8(t, amax, axis, 448.0, False, False, True)[0] for t in (x, x.clone()))
+    assert torch.equal(far.view(torch.uint8), near.view(torch.uint8)), axis
+"""
+
+
+def test_fp8_reads_rows_beyond_two_to_the_31_elements():
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", BEYOND_32_BITS]
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr[-2000:]

@@ -272,12 +272,21 @@ def test_nothing_is_saved_without_gradients():
     assert torch.equal(y.view(M, N), run(library.load("quartet2"), x, w, torch.zeros(M, N).bfloat16())[0])
 
 
-def test_frozen_weight_and_detached_input_get_no_gradient():
-    x, _, dy = tensors(8)
+@pytest.mark.parametrize("name", ["bf16", "quartet2", "nvidia", "fp8"])
+def test_frozen_weight_and_detached_input_get_no_gradient(name):
+    x, w, dy = tensors(8)
+    recipe = library.load(name)
     linear = nn.Linear(K, N, bias=False)
-    layer = QuantLinear(linear, library.load("quartet2"), LAYER, RNG)
+    linear.weight.data.copy_(w)
+    layer = QuantLinear(linear, recipe, LAYER, RNG)
     layer(x).backward(dy)
-    assert linear.weight.grad is not None and x.grad is None
+    _, dx, dw = run(recipe, x, w, dy)
+    assert torch.equal(linear.weight.grad, dw) and x.grad is None
+    linear.weight.grad = None
+    linear.weight.requires_grad_(False)
+    leaf = x.detach().requires_grad_()
+    layer(leaf).backward(dy)
+    assert linear.weight.grad is None and torch.equal(leaf.grad, dx)
 
 
 def test_errors():

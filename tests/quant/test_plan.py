@@ -90,6 +90,9 @@ def test_last_blocks_stay_in_bf16():
         ({"high_precision": {"first": 2, "last": 2}}, "of a model with 3 blocks"),
         ({"high_precision": {"frist": 2}}, "whole numbers of blocks"),
         ({"high_precision": {"first": -1}}, "whole numbers of blocks"),
+        ({"high_precision": {"first": True}}, "whole numbers of blocks"),
+        ({"high_precision": 3}, r"quant\.high_precision=3: one of its fields is set as"),
+        ({"rules": 5}, r"quant\.rules: got 5; write"),
     ],
 )
 def test_errors(group, message):
