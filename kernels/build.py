@@ -211,6 +211,8 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = options.arch.split(",")
     if unknown := sorted(set(wanted) - set(archs)):
         parser.error(f"--arch: no kernels for {', '.join(unknown)}; there are kernels for {', '.join(archs)}")
+    if options.jobs < 1:
+        parser.error(f"--jobs: a whole number of at least 1 is needed, got {options.jobs}")
     if options.list:
         print(f"cache: {cache_dir()}\nbuild: {cannot_build() or 'possible here'}")
         print("\n".join(map(_describe, UNITS.values())))
@@ -218,9 +220,13 @@ def main(arguments: list[str] | None = None) -> int:
     if reason := cannot_build():
         print(f"kernels.build: {reason}", file=sys.stderr)
         return 1
-    with ThreadPoolExecutor(options.jobs) as pool:
-        for unit, _ in pool.map(lambda unit: (unit, build(unit)), [u for u in UNITS.values() if u.arch in wanted]):
-            print(_describe(unit), flush=True)
+    try:
+        with ThreadPoolExecutor(options.jobs) as pool:
+            for unit, _ in pool.map(lambda unit: (unit, build(unit)), [u for u in UNITS.values() if u.arch in wanted]):
+                print(_describe(unit), flush=True)
+    except (RuntimeError, OSError) as error:
+        print(f"kernels.build: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

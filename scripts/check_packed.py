@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 import torch
 import yaml
 
+from analysis.cli import positive
 from kernels import backend
 from models.llama import Llama, LlamaConfig
 from quant import library
@@ -59,18 +60,28 @@ def train(model_name: str, recipe: str, steps: int, tokens: int, compiled: bool,
 def main() -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="llama_30m")
+    presets = sorted(path.stem for path in MODELS.glob("llama_*.yaml"))
+    parser.add_argument("--model", default="llama_30m", choices=presets)
     parser.add_argument("--recipe", default="quartet2,nvidia,tetrajet2", help="comma-separated (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--tokens", type=int, default=16384, help="of a step (default: %(default)s)")
+    parser.add_argument("--steps", type=positive, default=10)
+    parser.add_argument("--tokens", type=positive, default=16384, help="of a step (default: %(default)s)")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
+    try:
+        return compare(options)
+    except ValueError as error:  # a recipe or a number of tokens that its blocks don't divide
+        parser.error(str(error))
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Train both ways under every recipe; the exit status. ValueError for an unknown recipe, before any training."""
+    recipes = {name: library.load(name) for name in options.recipe.split(",")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = {"gemm": "cublaslt"} if device == "cuda" else {}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it with deterministic algorithms
     torch.use_deterministic_algorithms(True)
     failed = False
-    for recipe in options.recipe.split(","):
+    for recipe in recipes:
         results = []
         for name, gemm in (("emulated", plain), ("packed", {"gemm": "emulated"})):
             print(f"{recipe} {name}: {backend.use(gemm, device)}", flush=True)

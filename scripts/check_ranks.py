@@ -390,6 +390,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=Path("check_ranks"))
     arguments = parser.parse_args()
     arguments.gpus = 2 if arguments.rehearse else arguments.gpus
+    if not 1 <= arguments.gpus <= (2 if arguments.rehearse else torch.cuda.device_count()):
+        parser.error(f"--gpus {arguments.gpus}: there are {torch.cuda.device_count()} here; a CPU can --rehearse")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, end_everything)

@@ -27,6 +27,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from analysis.cli import positive  # noqa: E402
 from configs.slurm import descendants  # noqa: E402
 from training.checkpoint import read_all  # noqa: E402
 from training.manifest import checkpoints, latest_good  # noqa: E402
@@ -241,6 +242,13 @@ def interrupt_until_done(arguments: argparse.Namespace, folder: Path) -> list[Ki
     return kills
 
 
+def worlds(text: str) -> str:
+    """An argparse type: whole numbers of at least 1 with commas between them."""
+    for word in text.split(","):
+        positive(word)
+    return text
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="config overrides as for train.py")
@@ -249,7 +257,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--damage", type=float, default=0.0, help="share of kills that also damage a checkpoint")
     parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "USR1", "INT"])
-    parser.add_argument("--worlds", default="1", help="numbers of processes to choose from, such as 1,2")
+    parser.add_argument("--worlds", type=worlds, default="1", help="numbers of processes to choose from, such as 1,2")
     parser.add_argument("--parallel", default="auto", help="parallel modes to choose from, such as ddp,fsdp")
     parser.add_argument("--tolerance", type=float, help="nats; default 0 (bitwise), 1e-3 if worlds or modes vary")
     parser.add_argument("--random", type=int, default=0, help="seed of the random moments")

@@ -14,6 +14,10 @@ def checks() -> list[Line]:
     unit = build.UNITS["host_checks"]
     if not build.is_built(unit) and (reason := build.cannot_build()):
         return [Line("host checks against CUTLASS", NOT_COMPILED, reason)]
+    try:
+        build.build(unit)
+    except (RuntimeError, OSError) as error:  # the other checks of this machine still stand
+        return [Line("host checks against CUTLASS", NOT_COMPILED, f"failed: {str(error).splitlines()[-1]}")]
     return [_layout(), _formats(), _product()]
 
 

@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from kernels import build
+from kernels.selftest import host, report
 
 FAKE_NVCC = """#!/bin/sh
 [ "$1" = --version ] && { echo "Cuda compilation tools Build fake_13.0"; exit; }
@@ -59,12 +60,20 @@ def test_an_edit_of_a_header_renames_the_library_and_the_old_one_stays(sandbox):
     assert build.build(UNIT) != old and old.is_file() and len(calls(sandbox)) == 2
 
 
-def test_a_failed_compilation_shows_the_messages_and_leaves_nothing_behind(sandbox):
+def test_a_failed_compilation_shows_the_messages_and_leaves_nothing_behind(sandbox, capsys):
     (build.CSRC / "nvfp4_sm120_bf16.cu").write_text("syntax error")
     with pytest.raises(RuntimeError, match=r"(?s)nvfp4_sm120_bf16: nvcc failed \(2\).*expected a ;"):
         build.build(UNIT)
     assert not build.is_built(UNIT)
     assert [p.suffix for p in build.cache_dir().iterdir()] == [".lock"]
+    assert build.main(["--arch", "120a"]) == 1
+    assert "kernels.build: nvfp4_sm120_bf16: nvcc failed (2)" in capsys.readouterr().err
+
+
+def test_a_failed_compilation_costs_the_selftest_only_the_checks_that_need_it(sandbox):
+    (build.CSRC / "host_checks.cu").write_text("syntax error")
+    (line,) = host.checks()
+    assert line.state == report.NOT_COMPILED and line.detail == "failed: x.cu(1): error: expected a ;"
 
 
 def test_missing_tools_are_named_with_what_to_do(sandbox, monkeypatch, capsys):
@@ -85,6 +94,9 @@ def test_command_line_builds_the_architectures_asked_for_and_lists(sandbox, caps
     with pytest.raises(SystemExit):
         build.main(["--arch", "90a"])
     assert "no kernels for 90a; there are kernels for 100a, 120a" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        build.main(["--arch", "120a", "--jobs", "0"])
+    assert "--jobs: a whole number of at least 1" in capsys.readouterr().err
     assert build.main(["--arch", "120a", "--jobs", "2"]) == 0
     assert len(calls(sandbox)) == 2
     assert build.main(["--list"]) == 0

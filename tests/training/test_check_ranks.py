@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -39,7 +40,28 @@ def check_ranks(monkeypatch):
 def test_exit_code_follows_what_was_found(check_ranks, monkeypatch, tmp_path, capsys, part, values, code):
     monkeypatch.setitem(check_ranks.PARTS, part, lambda arguments: iter([("a case", values)]))
     monkeypatch.setattr(check_ranks.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(check_ranks.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["check_ranks.py", part, "--gpus=2", f"--out={tmp_path}"])
     assert check_ranks.main() == code
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
     assert "a case" in json.loads((tmp_path / f"{part}.json").read_text())
+
+
+def run(*words):
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, timeout=120, cwd=SCRIPTS)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["check_ranks.py", "equal", "--gpus=0"], "--gpus 0: there are"),
+        (["check_packed.py", "--model=nope"], "invalid choice: 'nope'"),
+        (["check_packed.py", "--model=llama_tiny", "--recipe=foo"], "no recipe 'foo' in configs/quant"),
+        (["check_packed.py", "--model=llama_tiny", "--recipe=quartet2", "--tokens=100"], "contraction of 100"),
+        (["check_packed.py", "--steps=0"], "at least 1 is needed, got '0'"),
+        (["verify_resume.py", "--worlds=1,a"], "at least 1 is needed, got 'a'"),
+    ],
+)
+def test_wrong_words_to_the_checks_are_one_line(words, says):
+    done = run(*words)
+    assert done.returncode == 2 and says in done.stderr and "Traceback" not in done.stderr
