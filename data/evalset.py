@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.tokens import TokenSet
+from data.tokens import Stream, TokenSet
 from data.windows import Span, StreamWindows, Windows, open_windows, read_spans
 
 _CHUNK = 256  # sequences at a time: bounds the memory that building the list takes
@@ -45,11 +45,12 @@ class EvalSet:
 
     def __init__(self, tokens: TokenSet, seq_len: int, count: int | None, split: str = "val", packing: str = "stream"):
         self.tokens, self.stream, self.seq_len = tokens, tokens.split(split), seq_len
-        self._spans = self._all_spans(open_windows(tokens, split, seq_len, packing))
+        windows = open_windows(tokens, split, seq_len, packing)
+        there = _sequences(self.stream, windows, seq_len)
+        chosen = range(there) if count is None else self._spread(count, there)
+        self._spans: list[list[Span]] = [list(windows.spans(i, 0)) for i in chosen]
         self._tail = 0  # targets at the start of the last sequence that the one before it has counted
-        if count is not None:
-            self._spans = self._spread(count)
-        elif packing == "stream":
+        if count is None and packing == "stream":
             self._add_tail()
         self.sequences = len(self._spans)
         self.segments = self._segments()
@@ -91,20 +92,14 @@ class EvalSet:
             return float("nan")
         return float(np.sqrt(size / (size - 1) * (residual**2).sum()) / part.tokens.sum())
 
-    def _all_spans(self, windows: Windows) -> list[list[Span]]:
-        if isinstance(windows, StreamWindows):
-            whole = (self.stream.length - 1) // self.seq_len
-            return [[(i * self.seq_len, self.seq_len + 1)] for i in range(whole)]
-        return [list(windows.spans(i, 0)) for i in range(windows.count)]
-
-    def _spread(self, count: int) -> list[list[Span]]:
-        wanted, there = count // self.seq_len, len(self._spans)
+    def _spread(self, count: int, there: int) -> list[int]:
+        wanted = count // self.seq_len
         if not 1 <= wanted <= there:
             raise ValueError(
                 f"{count} evaluation tokens are {wanted} sequences of {self.seq_len}; the {self.stream.name} split of "
                 f"{self.tokens.path} has {there}: give {self.seq_len} to {there * self.seq_len} tokens, or null for all"
             )
-        return [self._spans[i * there // wanted] for i in range(wanted)]
+        return [i * there // wanted for i in range(wanted)]
 
     def _add_tail(self) -> None:
         rest = self.stream.length - 1 - len(self._spans) * self.seq_len
@@ -151,6 +146,17 @@ class EvalSet:
             np.add.reduceat(sizes.ravel(), at),
         )
         return tuple(column[counted.ravel()[at]] for column in columns)
+
+
+def available(tokens: TokenSet, seq_len: int, packing: str) -> int:
+    """Targets of EvalSet(tokens, seq_len, None), told without reading val: half a billion tokens take minutes."""
+    stream, windows = tokens.split("val"), open_windows(tokens, "val", seq_len, packing)
+    return stream.length - 1 if packing == "stream" else _sequences(stream, windows, seq_len) * seq_len
+
+
+def _sequences(stream: Stream, windows: Windows, seq_len: int) -> int:
+    """Whole sequences from the first token on; training's windows leave room for an offset."""
+    return (stream.length - 1) // seq_len if isinstance(windows, StreamWindows) else windows.count
 
 
 def _positions(spans: list[Span]) -> np.ndarray:

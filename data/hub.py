@@ -38,6 +38,10 @@ class HubSource:
         what = {"name": spec.hub_name, "split": spec.hub_split}
         local = _local_files(spec)
         if local:
+            if spec.hub_path in _PACKAGED:  # its files are the ones listed; their folder is not part of what they say
+                what |= {"loader": spec.hub_path}
+            else:
+                what |= {"loader": "folder", "data_files": as_list(spec.hub_data_files)}
             return {**what, "files": file_fingerprints(local, self.root)}
         return {**what, "path": spec.hub_path, "revision": _revision(spec), "data_files": as_list(spec.hub_data_files)}
 
@@ -79,6 +83,11 @@ def _load(spec: DataSpec) -> Any:
     except ImportError as error:
         raise RuntimeError("data.source=hub needs `datasets`: pip install 'nibble-train[hub]'") from error
     if Path(spec.hub_path, "state.json").is_file():  # a folder that save_to_disk wrote
+        if spec.hub_name or spec.hub_data_files or spec.hub_split != "train":
+            raise ValueError(
+                f"data.hub_path={spec.hub_path} is one split that save_to_disk wrote, read as it is: leave out "
+                "data.hub_name, data.hub_split and data.hub_data_files, or name the folder of another split"
+            )
         return datasets.load_from_disk(spec.hub_path).to_iterable_dataset()
     options = {"data_files": as_list(spec.hub_data_files)} if spec.hub_data_files else {}
     try:

@@ -101,6 +101,9 @@ def _plan(spec: DataSpec, root: Path) -> _Plan:
         "keys": [spec.text_key, spec.source_key, spec.id_key],
         "max_documents": spec.max_documents,
     }
+    for option, side in (("data.files", sources["train"]), ("data.val_files", sources["val"])):
+        if isinstance(side, list):
+            _check_once(side, option)
     if val and isinstance(sources["train"], list):
         _check_disjoint(sources["train"], sources["val"])
     if not val and spec.val_rule == "hash":
@@ -108,6 +111,18 @@ def _plan(spec: DataSpec, root: Path) -> _Plan:
     tokenizer = _tokenizer_identity(spec, sources)
     key = json_hash([FORMAT, sources, tokenizer, spec.shard_tokens])[:12]
     return _Plan(spec, root, train, val, sources, tokenizer, key)
+
+
+def _check_once(files: list[dict[str, Any]], option: str) -> None:
+    """Raise ValueError for contents given twice: rows without ids would lie in train and in val."""
+    names: dict[str, str] = {}
+    for entry in files:
+        if entry["size"] and entry["sha256"] in names:
+            raise ValueError(
+                f"{option} has the contents of {names[entry['sha256']]} twice, the second time as {entry['file']}: "
+                "give each text once (do two patterns find the same file?)"
+            )
+        names[entry["sha256"]] = entry["file"]
 
 
 def _check_disjoint(train: list[dict[str, Any]], val: list[dict[str, Any]]) -> None:
@@ -137,6 +152,7 @@ def _make(plan: _Plan) -> None:
     parts = {"train": _tokenize(plan, "train", is_val, tokenizer, work)}
     if plan.val:
         parts["val"] = _tokenize(plan, "val", lambda group, ordinal: True, tokenizer, work)
+    _check_unchanged(plan, work)
     manifest = assemble(work, parts, tokenizer, plan.spec.shard_tokens, plan.val is not None)
     manifest["source"] = plan.sources
     manifest["tokenizer"]["made_by"] = plan.tokenizer
@@ -144,6 +160,17 @@ def _make(plan: _Plan) -> None:
     shutil.rmtree(work / "parts")
     work.rename(plan.folder)
     _report(plan.folder, manifest)
+
+
+def _check_unchanged(plan: _Plan, work: Path) -> None:
+    """Raise RuntimeError if a source file was altered meanwhile: the folder would be named after another text."""
+    for source, before in ((plan.train, plan.sources["train"]), (plan.val, plan.sources["val"])):
+        if not isinstance(before, list):
+            continue
+        for old, new in zip(before, source.fingerprint(), strict=True):
+            if old != new:
+                shutil.rmtree(work)
+                raise RuntimeError(f"{old['file']} was altered while it was read: run the same command again")
 
 
 def _tokenize(plan: _Plan, role: str, is_val: IsVal, tokenizer: TextTokenizer, work: Path) -> list[Path]:

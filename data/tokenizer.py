@@ -42,7 +42,8 @@ class TextTokenizer:
         self.tokenizer.encode_special_tokens = True
         self.vocab = self.tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(self.vocab.values()) + 1
-        self.bos = _find_bos(self.vocab, bos, path)
+        special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values() if token.special}
+        self.bos = _find_bos(special, bos, path)
         self.bos_id = self.vocab[self.bos]
 
     @cached_property
@@ -138,13 +139,15 @@ def _first_bytes(texts: Iterator[str], limit: int) -> Iterator[str]:
             return
 
 
-def _find_bos(vocab: dict[str, int], bos: str | None, path: Path) -> str:
+def _find_bos(special: set[str], bos: str | None, path: Path) -> str:
     names = (bos,) if bos else _BOS_NAMES
     for name in names:
-        if name in vocab:
+        if name in special:
             return name
+    known = ", ".join(sorted(special)[:8]) or "none"
     raise ValueError(
-        f"{path} has no BOS token (looked for {', '.join(names)}): name one of its tokens with data.bos=..."
+        f"{path} has no BOS token (looked for {', '.join(names)} among its special tokens: {known}): name one of these "
+        "with data.bos=...; text may contain any other"
     )
 
 

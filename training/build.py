@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from data.evalset import EvalSet
+from data.evalset import EvalSet, available
 from data.loader import Loader
 from data.tokens import TokenSet
 from models.llama import Llama
@@ -170,12 +171,15 @@ class Texts:
 
 def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
     """A list longer than val means all of val. ValueError where a split or a list is too short for one sequence."""
-    every = EvalSet(tokens, config.batch.seq_len, None, packing=config.data.packing)
+    seq_len, packing = config.batch.seq_len, config.data.packing
+    there = available(tokens, seq_len, packing)
+
+    @cache
+    def fixed_list(count: int | None) -> EvalSet:
+        return EvalSet(tokens, seq_len, count, packing=packing)
 
     def listed(count: int | None) -> EvalSet:
-        if count is None or count >= every.targets:
-            return every
-        return EvalSet(tokens, config.batch.seq_len, count, packing=config.data.packing)
+        return fixed_list(None if count is None or count >= there else count)
 
     train = Loader(tokens, "train", config.batch.seq_len, config.seed, config.data.packing)
     return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))

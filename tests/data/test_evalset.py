@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.evalset import EvalSet
+from data.evalset import EvalSet, available
 
 SEQ = 64
 
@@ -136,6 +136,17 @@ def test_a_space_prefix_is_not_counted(tokens, monkeypatch):
     less = plain.bytes - EvalSet(tokens, SEQ, None).segments.bytes
     rows = tokens.split("val").documents
     assert less.sum() == len(rows) and set(less.tolist()) == {0, 1}
+    one_by_one = EvalSet(tokens, 1, None).segments.bytes
+    monkeypatch.setitem(tokens.manifest["tokenizer"], "prefix_bytes", 0)
+    less = EvalSet(tokens, 1, None).segments.bytes - one_by_one
+    assert np.flatnonzero(less).tolist() == rows[:, 0].tolist()  # target i is token i + 1; a BOS is token rows[j, 0]
+
+
+@pytest.mark.parametrize("packing", ["stream", "bos_bestfit"])
+def test_what_is_available_is_told_without_reading(tokens, packing, monkeypatch):
+    whole = EvalSet(tokens, SEQ, None, packing=packing).targets
+    monkeypatch.setattr(type(tokens.split("val")), "read", None)
+    assert available(tokens, SEQ, packing) == whole
 
 
 def test_packed_rows_begin_with_a_document(tokens):

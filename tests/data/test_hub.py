@@ -1,6 +1,7 @@
 """The `datasets` source on local data, through the code that reads the hub: packaged loaders, folders, save_to_disk."""
 
 import dataclasses
+import itertools
 
 import pytest
 
@@ -85,6 +86,28 @@ def test_changed_files_change_the_fingerprint(tmp_path, rows, jsonl):
         jsonl(tmp_path / "t.jsonl", rows[:last])
         prints.append(open_source(spec, tmp_path).fingerprint())
     assert prints[0] != prints[1]
+
+
+def test_the_loader_and_the_files_it_takes_of_a_folder_are_part_of_the_fingerprint(tmp_path, rows, jsonl):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    file = str(jsonl(folder / "a.jsonl", rows[:20]))
+    jsonl(folder / "b.jsonl", rows[20:])
+    local = DataSpec(source="hub", hub_data_files=file)
+    kinds = [dataclasses.replace(local, hub_path=loader) for loader in ("json", "text")]
+    chosen = [
+        DataSpec(source="hub", hub_path=str(folder), hub_data_files=name) for name in ("a.jsonl", "b.jsonl", None)
+    ]
+    prints = [open_source(spec, tmp_path).fingerprint() for spec in (*kinds, *chosen)]
+    assert all(one != other for one, other in itertools.combinations(prints, 2))
+    assert read(chosen[1], tmp_path) == expected(rows[20:])
+
+
+@pytest.mark.parametrize("field", [{"hub_split": "test"}, {"hub_data_files": "a.arrow"}, {"hub_name": "en"}])
+def test_a_saved_dataset_takes_no_choice_of_parts(tmp_path, rows, field):
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
+    with pytest.raises(ValueError, match=r"is one split that save_to_disk wrote, read as it is: leave out"):
+        read(DataSpec(source="hub", hub_path=str(tmp_path / "set"), **field), tmp_path)
 
 
 def test_a_missing_set_is_one_clear_error(tmp_path, monkeypatch):

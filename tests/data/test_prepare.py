@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import data.parts
+import data.prepare
 from data.prepare import ensure, prepare
 from data.spec import DataSpec
 from data.tokenizer import TextTokenizer
@@ -141,6 +142,34 @@ def test_a_file_on_both_sides_is_an_error_without_ids(tmp_path, make_rows, jsonl
     train, val = jsonl(tmp_path / "t.jsonl", texts), jsonl(tmp_path / "v.jsonl", texts)
     with pytest.raises(ValueError, match=r"v\.jsonl of data\.val_files has the contents of t\.jsonl of data\.files"):
         prepare(DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1), tmp_path / "out")
+
+
+def test_a_text_given_twice_is_an_error(tmp_path, make_rows, jsonl):
+    """Rows without ids are named by their number: the two copies of one would lie in train and in val."""
+    jsonl(tmp_path / "a.jsonl", make_rows(20))
+    shutil.copy(tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for files, second in (([f"{tmp_path}/a.jsonl", f"{tmp_path}/a*"], "a"), ([f"{tmp_path}/*.jsonl"], "b")):
+        with pytest.raises(ValueError, match=rf"data\.files has the contents of a\.jsonl twice.* as {second}\.jsonl"):
+            prepare(DataSpec(files=files, id_key=None), tmp_path / "out")
+
+
+def test_a_source_altered_while_it_is_read_gives_no_folder(tmp_path, make_rows, jsonl, monkeypatch):
+    file = jsonl(tmp_path / "a.jsonl", make_rows(40))
+    tokenize = data.prepare.tokenize_source
+
+    def altered(*arguments):
+        parts = tokenize(*arguments)
+        with open(file, "a") as handle:
+            handle.write('{"text": "one more"}\n')
+        return parts
+
+    monkeypatch.setattr(data.prepare, "tokenize_source", altered)
+    spec = DataSpec(files=str(file), vocab_size=300, val_fraction=0.2, workers=1)
+    with pytest.raises(RuntimeError, match=r"a\.jsonl was altered while it was read: run the same command again"):
+        prepare(spec, tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").iterdir() if "text-300" in path.name and path.is_dir()]
+    monkeypatch.undo()
+    assert TokenSet(prepare(spec, tmp_path / "out")).manifest["splits"]["train"]["documents"] > 20
 
 
 def test_the_papers_rule_is_datasets_train_test_split(tmp_path):

@@ -104,6 +104,22 @@ def test_a_given_tokenizer_with_a_space_prefix_counts_true_bytes(llama_like):
         assert tokenizer.token_bytes[ids].sum() - 1 == len(text.encode()), text
 
 
+def test_bos_is_a_special_token_and_no_word_of_the_text(tmp_path, make_rows):
+    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(special_tokens=["<bos>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator((row["text"] for row in make_rows(5)), trainer)
+    tokenizer.add_tokens([AddedToken("<s>", special=False)])  # a tag of HTML
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = TextTokenizer(tmp_path / "tokenizer.json")
+    (ids,) = found.encode(["price <s>10</s>"])
+    assert found.bos == "<bos>" and (ids == found.bos_id).sum() == 1
+    with pytest.raises(ValueError, match=r"no BOS token \(looked for <s> among its special tokens: <bos>\)"):
+        TextTokenizer(tmp_path / "tokenizer.json", "<s>")
+
+
 def test_hash_ignores_spacing_but_not_contents(bpe, tmp_path):
     description = json.loads(bpe.read_text())
     (tmp_path / "spaced.json").write_text(json.dumps(description, indent=3))
@@ -121,7 +137,7 @@ def test_errors_say_what_to_type(bpe, tmp_path):
     with pytest.raises(ValueError, match=r"gives a BPE of only \d+ entries.*data\.vocab_size=\d+ or less"):
         train_bpe(iter(["abc abc"]), 5000, 100, tmp_path / "t.json")
     assert not (tmp_path / "t.json").exists()
-    with pytest.raises(ValueError, match=r"no BOS token \(looked for <nothing>\).*data\.bos="):
+    with pytest.raises(ValueError, match=r"no BOS token \(looked for <nothing> among.*data\.bos="):
         TextTokenizer(bpe, "<nothing>")
     with pytest.raises(ValueError, match=r"data\.tokenizer=.*no such file"):
         tokenizer_file(str(tmp_path))
