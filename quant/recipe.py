@@ -227,6 +227,11 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
             "rounding=ms_eden is unbiased only behind a random rotation; set its GEMM's rotation.dim, say 128, and "
             "rotation.signs=random"
         )
+    if spec.is_square and gemm.rotation.dim is not None and operand.source != "fprop_transposed":
+        raise ValueError(
+            "16x16 blocks can't be rotated along one axis; use scales [tensor fp32, 1x16 e4m3] here, or set its GEMM's "
+            "rotation.dim=null"
+        )
     if operand.source == "input":
         return
     if slot not in FPROP_SLOT:

@@ -6,8 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from quant import library
+from quant.library import AnyRecipe
 from quant.plan import HEAD, Plan
-from quant.recipe import Recipe
+from quant.recipe import GEMMS, Recipe, Rotation
 from training.config import TrainConfig
 from training.derive import Numbers
 
@@ -72,8 +73,13 @@ def plan_numerics(plan: Plan) -> dict[str, Any]:
     return {**slots, "recipes": used, "layers": layers}
 
 
-def slots_of(recipe: Recipe) -> dict[str, Any]:
-    return {key: value for key, value in recipe.to_dict().items() if key != "name"}
+def slots_of(recipe: AnyRecipe) -> dict[str, Any]:
+    """A recipe's fields without its name, and without rotations that don't run: no operand of theirs is quantized."""
+    slots = {key: value for key, value in recipe.to_dict().items() if key != "name"}
+    if isinstance(recipe, Recipe):
+        idle = [gemm for gemm in GEMMS if not recipe.gemm(gemm).is_quantized]
+        slots |= {gemm: slots[gemm] | {"rotation": asdict(Rotation())} for gemm in idle}
+    return slots
 
 
 def hash_of(numerics: dict[str, Any]) -> str:

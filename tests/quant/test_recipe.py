@@ -187,6 +187,7 @@ def test_none_under_a_name_without_a_file_is_refused():
         ("quartet2", "fprop.x.grid", ["e2m1"], r"grid=\['e2m1'\] is unknown"),
         ("quartet2", "dgrad.dy.eden_block", 16.0, r"eden_block=16\.0 is unknown; use one of 16, rotation"),
         ("quartet2", "name", None, "quant.name=None: give a word"),
+        ("nvidia", "wgrad.x.scales", ["tensor fp32", "16x16 e4m3"], "16x16 blocks can't be rotated along one axis"),
     ],
 )
 def test_errors_name_the_way_out(name, path, value, message):
