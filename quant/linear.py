@@ -172,7 +172,8 @@ def make_operand(
 ) -> Quantized:
     """The operand of a slot from what is there; NVFP4 codes beside the GEMM's own wish or instead of it, to be kept."""
     operand = context.recipe.operand(slot)
-    if operand.source == "fprop_transposed" and not isinstance(held, Tensor):
+    # Behind a rotation only an unquantized operand has this source; it is turned below, as its partner is.
+    if operand.source == "fprop_transposed" and not isinstance(held, Tensor) and signs is None:
         return as_it_is(held, slot, context)
     want = wanted(context.recipe, slot, also_packed and operand.spec.is_nvfp4)
     want = ("packed",) if only_packed and operand.spec.is_nvfp4 else want
@@ -183,7 +184,10 @@ def make_operand(
         return as_it_is(held, slot, context) if is_plain(operand, signs) else quantize_packed(held, *arguments)
     if isinstance(held, Quantized):  # FP8: its one scale stays outside
         inner = quantize_tensor(held.values.to(torch.bfloat16), *arguments)
-        return replace(inner, scale=held.scale if inner.scale is None else inner.scale * held.scale)
+        packed = inner.packed  # has the tensor's scale a second time, for GEMMs of codes
+        if packed is not None:
+            packed = replace(packed, global_scale=packed.global_scale * held.scale)
+        return Quantized(inner.values, held.scale if inner.scale is None else inner.scale * held.scale, packed)
     return quantize_tensor(held, *arguments)
 
 
