@@ -18,7 +18,7 @@ from data.assemble import FORMAT, assemble
 from data.files import disk_full_explained, json_hash, locked, say, write_json
 from data.parts import tokenize_source
 from data.sources import Source, open_source
-from data.spec import DataSpec, as_list
+from data.spec import DataSpec, as_list, hydra_value
 from data.split import group_of, is_val_by_hash, paper_choice
 from data.tokenizer import TextTokenizer, tokenizer_file, train_bpe
 
@@ -50,7 +50,8 @@ def ensure(spec: DataSpec, root: Path | str) -> Path:
 
 def prepare_command(spec: DataSpec, root: Path) -> str:
     """The command line that prepares `spec` under `root`."""
-    return " ".join(["python scripts/prepare_data.py", *spec.overrides(), f"paths.data={shlex.quote(str(root))}"])
+    where = shlex.quote(f"paths.data={hydra_value(str(root))}")
+    return " ".join(["python scripts/prepare_data.py", *spec.overrides(), where])
 
 
 def prepare(spec: DataSpec, root: Path | str) -> Path:

@@ -6,7 +6,8 @@ from shlex import quote
 from typing import Any
 
 # What Hydra's grammar takes without quotation marks.
-_PLAIN = re.compile(r"[\w/.*?@%$+-]+")
+_PLAIN = re.compile(r"[\w/.*?@%$+-]+", re.ASCII)
+_WORDS = ("null", "true", "false", "nan", "inf")
 SOURCES = ("files", "hub", "pydocs")
 VAL_RULES = ("hash", "paper")
 PACKINGS = ("stream", "bos_bestfit")
@@ -98,7 +99,7 @@ class DataSpec:
         """Command-line overrides, quoted for a shell, that give this spec; data=text sets this class's defaults."""
         default = DataSpec()
         changed = [f.name for f in fields(self) if getattr(self, f.name) != getattr(default, f.name)]
-        return ["data=text", *(quote(f"data.{name}={_hydra_value(getattr(self, name))}") for name in changed)]
+        return ["data=text", *(quote(f"data.{name}={hydra_value(getattr(self, name))}") for name in changed)]
 
 
 def as_list(value: Any) -> list[str]:
@@ -113,7 +114,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name}={value!r} is none of {', '.join(choices)}")
 
 
-def _hydra_value(value: Any) -> str:
+def hydra_value(value: Any) -> str:
     """A value in Hydra's override grammar."""
     if value is None:
         return "null"
@@ -122,5 +123,14 @@ def _hydra_value(value: Any) -> str:
     if isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, str):
-        return value if _PLAIN.fullmatch(value) else '"' + value.replace('"', '\\"') + '"'
-    return "[" + ",".join(_hydra_value(v) for v in value) + "]"
+        return value if _reads_as_text(value) else '"' + value.replace('"', '\\"') + '"'
+    return "[" + ",".join(hydra_value(v) for v in value) + "]"
+
+
+def _reads_as_text(value: str) -> bool:
+    """Without quotation marks, and as no number or null."""
+    try:
+        float(value)
+        return False
+    except ValueError:
+        return bool(_PLAIN.fullmatch(value)) and value.lower() not in _WORDS

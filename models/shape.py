@@ -27,7 +27,7 @@ class DecoderShape:
         if self.width % self.heads or self.head_dim % 2:
             raise ValueError(
                 f"model.width={self.width} over model.heads={self.heads}: the head dimension must be even and whole; "
-                f"RoPE turns pairs. Set model.heads={max(1, self.width // 128)} or another divisor of the width"
+                f"RoPE turns pairs. Set {_other_heads(self.width)}"
             )
         if self.residual_dtype not in DTYPES:
             raise ValueError(f"model.residual_dtype={self.residual_dtype}: needs one of {', '.join(DTYPES)}")
@@ -50,3 +50,11 @@ class DecoderShape:
         windowed as it may be (PaLM's convention)."""
         counted = self.parameters_non_embedding + self.vocab_size * self.width
         return 6 * counted + 12 * self.layers * self.width * seq_len
+
+
+def _other_heads(width: int) -> str:
+    """What to type: heads of about 128 that divide the width into even parts."""
+    if width % 2:
+        return f"an even width, such as model.width={width + 1}, and model.heads to a divisor of half of it"
+    heads = next(n for n in range(max(1, width // 128), 0, -1) if width // 2 % n == 0)
+    return f"model.heads={heads} or another divisor of half the width"

@@ -6,6 +6,7 @@ import hashlib
 import itertools
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import pytest
 
 import data.parts
 import data.prepare
-from data.prepare import ensure, prepare
+from data.prepare import ensure, prepare, prepare_command
 from data.spec import DataSpec
 from data.tokenizer import TextTokenizer
 from data.tokens import TokenSet
@@ -264,6 +265,15 @@ def test_large_sources_ask_for_the_command(spec, tmp_path, monkeypatch):
     command = str(caught.value).splitlines()[-1].strip()
     wanted = [f"data.files={spec.files}", "data.vocab_size=400", f"paths.data={tmp_path}"]
     assert command.startswith("python scripts/prepare_data.py data=text ") and all(w in command for w in wanted)
+
+
+@pytest.mark.parametrize("name", ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl"])
+def test_the_command_to_type_can_be_typed(name):
+    from configs.compose import compose
+
+    words = shlex.split(prepare_command(DataSpec(files=name, val_files=[name]), Path("/tmp") / name))[2:]
+    config = compose(words).config
+    assert (config.data.files, config.data.val_files, config.paths.data) == (name, [name], f"/tmp/{name}")
 
 
 def test_a_given_folder_is_taken_as_it_is(folder, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tokenizer import TextTokenizer, dtype_for, tokenizer_file, train_bpe
+from data.tokenizer import LONG_RUN, TextTokenizer, _pieces, dtype_for, tokenizer_file, train_bpe
 
 TRAIN = """
 import sys
@@ -76,6 +77,13 @@ def test_only_the_first_bytes_are_used(tmp_path):
 
     train_bpe(texts(), 260, 1500, tmp_path / "t.json")
     assert TextTokenizer(tmp_path / "t.json").vocab_size == 260
+
+
+def test_long_runs_are_cut_for_training_and_nothing_is_lost():
+    texts = ["a" * 2500 + " b " + "-" * 999, "x" + " " * 3000 + "y", "plain words\n", ""]
+    pieces = [list(_pieces(text)) for text in texts]
+    assert ["".join(part) for part in pieces] == texts and [len(part) for part in pieces] == [3, 4, 1, 0]
+    assert all(len(run) <= LONG_RUN for part in pieces for piece in part for run in re.findall(r"\S+|\s+", piece))
 
 
 def test_text_survives_and_has_no_bos_inside(bpe):
