@@ -68,3 +68,22 @@ def folder(spec, tmp_path_factory) -> Path:
 @pytest.fixture
 def tokens(folder) -> TokenSet:
     return TokenSet(folder, verify=True)
+
+
+@pytest.fixture(scope="session")
+def llama_like(tmp_path_factory) -> Path:
+    """As Llama-2's: a space in front of the text, spaces as U+2581, unknown characters as bytes, its own BOS rule."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}}
+    for token in ("\u2581", "a", "b", "c", "\u2581a", "\u2581ab", "ab", "\u00e9"):
+        vocab[token] = len(vocab)
+    merges = [("\u2581", "a"), ("a", "b"), ("\u2581a", "b")]
+    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

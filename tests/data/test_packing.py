@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from data.loader import Loader
-from data.packing import load_layout, pack
+from data.packing import BUFFER_DOCUMENTS, load_layout, pack
 from data.tokens import TokenSet
 
 ROW = 65
@@ -19,6 +19,10 @@ ROW = 65
 def documents(*lengths: int) -> list[tuple[int, int]]:
     """(first token, tokens) of documents that lie back to back."""
     return list(zip(np.cumsum([0, *lengths[:-1]]).tolist(), lengths, strict=True))
+
+
+def test_the_buffer_is_the_published_one():
+    assert BUFFER_DOCUMENTS == 1000  # quartet2.md c.2: another one crops other documents
 
 
 def test_by_hand():

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import hashlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -19,6 +20,7 @@ import pytest
 
 import data.parts
 import data.prepare
+from data.evalset import EvalSet
 from data.prepare import ensure, prepare, prepare_command
 from data.spec import DataSpec
 from data.tokenizer import TextTokenizer
@@ -115,6 +117,24 @@ def test_another_source_or_option_gives_another_folder(spec, folder, tmp_path, m
     assert ensure(dataclasses.replace(spec, files=str(changed)), tmp_path).name != folder.name
     for option in ({"val_fraction": 0.2}, {"split_seed": 1}, {"shard_tokens": 5000}, {"max_documents": 50}):
         assert ensure(dataclasses.replace(spec, **option), tmp_path).name != folder.name, option
+
+
+def test_the_keys_of_a_row_are_part_of_the_folders_name(tmp_path):
+    rows = [{"text": f"one text {i}", "body": f"another {i}", "id": i, "name": i // 2} for i in range(60)]
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spec = DataSpec(files=f"{tmp_path}/t.jsonl", vocab_size=260, val_fraction=0.3, workers=1)
+    specs = [spec, *(dataclasses.replace(spec, **key) for key in ({"text_key": "body"}, {"id_key": "name"}))]
+    assert len({prepare(s, tmp_path / "out") for s in specs}) == 3
+
+
+def test_a_tokenizer_with_a_space_prefix_counts_the_texts_own_bytes(tmp_path, make_rows, jsonl, llama_like):
+    """As Llama-2's, the published runs': a byte less for each text, in preparation and in bits per byte."""
+    file = jsonl(tmp_path / "t.jsonl", make_rows(30))
+    spec = DataSpec(files=str(file), tokenizer=str(llama_like), val_fraction=0.3, workers=1)
+    tokens = TokenSet(prepare(spec, tmp_path / "out"))
+    splits = tokens.manifest["splits"]
+    assert [splits[side]["inexact_documents"] for side in ("train", "val")] == [0, 0]
+    assert EvalSet(tokens, 64, None).segments.bytes.sum() == splits["val"]["bytes"]
 
 
 def test_contents_have_one_fingerprint_however_they_are_cut(spec, folder, tmp_path):

@@ -38,25 +38,6 @@ def bpe(tmp_path_factory, make_rows) -> Path:
     return path
 
 
-@pytest.fixture(scope="module")
-def llama_like(tmp_path_factory) -> Path:
-    """As Llama-2's: a space in front of the text, spaces as U+2581, unknown characters as bytes, its own BOS rule."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, processors
-
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, **{f"<0x{b:02X}>": 3 + b for b in range(256)}}
-    for token in ("\u2581", "a", "b", "c", "\u2581a", "\u2581ab", "ab", "\u00e9"):
-        vocab[token] = len(vocab)
-    merges = [("\u2581", "a"), ("a", "b"), ("\u2581a", "b")]
-    tokenizer = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
-    path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
-    tokenizer.save(str(path))
-    return path
-
-
 def test_training_is_the_same_on_any_number_of_threads(tmp_path, make_rows):
     text = tmp_path / "text"
     text.write_text("\n\n".join(row["text"] for row in make_rows(60)), encoding="utf-8")
@@ -126,6 +107,14 @@ def test_bos_is_a_special_token_and_no_word_of_the_text(tmp_path, make_rows):
     assert found.bos == "<bos>" and (ids == found.bos_id).sum() == 1
     with pytest.raises(ValueError, match=r"no BOS token \(looked for <s> among its special tokens: <bos>\)"):
         TextTokenizer(tmp_path / "tokenizer.json", "<s>")
+
+
+def test_a_tokenizer_that_truncates_is_stopped_from_it(bpe, tmp_path):
+    description = json.loads(bpe.read_text())
+    description["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    (ids,) = TextTokenizer(tmp_path / "tokenizer.json").encode(["kano " * 50])
+    assert TextTokenizer(bpe).token_bytes[ids].sum() == 250
 
 
 def test_hash_ignores_spacing_but_not_contents(bpe, tmp_path):
