@@ -190,9 +190,14 @@ def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> t
     pairs = sorted(ours.keys() & theirs.keys()) or None
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
     se = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples]).se
-    at_end = all(run.info["steps"] == step for run in runs)
-    gap = seed_gap(losses_at(group, step), losses_at(base, step), floor if at_end else None)
+    gap = seed_gap(losses_at(group, step), losses_at(base, step), floor if _judges(floor, runs, step) else None)
     return gap, math.nan if math.isnan(gap.mean) else se
+
+
+def _judges(floor: Floor | None, runs: Iterable[Run], step: int) -> bool:
+    """Is `step` these runs' end, and were they trained as those were whose ends the floor is about?"""
+    ends = all(run.info["steps"] == step for run in runs)
+    return floor is not None and ends and all(floor.conditions in (None, run.conditions) for run in runs)
 
 
 def same_text(runs: Iterable[Run], step: int) -> dict[Path, EvalRows]:
@@ -214,7 +219,7 @@ def same_text(runs: Iterable[Run], step: int) -> dict[Path, EvalRows]:
 
 def _check_sum(run: Run, step: int, rows: EvalRows) -> None:
     logged, summed = run.loss_at(step), rows.nats.sum() / rows.tokens.sum()
-    if math.isfinite(logged) and abs(logged - summed) > 1e-6 * max(1.0, abs(logged)):
+    if math.isfinite(logged) and not abs(logged - summed) <= 1e-6 * max(1.0, abs(logged)):  # NaN rows are stale, too
         raise RunError(
             f"{run.path}: metrics.jsonl says {logged:.8f}, eval rows give {summed:.8f}; one of them is stale"
         )

@@ -41,8 +41,8 @@ def first_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float |
 
 
 def equal_loss(group: Group, base: Group) -> EqualLoss | None:
-    """None when either has no evaluation yet, or a seed that diverged."""
-    if group.diverged or base.diverged:
+    """None when either has no evaluation yet, or a seed that diverged, or their curves are of different text."""
+    if group.diverged or base.diverged or len({t for run in (*group.runs, *base.runs) for t in run.targets[:1]}) > 1:
         return None
     steps, losses, _ = group_curve(group)
     base_steps, base_losses, _ = group_curve(base)

@@ -39,21 +39,13 @@ class Spread:
         return max(2, math.ceil(2 * (quantiles * self.sd / difference) ** 2))
 
 
-def key_of(run: Run) -> str:
-    """What a noise floor belongs to: model, length, batch, data, tokenizer, amount of final validation text."""
-    info = run.info
-    parts = [info["model"], f"{info['steps']}x{info['tokens_per_step']}", f"seq{info['seq_len']}"]
-    parts += [f"data {info['data_fingerprint']}", f"tokenizer {info['tokenizer_hash']}", f"val {run.final_targets}"]
-    return " ".join(parts)
-
-
 def measure(runs: list[Run]) -> dict[str, dict]:
     """{key: {kind: Spread fields, recipes: {label: {mean, sd, seeds}}}} of finished runs; empty kinds left out."""
     found: dict[str, dict] = {}
     keyed: dict[str, list[Run]] = {}
     for run in runs:
         if run.finished and math.isfinite(final_loss(run)):
-            keyed.setdefault(key_of(run), []).append(run)
+            keyed.setdefault(run.conditions, []).append(run)
     for key, members in keyed.items():
         losses = seed_losses(members)
         spreads = {"rerun": pooled(reruns(members)), "nudge": pooled(nudges(members))}
@@ -135,9 +127,9 @@ def load(path: Path = CACHE) -> dict[str, dict]:
 
 def floor_for(run: Run, floors: dict[str, dict]) -> Floor | None:
     """The floor for runs like this one, or None."""
-    entry = floors.get(key_of(run), {})
+    entry = floors.get(run.conditions, {})
     spreads = [(entry[kind]["sd"], entry[kind]["df"]) if kind in entry else None for kind in ("seed", "paired")]
-    return Floor(*spreads) if spreads[0] else None
+    return Floor(*spreads, conditions=run.conditions) if spreads[0] else None
 
 
 def text(floors: dict[str, dict]) -> str:

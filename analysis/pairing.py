@@ -33,11 +33,13 @@ class Gap:
 class Floor:
     """What scripts/noise_floor.py measured, each (standard deviation of one run, its degrees of freedom).
 
-    `seed`: between seeds of a recipe. `paired`: the same without what a seed does to all recipes alike.
+    `seed`: between seeds of a recipe. `paired`: the same without what a seed does to all recipes alike. `conditions`:
+    of the runs it was measured on (Run.conditions); it says nothing about others. None: said of any.
     """
 
     seed: tuple[float, int]
     paired: tuple[float, int] | None = None
+    conditions: str | None = None
 
 
 @dataclass(frozen=True)

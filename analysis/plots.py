@@ -1,6 +1,6 @@
 """Loss and gap curves as PNG (matplotlib, Agg). Okabe-Ito colours, names written at the ends of the lines."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import matplotlib
 
@@ -94,21 +94,26 @@ def draw_gaps(
 
 
 def gap_curve(group: Group, base: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Steps, mean gap and its standard error over seeds [nats/token]. No common seed: difference of the means."""
+    """Steps, mean gap and its standard error over seeds [nats/token]. No common seed: difference of the means. Only
+    where both were evaluated on equally much text: how much that is may differ from step to step, and between runs."""
     ours, theirs = group.by_seed(), base.by_seed()
     common = sorted(ours.keys() & theirs.keys())
     if not common:
-        steps, mean, _ = group_curve(group, all_evaluations)
-        other_steps, other, _ = group_curve(base, all_evaluations)
-        shared, i, j = np.intersect1d(steps, other_steps, return_indices=True)
-        return shared, mean[i] - other[j], np.full(len(shared), np.nan)
+        means = [group_curve(side, all_evaluations)[:2] for side in (group, base)]
+        steps, gaps = _difference(*means, (*group.runs, *base.runs))
+        return steps, gaps, np.full(len(steps), np.nan)
     curves = []
     for seed in common:
-        steps, mean, _ = mean_curve([all_evaluations(run) for run in ours[seed]])
-        other_steps, other, _ = mean_curve([all_evaluations(run) for run in theirs[seed]])
-        shared, i, j = np.intersect1d(steps, other_steps, return_indices=True)
-        curves.append((shared, mean[i] - other[j]))
+        means = [mean_curve([all_evaluations(run) for run in side[seed]])[:2] for side in (ours, theirs)]
+        curves.append(_difference(*means, (*ours[seed], *theirs[seed])))
     return mean_curve(curves)
+
+
+def _difference(one: Curve, other: Curve, runs: Iterable[Run]) -> Curve:
+    """one - other at the steps that both have and at which all `runs` scored equally many tokens."""
+    shared, i, j = np.intersect1d(one[0], other[0], return_indices=True)
+    same = np.array([len({run.targets_at(step) for run in runs}) == 1 for step in shared], bool)
+    return shared[same], (one[1][i] - other[1][j])[same]
 
 
 def all_evaluations(run: Run) -> Curve:

@@ -70,6 +70,14 @@ class Run:
         return self.info["name"]
 
     @property
+    def conditions(self) -> str:
+        """What a noise floor belongs to: model, length, batch, data, tokenizer, amount of final validation text."""
+        info = self.info
+        parts = [info["model"], f"{info['steps']}x{info['tokens_per_step']}", f"seq{info['seq_len']}"]
+        parts += [f"data {info['data_fingerprint']}", f"tokenizer {info['tokenizer_hash']}"]
+        return " ".join([*parts, f"val {self.final_targets}"])
+
+    @property
     def finished(self) -> bool:
         return self.result is not None
 
@@ -150,6 +158,10 @@ class Run:
         """
         return np.array([self._scored(i) for i in range(len(self.evals["step"]))])
 
+    def targets_at(self, step: int) -> float:
+        """Tokens scored at `step`."""
+        return float(self.targets[np.flatnonzero(self.evals["step"] == step)[-1]])
+
     @cached_property
     def final_targets(self) -> int:
         """Tokens scored at the last evaluation; 0 without one."""
@@ -177,7 +189,10 @@ class Run:
             raise RunError(f"{path}: missing, but metrics.jsonl reports an evaluation at step {step}")
         try:
             with np.load(path, allow_pickle=False) as file:
-                return EvalRows(**{key: file[key] for key in ROW_KEYS})
+                rows = {key: file[key] for key in ROW_KEYS}
+            if len({(values.ndim, values.shape) for values in rows.values()}) > 1 or rows["nats"].ndim != 1:
+                raise ValueError(f"columns of shapes {[values.shape for values in rows.values()]}")
+            return EvalRows(**rows)
         except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
             raise RunError(f"{path}: can't be read ({error}); needs {list(ROW_KEYS)}") from None
 
@@ -196,6 +211,9 @@ def read_run(path: str | Path) -> Run:
     missing = [key for key in RUN_KEYS if key not in info]
     if missing:
         raise RunError(f"{path}/run.json: lacks {missing}")
+    for key, kind in (("numerics", dict), ("seed", int), ("steps", int), ("tokens_per_step", int)):
+        if not isinstance(info[key], kind):
+            raise RunError(f"{path}/run.json: {key} must be of type {kind.__name__}, got {info[key]!r}")
     records = _metrics(path / "metrics.jsonl")
     return Run(
         path=path,
@@ -257,7 +275,7 @@ def _metrics(path: Path) -> list[dict]:
     for number, line in enumerate(lines[:-1], 1):
         try:
             record = json.loads(line)
-            record["kind"]
+            record["event" if record["kind"] == "event" else "kind"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise RunError(f"{path}:{number}: malformed record ({error!r}): {line[:80]!r}") from None
         records.append(record)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from matplotlib.text import Text
-from synthetic import non_finite, write_run
+from synthetic import eval_rows, non_finite, write_run
 
 from analysis import plots
 from analysis.compare import common_step, differences, group_runs, pick_baseline, table
@@ -310,6 +310,37 @@ def test_the_floor_of_final_losses_judges_no_gap_before_the_end(tmp_path):
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     found = {row.label: row.gap for row in table(groups, pick_baseline(groups, None), Floor((0.01, 8)))}
     assert found["fp8"].method.startswith("noise floor") and found["sr"].method == "paired t, 2 seeds"
+
+
+def test_the_floor_judges_only_runs_like_those_it_was_measured_on(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "bf16", seed, 3.0)
+        write_run(tmp_path, "sr", seed, 3.1)
+        other = {"model": "llama_other", "numerics": {"model.layers": 9}, "name": f"other-{seed}", "hash": f"o{seed}"}
+        write_run(tmp_path, "sr", seed, 3.1 + 0.03 * seed, **other)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base = pick_baseline(groups, None)
+    floor = Floor((0.001, 8), conditions=base.runs[0].conditions)
+    methods = {row.label: row.gap.method for row in table(groups, base, floor)[1:]}
+    assert sorted(methods.values()) == ["noise floor sd 1.00e-3, df 8, 2 seeds", "paired t, 2 seeds"], methods
+
+
+def test_gaps_along_the_runs_are_of_the_same_text(tmp_path):
+    """How much text an evaluation takes is in no hash: sr's were of half of it before the end, 0.5 nats easier."""
+    for seed in range(2):
+        write_run(tmp_path, "bf16", seed, 3.0)
+        path = write_run(tmp_path, "sr", seed, 3.05)
+        records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+        for record in records:
+            if record["kind"] == "eval" and record["step"] < 100:
+                rows = {key: values[:40] for key, values in eval_rows(record["loss"] - 0.5, seed=9).items()}
+                record["loss"] = rows["nats"].sum() / rows["tokens"].sum()
+                np.savez(path / "eval" / f"{record['step']}.npz", **rows)
+        (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    base, sr = group_runs(find_runs([f"{tmp_path}/*"]))
+    steps, gaps, _ = plots.gap_curve(sr, base)
+    assert list(steps) == [100] and gaps == pytest.approx([0.05])
+    assert equal_loss(sr, base) is None
 
 
 def test_a_diverged_seed_leaves_its_recipe_without_mean_and_verdict(tmp_path):

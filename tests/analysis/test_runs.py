@@ -1,9 +1,11 @@
 import json
 
+import numpy as np
 import pytest
 from synthetic import non_finite, write_run
 
-from analysis.runs import RunError, find_runs, read_run
+from analysis.compare import same_text
+from analysis.runs import ROW_KEYS, RunError, find_runs, read_run
 
 
 def test_a_finished_run_is_read_back(tmp_path):
@@ -52,6 +54,35 @@ def test_a_record_or_run_json_without_a_field_is_an_error(tmp_path):
     del info["tokenizer_hash"]
     (path / "run.json").write_text(json.dumps(info))
     with pytest.raises(RunError, match=r"lacks .'tokenizer_hash'"):
+        read_run(path)
+
+
+@pytest.mark.parametrize(("key", "value"), [("numerics", None), ("seed", None), ("steps", "100")])
+def test_a_field_of_run_json_of_another_type_is_an_error(tmp_path, key, value):
+    path = write_run(tmp_path, "bf16")
+    info = json.loads((path / "run.json").read_text())
+    (path / "run.json").write_text(json.dumps(info | {key: value}))
+    with pytest.raises(RunError, match=rf"run\.json: {key} must be of type"):
+        read_run(path)
+
+
+def test_rows_of_unequal_lengths_and_not_a_number_are_errors(tmp_path):
+    run = read_run(write_run(tmp_path, "bf16"))
+    rows = {key: getattr(run.rows_at(100), key) for key in ROW_KEYS}
+    np.savez(run.path / "eval" / "100.npz", **rows | {"tokens": rows["tokens"][1:]})
+    with pytest.raises(RunError, match=r"100\.npz: can't be read \(columns of shapes"):
+        run.rows_at(100)
+    rows["nats"][3] = np.nan
+    np.savez(run.path / "eval" / "100.npz", **rows)
+    with pytest.raises(RunError, match="eval rows give nan; one of them is stale"):
+        same_text([run], 100)
+
+
+def test_an_event_without_a_name_is_an_error(tmp_path):
+    path = write_run(tmp_path, "bf16")
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "event", "step": 100}\n')
+    with pytest.raises(RunError, match="malformed record"):
         read_run(path)
 
 
