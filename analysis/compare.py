@@ -49,7 +49,7 @@ class Group:
     @property
     def milliseconds(self) -> float:
         """A step's, the median of the runs that had their GPU alone; NaN without one."""
-        alone = [run.milliseconds for run in self.runs if not run.shared_gpu]
+        alone = [run.milliseconds for run in self.runs if not run.company]
         return float(np.median(alone)) if alone else math.nan
 
     @property

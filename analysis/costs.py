@@ -86,13 +86,17 @@ def b200_hours(cell: Cell, rows: list[dict], peak: float | None) -> float | None
 def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:
     """(device, rows) from finished single-GPU runs, the fastest of each model and recipe.
 
-    ValueError when they ran on different devices or on several GPUs: one table is about one device.
+    ValueError when they ran on different devices or on several GPUs: one table is about one device; and where none had
+    its GPU to itself.
     """
+    runs = [run for run in runs if not run.company]
+    if not runs:
+        raise ValueError("no run had its GPU to itself, as far as others_gib in metrics.jsonl tells; use bench_step.py")
     devices = {run.read_json("env.json").get("device", "unknown") for run in runs}
     if len(devices) != 1 or any(run.read_json("env.json").get("device_count", 1) != 1 for run in runs):
         raise ValueError(f"throughput needs single-GPU runs of one kind of device, got {', '.join(sorted(devices))}")
     best: dict[tuple[str, str], dict] = {}
-    for run in (run for run in runs if not run.shared_gpu):
+    for run in runs:
         key = (run.info["model"], run.info["recipe"])
         if key not in best or best[key]["tokens_per_second"] < run.tokens_per_second:
             best[key] = {

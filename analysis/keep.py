@@ -17,6 +17,7 @@ from analysis.runs import ROW_KEYS, Run
 FILES = ("run.json", "env.json", "result.json")
 TRAIN_FIELDS = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "ms_per_step", "tokens_per_second", "mfu", "time")
 OPTIONAL_FIELDS = ("others_gib",)
+PLACES = ("data.path=", "data.files=", "data.val_files=", "data.tokenizer=", "paths.")
 SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
 
 
@@ -56,11 +57,11 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
 
 
 def without_paths(content: dict) -> dict:
-    """Where the data lay is nobody's business, and the command begins with the script's name alone."""
+    """Where text and runs lay is nobody's business, and the command begins with the script's name alone."""
     content = {key: value for key, value in content.items() if key != "data_path"}
     if content.get("command"):
         script, *words = content["command"].split(" ")
-        content["command"] = " ".join([Path(script).name, *words])
+        content["command"] = " ".join([Path(script).name, *(word for word in words if not word.startswith(PLACES))])
     return content
 
 

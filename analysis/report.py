@@ -105,7 +105,7 @@ def equal_losses(groups: list[Group], base: Group) -> list[str]:
     note = (
         f"When {base.label} first comes down to the loss at which each recipe's curve ends. Its learning rate has not "
         "decayed by then, so a run planned for that length would need fewer tokens still. Times are of these machines: "
-        "emulated 4-bit runs say nothing about native speed. Runs that shared their GPU give no time."
+        "emulated 4-bit runs say nothing about native speed. Runs that shared their GPU, or may have, give no time."
     )
     return [
         html.heading("Tokens and time to equal loss"),
@@ -164,7 +164,7 @@ def run_list(runs: list[Run]) -> list[str]:
 
 
 def _step_time(run: Run) -> str:
-    return f"{run.milliseconds:.1f}" + (" (shared GPU)" if run.shared_gpu else "")
+    return f"{run.milliseconds:.1f}" + (f" ({run.company})" if run.company else "")
 
 
 def differing(title: str, values: dict[str, dict], identity: str) -> list[str]:

@@ -116,11 +116,16 @@ class Run:
         ms = self.train["ms_per_step"]
         return float(np.median(ms[len(ms) // 10 :])) if len(ms) else float("nan")
 
-    @property
-    def shared_gpu(self) -> bool:
-        """Did other processes hold memory of its GPU for more than half of the run? No where it wasn't logged."""
+    @cached_property
+    def company(self) -> str:
+        """Why its speed means nothing: other processes held memory of its GPU for most of the run, or nobody looked
+        (before others_gib was logged). Empty for a run alone on its GPU, or on a CPU."""
         others = self.train["others_gib"]
-        return 2 * int(np.count_nonzero(others > SHARED_GIB)) > len(others)
+        if "NVIDIA" not in str(self.read_json("env.json").get("device")):
+            return ""
+        if np.isnan(others).all():
+            return "alone? not logged"
+        return "shared GPU" if 2 * int(np.count_nonzero(others > SHARED_GIB)) > len(others) else ""
 
     @property
     def tokens_per_second(self) -> float:

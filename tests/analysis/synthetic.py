@@ -60,6 +60,7 @@ def write_run(
     rows_seed: int = 7,
     name: str | None = None,
     others_gib: float | None = None,
+    device: str = "cpu",
     **info,
 ) -> Path:
     """Write runs/<name> with a smooth loss curve that ends at `final`; `steps_done` < 100 leaves it unfinished.
@@ -73,7 +74,7 @@ def write_run(
     path = root / fields["name"]
     (path / "eval").mkdir(parents=True)
     (path / "run.json").write_text(json.dumps(fields))
-    (path / "env.json").write_text(json.dumps({"commit": "abc", "device": "cpu", "packages": {"torch": "2.13"}}))
+    (path / "env.json").write_text(json.dumps({"commit": "abc", "device": device, "packages": {"torch": "2.13"}}))
     (path / "config.yaml").write_text(f"quant: {label}\nseed: {seed}\n")
     per_step = fields["tokens_per_step"]
     records = [{"kind": "event", "event": "start", "step": 0, "time": 0.0, "init_hash": f"i{seed}"}]

@@ -45,15 +45,18 @@ def test_table_values_of_two_recipes_over_three_seeds(tmp_path):
 
 def test_a_run_that_shared_its_gpu_gives_losses_and_no_speed(tmp_path):
     for seed, others in enumerate((0.9, 30.0)):
-        write_run(tmp_path, "bf16", seed, 3.0, ms=10.0 + 10 * seed, others_gib=others)
-        write_run(tmp_path, "sr", seed, 3.1, ms=20.0, others_gib=30.0)
+        write_run(tmp_path, "bf16", seed, 3.0, ms=10.0 + 10 * seed, others_gib=others, device="NVIDIA H100")
+        write_run(tmp_path, "sr", seed, 3.1, ms=20.0, others_gib=30.0, device="NVIDIA H100")
+        write_run(tmp_path, "fp8", seed, 3.2, ms=20.0, device="NVIDIA H100")
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
-    base, row = table(groups, pick_baseline(groups, None))
+    base, row, old = table(groups, pick_baseline(groups, None))
+    assert math.isnan(old.tokens_per_second)
     assert base.tokens_per_second == pytest.approx(1024 / 0.010) and base.final == pytest.approx(3.0)
     assert math.isnan(row.tokens_per_second) and math.isnan(row.ratio) and row.gap.mean == pytest.approx(0.1)
     done = compare(f"{tmp_path}/*", "--out", tmp_path / "out")
-    assert "102,400" in done.stdout and "20.0 (shared GPU)" in (tmp_path / "out" / "compare.html").read_text()
-    assert not re.search(r"\bnan\b", done.stdout + (tmp_path / "out" / "compare.html").read_text())
+    html = (tmp_path / "out" / "compare.html").read_text()
+    assert "102,400" in done.stdout and "20.0 (shared GPU)" in html and "20.0 (alone? not logged)" in html
+    assert not re.search(r"\bnan\b", done.stdout + html)
 
 
 def test_another_learning_rate_is_another_group_and_its_label_says_so(tmp_path):

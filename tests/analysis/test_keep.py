@@ -48,8 +48,11 @@ def test_the_copy_is_thin_but_keeps_evaluations_and_the_last_step(tmp_path):
     assert [event["event"] for event in kept.events] == ["start"]
 
 
+COMMAND = "/home/me/nibble/train.py quant=sr data.path=/home/me/t data.files=/home/me/*.txt paths.runs=/home/me seed=1"
+
+
 def test_paths_of_this_machine_stay_here(tmp_path):
-    path = write_run(tmp_path / "runs", data_path="/home/me/tokens", command="/home/me/nibble/train.py quant=sr seed=1")
+    path = write_run(tmp_path / "runs", data_path="/home/me/tokens", command=COMMAND)
     kept = read_run(keep(read_run(path), tmp_path / "kept"))
     assert kept.info["command"] == "train.py quant=sr seed=1"
     assert not any("/home/me" in file.read_text() for file in kept.path.glob("*.json*"))

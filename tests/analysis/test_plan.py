@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -102,8 +103,10 @@ def test_throughput_is_read_from_runs_and_mixed_devices_are_refused(tmp_path):
     device, found = costs.measured_rows(find_runs([f"{tmp_path}/*"]))
     assert device == "cpu" and len(found) == 1 and found[0]["tokens_per_second"] == 128000
     assert found[0]["flops_per_token"] == 6 * (3_000_000 + 4096 * 64) + 12 * 2 * 64 * 128
-    write_run(tmp_path, "fp8", 0, 3.0, ms=1.0, numerics=shape, others_gib=30.0)  # shared its GPU: no speed
-    assert costs.measured_rows(find_runs([f"{tmp_path}/*"]))[1] == found
+    write_run(tmp_path, "fp8", 0, 3.0, ms=1.0, numerics=shape, others_gib=30.0, device="NVIDIA H100")
+    with pytest.raises(ValueError, match="no run had its GPU to itself"):
+        costs.measured_rows(find_runs([f"{tmp_path}/*fp8*"]))
+    shutil.rmtree(tmp_path / "llama_tiny-fp8-0")
     path = write_run(tmp_path, "sr", 0, 3.0, numerics=shape)
     (path / "env.json").write_text(json.dumps({"device": "H100"}))
     with pytest.raises(ValueError, match="one kind of device, got H100, cpu"):
