@@ -93,7 +93,7 @@ def sweep(overrides: list[str]) -> list[list[str]]:
     for override in [item if item.key_or_group == CELL else check(item) for item in parse(overrides)]:
         if override.is_sweep_override():
             key = override.get_key_element()
-            alternatives.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+            alternatives.append([f"{key}={value}" for value in listed(override)])
         else:
             alternatives.append([override.input_line])
     return [list(job) for job in itertools.product(*alternatives)]
@@ -129,13 +129,21 @@ def check(override: Override) -> Override:
 
 
 def check_choices(override: Override, options: list[str]) -> None:
-    values = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+    values = listed(override) if override.is_sweep_override() else [override.value()]
     for value in values:
         if value is not None and not isinstance(value, list) and str(value) not in options:
             near = suggestion(str(value), options)
             raise ConfigError(
                 f"{override.key_or_group}={value}: no such choice{near or '.'} There are: {', '.join(options)}"
             )
+
+
+def listed(override: Override) -> list[str]:
+    """The values of a sweep. ConfigError for one that only a search could enumerate, such as interval(0,1)."""
+    try:
+        return list(override.sweep_string_iterator())
+    except HydraException:
+        raise ConfigError(f"{override.input_line}: list the values, as in {override.key_or_group}=a,b,c") from None
 
 
 def nearest_key(key: str, known: list[str]) -> str:

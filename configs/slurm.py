@@ -116,11 +116,11 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     if cluster == "slurm" and shutil.which("srun") is None:
         raise GridError("launcher=slurm: this machine has no srun; log in where SLURM is, or try slurm.cluster=local")
     processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
-    executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}
     try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(**{"name": name, "gpus_per_node": 1, "tasks_per_node": 1, **settings})
-    except (NameError, AssertionError) as error:  # submitit's, for an unknown option and one of another type
+    except (NameError, AssertionError, ValueError) as error:  # submitit's: an unknown option, type or cluster
         given = " ".join(f"slurm.{key}={value}" for key, value in options.items())
         raise GridError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None
     return [job.job_id for job in executor.map_array(Task(processes), commands)]

@@ -34,14 +34,14 @@ class SlotCounter:
         rng: Tensor,
         layer: Tensor,
     ) -> None:
-        """Add the counts of one operand: what is quantized, its slot's recipe, the contraction axis, random state."""
-        if not operand.is_quantized:
+        """Keep the counts of one operand: what is quantized, its slot's recipe, the contraction axis, random state.
+
+        Once a slot: with recompute=true a block's forward runs a second time, on the same numbers.
+        """
+        if not operand.is_quantized or slot in self.slots:
             return
         with torch.no_grad():
-            counts = count_operand(_tensor(held), operand, axis, signs, rng, layer, SLOTS.index(slot))
-        total = self.slots.setdefault(slot, {})
-        for name, value in counts.items():
-            total[name] = total[name] + value if name in total else value
+            self.slots[slot] = count_operand(_tensor(held), operand, axis, signs, rng, layer, SLOTS.index(slot))
 
 
 def count_operand(
@@ -74,7 +74,7 @@ def count_operand(
 
 
 def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[str, dict[str, int]]]:
-    """{layer: {slot: {counter: number}}} of everything quantized while step_fn() runs (a forward, or with backward).
+    """{layer: {slot: {counter: number}}} of what one forward, or one with its backward, quantizes: step_fn().
 
     Runs step_fn eagerly. The caller sets the random state and discards the gradients. Synchronizes the device.
     """

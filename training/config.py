@@ -201,12 +201,15 @@ class LogSection:
         self.every = whole("log.every", self.every)
 
 
+FOLDER_NAME = re.compile(r"(?!\.+$)[\w.+-]+")
+
+
 @dataclass
 class RunSection:
     name: str | None = None  # null: model-recipe-tokens-seed-hash
 
     def __post_init__(self) -> None:
-        if self.name is not None and not re.fullmatch(r"(?!\.+$)[\w.+-]+", self.name):
+        if self.name is not None and not FOLDER_NAME.fullmatch(self.name):
             raise ValueError(
                 f"run.name={self.name}: needs the name of one folder: letters, digits and . _ + -; "
                 "where runs lie is paths.runs"

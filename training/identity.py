@@ -9,7 +9,7 @@ from quant import library
 from quant.library import AnyRecipe
 from quant.plan import HEAD, Plan
 from quant.recipe import GEMMS, Recipe, Rotation
-from training.config import TrainConfig
+from training.config import FOLDER_NAME, TrainConfig
 from training.derive import Numbers
 
 SHOWN = 12  # differing keys that an error lists
@@ -88,7 +88,10 @@ def hash_of(numerics: dict[str, Any]) -> str:
 
 
 def default_name(model: str, recipe: str, tokens: int, seed: int, digest: str) -> str:
-    """llama_30m-quartet2-0.1B-s0-1a2b3c4d"""
+    """llama_30m-quartet2-0.1B-s0-1a2b3c4d. ValueError for names that make no folder beside the others."""
+    for option, word in (("model.name", model), ("quant.name", recipe)):
+        if not FOLDER_NAME.fullmatch(word):
+            raise ValueError(f"{option}={word}: part of a folder's name; letters, digits and . _ + - are possible")
     return f"{model}-{recipe}-{short_count(tokens)}-s{seed}-{digest[:8]}"
 
 

@@ -44,7 +44,8 @@ def launch(request: Request) -> int:
     """
     ranks = setup()
     if request.config.dry_run:
-        sketch = describe(request, ranks, tokens=None)
+        path = request.config.data.path  # other text may not be prepared yet, and a dry run does nothing
+        sketch = describe(request, ranks, TokenSet(path) if path else None)
         if ranks.is_main:
             print(screen(request, sketch, ranks))
         code = 0

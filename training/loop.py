@@ -159,9 +159,10 @@ class Trainer:
     def _evaluation_due(self) -> bool:
         return 0 < self.state.step < self.numbers.steps and self._due(self.p.config.evaluate.every)
 
-    def _evaluated(self) -> bool:
+    def _evaluated(self) -> dict[str, Any] | None:
+        """The row of this step's evaluation, if there is one: {loss, bpb, se, ...}."""
         rows = self.p.loggers.file.rows()
-        return any(row["kind"] == "eval" and row["step"] == self.state.step for row in rows)
+        return next((row for row in rows if row["kind"] == "eval" and row["step"] == self.state.step), None)
 
     def _restart_clock(self) -> None:
         self._window_start = time.perf_counter()
@@ -297,7 +298,8 @@ class Trainer:
         """Save before the final evaluation: that one may run out of memory, the weights must not be lost."""
         if self.state.step != self._resumed_at:
             self._save(wait=True)
-        final = self._evaluate(self.p.final_evalset)
+        # Killed between its evaluation and its result: scoring again would be a second row of one step.
+        final = self._evaluated() or self._evaluate(self.p.final_evalset)
         self.event("finish")
         if self.p.ranks.is_main:
             self.p.folder.write("result.json", self._result(final))

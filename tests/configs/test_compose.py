@@ -64,6 +64,7 @@ MISTAKES = [
     (["foo"], ["'foo'", "key=value"]),
     (["model=[a"], ["'model=[a'", "quote"]),
     (["quant=bf16,sr"], ["quant=bf16,sr", "add -m"]),
+    (["quant=glob(*)"], ["quant=glob(*)", "list the values, as in quant=a,b,c"]),
     (["hydra.run.dir=x"], ["hydra.run.dir=x", "paths.runs"]),
     (["hydra.foo=1"], ["hydra.foo=1", "no effect"]),
 ]
@@ -132,6 +133,12 @@ def test_sweep_is_the_product_in_order():
 def test_sweep_checks_every_choice():
     with pytest.raises(ConfigError, match="did you mean quartet2"):
         sweep(["quant=bf16,quartet3"])
+
+
+@pytest.mark.parametrize("override", ["quant=glob(*)", "optim.lr=interval(0,1)"])
+def test_sweep_of_what_cannot_be_listed_is_one_error_line(override):
+    with pytest.raises(ConfigError, match=r"list the values, as in \w+(\.lr)?=a,b,c"):
+        sweep([override])
 
 
 def test_flags():

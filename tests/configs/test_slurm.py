@@ -145,6 +145,11 @@ def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, options, cluster):
         slurm.submit("name", tmp_path, [["true"]], {**options, "cluster": cluster})
 
 
+def test_a_wrong_cluster_is_one_line(tmp_path):
+    with pytest.raises(GridError, match=r"slurm\.cluster=foo: submitit refuses it"):
+        slurm.submit("name", tmp_path, [["true"]], {"cluster": "foo"})
+
+
 def test_launcher_words_are_taken_off_the_command_line():
     line = read_command_line(["seed=1", "launcher=slurm", "slurm.partition=gpu", "slurm.nodes=2"])
     assert line.overrides == ["seed=1"] and line.slurm == {"partition": "gpu", "nodes": "2"}

@@ -10,6 +10,7 @@ from configs.compose import compose
 from data.tokens import TokenSet
 from training.build import is_graphed
 from training.identity import IdentityError
+from training.loop import Trainer
 from training.manifest import checkpoints
 
 RECIPES = ["bf16", "fp8", "fp8_rowwise", "nvfp4_rtn", "sr", "nvidia", "tetrajet2", "quartet2", "quartet2_upstream"]
@@ -103,6 +104,24 @@ def test_a_runs_name_is_one_folder(run, name):
         run(name=name)
 
 
+@pytest.mark.parametrize("option", ["model.name", "quant.name"])
+def test_names_that_the_folders_name_is_made_of_cannot_leave_it(run, tmp_path, option):
+    with pytest.raises(ValueError, match=rf"{option}=a/../../esc: part of a folder's name"):
+        run(f"{option}=a/../../esc", name=None)
+    assert not list(tmp_path.rglob("run.json"))
+
+
+def test_a_run_that_ended_between_its_evaluation_and_its_result_has_one_evaluation(run, rows, monkeypatch):
+    _, folder = run("quant=sr")
+    result = json.loads((folder / "result.json").read_text())
+    (folder / "result.json").unlink()
+    monkeypatch.setattr(Trainer, "_score", None)
+    assert run("quant=sr")[0] == 0
+    again = json.loads((folder / "result.json").read_text())
+    assert [row["step"] for row in rows(folder, "eval")] == [5, 10]
+    assert all(again[key] == result[key] for key in ("final_loss", "final_bpb", "final_se", "train_loss_last"))
+
+
 def test_other_numerics_in_the_same_folder_are_refused_with_the_keys(run):
     run()
     with pytest.raises(IdentityError) as caught:
@@ -156,9 +175,10 @@ def test_six_none_are_bitwise_the_baseline(run, rows):
 
 def test_recomputed_activations_change_no_bit(run, rows):
     (_, one), (_, other) = (
-        run("quant=sr", "steps=3", name="one"),
-        run("quant=sr", "steps=3", "recompute=true", name="other"),
+        run("quant=sr", "steps=3", "evaluate.slots=true", name="one"),
+        run("quant=sr", "steps=3", "evaluate.slots=true", "recompute=true", name="other"),
     )
+    assert [r["slots"] for r in rows(one, "slots")] == [r["slots"] for r in rows(other, "slots")] != []
     assert [r["loss"] for r in rows(one, "train")] == [r["loss"] for r in rows(other, "train")]
     assert [r["grad_norm"] for r in rows(one, "train")] == [r["grad_norm"] for r in rows(other, "train")]
 
@@ -175,6 +195,16 @@ def test_dry_run_of_any_preset_prints_the_plan_and_writes_nothing(run, capsys, t
     assert code == 0 and not (tmp_path / "runs").exists()
     for part in (preset, recipe, "blocks.*.mlp.down", "GiB a GPU expected", "micro-batches", "peak 0.01"):
         assert part in out
+
+
+def test_a_dry_run_names_the_run_that_would_start(run, capsys):
+    """Without the data's fingerprint its hash isn't known, and none is made up."""
+    assert run("dry_run=true", name=None)[0] == 0
+    assert "llama_tiny-bf16-5.12K-s0-<hash> ->" in capsys.readouterr().out
+    _, folder = run(name=None)
+    path = json.loads((folder / "run.json").read_text())["data_path"]
+    assert run("dry_run=true", f"data.path={path}", name=None)[0] == 0
+    assert f"{folder.name} ->" in capsys.readouterr().out
 
 
 def test_scheme_that_this_machine_lacks_is_refused_before_the_folder_is_made(run, tmp_path, capsys):
