@@ -4,13 +4,12 @@ Throughput lives in results/throughput.json: {"device", "rows": [{model, recipe,
 source}]}, written by `scripts/plan.py measure=...` from finished runs or from scripts/bench_step.py's JSON.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import Run
+from analysis.runs import Run, RunError, json_object
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "throughput.json"
 # Dense BF16 peak as NVIDIA states it. Prediction for B200: the MFU measured on an H100 in BF16, whatever the recipe:
@@ -47,8 +46,14 @@ class Speed:
 
 
 def load(path: Path = TABLE) -> dict:
-    """The measured table; an empty one when nothing was measured yet."""
-    return json.loads(path.read_text()) if path.exists() else {"device": None, "rows": []}
+    """The measured table; an empty one when nothing was measured yet. RunError names a file that is none."""
+    if not path.exists():
+        return {"device": None, "rows": []}
+    table = json_object(path)
+    keys = {"model", "recipe", "tokens_per_second", "flops_per_token"}
+    if "device" not in table or not all(keys <= row.keys() for row in table.get("rows", [{}])):
+        raise RunError(f"{path}: needs device and rows of {', '.join(sorted(keys))}")
+    return table
 
 
 def speed_of(cell: Cell, rows: list[dict]) -> Speed | None:

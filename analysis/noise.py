@@ -15,7 +15,7 @@ from scipy.special import stdtrit
 
 from analysis.compare import group_runs, seed_means
 from analysis.pairing import Floor, t_quantile
-from analysis.runs import Run, json_object
+from analysis.runs import Run, RunError, json_object
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
 NUDGES = ("rounding_seed", "perturb")
@@ -121,8 +121,13 @@ def is_nudged(run: Run) -> bool:
 
 
 def load(path: Path = CACHE) -> dict[str, dict]:
-    """The cached floors; {} when nothing was measured yet."""
-    return json_object(path) if path.exists() else {}
+    """The cached floors; {} when nothing was measured yet. RunError names a file of something else."""
+    floors = json_object(path) if path.exists() else {}
+    for key, entry in floors.items():
+        kinds = [entry[kind] for kind in KINDS if kind in entry] if isinstance(entry, dict) else [{}]
+        if not all(isinstance(spread, dict) and {"sd", "df"} <= spread.keys() for spread in kinds):
+            raise RunError(f"{path}: {key[:60]}: needs sd and df; noise_floor.py writes such files")
+    return floors
 
 
 def floor_for(run: Run, floors: dict[str, dict]) -> Floor | None:

@@ -62,7 +62,10 @@ def load(path: Path | str = DEFAULT_PATH) -> dict[str, Points]:
         for line in reader:
             key = (line["scheme"], line["variant"])
             points = recipes.setdefault(NAMES.get(key, ":".join(key).replace("|", "/")), {})
-            cell, loss = (int(line["N"]), int(line["D"])), float(line["final_loss"])
+            try:
+                cell, loss = (int(line["N"]), int(line["D"])), float(line["final_loss"])
+            except (TypeError, ValueError) as error:
+                raise ValueError(f"{path}, line {reader.line_num}: N and D are whole numbers ({error})") from None
             if abs(points.get(cell, loss) - loss) > DUPLICATE_TOLERANCE:
                 raise ValueError(f"{path}: {key} at {cell} occurs with {points[cell]} and {loss}")
             points.setdefault(cell, loss)

@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from analysis.runs import json_object
+
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
 HANDLED = ("nonfinite", "skip", "rollback")  # events of training/nonfinite.py
@@ -27,11 +29,11 @@ def cell_lock(runs: Path, name: str) -> Path:
 
 
 def state_of(runs: Path, name: str) -> State:
-    """State of the run folder runs/<name>."""
+    """State of the run folder runs/<name>. RunError names a damaged result.json."""
     folder = runs / name
     result = folder / "result.json"
     if result.exists():
-        content = json.loads(result.read_text())
+        content = json_object(result)
         return State(DONE, content.get("step", 0), content.get("final_loss"))
     metrics = folder / "metrics.jsonl"
     if is_locked(cell_lock(runs, name)) or is_locked(folder / RUN_LOCK):

@@ -9,6 +9,7 @@ that the table names; B200 hours are a prediction from H100 (analysis/costs.py s
 """
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,8 @@ def table_for(own: dict[str, str]) -> dict:
     """The measured throughput. ValueError for a table that was named and isn't there, and for prices that are none."""
     for key in ("price", "price_b200"):
         try:
-            float(own[key] or 0)
+            if not 0 <= float(own[key] or 0) < math.inf:
+                raise ValueError
         except ValueError:
             raise ValueError(f"{key}={own[key]}: give a number, such as {key}=2.5") from None
     path = Path(own["table"])
@@ -193,13 +195,13 @@ def main(words: list[str]) -> int:
         details = line.is_true("details")
         table = table_for(line.own)
         cells = cells_of(line)
+        found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
     except (GridError, ConfigError, ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     from training.metrics import peak_of  # here: a wrong word shall not wait for torch to be imported
 
     peak = peak_of(table["device"])
-    found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
     if details:
         lines = [HEADER, *(row(cell, found[cell.name], table, peak) for cell in cells)]
         widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 
 from analysis import states
 from analysis.cli import quiet_pipes
+from analysis.runs import RunError
 from configs import gridline, slurm
 from configs.cli import take_launcher
 from configs.compose import ConfigError, compose
@@ -198,7 +199,7 @@ def main(words: list[str]) -> int:
                 print(shlex.join(command(line, cell)))
             return 0
         return run_local(line) if options is None else submit(line, options)
-    except (GridError, ConfigError) as error:
+    except (GridError, ConfigError, RunError) as error:
         print(f"run_grid: {error}", file=sys.stderr)
         return 2
 

@@ -138,8 +138,11 @@ def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
     return True
 
 
-def open_checkpointer(folder: RunFolder, config: TrainConfig, ranks: Dist, tokens: TokenSet) -> Checkpointer:
-    """Saves into the run folder as config.checkpoint says; altered token shards are noticed before each save."""
+def open_checkpointer(
+    folder: RunFolder, config: TrainConfig, ranks: Dist, tokens: TokenSet, newest: int | None
+) -> Checkpointer:
+    """Saves into the run folder as config.checkpoint says; altered token shards are noticed before each save. `newest`:
+    the step that was just loaded."""
     section = config.checkpoint
     return Checkpointer(
         folder.path,
@@ -148,6 +151,7 @@ def open_checkpointer(folder: RunFolder, config: TrainConfig, ranks: Dist, token
         asynchronous=section.asynchronous,
         group=ranks.group,
         before_save=tokens.check_unchanged,
+        newest=newest,
     )
 
 

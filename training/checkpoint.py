@@ -102,7 +102,7 @@ class Checkpointer:
 
     Every method is collective: all ranks call it at the same step. `group` is a CPU (gloo) process group; None at
     world size 1. `on_saved` gets a SaveReport on every rank, from the thread that calls `save` or `wait`. `before_save`
-    may raise, to keep a state from being saved.
+    may raise, to keep a state from being saved. `newest`: a step that is on disk already, just loaded.
     """
 
     def __init__(
@@ -115,6 +115,7 @@ class Checkpointer:
         group: dist.ProcessGroup | None = None,
         on_saved: Callable[[SaveReport], None] = lambda report: None,
         before_save: Callable[[], None] = lambda: None,
+        newest: int | None = None,
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last}: at least 1, or nothing could be resumed")
@@ -125,7 +126,7 @@ class Checkpointer:
         self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
         self._buffers = StagingBuffers()
         self._pending: tuple[CommitThread, SaveReport] | None = None
-        self._newest: int | None = None
+        self._newest = newest
 
     def reserve(self, state: TrainState) -> None:
         """Allocate this rank's host buffers in the background: a third of the state are weights, AdamW's moments the

@@ -21,7 +21,7 @@ from training.manifest import (
     META,
     fsync_folder,
     prune,
-    remove,
+    set_aside,
     step_of,
     write_durably,
     write_json,
@@ -136,8 +136,9 @@ def _publish_checkpoint(job: Job, files: dict[str, dict[str, Any]]) -> None:
     for rank in range(job.world):
         _part(job, rank).unlink()
     fsync_folder(job.folder)
-    if job.final.exists():  # after a rollback, or a damaged one of the same step
-        remove(job.final)
+    aside = set_aside(job.final) if job.final.exists() else None  # after a rollback, or a damaged one of the same step
     job.folder.rename(job.final)
     fsync_folder(job.final.parent)
+    if aside is not None:
+        shutil.rmtree(aside)
     prune(job.final.parent, step_of(job.final), job.keep_last, job.keep_every)

@@ -106,7 +106,7 @@ def run_in(
     resumed = resume(folder, state, ranks)
     loggers = open_loggers(folder, config, sketch.run, ranks, state.step)
     console = Console(ranks.is_main, sketch.numbers.steps, state.step)
-    checkpointer = open_checkpointer(folder, config, ranks, sketch.tokens)
+    checkpointer = open_checkpointer(folder, config, ranks, sketch.tokens, state.step if resumed else None)
     if config.checkpoint.every is not None:
         checkpointer.reserve(state)
     trainer = Trainer(

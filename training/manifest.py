@@ -153,11 +153,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder / META}: {error}") from error
 
 
-def remove(folder: Path) -> None:
-    """Delete a checkpoint. Renamed first, so that a kill in the middle doesn't leave a damaged one."""
+def set_aside(folder: Path) -> Path:
+    """Give a checkpoint that is to be deleted a temporary name, so that a kill in the middle leaves no damaged one."""
     doomed = folder.with_name(f"{TEMPORARY}remove-{folder.name}-{os.getpid()}")
     folder.rename(doomed)
-    shutil.rmtree(doomed)
+    return doomed
 
 
 def remove_temporary(root: Path) -> list[str]:
@@ -181,4 +181,4 @@ def prune(root: Path, saved: int, keep_last: int, keep_every: int) -> None:
     past = [path for path in checkpoints(root) if step_of(path) <= saved]
     for path in past[:-keep_last]:
         if not (keep_every and step_of(path) % keep_every == 0):
-            remove(path)
+            shutil.rmtree(set_aside(path))

@@ -107,7 +107,7 @@ class Recovery:
             self._p.checkpointer.save(self._p.state, wait=True)
             where = f"; the state before it is saved as step {self._p.state.step}"
         raise NonFiniteError(
-            f"{what} Stopped (nonfinite=stop){where}. To go on, add nonfinite=skip or nonfinite=rollback to the command"
+            f"{what} Stopped (nonfinite=stop){where}. To go on without this batch, add nonfinite=skip to the command"
         )
 
     def _roll_back(self, what: str, step: int) -> None:

@@ -1,5 +1,7 @@
 """Cross-entropy of a linear head without ever holding all logits. The definition is `reference_impl.py`."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,6 @@ def linear_cross_entropy(
         )
     if h.dtype != torch.bfloat16 or targets.dtype != torch.int64:
         raise ValueError(f"need h bfloat16 and targets int64; got {h.dtype} and {targets.dtype}")
-    if softcap is not None and softcap <= 0:
+    if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap={softcap:g}: needs a positive number, or None for no cap")
     return backend.impl("cross_entropy").linear_cross_entropy(h, weight, targets, per_token, softcap)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from synthetic import write_run
 
-from analysis import costs
+from analysis import costs, noise, published
 from analysis.costs import Cell
 from analysis.runs import find_runs
 from configs.compose import compose
@@ -91,6 +91,29 @@ def test_memory_is_what_the_start_screen_of_the_run_says():
     assert (variant.recipe, variant.base_recipe) == ("quartet2_forward", "quartet2")
 
 
+def test_files_that_are_none_are_named(tmp_path):
+    (tmp_path / "corpus_screen-bf16-s0").mkdir()
+    (tmp_path / "corpus_screen-bf16-s0" / "result.json").write_text("{bad")
+    for script in ("plan.py", "run_grid.py"):
+        words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"]
+        done = subprocess.run([sys.executable, SCRIPT.with_name(script), *words], capture_output=True, text=True)
+        assert done.returncode == 2 and "result.json: not JSON" in done.stderr and "Traceback" not in done.stderr
+    for text, says in (
+        ('{"bad": 1}', "needs device and rows of"),
+        ("[", "not JSON"),
+        ('{"device": 1}', "needs device"),
+    ):
+        (tmp_path / "table.json").write_text(text)
+        with pytest.raises(ValueError, match=rf"table\.json: {says}"):
+            costs.load(tmp_path / "table.json")
+    (tmp_path / "floor.json").write_text('{"key": {"seed": {"sd": 1}}}')
+    with pytest.raises(ValueError, match=r"floor\.json: key: needs sd and df"):
+        noise.load(tmp_path / "floor.json")
+    (tmp_path / "points.csv").write_text("N,D,scheme,variant,final_loss\nx,1,a,b,3.0\n")
+    with pytest.raises(ValueError, match=r"points\.csv, line 2: N and D are whole numbers"):
+        published.load(tmp_path / "points.csv")
+
+
 def test_a_recipe_on_the_command_line_is_the_one_that_is_planned():
     found = cells("experiment=corpus_screen", "only=quartet2/s0", "quant=fp8")["quartet2/s0"]
     assert (found.recipe, found.base_recipe) == ("fp8", "fp8") and found.memory_gib == pytest.approx(11.3, abs=0.05)
@@ -138,6 +161,7 @@ def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
         (["experiment=corpus_rankin"], "did you mean corpus_ranking"),
         (["experiment=corpus_ranking", "details=yes"], "write details=true or details=false"),
         (["experiment=corpus_ranking", "price=abc"], "price=abc: give a number"),
+        (["experiment=corpus_ranking", "price=nan"], "price=nan: give a number"),
         (["experiment=corpus_ranking", "table=/nope.json"], "table=/nope.json: no such file"),
         (["measure=runs/*", "tabel=x.json"], "tabel has no meaning beside measure"),
         (["measure=runs/*", "foo"], "foo has no meaning beside measure"),

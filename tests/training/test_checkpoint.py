@@ -250,6 +250,23 @@ def test_retention_keeps_last_and_every(tmp_path):
     assert [p.name for p in checkpoints(tmp_path / "checkpoints")] == ["step_00000010"]
 
 
+def test_what_was_just_loaded_is_not_saved_again(tmp_path):
+    state = saved_run(tmp_path)
+    before = (tmp_path / "checkpoints" / "step_00000003").stat().st_ino
+    Checkpointer(tmp_path, newest=3).save(state, wait=True)
+    assert (tmp_path / "checkpoints" / "step_00000003").stat().st_ino == before
+
+
+def test_a_checkpoint_is_deleted_only_when_its_successor_has_its_name(tmp_path, monkeypatch):
+    saved_run(tmp_path)
+    final = tmp_path / "checkpoints" / "step_00000003"
+    there = []
+    monkeypatch.setattr("training.commit.shutil.rmtree", lambda path: there.append((path.name, final.exists())))
+    saved_run(tmp_path)
+    ((name, has_successor),) = there
+    assert name.startswith(".tmp-remove-step_00000003") and has_successor
+
+
 def test_a_damaged_later_checkpoint_costs_no_good_one(tmp_path):
     """Resumed from step 3 because 9 is damaged: the save of step 6 must not count 9 as kept and delete itself."""
     saved_run(tmp_path, (3, 9))
