@@ -14,7 +14,7 @@ from matplotlib.text import Text
 from synthetic import eval_rows, non_finite, write_run
 
 from analysis import plots
-from analysis.compare import common_step, differences, group_runs, pick_baseline, table
+from analysis.compare import common_step, differences, group_runs, pick_baseline, same_text, table
 from analysis.equal_loss import equal_loss
 from analysis.pairing import DIVERGED, Floor
 from analysis.runs import RunError, find_runs
@@ -210,6 +210,16 @@ def test_curves_show_the_numbers_and_labels_do_not_overlap(tmp_path):
     assert max(b.x1 for b in boxes) < right.get_window_extent().x0
 
 
+def test_the_band_is_one_standard_error(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    three_seeds(tmp_path, "sr", (0.05, 0.06, 0.07))
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    _, right = plots.figure(groups, groups[0]).axes
+    band = right.collections[0].get_paths()[0].vertices[:, 1]
+    error = 10 / 3**0.5  # sd 0.01 over three seeds, in 1e-3
+    assert (band.min(), band.max()) == pytest.approx((60 - error, 60 + error))
+
+
 def test_reruns_of_a_seed_count_once_in_table_and_curves(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "bf16", 1, 3.3)
@@ -313,6 +323,23 @@ def test_the_floor_of_final_losses_judges_no_gap_before_the_end(tmp_path):
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     found = {row.label: row.gap for row in table(groups, pick_baseline(groups, None), Floor((0.01, 8)))}
     assert found["fp8"].method.startswith("noise floor") and found["sr"].method == "paired t, 2 seeds"
+
+
+def test_the_floor_judges_no_gap_at_the_end_of_one_side_alone(tmp_path):
+    for seed in range(2):
+        write_run(tmp_path, "bf16", seed, 3.0)
+        write_run(tmp_path, "sr", seed, 3.1, steps=200, name=f"longer-{seed}")
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    row = table(groups, pick_baseline(groups, None), Floor((0.01, 8)))[1]
+    assert row.step == 100 and row.gap.method == "paired t, 2 seeds"
+
+
+def test_a_loss_that_is_off_by_a_tenth_of_a_result_is_stale(tmp_path):
+    path = write_run(tmp_path, "bf16", 0, 3.0)
+    text = (path / "metrics.jsonl").read_text()
+    (path / "metrics.jsonl").write_text(text.replace('"loss": 3.0,', '"loss": 3.0001,'))
+    with pytest.raises(RunError, match="one of them is stale"):
+        same_text(find_runs([str(path)]), 100)
 
 
 def test_the_floor_judges_only_runs_like_those_it_was_measured_on(tmp_path):

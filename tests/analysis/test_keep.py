@@ -48,6 +48,11 @@ def test_the_copy_is_thin_but_keeps_evaluations_and_the_last_step(tmp_path):
     assert [event["event"] for event in kept.events] == ["start"]
 
 
+def test_rows_are_kept_where_another_run_ended(tmp_path):
+    kept = keep(read_run(write_run(tmp_path / "runs")), tmp_path / "kept", steps=(75, 80))
+    assert sorted(path.name for path in (kept / "eval").iterdir()) == ["100.npz", "75.npz"]
+
+
 COMMAND = "/home/me/nibble/train.py quant=sr data.path=/home/me/t data.files=/home/me/*.txt paths.runs=/home/me seed=1"
 
 

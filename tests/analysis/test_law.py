@@ -25,6 +25,12 @@ def points(eff_n=1.0, eff_d=1.0, noise=0.0, seed=0):
     return dict(zip(CELLS, values.tolist(), strict=True))
 
 
+def test_a_published_point_is_beside_a_run_of_its_size_and_length_alone():
+    points = {(30_000_000, 750_000_000): 3.5}
+    assert published.at(points, 30_200_000, 745_000_000) == 3.5
+    assert published.at(points, 30_000_000, 740_000_000) is published.at(points, 30_500_000, 750_000_000) is None
+
+
 def test_the_law_by_hand():
     # eff_N N = 1e8 and eff_D D = 1e10: (0.6 + 0.25)^0.8 + 1.7
     assert TRUE.loss(2e8, 5e9, 0.5, 2.0) == pytest.approx(1.7 + 0.85**0.8)

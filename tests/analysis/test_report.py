@@ -93,6 +93,7 @@ def test_tokens_and_time_to_equal_loss_by_hand(tmp_path):
     found = equal_loss(group, base)
     assert (found.tokens, found.base_tokens) == (102400, pytest.approx(98.75 * 1024))
     assert (found.seconds, found.base_seconds) == (pytest.approx(2.0), pytest.approx(0.9875))
+    assert report._equal_row(found)[3:] == ["101k", "98.8%", "2.0 s", "1.0 s", "49.4%"]
     back = equal_loss(base, group)
     assert back.base_tokens is None and back.loss == pytest.approx(3.0)
     assert first_reach(np.array([10.0, 20.0]), np.array([2.0, 1.0]), 2.5) == 10.0

@@ -123,6 +123,8 @@ def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path
     skipped = '{"kind": "event", "event": "skip", "step": 7, "bad_step": 7}\n'
     (folder / "metrics.jsonl").write_text(train + bad + skipped)
     assert states.state_of(tmp_path, folder.name) == states.State("stopped", 6)
+    (folder / "metrics.jsonl").write_text(train + bad + train.replace("6", "7"))
+    assert states.state_of(tmp_path, folder.name) == states.State("stopped", 7)
     (folder / "metrics.jsonl").write_text(train + bad)
     assert run_grid.main([*words, "nonfinite=skip"]) == 0 and len(starts(tmp_path, "bf16/s0")) == 1
 

@@ -78,6 +78,22 @@ def test_rows_of_unequal_lengths_and_not_a_number_are_errors(tmp_path):
         same_text([run], 100)
 
 
+def test_a_steps_time_is_the_median_after_the_first_tenth(tmp_path):
+    path = write_run(tmp_path)
+    records = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        if record["kind"] == "train":
+            record["ms_per_step"] = 1000.0 if record["step"] <= 10 else 10.0 if record["step"] <= 55 else 20.0
+    (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert read_run(path).milliseconds == 15.0
+
+
+@pytest.mark.parametrize("field", [{"seq_len": 256}, {"steps": 200}, {"model": "other"}, {"data_fingerprint": "e"}])
+def test_other_conditions_have_another_noise_floor(tmp_path, field):
+    one, other = read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", **field))
+    assert one.conditions != other.conditions
+
+
 def test_an_event_without_a_name_is_an_error(tmp_path):
     path = write_run(tmp_path, "bf16")
     with open(path / "metrics.jsonl", "a") as file:

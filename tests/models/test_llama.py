@@ -8,6 +8,7 @@ import torch
 from configs.compose import compose
 from kernels.pointwise.reference_impl import turn
 from models.llama import Llama, LlamaConfig, initial_value, permute_for_half_split, rope_table
+from training.config import ModelSection
 
 # (layers, width, heads, hidden, non-embedding parameters), from the published protocol and the table.
 PRESETS = {
@@ -174,3 +175,11 @@ def test_odd_head_dimension_is_refused_with_a_remedy():
 def test_flops_per_token_counts_lm_head_but_not_the_embedding():
     config = LlamaConfig(layers=6, width=640, heads=5, hidden=1792, vocab_size=32000)
     assert config.flops_per_token(512) == 6 * (30_482_560 + 32000 * 640) + 12 * 6 * 640 * 512
+
+
+def test_norms_have_the_configurations_epsilon():
+    shape = {"layers": 1, "width": 64, "heads": 1, "hidden": 64, "vocab_size": 16}
+    assert LlamaConfig(**shape).norm_eps == ModelSection().norm_eps == 1e-5
+    model = Llama(LlamaConfig(**shape, norm_eps=1.0))
+    x = torch.full((1, 64), 0.5)
+    assert torch.allclose(model.norm(x), (x / (0.25 + 1.0) ** 0.5).to(model.norm(x).dtype), rtol=1e-2)

@@ -23,6 +23,10 @@ def test_published_30m_run():
     assert [list(numbers.micro_batches_of(rank)) for rank in range(4)] == [[0], [1], [2], [3]]
 
 
+def test_warm_up_is_rounded():
+    assert derive(config(steps=15), N_30M, world=1).schedule.warmup_steps == 2  # 10 % are 1.5
+
+
 def test_ranks_get_contiguous_micro_batches_that_cover_the_batch():
     numbers = derive(config(steps=10, batch=BatchSection(sequences=24, micro=2)), N_30M, world=3)
     dealt = [list(numbers.micro_batches_of(rank)) for rank in range(3)]

@@ -1,5 +1,6 @@
 import json
 import math
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch
 from training.config import LoggerSection, WandbSection
 from training.identity import short_count
 from training.loggers import Loggers, build_sinks, numbers
+from training.loop import Trainer
 from training.metrics import MetricsFile, StepBuffer, others_gib
 
 
@@ -18,6 +20,12 @@ def test_memory_of_others_is_what_is_taken_and_not_ours(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * 2**30)
     assert others_gib(torch.device("cuda")) == 18.0 and others_gib(torch.device("cpu")) is None
+
+
+def test_speed_is_the_jobs_and_mfu_a_gpus():
+    trainer = Mock(numbers=Mock(tokens_per_step=1000, world=2), p=Mock(flops_per_token=30), _peak=1e6)
+    speed = Trainer._speed(trainer, ms=10.0)
+    assert speed["tokens_per_second"] == 1e5 and speed["mfu"] == 30 * 1e5 / 2 / 1e6
 
 
 def test_truncation_drops_later_measurements_and_keeps_the_history(tmp_path):

@@ -166,6 +166,12 @@ def test_a_run_that_is_bad_at_every_step_is_stopped(run, plant, tmp_path):
     assert [row["bad_step"] for row in rows(tmp_path / "runs" / "test", "event") if row["event"] == "skip"] == [4, 5, 6]
 
 
+def test_bad_steps_that_do_not_follow_each_other_end_no_run(run, plant):
+    plant("blocks.0.attn.out", "activation", steps=(2, 4, 6, 8))
+    code, folder = run("nonfinite=skip")
+    assert code == 0 and steps_of(folder) == [1, 3, 5, 7, 9, 10]
+
+
 def test_rollback_without_a_checkpoint_says_what_to_change(run, plant):
     plant("blocks.0.attn.out", "activation", steps=(2,))
     with pytest.raises(NonFiniteError, match=r"no checkpoint to roll back to yet; lower checkpoint\.every"):
