@@ -113,7 +113,7 @@ class ScheduleSection:
     """`cosine`: cosine-shaped warm-up and decay. `wsd`: linear warm-up, flat, linear decay over `decay_fraction`."""
 
     name: str = "cosine"
-    warmup_fraction: float | None = 0.1  # of the steps; null when warmup_steps or warmup_tokens says it
+    warmup_fraction: float | None = 0.1  # of the steps, unless warmup_steps or warmup_tokens is given
     warmup_steps: float | None = None
     warmup_tokens: float | None = None
     start_factor: float = 0.01  # lr at step 0 over the peak

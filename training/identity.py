@@ -44,7 +44,7 @@ def numerics(
         del model["family"]
     if config.optim.name == "adamw":
         optim = {key: value for key, value in optim.items() if key not in ("embed_lr", "head_lr", "scalar_lr")}
-    nudges = {} if config.rounding_seed is None else {"rounding_seed": config.rounding_seed}
+    nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}
     return flatten(
         {

@@ -3,13 +3,15 @@
 from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
 from models.shape import DecoderShape
-from training.config import TrainConfig
+from training.config import ModelSection, TrainConfig
 
 
 def shape_of(config: TrainConfig, vocab_size: int) -> DecoderShape:
     """The shape with its vocabulary; ValueError where widths and heads don't fit."""
     m = config.model
     if m.family == "nanochat":
+        if m.norm_eps != ModelSection().norm_eps:
+            raise ValueError(f"model.norm_eps={m.norm_eps:g}: nanochat's norms have their own; leave it out")
         return NanochatConfig(
             m.layers, m.width, m.heads, m.hidden, vocab_size, config.batch.seq_len, m.rope_theta, m.residual_dtype
         )

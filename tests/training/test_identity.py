@@ -113,6 +113,7 @@ def test_ways_to_write_the_same_numbers_are_the_same_run(base_hash):
     assert hash_with("batch.tokens=1024", "batch.sequences=null") == base_hash
     assert hash_with("optim.lr=1.2e-3") == base_hash
     assert hash_with("quant.name=mine") == base_hash
+    assert hash_with("seed=3", "rounding_seed=3") == hash_with("seed=3") != base_hash
     off = hash_with("quant=quartet2", "quant.dgrad=none")
     assert hash_with("quant=quartet2", "quant.dgrad.dy.grid=none", "quant.dgrad.w.grid=none") == off != base_hash
 

@@ -96,3 +96,8 @@ def test_forward_only_keeps_what_fprop_used():
 def kept(config) -> Kept:
     with torch.device("meta"):
         return kept_of(plan_of(Llama(LlamaConfig(1, 256, 2, 256, vocab_size=64)), config.quant))
+
+
+def test_an_epsilon_that_nanochat_would_not_use_is_refused():
+    with pytest.raises(ValueError, match=r"model\.norm_eps=0\.001: nanochat's norms have their own"):
+        shape_of(compose(["model=nanochat_560m", "optim=muon", "schedule=wsd", "model.norm_eps=1e-3"]).config, 65_536)
