@@ -15,8 +15,10 @@ import numpy as np
 from analysis.runs import ROW_KEYS, Run
 
 FILES = ("run.json", "env.json", "result.json")
-TRAIN_FIELDS = ("kind", "step", "tokens", "loss", "grad_norm", "lr", "ms_per_step", "tokens_per_second", "mfu", "time")
-OPTIONAL_FIELDS = ("others_gib",)
+TRAIN_FIELDS = (
+    *("kind", "step", "tokens", "loss", "grad_norm", "lr"),
+    *("ms_per_step", "tokens_per_second", "mfu", "others_gib", "time"),
+)
 PLACES = ("data.path=", "data.files=", "data.val_files=", "data.tokenizer=", "paths.")
 SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
 
@@ -70,8 +72,7 @@ def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) ->
     if record["kind"] == "train":
         if record["step"] % every and record["step"] not in last:
             return None
-        fields = [*TRAIN_FIELDS, *(key for key in OPTIONAL_FIELDS if key in record)]
-        return {key: rounded(record.get(key)) for key in fields}
+        return {key: rounded(record.get(key)) for key in TRAIN_FIELDS}
     if record["kind"] == "eval":
         return record | {"targets": int(targets[record["step"]])}
     return record

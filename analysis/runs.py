@@ -8,6 +8,7 @@ import glob
 import json
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,9 +34,9 @@ RUN_KEYS = (
     "tokenizer_hash",
 )
 TRAIN_KEYS = ("step", "tokens", "loss", "ms_per_step", "tokens_per_second", "time")
-SHARED_GIB = 4.0  # our own CUDA context, libraries and NCCL's buffers stay below
 EVAL_KEYS = ("step", "tokens", "loss", "bpb", "se", "time")
 ROW_KEYS = ("sequence", "document", "nats", "tokens", "bytes")
+SHARED_GIB = 4.0  # our own CUDA context, libraries and NCCL's buffers stay below
 
 
 class RunError(ValueError):
@@ -91,10 +92,7 @@ class Run:
         that is not finite; else None. The trainer writes a bad step as an event, not as a row of losses."""
         if not np.isfinite(self.evals["loss"][-1:]).all():
             return int(self.evals["step"][-1])
-        last = next((e for e in reversed(self.events) if e["event"] in ("nonfinite", "skip", "rollback")), None)
-        if last is None or last["event"] != "nonfinite" or last["bad_step"] <= self.last_step or self.finished:
-            return None
-        return last["bad_step"]
+        return None if self.finished else ended_by(reversed(self.events), self.last_step)
 
     @property
     def status(self) -> str:
@@ -205,6 +203,14 @@ class Run:
         """`env.json`, `plan.json`, ...: {} when the run has none."""
         path = self.path / name
         return json_object(path) if path.exists() else {}
+
+
+def ended_by(newest_first: Iterable[dict], last_step: int) -> int | None:
+    """The non-finite step that ended a run, from its records: it was neither skipped nor rolled back, and no training
+    step came after it. (Records of training/nonfinite.py.)"""
+    last = next((r for r in newest_first if r.get("event") in ("nonfinite", "skip", "rollback")), None)
+    ended = last is not None and last["event"] == "nonfinite" and last["bad_step"] > last_step
+    return last["bad_step"] if ended else None
 
 
 def read_run(path: str | Path) -> Run:

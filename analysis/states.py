@@ -7,11 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.runs import json_object
+from analysis.runs import ended_by, json_object
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
-HANDLED = ("nonfinite", "skip", "rollback")  # events of training/nonfinite.py
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,8 @@ def state_of(runs: Path, name: str) -> State:
     if is_locked(cell_lock(runs, name)) or is_locked(folder / RUN_LOCK):
         return State(RUNNING, last_step(metrics))
     if (folder / "run.json").exists():
-        return State(DIVERGED if diverged(metrics) else STOPPED, last_step(metrics))
+        step = last_step(metrics)
+        return State(STOPPED if ended_by(newest_first(metrics), step) is None else DIVERGED, step)
     return State(MISSING)
 
 
@@ -63,12 +63,6 @@ def is_locked(path: Path) -> bool:
 def last_step(metrics: Path) -> int:
     """The last training step in metrics.jsonl; 0 without one."""
     return next((int(record["step"]) for record in newest_first(metrics) if record.get("kind") == "train"), 0)
-
-
-def diverged(metrics: Path) -> bool:
-    """Did a loss or gradient that is not finite end the run? (One that was skipped or rolled back did not.)"""
-    last = next((record for record in newest_first(metrics) if record.get("event") in HANDLED), None)
-    return last is not None and last["event"] == "nonfinite" and last["bad_step"] > last_step(metrics)
 
 
 def newest_first(metrics: Path) -> Iterator[dict]:

@@ -54,7 +54,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
     flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
-    run = run_info(request, shape, plan, numbers, flat, known=tokens is not None) | {
+    run = run_info(request, shape, plan, numbers, flat) | {
         "vocab_size": vocab_size,
         "data_path": str(tokens.path.resolve()) if tokens else None,
         "data_fingerprint": fingerprints["fingerprint"],
@@ -64,12 +64,12 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
 
 
 def run_info(
-    request: Request, shape: DecoderShape, plan: Plan, numbers: Numbers, flat: dict[str, Any], known: bool
+    request: Request, shape: DecoderShape, plan: Plan, numbers: Numbers, flat: dict[str, Any]
 ) -> dict[str, Any]:
-    """run.json, but for what it says of the data. `flat`: what the hash covers; `known`: with the data's fingerprint,
-    else a name of ours ends with <hash>."""
+    """run.json, but for what it says of the data. `flat`: what the hash covers; without the data's fingerprint a name
+    of ours ends with <hash>."""
     config, digest = request.config, hash_of(flat)
-    shown = digest if known else "<hash>"
+    shown = digest if flat["data.fingerprint"] else "<hash>"
     return {
         "name": config.run.name
         or default_name(config.model.name, plan.recipe.name, numbers.tokens, config.seed, shown),
@@ -93,8 +93,6 @@ def run_info(
 
 def expected_vocab_size(config: TrainConfig) -> int:
     """What the tokenizer will have, without preparing any text."""
-    if config.data.path:
-        return TokenSet(config.data.path).vocab_size
     if config.data.tokenizer:
         from data.tokenizer import TextTokenizer, tokenizer_file  # needs the tokenizers package; training doesn't
 
