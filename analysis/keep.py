@@ -72,7 +72,7 @@ def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) ->
     if record["kind"] == "train":
         if record["step"] % every and record["step"] not in last:
             return None
-        return {key: rounded(record.get(key)) for key in TRAIN_FIELDS}
+        return {key: rounded(record[key]) for key in TRAIN_FIELDS if key in record}
     if record["kind"] == "eval":
         return record | {"targets": int(targets[record["step"]])}
     return record

@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,16 @@ def test_the_copy_is_thin_but_keeps_evaluations_and_the_last_step(tmp_path):
     assert [path.name for path in (kept.path / "eval").iterdir()] == ["75.npz"]
     assert np.allclose(kept.train["loss"], original.train["loss"][[19, 39, 59, 79, 96]], rtol=1e-8)
     assert [event["event"] for event in kept.events] == ["start"]
+
+
+def test_a_field_that_was_not_logged_is_not_invented(tmp_path):
+    original = write_run(tmp_path / "runs")
+    lines = [json.loads(line) for line in (original / "metrics.jsonl").read_text().splitlines()]
+    older = [{key: value for key, value in line.items() if key != "others_gib"} for line in lines]
+    (original / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in older))
+    kept = keep(read_run(original), tmp_path / "kept")
+    assert any("others_gib" in line for line in lines)
+    assert "others_gib" not in (kept / "metrics.jsonl").read_text()
 
 
 def test_rows_are_kept_where_another_run_ended(tmp_path):
