@@ -66,6 +66,8 @@ def read_command_line(arguments: list[str]) -> CommandLine:
         else:
             overrides.append(word)
     overrides, slurm = take_launcher(overrides)
+    if wants_config and multirun:
+        raise ConfigError("--cfg job prints one run's configuration: leave out --multirun, and give one value a key")
     if wants_config:
         return CommandLine(text=compose(overrides).yaml.rstrip())
     return CommandLine(overrides, multirun, slurm=slurm)

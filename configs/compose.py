@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from configs import grid
 from configs.schema import FREE_FORM, known_keys, register
-from configs.yamlfile import gist
+from configs.yamlfile import gist, read_recipe
 from quant.recipe import OPERANDS
 from training.config import TrainConfig, suggestion
 
@@ -77,7 +77,8 @@ def compose(overrides: list[str]) -> Composed:
         tree = full.copy()
         OmegaConf.set_struct(tree, False)
         del tree["hydra"]
-        tree.quant = without_none_gemms(OmegaConf.to_container(tree.quant), choices.get("quant"))
+        base = read_recipe(ROOT / "quant" / f"{choices['quant']}.yaml", ConfigError) if "quant" in choices else {}
+        tree.quant = without_none_gemms(OmegaConf.to_container(tree.quant), base)
         return Composed(OmegaConf.to_object(tree), OmegaConf.to_yaml(tree), choices)
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(one_line(error)) from error
@@ -123,7 +124,8 @@ def check(override: Override) -> Override:
         check_choices(override, known_groups[key])
     elif key not in known_keys() and not key.startswith(tuple(f"{name}." for name in FREE_FORM)):
         raise ConfigError(
-            f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups])}; --help lists the groups"
+            f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups])}; "
+            "python train.py --help lists the groups"
         )
     return override
 
@@ -131,10 +133,11 @@ def check(override: Override) -> Override:
 def check_choices(override: Override, options: list[str]) -> None:
     values = listed(override) if override.is_sweep_override() else [override.value()]
     for value in values:
-        if value is not None and not isinstance(value, list) and str(value) not in options:
-            near = suggestion(str(value), options)
+        word = "null" if value is None else str(value)
+        if not isinstance(value, list) and word not in options:
+            near = suggestion(word, options)
             raise ConfigError(
-                f"{override.key_or_group}={value}: no such choice{near or '.'} There are: {', '.join(options)}"
+                f"{override.key_or_group}={word}: no such choice{near or '.'} There are: {', '.join(options)}"
             )
 
 
@@ -167,12 +170,13 @@ def rewrite(override: Override) -> list[str]:
     return [f"++{override.input_line.lstrip('+')}"]
 
 
-def without_none_gemms(quant: dict[str, Any], choice: str | None) -> dict[str, Any]:
-    """Write a GEMM given as `none` out: both grids none, each operand's source kept (design.md, section 2)."""
+def without_none_gemms(quant: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+    """Write a GEMM given as `none` out: both grids none, each operand's source kept (design.md, section 2). `base`: the
+    recipe file that `quant` started from."""
     for gemm, slots in OPERANDS.items():
         given = quant.get(gemm)
-        if given == "none" and choice:  # from a YAML file; the sources are those of the recipe it started from
-            given = {**OmegaConf.to_container(OmegaConf.load(ROOT / "quant" / f"{choice}.yaml"))[gemm], NONE_MARK: True}
+        if given == "none" and gemm in base:  # from another YAML file
+            given = {**base[gemm], NONE_MARK: True}
         if isinstance(given, dict) and given.pop(NONE_MARK, False):
             sources = {slot: (given.get(slot) or {}).get("source", "input") for slot in slots}
             quant[gemm] = {slot: {"grid": "none", "source": source} for slot, source in sources.items()}
@@ -191,4 +195,6 @@ def one_line(error: Exception) -> str:
     message = str(cause)
     key = re.search(r"full_key: (\S+)", message)
     first = message.splitlines()[0].rstrip(".")
+    if "is not a ListConfig, list or tuple" in first:
+        first = "needs a list, such as [0.9,0.95]"
     return f"{key.group(1)}: {first}" if key else first

@@ -15,6 +15,17 @@ def read(path: Path, error: type[ValueError] = ValueError) -> Any:
         raise error(gist(mistake)) from mistake
 
 
+def read_recipe(path: Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
+    """The mapping in a file of configs/quant. Raises `error` for anything else, and for a defaults list: a recipe is
+    one file, which scripts that know nothing of Hydra read as it stands."""
+    values = read(path, error)
+    if not isinstance(values, dict):
+        raise error(f"{path}: got {values!r}, need a mapping such as that of quartet2.yaml")
+    if "defaults" in values:
+        raise error(f"{path}: a recipe doesn't inherit; replace defaults={values['defaults']} by that file's own lines")
+    return values
+
+
 def gist(mistake: yaml.YAMLError) -> str:
     """YAML's message, which names file and line, on one line."""
     return " ".join(str(mistake).split())

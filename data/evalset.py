@@ -73,10 +73,10 @@ class EvalSet:
         low, high = np.searchsorted(self.segments.sequence, [first, first + count])
         return slice(int(low), int(high))
 
-    def summary(self, nats: np.ndarray) -> dict[str, float]:
+    def summary(self, nats: np.ndarray) -> dict[str, float | None]:
         """FP64 nats of all segments -> loss (nats per target, BOS included), bpb (BOS excluded), se of the loss.
 
-        The standard error takes documents as the independent units (a ratio estimate); with one document it is NaN.
+        The standard error takes documents as the independent units (a ratio estimate); with one document it is None.
         """
         part = self.segments
         has_text = part.bytes > 0
@@ -84,12 +84,12 @@ class EvalSet:
         bpb = nats[has_text].sum() / (log(2) * part.bytes.sum())
         return {"loss": float(loss), "bpb": float(bpb), "se": self._standard_error(nats, loss)}
 
-    def _standard_error(self, nats: np.ndarray, loss: float) -> float:
+    def _standard_error(self, nats: np.ndarray, loss: float) -> float | None:
         part = self.segments
         residual = np.bincount(part.document, nats - loss * part.tokens)
         size = len(residual)
         if size < 2:
-            return float("nan")
+            return None
         return float(np.sqrt(size / (size - 1) * (residual**2).sum()) / part.tokens.sum())
 
     def _spread(self, count: int, there: int) -> list[int]:

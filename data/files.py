@@ -83,6 +83,16 @@ def disk_full_explained(root: Path) -> Iterator[None]:
         ) from error
 
 
+def make_folder(key: str, folder: Path) -> None:
+    """mkdir -p. Raises ValueError that names the option `key` where nothing can be made."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # disk_full_explained
+        raise ValueError(f"{key}: can't make {folder} ({error.strerror}); set {key} to where you can write") from error
+
+
 def say(text: str) -> None:
     """One line for the person who watches; standard error, so that output stays clean."""
     print(text, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.assemble import FORMAT, assemble
-from data.files import disk_full_explained, json_hash, locked, say, write_json
+from data.files import disk_full_explained, json_hash, locked, make_folder, say, write_json
 from data.parts import tokenize_source
 from data.sources import Source, open_source
 from data.spec import DataSpec, as_list, hydra_value
@@ -93,7 +93,7 @@ class _Plan:
 def _plan(spec: DataSpec, root: Path) -> _Plan:
     """Look at the sources (not into them) and derive the folder's name."""
     spec.check()
-    root.mkdir(parents=True, exist_ok=True)
+    make_folder("paths.data", root)
     train = open_source(spec, root)
     val = open_source(spec, root, val=True) if as_list(spec.val_files) else None
     sources = {

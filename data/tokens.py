@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from data.assemble import FORMAT
-from data.files import sha256_of
+from data.files import json_hash, sha256_of
 
 _REMEDY = "delete the folder and prepare it again with scripts/prepare_data.py"
 
@@ -73,6 +73,8 @@ class TokenSet:
                 )
 
     def _check_files(self, verify: bool) -> None:
+        if verify:
+            self._check_tokenizer()
         files = [(self.path / "token_bytes.npy", None, self.manifest["tokenizer"]["token_bytes_sha256"])]
         for name, split in self.manifest["splits"].items():
             files.append((self.path / f"{name}-documents.bin", 24 * split["documents"], split["documents_sha256"]))
@@ -86,6 +88,16 @@ class TokenSet:
             # The small table is always compared: it has no size in the manifest.
             if (verify or size is None) and sha256_of(file) != sha256:
                 raise RuntimeError(f"{file} differs from its checksum in the manifest (altered): {_REMEDY}")
+
+    def _check_tokenizer(self) -> None:
+        """Raise RuntimeError where the stored tokenizer.json isn't the one that made the tokens."""
+        file = self.path / "tokenizer.json"
+        try:
+            unchanged = json_hash(json.loads(file.read_text(encoding="utf-8"))) == self.manifest["tokenizer"]["hash"]
+        except (OSError, ValueError):
+            unchanged = False
+        if not unchanged:
+            raise RuntimeError(f"{file} is missing or not the one that made the tokens: {_REMEDY}")
 
 
 def _stamp(file: Path) -> tuple[int, int]:

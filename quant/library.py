@@ -30,11 +30,7 @@ def mapping(name: str) -> dict[str, Any]:
         near = get_close_matches(name, known, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known)}"
         raise ValueError(f"no recipe {name!r} in configs/quant; {hint}")
-    path = FOLDER / f"{name}.yaml"
-    values = yamlfile.read(path)
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: got {values!r}, need a mapping such as that of quartet2.yaml")
-    return values
+    return yamlfile.read_recipe(FOLDER / f"{name}.yaml")
 
 
 def load(name: str) -> AnyRecipe:

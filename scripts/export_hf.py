@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -18,10 +19,9 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
+from data.tokenizer import TextTokenizer
 from training.inference import load_trained, transformers_config, transformers_weights
 from training.storage import CheckpointError
-
-TOKENIZER = "tokenizer.json"
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> str:
@@ -29,28 +29,39 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; give another folder")
     model, run, at = load_trained(run_dir, step)
-    tokens = Path(run["data_path"]) if run.get("data_path") else None
-    out.mkdir(parents=True, exist_ok=True)
+    tokenizer = run_tokenizer(run)
     weights = {name: tensor.to(dtype) for name, tensor in transformers_weights(model).items()}
-    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
-    has_tokens = tokens is not None and (tokens / "manifest.json").exists()
-    tokenizer = json.loads((tokens / "manifest.json").read_text())["tokenizer"] if has_tokens else {}
-    config = transformers_config(model.config, tokenizer.get("bos_id")) | {"dtype": str(dtype).removeprefix("torch.")}
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    if has_tokens:
-        export_tokenizer(tokens / TOKENIZER, out, tokenizer, model.config.max_seq_len)
-    lost = "" if has_tokens else f" without a tokenizer ({tokens} is gone)"
+    config = transformers_config(model.config, tokenizer and tokenizer.bos_id)
+    config |= {"dtype": str(dtype).removeprefix("torch.")}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as temporary:
+        whole = Path(temporary) / "whole"  # moved only when everything is in it
+        whole.mkdir()
+        save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
+        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if tokenizer:
+            export_tokenizer(tokenizer, whole, model.config.max_seq_len)
+        whole.replace(out)
+    lost = "" if tokenizer else f" without a tokenizer ({run.get('data_path')} is gone)"
     return f"{out}: {run['name']} at step {at}, {sum(w.numel() for w in weights.values()):,} parameters{lost}"
 
 
-def export_tokenizer(source: Path, out: Path, manifest: dict, max_length: int) -> None:
-    """The run's tokenizer, made to put BOS before every text, as each document of the training data had it."""
-    tokenizer = Tokenizer.from_file(str(source))
-    name = manifest["bos"]
-    tokenizer.post_processor = TemplateProcessing(
-        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, manifest["bos_id"])]
+def run_tokenizer(run: dict) -> TextTokenizer | None:
+    """The one the run was trained with, with the BOS that its data began documents with; None if the data is gone."""
+    folder = Path(run["data_path"]) if run.get("data_path") else None
+    if folder is None or not (folder / "manifest.json").exists():
+        return None
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return TextTokenizer(folder / "tokenizer.json", manifest["tokenizer"]["bos"])
+
+
+def export_tokenizer(tokenizer: TextTokenizer, out: Path, max_length: int) -> None:
+    """Made to put BOS before every text, as each document of the training data had it."""
+    name, exported = tokenizer.bos, Tokenizer.from_file(str(tokenizer.path))
+    exported.post_processor = TemplateProcessing(
+        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, tokenizer.bos_id)]
     )
-    tokenizer.save(str(out / TOKENIZER))
+    exported.save(str(out / "tokenizer.json"))
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "bos_token": name}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 

@@ -1,8 +1,8 @@
 """Fit loss(N, D, recipe) to the published runs, to ours, or show ours over the published fit.
 
 python scripts/fit_scaling_law.py --out results/law                       # the 574 published runs
-python scripts/fit_scaling_law.py --runs 'runs/*' --out results/law        # ours over the published fit
-python scripts/fit_scaling_law.py --runs 'runs/*' --fit ours               # the law from our runs alone
+python scripts/fit_scaling_law.py 'runs/*' --out results/law        # ours over the published fit
+python scripts/fit_scaling_law.py 'runs/*' --fit ours               # the law from our runs alone
 """
 
 import argparse
@@ -23,9 +23,7 @@ from analysis.runs import Run, find_runs
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs", nargs="*", default=[], help="our run folders, or quoted globs; finished ones are used"
-    )
+    parser.add_argument("runs", nargs="*", help="our run folders, or quoted globs; finished ones are used")
     parser.add_argument(
         "--published", type=existing, default=published.DEFAULT_PATH, help="CSV: size,N,D,scheme,variant,final_loss"
     )
@@ -153,12 +151,12 @@ def draw(result: dict, form: str, ours: dict[str, Points], path: Path) -> None:
 def missing(chosen: str, path: Path) -> str:
     """What there is to do without bf16 points to fit."""
     if chosen == "ours":
-        return "no finished bf16 runs among --runs; a law needs the baseline"
+        return "no finished bf16 runs among those given; a law needs the baseline"
     if path.exists():
         return f"{path}: no bf16 runs; a law needs the baseline"
     return (
         f"no {path}: the project's own collection of published losses isn't part of the repository (fits of it are "
-        "kept in results/law); give another with --published FILE, or your own runs with --runs 'runs/*'"
+        "kept in results/law); give another with --published FILE, or your own runs: 'runs/*'"
     )
 
 
@@ -179,6 +177,8 @@ def main() -> int:
         points = ours if chosen == "ours" else everyone
         if "bf16" not in points:
             raise ValueError(missing(chosen, args.published))
+        if len(points) == 1:
+            raise ValueError("only bf16: nothing to compare; give runs of another recipe, too")
         result = fit(points, args.form, args.draws)
         text = report(result, args.form, "our runs" if chosen == "ours" else "the published runs", ours, everyone)
         write(args, result, ours, text)

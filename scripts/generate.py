@@ -25,6 +25,8 @@ def run_tokenizer(run: dict) -> Path:
 def open_tokenizer(given: Path | None, run: dict) -> TextTokenizer:
     """ValueError for one that the run was not trained with: its numbers would stand for other text."""
     path = given or run_tokenizer(run)
+    if not path.exists():
+        raise ValueError(f"{path} is gone; give --tokenizer FILE")
     tokenizer = TextTokenizer(path)
     if tokenizer.hash != run["tokenizer_hash"]:
         raise ValueError(f"{path} is not the tokenizer that {run['name']} was trained with; give --tokenizer FILE")

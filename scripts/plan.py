@@ -185,7 +185,7 @@ def bench_rows(timings: Any, source: str) -> list[dict]:
 
 
 def main(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & {*words}:
         print(__doc__)
         return 0 if words else 2
     try:

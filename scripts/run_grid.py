@@ -186,7 +186,7 @@ def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
 
 
 def main(words: list[str]) -> int:
-    if not words or words[0] in ("-h", "--help"):
+    if not words or {"-h", "--help"} & {*words}:
         print(__doc__)
         return 0 if words else 2
     try:

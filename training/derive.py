@@ -7,6 +7,7 @@ from training.schedule import Schedule
 
 TOKENS_PER_PARAMETER = 20  # length of a run that names neither tokens nor steps, per non-embedding parameter
 MUON_IS_FOR = "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
+MOST_STEPS = 10**9  # a slip of the keyboard above
 DEFAULT_BATCH_TOKENS = 262144  # the published runs' 512 sequences of 512
 
 
@@ -62,6 +63,8 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
         )
     tokens_per_step = sequences * seq_len
     steps = run_steps(config, parameters_non_embedding, tokens_per_step)
+    if steps > MOST_STEPS:
+        raise ValueError(f"{steps:.3g} steps: needs {MOST_STEPS:.0e} at most; lower steps or tokens")
     return Numbers(
         seq_len=seq_len,
         sequences=sequences,

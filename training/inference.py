@@ -10,7 +10,7 @@ from torch import Tensor
 
 from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
 from training.checkpoint import load_model
-from training.manifest import latest_good, problems, step_name
+from training.manifest import checkpoints, latest_good, problems, step_name, step_of
 from training.storage import CheckpointError
 
 
@@ -22,6 +22,10 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
             raise CheckpointError(f"{run_dir} has no checkpoint; is it a run folder, such as runs/<name>?")
         return found
     path = run_dir / "checkpoints" / step_name(step)
+    there = checkpoints(path.parent)
+    if path not in there:
+        steps = ", ".join(str(step_of(one)) for one in there) or "none"
+        raise CheckpointError(f"{run_dir} has no checkpoint of step {step}; it has: {steps}")
     reasons = problems(path)
     if reasons:
         raise CheckpointError(f"{path} can't be used: {'; '.join(reasons[:3])}")

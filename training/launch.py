@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from data.files import make_folder
 from data.prepare import ensure
 from data.tokens import TokenSet
 from kernels import backend
@@ -33,7 +34,7 @@ from training.loop import Parts, Trainer
 from training.optim import build_optimizers
 from training.runfolder import RunFolder, environment, full_disk_explained
 from training.signals import RunLock, StopFlag
-from training.sketch import Request, Sketch, describe, screen
+from training.sketch import Request, Sketch, check, describe, screen
 from training.watchdog import Watchdog
 
 
@@ -61,9 +62,10 @@ def train(request: Request, ranks: Dist) -> int:
     config = request.config
     set_torch_flags(config)
     backends = backend.use(config.backend, ranks.device.type)
+    _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
+    check_schemes(plan, config.recompute)
     tokens = TokenSet(ranks.on_main(lambda: str(ensure(config.data, config.paths.data))), verify=config.data.verify)
     sketch = describe(request, ranks, tokens)
-    check_schemes(sketch.plan, config.recompute)
     texts = open_texts(config, tokens)
     folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
     text = screen(request, sketch, ranks, backends)
@@ -71,7 +73,7 @@ def train(request: Request, ranks: Dist) -> int:
 
     def open_folder() -> bool:
         """True if there is something left to do. Only rank 0 touches the folder."""
-        folder.path.mkdir(parents=True, exist_ok=True)
+        make_folder("paths.runs", folder.path)
         lock.acquire()
         folder.check_identity(sketch.run)
         if finished := folder.result():

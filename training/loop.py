@@ -247,7 +247,7 @@ class Trainer:
 
         return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)
 
-    def _evaluate(self, evalset: EvalSet) -> dict[str, float]:
+    def _evaluate(self, evalset: EvalSet) -> dict[str, float | None]:
         """Score, write eval/<step>.npz and the eval and slots rows; returns {loss, bpb, se}."""
         step = self.state.step
         nats = self._score(evalset)
@@ -260,8 +260,9 @@ class Trainer:
         self._log({"kind": "eval", "step": step, "tokens": self.state.tokens, **summary, "time": time.time()})
         self._count_slots(evalset)
         beside = f" (unquantized {summary['loss_bf16']:.4f})" if "loss_bf16" in summary else ""
+        error = "" if summary["se"] is None else f" +- {summary['se']:.4f}"
         self.p.console.say(
-            f"eval at step {step}: {summary['loss']:.4f} +- {summary['se']:.4f} nats/token{beside}, "
+            f"eval at step {step}: {summary['loss']:.4f}{error} nats/token{beside}, "
             f"{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
         )
         return summary
@@ -306,7 +307,7 @@ class Trainer:
         self.p.console.say(f"finished: {self.p.folder.path}")
         return 0
 
-    def _result(self, final: dict[str, float]) -> dict[str, Any]:
+    def _result(self, final: dict[str, float | None]) -> dict[str, Any]:
         rows = self.p.loggers.file.rows()
         train = [row for row in rows if row["kind"] == "train"]
         return {

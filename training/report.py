@@ -62,7 +62,7 @@ class StartScreen:
 
     def _epochs(self) -> str:
         if self.train_tokens is None:
-            return " (not prepared yet)"
+            return " (not counted here)"
         return f", {self.train_tokens:,} train tokens ({self.numbers.tokens / self.train_tokens:.2f} epochs)"
 
     def _batch(self) -> str:

@@ -39,7 +39,10 @@ class RunFolder:
         try:
             return json.loads(file.read_text())
         except ValueError as error:
-            raise ValueError(f"{file} is not JSON ({error}); restore it, or move {self.path} away") from error
+            remedy = f"restore it, or move {self.path} away"
+            if name == "result.json":
+                remedy = "delete it: the run goes on from its last checkpoint and writes it anew"
+            raise ValueError(f"{file} is not JSON ({error}); {remedy}") from error
 
     def write(self, name: str, value: Any) -> None:
         """Write text or JSON atomically."""

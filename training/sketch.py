@@ -41,16 +41,23 @@ class Sketch:
     run: dict[str, Any]
 
 
-def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
-    """Check and derive everything, on the meta device."""
-    config = request.config
-    vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
+def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> tuple[DecoderShape, Plan, Numbers]:
+    """Check and derive, on the meta device, all that follows without the text. What is legal doesn't depend on the
+    vocabulary: any `vocab_size` will do to find mistakes."""
     shape = shape_of(config, vocab_size)
     with torch.device("meta"):
         model = model_of(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
     plan = plan_of(model, config.quant)
     plan.check_tokens(numbers.micro_tokens)
+    return shape, plan, numbers
+
+
+def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
+    """What run it is and will compute."""
+    config = request.config
+    vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
+    shape, plan, numbers = check(config, ranks, vocab_size)
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
     flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)

@@ -163,7 +163,7 @@ def our_runs(tmp_path):
 
 
 def test_command_line_fits_our_own_runs(our_runs, tmp_path):
-    command = [sys.executable, str(SCRIPT), "--runs", our_runs, "--fit", "ours", "--draws", "5"]
+    command = [sys.executable, str(SCRIPT), our_runs, "--fit", "ours", "--draws", "5"]
     done = subprocess.run([*command, "--out", str(tmp_path / "law")], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "law" / "law.json").read_text())
@@ -177,7 +177,7 @@ def test_without_the_published_runs_ours_are_fitted_or_it_is_said_what_they_are(
 ):
     monkeypatch.setattr(published, "DEFAULT_PATH", tmp_path / "nowhere.csv")
     main = runpy.run_path(str(SCRIPT))["main"]
-    monkeypatch.setattr("sys.argv", ["", "--runs", our_runs, "--draws", "5", "--out", str(tmp_path / "law")])
+    monkeypatch.setattr("sys.argv", ["", our_runs, "--draws", "5", "--out", str(tmp_path / "law")])
     assert main() == 0 and "Scaling law of our runs" in capsys.readouterr().out
     monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "law")])
     assert main() == 2

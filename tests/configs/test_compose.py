@@ -31,6 +31,8 @@ MISTAKES = [
     (["model=llama_3m"], ["model=llama_3m: no such choice", "did you mean llama_30m?", "llama_1b9"]),
     (["quant=quartet"], ["did you mean quartet2?", "bf16"]),
     (["optim=3"], ["optim=3: no such choice", "adamw"]),
+    (["quant=null"], ["quant=null: no such choice", "quartet2"]),
+    (["optim.betas=0.9"], ["optim.betas: needs a list, such as [0.9,0.95]"]),
     (["debug=smok"], ["did you mean smoke?"]),
     # types
     (["optim.lr=abc"], ["optim.lr", "'abc'", "Float"]),
@@ -149,6 +151,8 @@ def test_flags():
         read_command_line(["--multrun"])
     with pytest.raises(ConfigError, match="--cfg job"):
         read_command_line(["--cfg", "hydra"])
+    with pytest.raises(ConfigError, match="leave out --multirun"):
+        read_command_line(["--cfg", "job", "-m", "seed=1,2"])
 
 
 def test_every_group_choice_composes():
@@ -176,6 +180,18 @@ def test_a_mistake_in_yaml_names_the_file(monkeypatch, tmp_path, text, message):
     (tmp_path / "configs" / "experiment" / "c4_grid.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"c4_grid\.yaml"):
         compose(["seed=1"])
+
+
+def test_a_recipe_that_inherits_is_refused_everywhere(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("configs.compose.ROOT", tmp_path / "configs")
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "configs" / "quant")
+    (tmp_path / "configs" / "quant" / "mine.yaml").write_text(
+        "defaults: [tetrajet2, _self_]\nfprop: {w: {grid: none}}\n"
+    )
+    for read in (lambda: compose(["quant=mine"]), lambda: library.load("mine")):
+        with pytest.raises(ValueError, match=r"mine\.yaml: a recipe doesn't inherit; replace defaults=\['tetrajet2'"):
+            read()
 
 
 def test_an_empty_recipe_file_is_named(monkeypatch, tmp_path):

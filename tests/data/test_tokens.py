@@ -34,6 +34,15 @@ def test_a_flipped_bit_is_seen_by_verify(copy, name):
         TokenSet(copy, verify=True)
 
 
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_another_tokenizer_is_seen_by_verify(copy, content):
+    file = copy / "tokenizer.json"
+    file.write_text(content) if content else file.unlink()
+    TokenSet(copy)  # training needs none
+    with pytest.raises(RuntimeError, match=r"tokenizer\.json is missing or not the one that made the tokens"):
+        TokenSet(copy, verify=True)
+
+
 def test_a_damaged_byte_table_is_always_seen(copy):
     data = bytearray((copy / "token_bytes.npy").read_bytes())
     data[-1] ^= 1

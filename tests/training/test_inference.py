@@ -1,6 +1,7 @@
 """Export to transformers gives equal logits; sampling is reproducible and reads the run's own tokenizer."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,10 +115,30 @@ def test_sampling_follows_the_logits():
         next(sample(Favours(), [], 1, 0, 1, 0))
 
 
+def test_an_export_is_whole_or_not_there(trained, tmp_path):
+    info = trained / "run.json"
+    run = json.loads(info.read_text())
+    copied = shutil.copytree(run["data_path"], tmp_path / "data")
+    info.write_text(json.dumps(run | {"data_path": str(copied)}))
+    (copied / "tokenizer.json").write_text("{")
+    done = script("export_hf.py", trained, tmp_path / "out")
+    assert (
+        done.returncode == 1 and "can't be read as a tokenizer.json" in done.stderr and "Traceback" not in done.stderr
+    )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "runs"]
+    shutil.rmtree(copied)
+    done = script("export_hf.py", trained, tmp_path / "out")
+    assert done.returncode == 0 and "without a tokenizer" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
+    done = script("generate.py", trained, "kana")
+    assert done.returncode == 1 and "is gone; give --tokenizer FILE" in done.stderr
+
+
 def test_damaged_or_absent_checkpoints_are_one_line(trained, tmp_path):
     missing = script("export_hf.py", tmp_path, tmp_path / "out")
     assert missing.returncode == 1 and "has no checkpoint" in missing.stderr and "Traceback" not in missing.stderr
-    with pytest.raises(CheckpointError, match="step_00000007 can't be used"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7; it has: 5, 10"):
         load_trained(trained, 7)
     shard = trained / "checkpoints" / "step_00000010" / "shard_00000_00.safetensors"
     shard.write_bytes(shard.read_bytes()[:-1])

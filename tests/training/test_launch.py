@@ -98,6 +98,21 @@ def test_what_can_be_known_in_advance_is_refused_before_anything_is_written(run,
     assert not list(tmp_path.rglob("run.json"))
 
 
+NEEDS_NO_TEXT = [
+    "quant.wgrad.dy.rounding=sr2",
+    "quant.rules=[{match: zzz, recipe: bf16}]",
+    "model.heads=7",
+    "batch.micro=3",
+]
+
+
+@pytest.mark.parametrize("mistake", NEEDS_NO_TEXT)
+def test_mistakes_that_need_no_text_are_told_before_any_is_prepared(run, tmp_path, mistake):
+    with pytest.raises(ValueError):
+        run(f"paths.data={tmp_path / 'unmade'}", mistake)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", ["..", "a/b", "", "x y"])
 def test_a_runs_name_is_one_folder(run, name):
     with pytest.raises(ValueError, match=r"run\.name=.*needs the name of one folder"):
@@ -120,6 +135,31 @@ def test_a_run_that_ended_between_its_evaluation_and_its_result_has_one_evaluati
     again = json.loads((folder / "result.json").read_text())
     assert [row["step"] for row in rows(folder, "eval")] == [5, 10]
     assert all(again[key] == result[key] for key in ("final_loss", "final_bpb", "final_se", "train_loss_last"))
+
+
+def test_lost_lines_of_metrics_are_told(run, stop_after, capsys):
+    with stop_after(6):
+        _, folder = run()
+    (folder / "metrics.jsonl").unlink()
+    assert run()[0] == 0
+    assert "has nothing of steps 1 to 6: were lines removed?" in capsys.readouterr().out
+
+
+def test_a_damaged_result_can_be_deleted(run, rows):
+    _, folder = run()
+    before = rows(folder, "train")
+    (folder / "result.json").write_text("{")
+    with pytest.raises(ValueError, match=r"result\.json is not JSON.*delete it"):
+        run()
+    (folder / "result.json").unlink()
+    assert run()[0] == 0 and (folder / "result.json").exists() and rows(folder, "train") == before
+
+
+@pytest.mark.parametrize("key", ["paths.runs", "paths.data"])
+def test_a_place_that_is_no_folder_is_named_with_its_option(run, tmp_path, key):
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=rf"{key}: can't make .*file.* \(.*\); set {key} to"):
+        run(f"{key}={tmp_path / 'file'}")
 
 
 def test_other_numerics_in_the_same_folder_are_refused_with_the_keys(run):
