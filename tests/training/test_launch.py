@@ -1,11 +1,13 @@
 """Whole runs in miniature: they learn, leave what they promise, resume exactly, and refuse what they must."""
 
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
 
+from analysis.runs import read_run
 from configs.compose import compose
 from data.tokens import TokenSet
 from training.build import is_graphed
@@ -143,6 +145,15 @@ def test_lost_lines_of_metrics_are_told(run, stop_after, capsys):
     (folder / "metrics.jsonl").unlink()
     assert run()[0] == 0
     assert "has nothing of steps 1 to 6: were lines removed?" in capsys.readouterr().out
+
+
+def test_one_validation_document_has_no_standard_error(run, rows, tmp_path, capsys):
+    (tmp_path / "val.txt").write_text("kana lore mito sena. " * 400)
+    code, folder = run(f"data.val_files={tmp_path / 'val.txt'}", "evaluate.every=null")
+    assert code == 0 and [row["se"] for row in rows(folder, "eval")] == [None]
+    assert json.loads((folder / "result.json").read_text())["final_se"] is None
+    assert re.search(r"eval at step 10: \d\.\d{4} nats/token", capsys.readouterr().out)
+    assert np.isnan(read_run(folder).evals["se"]).all()
 
 
 def test_a_damaged_result_can_be_deleted(run, rows):
