@@ -255,7 +255,7 @@ def find_runs(patterns: list[str]) -> list[Run]:
         found = [Path(p) for p in sorted(glob.glob(pattern))] if is_glob else [Path(pattern)]
         if is_glob:
             found = [p for p in found if (p / "run.json").exists()]
-        elif not (found[0] / "run.json").exists() and not found[0].exists():
+        elif not found[0].exists():
             raise RunError(f"{pattern}: no such folder")
         if not found:
             raise RunError(f"{pattern}: no run folder matches")

@@ -94,8 +94,8 @@ def text(rows: list[Row]) -> str:
     )
 
 
-def markdown(rows: list[Row], header: tuple[str, ...] = HEADER) -> str:
-    lines = [header, ["---"] * len(header), *(cells(r) for r in rows)]
+def markdown(rows: list[Row]) -> str:
+    lines = [HEADER, ["---"] * len(HEADER), *(cells(r) for r in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 

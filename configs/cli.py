@@ -6,7 +6,7 @@ from configs.compose import ConfigError, compose, groups
 from training.config import suggestion
 
 FLAGS = ("--help", "-h", "--cfg", "--multirun", "-m")
-HELP = """Train a Llama with one of the 4-bit recipes, or resume the run that the same command started.
+HELP = """Train a language model under one of the 4-bit recipes, or resume the run that the same command started.
 
   python train.py model=llama_30m quant=quartet2 data=text data.files='corpus/train-*.jsonl.zst' \\
       data.val_files=corpus/val.jsonl.zst tokens=3e9 seed=1

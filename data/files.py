@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_CHUNK = 1 << 22
+ROOM_FOR_TOKENS = (
+    "Token shards take about 0.5 bytes per byte of text, twice that while they are made. Free some space or set "
+    "paths.data to another disk, then run the same command again: finished parts are kept"
+)
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's contents, read in pieces of 4 MiB."""
-    digest = hashlib.sha256()
+    """Hex SHA-256 of a file's contents."""
     with open(path, "rb") as handle:
-        while chunk := handle.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def json_hash(value: Any) -> str:
@@ -67,8 +67,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def disk_full_explained(root: Path) -> Iterator[None]:
-    """Turn "no space left on device" into a message that says where, and that the work done so far is kept."""
+def disk_full_explained(root: Path, remedy: str) -> Iterator[None]:
+    """Turn "no space left on device", which names no file, into a RuntimeError that says where, and the remedy."""
     try:
         yield
     except OSError as error:
@@ -76,11 +76,7 @@ def disk_full_explained(root: Path) -> Iterator[None]:
             raise
         there = next(folder for folder in (root, *root.absolute().parents) if folder.exists())
         free = os.statvfs(there).f_bavail * os.statvfs(there).f_frsize
-        raise RuntimeError(
-            f"the disk that holds {root} is full ({free / 1e6:.0f} MB free). Token shards take about 0.5 bytes per "
-            "byte of text, twice that while they are made. Free some space or set paths.data to another disk, then run "
-            "the same command again: finished parts are kept"
-        ) from error
+        raise RuntimeError(f"the disk that holds {root} is full ({free / 1e6:.0f} MB free). {remedy}") from error
 
 
 def make_folder(key: str, folder: Path) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import disk_full_explained, locked, say, sha256_of, write_json
+from data.files import ROOM_FOR_TOKENS, disk_full_explained, locked, say, sha256_of, write_json
 from data.tokens import Stream, TokenSet
 
 # nanochat's buffer size; a larger one crops less and mixes documents of distant parts of the stream.
@@ -32,7 +32,7 @@ def load_layout(tokens: TokenSet, split: str, row_tokens: int) -> tuple[np.ndarr
     """
     folder = tokens.path / f"packed-{split}-{row_tokens}"
     if not folder.is_dir():
-        with disk_full_explained(tokens.path), locked(tokens.path / ".lock-packing"):
+        with disk_full_explained(tokens.path, ROOM_FOR_TOKENS), locked(tokens.path / ".lock-packing"):
             if not folder.is_dir():
                 _store(tokens.split(split), row_tokens, folder)
     try:

@@ -169,19 +169,19 @@ class _Pool:
         self.executor = self.executor or self._start()
         self.pending.add(self.executor.submit(_work, part))
         if len(self.pending) >= 2 * self.workers:
-            self._collect(progress, FIRST_COMPLETED)
+            self._collect(progress)
 
     def finish(self, progress: Progress) -> None:
         while self.pending:
-            self._collect(progress, FIRST_COMPLETED)
+            self._collect(progress)
 
     def _start(self) -> ProcessPoolExecutor:
         # spawn: the parent may have threads (rayon's, or a trainer's) that a fork would leave half alive.
         arguments = (str(self.tokenizer.path), self.tokenizer.bos, os.getpid())
         return ProcessPoolExecutor(self.workers, get_context("spawn"), _start_worker, arguments)
 
-    def _collect(self, progress: Progress, when: str) -> None:
-        done, self.pending = wait(self.pending, return_when=when)
+    def _collect(self, progress: Progress) -> None:
+        done, self.pending = wait(self.pending, return_when=FIRST_COMPLETED)
         for future in done:
             try:
                 progress.add(future.result())

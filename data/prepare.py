@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data.assemble import FORMAT, assemble
-from data.files import disk_full_explained, json_hash, locked, make_folder, say, write_json
+from data.files import ROOM_FOR_TOKENS, disk_full_explained, json_hash, locked, make_folder, say, write_json
 from data.parts import tokenize_source
 from data.sources import Source, open_source
 from data.spec import DataSpec, as_list, hydra_value
@@ -35,7 +35,7 @@ def ensure(spec: DataSpec, root: Path | str) -> Path:
     """
     if spec.path:
         return _given(spec)
-    with disk_full_explained(Path(root)):
+    with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
         plan = _plan(spec, Path(root))
     if plan.folder.is_dir():
         return plan.folder
@@ -64,7 +64,7 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
         folder = _given(spec)
         _verify(folder)
         return folder
-    with disk_full_explained(Path(root)):
+    with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
         plan = _plan(spec, Path(root))
         if plan.folder.is_dir():  # without the lock: a finished folder may lie where nothing can be written
             _verify(plan.folder)

@@ -1,8 +1,8 @@
 """Which recipe each linear layer gets: ordered rules over module names, resolved once, saved with the run."""
 
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
@@ -16,7 +16,7 @@ from kernels.spec import NVFP4_BLOCK
 from quant import library
 from quant.library import AnyRecipe
 from quant.linear import QuantLinear
-from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Recipe, mapping_at
+from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe, mapping_at
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -81,11 +81,6 @@ class Plan:
         """Whether torch.compile(fullgraph=True) can take the converted model."""
         return all(getattr(entry.recipe, "fullgraph", True) for entry in self.entries)
 
-    @property
-    def is_quantized(self) -> bool:
-        """Whether any layer quantizes an operand."""
-        return any(entry.recipe.is_quantized for entry in self.entries)
-
     def check_tokens(self, micro_tokens: int) -> None:
         """Raise ValueError where a wgrad's blocks or rotation don't divide the tokens of a micro-batch."""
         for entry in self.entries:
@@ -97,7 +92,7 @@ class Plan:
                 )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able: the recipes used, resolved, and each layer's. What the numerics hash of a run takes."""
+        """JSON-able, for plan.json: the recipes used, resolved, and each layer's."""
         recipes = {library.label(entry.recipe): entry.recipe.to_dict() for entry in self.entries}
         layers = [
             {"index": e.index, "name": e.name, "shape": list(e.shape), "recipe": library.label(e.recipe)}
@@ -120,6 +115,14 @@ class Plan:
         return "\n".join(lines + [line for name, recipe in used.items() for line in describe(name, recipe)])
 
 
+def unusual(operand: Operand) -> str:
+    """The fields that a slot's line names only where they have another value than almost everywhere."""
+    usual = {"eden_space": "tensor", "scale_rounding": "rtn", "tensor_scale": "fp32"}
+    found = {key: getattr(operand.spec, key) for key in usual if getattr(operand.spec, key) != usual[key]}
+    found |= {"amax": operand.amax} if operand.amax != "exact" else {}
+    return "".join(f", {key} {value}" for key, value in found.items())
+
+
 def describe(name: str, recipe: AnyRecipe) -> list[str]:
     """Lines that spell out a recipe's slots; one line for a scheme, or for a recipe that quantizes nothing."""
     if not isinstance(recipe, Recipe):
@@ -140,9 +143,8 @@ def describe(name: str, recipe: AnyRecipe) -> list[str]:
         block = "x".join(map(str, spec.scales[-1].block)) if spec.is_nvfp4 else spec.scales[-1].block
         eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""
         how = f"{spec.grid} {block} {spec.select} {spec.rounding}{eden}"
-        lines.append(
-            f"  {slot:9} {how}, max {spec.target_max:g} cap {spec.scale_cap:g}, source {operand.source}{turned}"
-        )
+        limits = f"max {spec.target_max:g} cap {spec.scale_cap:g}"
+        lines.append(f"  {slot:9} {how}, {limits}, source {operand.source}{turned}{unusual(operand)}")
     return lines
 
 
@@ -207,19 +209,28 @@ def plan_of(model: nn.Module, mapping: Mapping[str, Any]) -> Plan:
     return resolve(model, Precision.from_dict(mapping))
 
 
+def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
+    """{name: layer} of all that run under a recipe of six slots."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+
+
 @contextmanager
-def unquantized(model: nn.Module) -> Iterator[None]:
-    """Within it every QuantLinear multiplies in BF16, as the `bf16` recipe does: to report what quantization costs."""
-    layers = [module for module in model.modules() if isinstance(module, QuantLinear)]
-    before = [layer.recipe for layer in layers]
-    bf16 = library.load("bf16")
+def changed(model: nn.Module, change: Callable[[Recipe], Recipe]) -> Iterator[None]:
+    """Within it every QuantLinear runs under change(its recipe)."""
+    before = {layer: layer.recipe for layer in quant_linears(model).values()}
     try:
-        for layer in layers:
-            layer.recipe = bf16
+        for layer, recipe in before.items():
+            layer.recipe = change(recipe)
         yield
     finally:
-        for layer, recipe in zip(layers, before, strict=True):
+        for layer, recipe in before.items():
             layer.recipe = recipe
+
+
+def unquantized(model: nn.Module) -> AbstractContextManager[None]:
+    """Within it every QuantLinear multiplies in BF16, as the `bf16` recipe does: to report what quantization costs."""
+    bf16 = library.load("bf16")
+    return changed(model, lambda recipe: bf16)
 
 
 def _layer(linear: nn.Linear, entry: Entry, rng: Tensor) -> nn.Module:

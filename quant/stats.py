@@ -14,7 +14,8 @@ from kernels.formats import BY_NAME
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 from kernels.quantize import reference_impl as reference
-from quant.linear import QuantLinear, fixed_or
+from quant.linear import fixed_or
+from quant.plan import quant_linears
 from quant.recipe import SLOTS, Operand
 
 
@@ -78,7 +79,7 @@ def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[s
 
     Runs step_fn eagerly. The caller sets the random state and discards the gradients. Synchronizes the device.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    layers = quant_linears(model)
     for module in layers.values():
         module.watch = SlotCounter()
     try:

@@ -1,4 +1,4 @@
-"""Time whole training steps (forward, backward, clip, AdamW) on one GPU, and compare with bf16 in the same run.
+"""Time whole training steps (forward, backward, clip, optimizer) on one GPU, and compare with bf16 in the same run.
 
     python scripts/bench_step.py models=llama_30m,llama_100m,wide recipes=bf16,quartet2 [steps=25] [json=FILE]
 
@@ -29,17 +29,15 @@ from torch import Tensor
 
 from configs.compose import compose
 from kernels import backend
-from models.llama import Llama, LlamaConfig
-from quant.plan import convert, plan_of
-from training.build import build_micro_batch, compile_loss, set_torch_flags
+from models.shape import DecoderShape
+from training.build import build_loss, build_micro_batch, set_torch_flags
 from training.config import TrainConfig
 from training.distributed import Dist, setup
-from training.loss import LossModel
-from training.memory import Kept, estimate, kept_of
+from training.memory import GIB, Kept, estimate, kept_of
 from training.metrics import MFU_FORMULA, peak_flops
 from training.microbatch import MicroBatch
-from training.optim import build_optimizer, clip_gradients
-from training.parallel import parallelize
+from training.optim import build_optimizers, clip_gradients
+from training.sketch import check
 
 VOCABULARY = 32000
 SEQ_LEN = 512
@@ -79,34 +77,27 @@ class Built:
     """What train.py would build for one GPU."""
 
     config: TrainConfig
-    shape: LlamaConfig
-    model: Llama
+    shape: DecoderShape
+    model: torch.nn.Module
+    optimizers: list[torch.optim.Optimizer]
     micro_batch: MicroBatch
     rng: Tensor
     kept: Kept
 
 
-def build(model: str, recipe: str, extra: list[str], ranks: Dist, tokens: int) -> Built:
+def build(model: str, recipe: str, extra: list[str], ranks: Dist, sequences: int) -> Built:
     name, *overrides = recipe.split(";")
     chosen = WIDE if model == "wide" else [f"model={model}"]
-    config = compose([*chosen, f"quant={name}", "data=pydocs", *overrides, *extra]).config
+    sizes = [f"batch.seq_len={SEQ_LEN}", f"batch.sequences={sequences}", f"batch.micro={sequences}", "steps=1"]
+    config = compose([*chosen, f"quant={name}", "data=pydocs", *sizes, *overrides, *extra]).config
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
-    m = config.model
-    shape = LlamaConfig(
-        m.layers, m.width, m.heads, m.hidden, VOCABULARY, SEQ_LEN, m.norm_eps, m.rope_theta, m.residual_dtype
-    )
+    shape, plan, numbers = check(config, ranks, VOCABULARY)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    with ranks.device:
-        llama = Llama(shape)
-    llama.init_weights(config.seed)
-    plan = plan_of(llama, config.quant)
-    convert(llama, plan, rng)
-    loss = LossModel(llama)
-    compile_loss(loss, config, ranks.device, plan.fullgraph)
-    parallel = parallelize(loss, "none", ranks)
-    micro_batch = build_micro_batch(loss, config, plan, parallel, tokens, ranks.device)
-    return Built(config, shape, llama, micro_batch, rng, kept_of(plan))
+    loss, parallel, _ = build_loss(config, shape, plan, rng, ranks)
+    optimizers = build_optimizers(loss.model, config.optim, numbers.schedule.lr_peak)
+    micro_batch = build_micro_batch(loss, config, plan, parallel, numbers.tokens_per_step, ranks.device)
+    return Built(config, shape, loss.model, optimizers, micro_batch, rng, kept_of(plan))
 
 
 def run(model: str, recipe: str, options: dict[str, str], extra: list[str], ranks: Dist) -> Timing:
@@ -116,9 +107,7 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
     torch.cuda.reset_peak_memory_stats()
     steps, sequences = int(options["steps"]), int(options["sequences"] or SEQUENCES.get(model, 128))
     tokens = sequences * SEQ_LEN
-    built = build(model, recipe, extra, ranks, tokens)
-    optim = built.config.optim
-    optimizer = build_optimizer(built.model, optim, built.config.model.lr)
+    built = build(model, recipe, extra, ranks, sequences)
     generator = torch.Generator(device=ranks.device).manual_seed(1)
     batches = [
         torch.randint(VOCABULARY, (sequences, SEQ_LEN + 1), device=ranks.device, generator=generator) for _ in range(4)
@@ -127,9 +116,10 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
     def step(index: int) -> Tensor:
         built.rng[1].fill_(index)
         nats = built.micro_batch(batches[index % len(batches)], first=True, last=True)
-        clip_gradients(built.model, optim.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        clip_gradients(built.model, built.config.optim.clip)
+        for optimizer in built.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         return nats
 
     begin = time.perf_counter()
@@ -160,7 +150,7 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
         ms_max=max(times),
         tokens_per_second=rate,
         mfu=built.shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
-        memory_gib=torch.cuda.max_memory_allocated() / 2**30,
+        memory_gib=torch.cuda.max_memory_allocated() / GIB,
         expected_gib=estimate(built.shape, tokens, built.kept).total,
         first_step_s=first,
         recompilations=graphs() - compiled,

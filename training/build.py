@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.evalset import EvalSet, available
 from data.loader import Loader
@@ -203,13 +203,8 @@ def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int
         yield tokens.to(ranks.device, non_blocking=True)
 
 
-def slot_counter(model: Llama, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
+def slot_counter(model: nn.Module, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
     """Counts clipping and underflow per slot while a given step runs, outside of the compiled graph."""
     if not any(isinstance(entry.recipe, Recipe) and entry.recipe.is_quantized for entry in plan.entries):
         return None
-
-    def count(step: Callable[[], None]) -> dict[str, Any]:
-        with torch.compiler.set_stance("force_eager"):
-            return slot_stats(model, step)
-
-    return count
+    return partial(slot_stats, model)

@@ -124,8 +124,7 @@ class ScheduleSection:
         self.name = choice("schedule.name", self.name, ("cosine", "wsd"))
         self.warmup_steps = whole("schedule.warmup_steps", self.warmup_steps, 0)
         self.warmup_tokens = whole("schedule.warmup_tokens", self.warmup_tokens, 0)
-        if self.warmup_steps is not None and self.warmup_tokens is not None:
-            at_most_one(self, "schedule.", ("warmup_steps", "warmup_tokens"))
+        at_most_one(self, "schedule.", ("warmup_steps", "warmup_tokens"))
         for name in ("warmup_fraction", "start_factor", "end_factor", "decay_fraction"):
             if getattr(self, name) is not None:
                 in_range(f"schedule.{name}", getattr(self, name), 0.0, 1.0)
@@ -252,8 +251,7 @@ class TrainConfig:
     dry_run: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens is not None and self.steps is not None:
-            at_most_one(self, "", ("tokens", "steps"))
+        at_most_one(self, "", ("tokens", "steps"))
         self.tokens = whole("tokens", self.tokens)
         self.steps = whole("steps", self.steps)
         self.data.check()

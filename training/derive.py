@@ -82,11 +82,25 @@ def check_optimizer(config: TrainConfig) -> None:
     is_nanochat = config.model.family == "nanochat"
     if config.optim.name == "muon" and not is_nanochat:
         raise ValueError(MUON_IS_FOR)
+    check_unread(config)
     if config.optim.name == "adamw" and is_nanochat and config.optim.lr is None:
         raise ValueError(
             f"model={config.model.name}: its rate of {config.model.lr:g} is Muon's; add optim=muon schedule=wsd, or "
             "set AdamW's own with optim.lr=..."
         )
+
+
+def check_unread(config: TrainConfig) -> None:
+    """Raise ValueError for an option that this optimizer or schedule doesn't read: a sweep over it would be reruns."""
+    unread = {"embed_lr": "optim=muon", "head_lr": "optim=muon", "scalar_lr": "optim=muon"}
+    for section, names, choice in (
+        ("optim", unread if config.optim.name == "adamw" else {}, "optim=adamw"),
+        ("schedule", {"decay_fraction": "schedule=wsd"} if config.schedule.name == "cosine" else {}, "schedule=cosine"),
+    ):
+        given = getattr(config, section)
+        for name, reader in names.items():
+            if getattr(given, name) != getattr(type(given)(), name):
+                raise ValueError(f"{section}.{name}={getattr(given, name):g}: {choice} doesn't read it; {reader} does")
 
 
 def batch_sequences(config: TrainConfig) -> int:

@@ -6,7 +6,7 @@ back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU ten
 
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -78,10 +78,6 @@ class Dist:
             raise RuntimeError(failure)
         return value
 
-    def barrier(self) -> None:
-        if self.group is not None:
-            dist.barrier(group=self.group)
-
 
 def setup(device: str = "auto", timeout_s: int = DEFAULT_TIMEOUT_S) -> Dist:
     """Join the process group if torchrun started us, else stay alone. `device`: auto, cpu or cuda.
@@ -148,8 +144,3 @@ class SharedFlag:
         self._tensor = torch.tensor(value)
         self._work = dist.all_reduce(self._tensor, dist.ReduceOp.MAX, group=self._ranks.group, async_op=True)
         return agreed
-
-
-def shard(items: Sequence[Any], ranks: Dist) -> Sequence[Any]:
-    """This rank's part of a list: every world-th item. Parts differ by at most one item."""
-    return items[ranks.rank :: ranks.world]

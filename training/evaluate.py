@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from data.evalset import EvalSet
+from data.files import atomic_write
 from training.distributed import Dist
 
 # Evaluation batches count from here in the random state's micro-batch field: never a training micro-batch's number.
@@ -48,7 +49,5 @@ def save_rows(path: Path, evalset: EvalSet, nats: np.ndarray) -> None:
     """Write eval/<step>.npz atomically: one row per segment, its ids, FP64 nats, target tokens and bytes."""
     path.parent.mkdir(exist_ok=True)
     part = evalset.segments
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
+    with atomic_write(path) as file:
         np.savez(file, sequence=part.sequence, document=part.document, nats=nats, tokens=part.tokens, bytes=part.bytes)
-    temporary.replace(path)

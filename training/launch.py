@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import make_folder
+from data.files import disk_full_explained, make_folder
 from data.prepare import ensure
 from data.tokens import TokenSet
 from kernels import backend
@@ -32,7 +32,7 @@ from training.console import Console
 from training.distributed import Dist, setup, teardown
 from training.loop import Parts, Trainer
 from training.optim import build_optimizers
-from training.runfolder import RunFolder, environment, full_disk_explained
+from training.runfolder import ROOM_FOR_RUNS, RunFolder, environment
 from training.signals import RunLock, StopFlag
 from training.sketch import Request, Sketch, check, describe, screen
 from training.watchdog import Watchdog
@@ -86,7 +86,7 @@ def train(request: Request, ranks: Dist) -> int:
         return True
 
     try:
-        with full_disk_explained(folder.path):
+        with disk_full_explained(folder.path, ROOM_FOR_RUNS):
             if not ranks.on_main(open_folder):
                 return 0
             return run_in(folder, config, sketch, texts, ranks, backends)
@@ -117,7 +117,6 @@ def run_in(
             numbers=sketch.numbers,
             ranks=ranks,
             folder=folder,
-            run=sketch.run,
             state=state,
             loss=loss,
             accumulate=parallel.accumulate,

@@ -43,7 +43,6 @@ class Parts:
     numbers: Numbers
     ranks: Dist
     folder: RunFolder
-    run: dict[str, Any]
     state: TrainState
     loss: nn.Module
     accumulate: Callable[[bool], AbstractContextManager]  # (last micro-batch?) -> context of its forward and backward

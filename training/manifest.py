@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from data.files import sha256_of
 from training.storage import INDEX, IO_THREADS, CheckpointError
 
 FORMAT = "nibble-checkpoint/1"
@@ -88,11 +89,7 @@ def _file_problem(path: Path, expected: dict[str, Any]) -> str | None:
         size = path.stat().st_size
         if size != expected["size"]:
             return f"{path.name}: {size} bytes, manifest says {expected['size']}"
-        digest = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
-            while block := file.read(READ_BYTES):
-                digest.update(block)
-        if digest.hexdigest() != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             return f"{path.name}: SHA-256 differs from the manifest's"
     except (OSError, KeyError, TypeError) as error:
         return f"{path.name}: {type(error).__name__}: {error}"

@@ -5,12 +5,14 @@ a resume cuts what lies after the resumed step, so that no step appears twice.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from data.files import atomic_write
+from training.memory import GIB
 
 FILE = "metrics.jsonl"
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense BF16, SXM, as NVIDIA states it
@@ -50,12 +52,8 @@ class MetricsFile:
         """Drop measurements after `step` (events stay: they are history); atomic. Returns how many rows went."""
         rows = self.rows()
         kept = [row for row in rows if row["kind"] == "event" or row["step"] <= step]
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        with atomic_write(self.path) as file:
+            file.writelines((json.dumps(row) + "\n").encode() for row in kept)
         return len(rows) - len(kept)
 
 
@@ -99,13 +97,13 @@ def others_gib(device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     free, total = torch.cuda.mem_get_info(device)
-    return (total - free - torch.cuda.memory_reserved(device)) / 2**30
+    return (total - free - torch.cuda.memory_reserved(device)) / GIB
 
 
 def memory_gib(device: torch.device) -> float | None:
     """Peak memory that tensors took since the start, GiB; on a CPU the process's peak resident memory."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
+        return torch.cuda.max_memory_allocated(device) / GIB
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

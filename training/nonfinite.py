@@ -11,15 +11,14 @@ one after step b - 1: the step can be replayed, skipped, or saved for a look at 
 """
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from quant.linear import QuantLinear
+from quant.plan import changed, quant_linears
 from quant.recipe import FPROP_SLOT, GEMMS, Recipe
 from training.checkpoint import load
 from training.manifest import latest_good
@@ -80,10 +79,9 @@ class Recovery:
         self._set_step(step - 1)
         findings = [found for rank in self._p.ranks.gather(self._diagnose(step)) for found in rank]
         weights = [name for rank in self._p.ranks.gather(bad_weights(state.model)) for name in rank]
-        what = f"step {step}: loss {loss}, gradient norm {grad_norm}. " + describe(findings, weights)
-        self._event(
-            "nonfinite", bad_step=step, loss=str(loss), grad_norm=str(grad_norm), cause=describe(findings, weights)
-        )
+        cause = describe(findings, weights)
+        what = f"step {step}: loss {loss}, gradient norm {grad_norm}. {cause}"
+        self._event("nonfinite", bad_step=step, loss=str(loss), grad_norm=str(grad_norm), cause=cause)
         self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
         self._last = step
         if self._policy == "stop":
@@ -140,17 +138,13 @@ def examine(model: nn.Module, micro: int, replay: Callable[[], dict[str, str] | 
     """Replay with the recipe, in BF16, and with one GEMM quantized at a time. The same number of replays whatever they
     find: under FSDP a replay is a collective."""
     finding = Finding(micro, replay())
-    with recipes(model, lambda recipe: only(recipe, ())):
+    with changed(model, lambda recipe: only(recipe, ())):
         finding.bf16_is_finite = replay() is None
-    if any(module.recipe.is_quantized for module in linears(model).values()):
+    if any(module.recipe.is_quantized for module in quant_linears(model).values()):
         for gemm in GEMMS:
-            with recipes(model, lambda recipe, gemm=gemm: only(recipe, (gemm,))):
+            with changed(model, lambda recipe, gemm=gemm: only(recipe, (gemm,))):
                 finding.gemms[gemm] = replay() is None
     return finding
-
-
-def linears(model: nn.Module) -> dict[str, QuantLinear]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 def only(recipe: Recipe, gemms: tuple[str, ...]) -> Recipe:
@@ -166,18 +160,6 @@ def only(recipe: Recipe, gemms: tuple[str, ...]) -> Recipe:
     return Recipe.from_dict({"name": recipe.name, **kept})
 
 
-@contextmanager
-def recipes(model: nn.Module, change: Callable[[Recipe], Recipe]) -> Iterator[None]:
-    before = {module: module.recipe for module in linears(model).values()}
-    for module, recipe in before.items():
-        module.recipe = change(recipe)
-    try:
-        yield
-    finally:
-        for module, recipe in before.items():
-            module.recipe = recipe
-
-
 def first_bad(loss: nn.Module, model: nn.Module, tokens: Tensor, accumulate: Callable) -> dict[str, str] | None:
     """Forward and backward of one micro-batch, looking at every linear layer's tensors; the first that isn't finite."""
     found: list[dict[str, str]] = []
@@ -187,7 +169,7 @@ def first_bad(loss: nn.Module, model: nn.Module, tokens: Tensor, accumulate: Cal
             found.append({"layer": layer, "gemm": gemm, "tensor": name})
 
     handles: list[Any] = []
-    for layer, module in linears(model).items():
+    for layer, module in quant_linears(model).items():
         _observe(layer, module, look, handles)
     try:
         with torch.compiler.set_stance("force_eager"), accumulate(True):

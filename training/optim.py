@@ -1,5 +1,7 @@
 """AdamW with the published runs' groups, or Muon beside it, and gradient clipping that never waits for the device."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +12,8 @@ from training.schedule import Schedule
 
 # nanochat: the stream's scales act on everything after them and get a hundredth of the other scalars' rate.
 RESIDUAL_SCALE_FACTOR = 0.01
+# The model that its rates and weight decay were tuned on.
+REFERENCE_WIDTH, REFERENCE_LAYERS = 768, 12
 
 
 def decays(name: str) -> bool:
@@ -18,20 +22,21 @@ def decays(name: str) -> bool:
 
 
 def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> torch.optim.AdamW:
-    """AdamW over the FP32 master weights; one fused kernel per group where torch has one for the device."""
+    """AdamW over the FP32 master weights."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
         {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
     ]
-    devices = {parameter.device.type for _, parameter in named}
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=lr,
-        betas=(config.betas[0], config.betas[1]),
-        eps=config.eps,
-        fused=devices <= {"cuda", "cpu"},
-    )
+    return adamw([group for group in groups if group["params"]], config, lr)
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimSection, lr: float) -> torch.optim.AdamW:
+    """One fused kernel per group where torch has one for the device."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    beta1, beta2 = config.betas
+    fused = devices <= {"cuda", "cpu"}
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, weight_decay=0.0, fused=fused)
 
 
 def build_optimizers(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
@@ -48,7 +53,7 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
     """
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
-    by_width = (model.config.width / 768) ** -0.5
+    by_width = (model.config.width / REFERENCE_WIDTH) ** -0.5
     rates = {
         "embed.weight": config.embed_lr * by_width,
         "lm_head.weight": config.head_lr * by_width,
@@ -59,12 +64,10 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
     if others != set(rates):
         raise ValueError(MUON_IS_FOR)  # a parameter without a rate would stay as it is, without a word
     groups = [{"params": [named[name]], "lr_scale": rate / lr} for name, rate in rates.items()]
-    devices = {parameter.device.type for parameter in named.values()}
-    betas = (config.betas[0], config.betas[1])
-    adamw = torch.optim.AdamW(
-        groups, lr=lr, betas=betas, eps=config.eps, weight_decay=0.0, fused=devices <= {"cuda", "cpu"}
-    )
-    return [adamw, Muon(matrices, lr, config.weight_decay * (12 / model.config.layers) ** 2)]
+    return [
+        adamw(groups, config, lr),
+        Muon(matrices, lr, config.weight_decay * (REFERENCE_LAYERS / model.config.layers) ** 2),
+    ]
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step: int) -> None:

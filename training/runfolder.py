@@ -5,20 +5,17 @@ metrics.jsonl eval/<step>.npz checkpoints/          while it goes
 result.json                                         at the end
 """
 
-import errno
 import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.files import atomic_write
 from training.identity import refuse_other
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,12 +44,8 @@ class RunFolder:
     def write(self, name: str, value: Any) -> None:
         """Write text or JSON atomically."""
         text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-        temporary = self.path / f".{name}.tmp"
-        with open(temporary, "w") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path / name)
+        with atomic_write(self.path / name) as file:
+            file.write(text.encode())
 
     def result(self) -> dict[str, Any] | None:
         return self.read("result.json")
@@ -72,18 +65,10 @@ class RunFolder:
         self.write("run.json", run)  # last: a folder with run.json has everything
 
 
-@contextmanager
-def full_disk_explained(folder: Path) -> Iterator[None]:
-    """Turn "no space left on device", which names no file, into where and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RuntimeError(
-            f"the disk that holds {folder} is full. Free some space, or move the folder to another disk and set "
-            "paths.runs; then run the same command again: it resumes from the last checkpoint"
-        ) from error
+ROOM_FOR_RUNS = (
+    "Free some space, or move the folder to another disk and set paths.runs; then run the same command again: it "
+    "resumes from the last checkpoint"
+)
 
 
 def environment(device: torch.device, world: int, backends: dict[str, str]) -> dict[str, Any]:

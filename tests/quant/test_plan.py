@@ -4,13 +4,14 @@ import json
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from torch import nn
 
 from kernels import backend
 from kernels.quantize import amax, quantize
 from quant import library
 from quant.linear import QuantLinear
-from quant.plan import Precision, convert, resolve
+from quant.plan import Precision, convert, describe, resolve
 from quant.recipe import SLOTS
 from quant.stats import slot_stats
 
@@ -119,6 +120,20 @@ def test_plan_is_json_and_a_table():
     table = found.table()
     assert "blocks.*.qkv" in table and "0,2" in table and "ms_eden per 16" in table and "16x16" in table
     assert "  dgrad.w   codes of fprop.w\n" in table and table.count("source fprop_transposed") == 0
+
+
+def test_the_table_tells_apart_what_computes_apart():
+    changes = [
+        {},
+        {"fprop": {"x": {"amax": 2.0}}},
+        {"fprop": {"w": {"tensor_scale": "pow2"}}},
+        {"dgrad": {"dy": {"eden_block": "rotation"}}},
+        {"dgrad": {"dy": {"eden_block": "rotation", "eden_space": "scaled"}}},
+    ]
+    mappings = [OmegaConf.to_container(OmegaConf.merge(library.mapping("quartet2"), change)) for change in changes]
+    tables = {"\n".join(describe("one", library.build(mapping))) for mapping in mappings}
+    assert len(tables) == len(changes)
+    assert ", amax 2.0" in "".join(tables) and ", tensor_scale pow2" in "".join(tables)
 
 
 def test_conversion_keeps_parameters_and_state_dict_keys():

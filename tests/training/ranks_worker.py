@@ -160,7 +160,7 @@ def main() -> None:
                 results[name] = resumed_from(source, case, ranks)
         if ranks.is_main:
             (folder / f"{case}-{ranks.world}.json").write_text(json.dumps(results))
-        ranks.barrier()
+        ranks.gather(None)
     distributed.teardown()
 
 

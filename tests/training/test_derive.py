@@ -79,6 +79,8 @@ def test_adamw_may_train_nanochat_at_a_rate_of_its_own():
         (dict(batch=BatchSection(sequences=10, micro=4)), 1, ["batch.micro=4", "batch.micro=2", "batch.sequences=8"]),
         (dict(batch=BatchSection(sequences=12, micro=4)), 2, ["over 2 GPUs", "batch.micro=3", "batch.sequences=8"]),
         (dict(tokens=1000), 1, ["tokens=1000", "262144"]),
+        (dict(optim=OptimSection(head_lr=0.1)), 1, ["optim.head_lr=0.1: optim=adamw doesn't read it; optim=muon does"]),
+        (dict(schedule=ScheduleSection(decay_fraction=0.2)), 1, ["schedule.decay_fraction=0.2", "schedule=wsd"]),
         (dict(steps=10**30), 1, ["1e+30 steps", "1e+09", "lower steps or tokens"]),
         (dict(steps=10, schedule=ScheduleSection(warmup_steps=11)), 1, ["11 warm-up", "schedule.warmup_steps"]),
     ],

@@ -6,9 +6,10 @@ import os
 import pytest
 import torch
 
+from data.files import disk_full_explained
 from training.config import choice
 from training.failures import one_line_errors
-from training.runfolder import full_disk_explained
+from training.runfolder import ROOM_FOR_RUNS
 from training.signals import RunLock
 
 
@@ -33,7 +34,11 @@ def test_what_the_machine_refuses_is_one_line_and_code_1(tmp_path, capsys):
 
 def test_full_disk_names_the_folder_and_the_way_out(tmp_path, capsys):
     """/dev/full is a disk without space."""
-    with one_line_errors() as outcome, full_disk_explained(tmp_path / "run"), open("/dev/full", "w") as file:
+    with (
+        one_line_errors() as outcome,
+        disk_full_explained(tmp_path / "run", ROOM_FOR_RUNS),
+        open("/dev/full", "w") as file,
+    ):
         file.write("x")
         file.flush()
     assert outcome.code == 1
