@@ -1,6 +1,6 @@
 """A small copy of a run that the comparison, the law and the plots read like the original.
 
-Kept: run.json, env.json and result.json without this machine's paths, every evaluation and event. Thinned: training
+Kept: run.json, env.json, result.json, every evaluation and event, all without this machine's paths. Thinned: training
 steps (every n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last one of each
 run that is kept with it (their count of tokens stays, as `targets`): a cut run is compared where it ended. Rows are
 stored compressed, nats in FP32: a loss moves by less than 1e-8.
@@ -43,16 +43,16 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     target = folder / run.name
     if target.resolve() == run.path.resolve():
         raise ValueError(f"{target}: the copy would replace the run itself; give another folder")
+    targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
+    evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
     (target / "eval").mkdir(parents=True, exist_ok=True)
     for name in FILES:
         if (run.path / name).exists():
             (target / name).write_text(json.dumps(without_paths(run.read_json(name)), indent=1) + "\n")
-    targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
     lines = [line for line in (run.path / "metrics.jsonl").read_text().split("\n")[:-1] if line]
     records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
     (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
-    for step in sorted(targets.keys() & {*steps, max(targets, default=0)}):
-        rows = run.rows_at(step)
+    for step, rows in evaluations.items():
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}
         np.savez_compressed(target / "eval" / f"{step}.npz", **small)
     return target
@@ -75,7 +75,7 @@ def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) ->
         return {key: rounded(record[key]) for key in TRAIN_FIELDS if key in record}
     if record["kind"] == "eval":
         return record | {"targets": int(targets[record["step"]])}
-    return record
+    return {key: value for key, value in record.items() if key != "path"}
 
 
 def rounded(value):

@@ -64,13 +64,23 @@ def test_rows_are_kept_where_another_run_ended(tmp_path):
     assert sorted(path.name for path in (kept / "eval").iterdir()) == ["100.npz", "75.npz"]
 
 
+def test_a_run_that_lacks_a_file_leaves_nothing(tmp_path):
+    original = read_run(write_run(tmp_path / "runs"))
+    (original.path / "eval" / "100.npz").unlink()
+    with pytest.raises(ValueError, match=r"100\.npz: missing"):
+        keep(original, tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
 COMMAND = "/home/me/nibble/train.py quant=sr data.path=/home/me/t data.files=/home/me/*.txt paths.runs=/home/me seed=1"
 
 
 def test_paths_of_this_machine_stay_here(tmp_path):
     path = write_run(tmp_path / "runs", data_path="/home/me/tokens", command=COMMAND)
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "event", "event": "checkpoint", "step": 100, "path": "/home/me/runs/x"}\n')
     kept = read_run(keep(read_run(path), tmp_path / "kept"))
-    assert kept.info["command"] == "train.py quant=sr seed=1"
+    assert kept.events[-1]["event"] == "checkpoint" and kept.info["command"] == "train.py quant=sr seed=1"
     assert not any("/home/me" in file.read_text() for file in kept.path.glob("*.json*"))
 
 
