@@ -80,7 +80,17 @@ def test_sample_hash_names_data_seed_and_place(loader, tokens, folder):
     changed = TokenSet(folder)
     changed.fingerprint = "0" * 64
     others.append(hash_of(Loader(changed, "train", SEQ, 5)))
-    assert len({base, *others}) == 6
+    named = Loader(tokens, "train", SEQ, 5)
+    named.packing = "bos_bestfit"  # other windows under the same numbers
+    others.append(hash_of(named))
+    assert len({base, *others}) == 7
+
+
+def test_every_offset_into_the_text_is_drawn(tokens):
+    loader = Loader(tokens, "train", SEQ, 5)
+    most = loader.windows.max_offset
+    drawn = {loader._make_order(epoch)[1] for epoch in range(60 * (most + 1))}  # one is missed with e^-60
+    assert drawn == set(range(most + 1))
 
 
 def test_hashes_of_several_batches_are_those_of_each(loader):

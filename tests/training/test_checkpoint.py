@@ -182,6 +182,44 @@ def test_damaged_checkpoint_is_skipped_by_name_and_reason(tmp_path, damage):
     assert len(said) == 1 and "step_00000005" in said[0] and reason in said[0]
 
 
+def test_before_a_step_means_before_it(tmp_path):
+    saved_run(tmp_path, steps=(3, 6))
+    assert latest_good(tmp_path, before=7).name == "step_00000006"
+    assert latest_good(tmp_path, before=6).name == "step_00000003"
+    assert latest_good(tmp_path, before=3) is None
+
+
+def test_a_state_that_must_not_be_saved_is_not(tmp_path):
+    def refuse():
+        raise RuntimeError("tokens were altered")
+
+    with pytest.raises(RuntimeError, match="tokens were altered"):
+        saved_run(tmp_path, before_save=refuse)
+    assert checkpoints(tmp_path / "checkpoints") == []
+
+
+def test_one_step_is_written_once(tmp_path):
+    saved = []
+    state, saver = new_state(0), Checkpointer(tmp_path, on_saved=lambda report: saved.append(report.step))
+    train(state, 3)
+    for _ in range(2):
+        saver.save(state, wait=True)
+    assert saved == [3]
+
+
+@pytest.mark.parametrize("change", ["missing", "extra"])
+def test_optimizer_tensors_must_be_exactly_the_states(tmp_path, change):
+    saved_run(tmp_path)
+    other = new_state(1)
+    if change == "missing":
+        for group in other.optimizers[0].param_groups:
+            group["amsgrad"] = True  # one more tensor for each weight
+    else:
+        other.optimizers[0] = torch.optim.SGD(other.optimizers[0].param_groups, lr=0.01)
+    with pytest.raises(CheckpointError, match="is missing" if change == "missing" else "is not in the model"):
+        load(latest_good(tmp_path), other)
+
+
 def test_all_damaged_is_an_error_not_a_fresh_start(tmp_path):
     saved_run(tmp_path, (3, 5))
     for folder in checkpoints(tmp_path / "checkpoints"):

@@ -50,6 +50,10 @@ def test_warmup_in_tokens_or_steps():
     by_tokens = derive(config(steps=100, batch=batch, schedule=ScheduleSection(warmup_tokens=20480)), N_30M, 1)
     by_steps = derive(config(steps=100, batch=batch, schedule=ScheduleSection(warmup_steps=20)), N_30M, 1)
     assert by_tokens.schedule.warmup_steps == by_steps.schedule.warmup_steps == 20
+    short = derive(config(steps=100, batch=batch, schedule=ScheduleSection(warmup_tokens=20479)), N_30M, 1)
+    assert short.schedule.warmup_steps == 19  # whole steps within the tokens
+    wsd = derive(config(steps=99, schedule=ScheduleSection(name="wsd", decay_fraction=0.45)), N_30M, 1)
+    assert wsd.schedule.decay_steps == 45  # 44.55
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,11 @@ CHANGES_NUMBERS = [
     "rounding_seed=7",
     "perturb=1e-6",
     "model.layers=2",
+    "model.width=128",
+    "model.heads=1",
+    "model.hidden=256",
     "model.norm_eps=1e-6",
+    "model.rope_theta=2e4",
     "model.residual_dtype=bfloat16",
     "quant=sr",
     "quant.dgrad=none",
@@ -64,6 +68,9 @@ CHANGES_NOTHING = [
 ]
 
 
+MUON = ["model.family=nanochat", "model.heads=1", "optim=muon", "schedule=wsd"]
+
+
 def hash_with(*overrides: str, world: int = 1) -> str:
     composed = compose([*BASE, *overrides])
     request = Request(composed.config, composed.yaml, composed.choices, "test")
@@ -78,6 +85,13 @@ def base_hash():
 @pytest.mark.parametrize("override", CHANGES_NUMBERS)
 def test_hash_covers(base_hash, override):
     assert hash_with(override) != base_hash
+
+
+@pytest.mark.parametrize(
+    "override", ["optim.embed_lr=0.1", "optim.head_lr=0.1", "optim.scalar_lr=0.1", "schedule.decay_fraction=0.2"]
+)
+def test_hash_covers_what_muon_and_wsd_alone_read(override):
+    assert hash_with(*MUON, override) != hash_with(*MUON)
 
 
 @pytest.mark.parametrize("override", CHANGES_NOTHING)

@@ -9,6 +9,7 @@ import torch
 
 from analysis.runs import read_run
 from configs.compose import compose
+from data.loader import Loader
 from data.tokens import TokenSet
 from training.build import is_graphed
 from training.identity import IdentityError
@@ -199,13 +200,37 @@ def test_default_name_tells_model_recipe_length_seed_and_hash(run):
 
 def test_accumulation_equals_the_large_batch(run, rows):
     """BF16 has no per-micro-batch scale, so only the order of FP32 sums differs; 10 steps amplify it a little."""
-    losses = {}
-    for micro in (1, 8):
+    losses, samples = {}, {}
+    for micro in (1, 2, 8):
         _, folder = run(f"batch.micro={micro}", "evaluate.every=null", name=f"micro{micro}")
         losses[micro] = [(row["loss"], row["grad_norm"]) for row in rows(folder, "train")]
-    np.testing.assert_allclose(losses[1][0], losses[8][0], rtol=2e-4)
-    np.testing.assert_allclose([loss for loss, _ in losses[1]], [loss for loss, _ in losses[8]], rtol=2e-3)
-    assert [row["samples"] for row in rows(folder, "train")]
+        samples[micro] = [row["samples"] for row in rows(folder, "train")]
+    for micro in (1, 2):
+        np.testing.assert_allclose(losses[micro][0], losses[8][0], rtol=2e-4)
+        np.testing.assert_allclose([loss for loss, _ in losses[micro]], [loss for loss, _ in losses[8]], rtol=2e-3)
+    assert samples[1] == samples[2] == samples[8]
+
+
+def test_each_step_logs_the_hash_of_the_samples_it_read(run, rows, monkeypatch):
+    read, samples_of = [], Loader.samples
+
+    def noting(self, first, count):
+        read.append((first, count))
+        return samples_of(self, first, count)
+
+    monkeypatch.setattr(Loader, "samples", noting)
+    _, folder = run("steps=3", "evaluate.every=null")
+    assert read == [(8 * step + first, 4) for step in range(3) for first in (0, 4)]
+    loader = Loader(TokenSet(json.loads((folder / "run.json").read_text())["data_path"]), "train", 64, seed=0)
+    assert [row["samples"] for row in rows(folder, "train")] == loader.sample_hashes(0, 8, 3)
+
+
+def test_other_rounding_bits_change_the_rounding_alone(run, rows):
+    (_, one), (_, other) = (run("quant=sr", "steps=2", f"rounding_seed={s}", name=f"r{s}") for s in (1, 2))
+    starts = [rows(folder, "event")[0]["init_hash"] for folder in (one, other)]
+    first, second = rows(one, "train"), rows(other, "train")
+    assert starts[0] == starts[1] and [row["samples"] for row in first] == [row["samples"] for row in second]
+    assert [row["grad_norm"] for row in first] != [row["grad_norm"] for row in second]
 
 
 def test_recipes_of_one_seed_share_initialization_and_data(run, rows):

@@ -68,7 +68,7 @@ def test_truncation_is_atomic(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("killed here")
 
-    monkeypatch.setattr("training.metrics.os.replace", fail)
+    monkeypatch.setattr("data.files.os.replace", fail)
     with pytest.raises(OSError, match="killed here"):
         file.truncate(1)
     assert [line["step"] for line in file.rows()] == [1, 2, 3]
@@ -92,6 +92,10 @@ def test_step_buffer_sums_micro_batches_and_ranks():
     buffer.add_nats(torch.tensor(7.0))
     buffer.end_step(torch.tensor(1.0))
     assert buffer.read(lambda tensor: tensor) == [(7.0, 1.0)]
+    for part in (2.0**25, 0.25, 0.25):  # FP32 would lose both quarters
+        buffer.add_nats(torch.tensor(part))
+    buffer.end_step(torch.tensor(1.0))
+    assert buffer.read(lambda tensor: tensor) == [(2.0**25 + 0.5, 1.0)]
 
 
 class Sink:

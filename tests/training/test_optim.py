@@ -17,7 +17,7 @@ def model() -> Llama:
 
 def test_weight_decay_applies_to_the_blocks_linear_weights_only():
     net = model()
-    optimizer = build_optimizer(net, OptimSection(), lr=1e-3)
+    optimizer = build_optimizer(net, OptimSection(betas=[0.8, 0.99], eps=1e-5), lr=1e-3)
     names = {parameter: name for name, parameter in net.named_parameters()}
     decay, no_decay = ({names[p] for p in group["params"]} for group in optimizer.param_groups)
     linears = ("attn.qkv", "attn.out", "mlp.gate_up", "mlp.down")
@@ -26,7 +26,7 @@ def test_weight_decay_applies_to_the_blocks_linear_weights_only():
     assert decay | no_decay == set(names.values()) and not decay & no_decay
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
     for group in optimizer.param_groups:
-        assert (group["betas"], group["eps"], group["lr"]) == ((0.9, 0.95), 1e-8, 1e-3)
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.99), 1e-5, 1e-3)
 
 
 def test_one_step_is_adamw_by_hand():
