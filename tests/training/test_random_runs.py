@@ -90,6 +90,12 @@ def interrupt(run, stop_after, monkeypatch, draw: random.Random, words: list[str
     return f"{how} {step}"
 
 
+def by_step(found: list[dict], fields: tuple[str, ...]) -> dict[int, list]:
+    steps = [row["step"] for row in found]
+    assert steps == sorted(set(steps))  # each once, in order
+    return {row["step"]: [row[field] for field in fields] for row in found}
+
+
 @pytest.mark.parametrize("case", range(COUNT))
 def test_any_run_ends_as_if_it_had_never_been_interrupted(run, rows, stop_after, monkeypatch, case):
     draw = random.Random(case)
@@ -105,7 +111,7 @@ def test_any_run_ends_as_if_it_had_never_been_interrupted(run, rows, stop_after,
 
     told = f"{numbers} {history}"
     for kind, fields in (("train", ("loss", "grad_norm", "lr", "samples", "tokens")), ("eval", ("loss", "bpb", "se"))):
-        one, other = ({row["step"]: [row[f] for f in fields] for row in rows(f, kind)} for f in (straight, broken))
+        one, other = (by_step(rows(folder, kind), fields) for folder in (straight, broken))
         common = one.keys() & other.keys() if kind == "eval" else one.keys() | other.keys()
         assert steps in common, told
         for step in common:
