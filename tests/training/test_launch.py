@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -172,6 +173,14 @@ def test_a_place_that_is_no_folder_is_named_with_its_option(run, tmp_path, key):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match=rf"{key}: can't make .*file.* \(.*\); set {key} to"):
         run(f"{key}={tmp_path / 'file'}")
+
+
+def test_an_evaluation_that_the_checkpoint_saw_is_not_made_again(run, rows, stop_after):
+    with stop_after(7):
+        _, folder = run()
+    shutil.rmtree(folder / "checkpoints" / "step_00000007")  # killed: step 5 is the newest, and evaluated
+    assert run()[0] == 0
+    assert [row["step"] for row in rows(folder, "eval")] == [5, 10]
 
 
 def test_other_numerics_in_the_same_folder_are_refused_with_the_keys(run):
