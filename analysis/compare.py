@@ -175,6 +175,7 @@ def seed_means(group: Group, value: Callable[[Run], float]) -> dict[int, float]:
 
 
 def mean_over_seeds(group: Group, value: Callable[[Run], float]) -> float:
+    """Mean over seeds of value(run); reruns of a seed are averaged first."""
     return float(np.mean(list(seed_means(group, value).values())))
 
 

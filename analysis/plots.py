@@ -1,6 +1,7 @@
 """Loss and gap curves as PNG (matplotlib, Agg). Okabe-Ito colours, names written at the ends of the lines."""
 
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import matplotlib
 
@@ -20,6 +21,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
 STYLES = ("-", "--", "-.", ":")
 BASELINE = ("#000000", "-")
 Curve = tuple[np.ndarray, np.ndarray]  # steps, losses
+Band = tuple[np.ndarray, np.ndarray, np.ndarray]  # steps, means, standard errors
 SMOOTHING = 0.02  # width of the moving average of training losses, as a share of the run
 
 
@@ -121,12 +123,12 @@ def all_evaluations(run: Run) -> Curve:
     return run.evals["step"], run.evals["loss"]
 
 
-def group_curve(group: Group, curve: Callable[[Run], Curve] = lambda run: run.curve):
+def group_curve(group: Group, curve: Callable[[Run], Curve] = lambda run: run.curve) -> Band:
     """Steps, mean and standard error over seeds; reruns of a seed are averaged first, as in the table."""
     return mean_curve([mean_curve([curve(run) for run in runs])[:2] for runs in group.by_seed().values()])
 
 
-def mean_curve(curves: list[Curve]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def mean_curve(curves: list[Curve]) -> Band:
     """Mean and standard error at the steps that every curve has (NaN error for a single curve)."""
     shared = curves[0][0]
     for steps, _ in curves[1:]:
@@ -206,7 +208,7 @@ def end_labels(ax: Axes, ends: list[tuple[float, float, str, str]], fontsize: fl
         ax.annotate(name, at, (1.03, height), color=colour, fontsize=fontsize, va="center", arrowprops=arrow, **anchor)
 
 
-def save(fig: Figure, path) -> None:
+def save(fig: Figure, path: Path) -> None:
     """Write the PNG without dates in its metadata, so that the same data give the same bytes."""
     fig.savefig(path, metadata={"Software": None})
     plt.close(fig)

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from analysis import html, plots, tables
 from analysis.compare import Group, Row, common_step, compare_pair
 from analysis.equal_loss import EqualLoss, equal_loss
-from analysis.pairing import RESOLVED
+from analysis.pairing import RESOLVED, Floor
 from analysis.published import ALIASES, Points, at
 from analysis.runs import Run, RunError
 
@@ -17,7 +17,12 @@ MANY = 40  # differing keys shown in full
 
 
 def build(
-    groups: list[Group], base: Group, rows: list[Row], notes: list[str], floor, published: dict[str, Points]
+    groups: list[Group],
+    base: Group,
+    rows: list[Row],
+    notes: list[str],
+    floor: Floor | None,
+    published: dict[str, Points],
 ) -> str:
     """The document; `groups` in the order of `rows`. `published` may be empty; `floor` as in analysis.compare.table."""
     info = base.runs[0].info
@@ -53,7 +58,7 @@ def _classed(row: Row) -> list:
     return [*cells[:-1], (cells[-1], kind)]
 
 
-def pairwise(groups: list[Group], floor) -> list[str]:
+def pairwise(groups: list[Group], floor: Floor | None) -> list[str]:
     """Which recipes are told apart: the gap of the row to the column, 1e-3 nats."""
     if len(groups) < 3:
         return []
@@ -74,7 +79,7 @@ def pairwise(groups: list[Group], floor) -> list[str]:
     ]
 
 
-def _pair_cell(group: Group, other: Group, floor) -> tuple[str, str]:
+def _pair_cell(group: Group, other: Group, floor: Floor | None) -> tuple[str, str]:
     step = common_step(group, other)
     if group is other or step is None:
         return ("", "none")

@@ -34,8 +34,6 @@ HARMLESS = (
     "data.files=",
     "data.val_files=",
     "data.path=",
-)
-HARMLESS += (
     "data.workers=",
     "data.verify=",
     "parallel=",

@@ -97,6 +97,7 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
 def build_micro_batch(
     loss: LossModel, config: TrainConfig, plan: Plan, parallel: Parallel, tokens_per_step: int, device: torch.device
 ) -> MicroBatch:
+    """Forward and backward of one micro-batch, replayed as a CUDA graph where is_graphed says so."""
     arguments = (loss, tokens_per_step, parallel.accumulate)
     if is_graphed(config, plan.fullgraph, parallel.mode, device):
         return GraphedMicroBatch(*arguments, loss.parameters())
@@ -115,6 +116,7 @@ def is_graphed(config: TrainConfig, fullgraph: bool, mode: str, device: torch.de
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether compile=auto, true or false means torch.compile here."""
     if config.compile == "auto":
         # The reference quantizers compile, but for minutes: their graphs are as long as their definitions.
         return device.type == "cuda" and config.backend != "reference"
@@ -188,7 +190,7 @@ def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
     def listed(count: int | None) -> EvalSet:
         return fixed_list(None if count is None or count >= there else count)
 
-    train = Loader(tokens, "train", config.batch.seq_len, config.seed, config.data.packing)
+    train = Loader(tokens, "train", seq_len, config.seed, packing)
     return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))
 
 

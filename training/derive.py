@@ -104,6 +104,7 @@ def check_unread(config: TrainConfig) -> None:
 
 
 def batch_sequences(config: TrainConfig) -> int:
+    """Sequences of the job's batch. ValueError where batch.tokens is no multiple of batch.seq_len."""
     batch = config.batch
     if batch.sequences is not None:
         return batch.sequences
@@ -126,6 +127,7 @@ def largest_divisor(number: int, limit: int) -> int:
 
 
 def run_steps(config: TrainConfig, parameters_non_embedding: int, tokens_per_step: int) -> int:
+    """Whole steps within the tokens asked for, by default 20 a non-embedding parameter. ValueError if not one fits."""
     if config.steps is not None:
         return config.steps
     tokens = config.tokens if config.tokens is not None else TOKENS_PER_PARAMETER * parameters_non_embedding
@@ -137,6 +139,7 @@ def run_steps(config: TrainConfig, parameters_non_embedding: int, tokens_per_ste
 
 
 def build_schedule(config: TrainConfig, steps: int, tokens_per_step: int) -> Schedule:
+    """Warm-up from steps, tokens or a fraction, in this order; Schedule raises ValueError where they don't fit."""
     section = config.schedule
     if section.warmup_steps is not None:
         warmup = section.warmup_steps

@@ -86,6 +86,7 @@ def estimate(
 
 
 def block_parameters(config: DecoderShape) -> float:
+    """Parameters of one block, the final norm's share included."""
     return (config.parameters - 2 * config.vocab_size * config.width) / config.layers
 
 
@@ -100,6 +101,7 @@ def activation_bytes(config: DecoderShape, micro_tokens: int, kept: Kept, recomp
 
 
 def temporary_bytes(config: DecoderShape, micro_tokens: int, kept: Kept) -> float:
+    """The largest tensors that live for a moment: those of an MLP's backward, and a chunk of logits."""
     mlp = BYTES_BF16 * (3 * config.hidden + 2 * config.width)
     return micro_tokens * mlp * (2 if kept.is_quantized else 1) + LOGITS_CHUNK_BYTES
 

@@ -236,6 +236,7 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def dtype_named(name: str) -> torch.dtype:
+    """torch.float32 for "float32". Raises CheckpointError for one that safetensors doesn't know."""
     known = {str(dtype).removeprefix("torch."): dtype for dtype in SAFETENSORS_DTYPES}
     if name not in known:
         raise CheckpointError(f"{INDEX}: unknown dtype {name!r}; known: {', '.join(known)}")
