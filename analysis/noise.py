@@ -73,7 +73,7 @@ def nudges(runs: list[Run]) -> list[list[float]]:
     """Final losses of runs that differ in nudges alone, one list a recipe and seed; reruns are averaged."""
     clusters: dict[tuple, list[Run]] = {}
     for run in runs:
-        clusters.setdefault((_recipe(run), run.info["seed"]), []).append(run)
+        clusters.setdefault(_without_nudges(run), []).append(run)
     return [[float(np.mean(losses)) for losses in reruns(members)] for members in clusters.values()]
 
 
@@ -164,7 +164,7 @@ def half_width(spread: Spread, seeds: int) -> float:
     return t_quantile(spread.df) * spread.sd * math.sqrt(2 / seeds)
 
 
-def _recipe(run: Run) -> tuple:
-    """Everything but seeds and nudges."""
+def _without_nudges(run: Run) -> tuple:
+    """Hashable numerics, the seed among them, but for what nudges a run."""
     numerics = run.info["numerics"]
-    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k not in ("seed", *NUDGES)))
+    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k not in NUDGES))

@@ -74,6 +74,22 @@ def test_bootstrap_intervals_hold_the_truth_and_grow_with_the_noise():
     assert widths[1] > 3 * widths[0]
 
 
+def test_interval_is_the_central_95_percent_of_the_draws():
+    assert law.interval(list(range(201))) == pytest.approx((5, 195))
+
+
+@pytest.mark.parametrize(
+    ("cells", "parameters", "factor"),
+    [
+        (8, 6, 2 * 4.302653 / 1.959964),  # sqrt(8 / 2), Student's t of 2 degrees of freedom over the normal quantile
+        (12, 2, 1.2**0.5 * 2.228139 / 1.959964),  # sqrt(12 / 10), t of 10
+    ],
+)
+def test_widened_residuals_by_hand(cells, parameters, factor):
+    resid = np.resize([1.0, -1.0], cells)
+    assert law.widened(resid, parameters) == pytest.approx(factor * resid, rel=1e-6)
+
+
 @pytest.mark.parametrize("cells", [3, 6, 20])
 def test_bootstrap_intervals_of_a_factor_cover_the_truth(cells):
     """40 data sets of noise 1e-3: as many intervals as 95 % coverage gives in all but 1 % of cases (binomial: 34)."""
@@ -96,6 +112,8 @@ def test_too_little_to_fit_is_an_error_that_says_what_is_needed():
     few = dict(list(points().items())[:5])
     with pytest.raises(ValueError, match="8 cells over 2 sizes and 3 token counts; got 5 cells, 1 sizes"):
         law.fit_law(few)
+    with pytest.raises(ValueError, match="got 8 cells, 4 sizes, 2 token counts"):
+        law.fit_law({(n, d): 3.0 for n, _ in CELLS for d in (10**9, 10**10)})
     with pytest.raises(ValueError, match="three cells shared with the baseline, got 2"):
         law.fit_factors(TRUE, dict(list(few.items())[:2]), few)
 

@@ -1,5 +1,6 @@
 import numpy as np
 import pytest
+from scipy.stats import ttest_ind
 from synthetic import eval_rows
 
 from analysis.pairing import (
@@ -36,12 +37,30 @@ def test_rows_pair_by_sequence_and_document_not_by_position():
     assert gap.value == pytest.approx(0.1) and gap.se == pytest.approx(0.0, abs=1e-12)
 
 
+def test_documents_are_clustered_right_in_a_file_of_any_order():
+    columns = eval_rows(3.1)
+    columns["nats"] = columns["nats"] + columns["document"] % 3 * 5.0  # a difference that varies by document
+    mixed = np.random.default_rng(0).permutation(len(columns["nats"]))
+    base, run, shuffled = (EvalRows(**c) for c in (eval_rows(3.0), columns, {k: v[mixed] for k, v in columns.items()}))
+    expected, gap = paired_gap([run], [base]), paired_gap([shuffled], [base])
+    assert (gap.value, gap.se) == pytest.approx((expected.value, expected.se)) and gap.se > 1e-3
+    assert paired_gap([shuffled, run], [base, base]).se == pytest.approx(expected.se)
+
+
 def test_other_validation_tokens_do_not_pair():
     with pytest.raises(ValueError, match="differ in document"):
         paired_gap([EvalRows(**eval_rows(3.0, seed=1))], [EvalRows(**eval_rows(3.0, seed=2))])
     short = EvalRows(**{k: v[:-1] for k, v in eval_rows(3.0).items()})
     with pytest.raises(ValueError, match="not the same validation tokens"):
         paired_gap([short], [EvalRows(**eval_rows(3.0))])
+    with pytest.raises(ValueError, match="differ in tokens"):
+        paired_gap([rows([0, 1], [30, 30], [10, 11])], [rows([0, 1], [30, 30], [10, 10])])
+
+
+def test_seeds_scored_on_other_text_than_the_first_have_no_mean():
+    pairs = [[EvalRows(**eval_rows(loss, seed=seed)) for seed in (1, 2)] for loss in (3.1, 3.0)]
+    with pytest.raises(ValueError, match="differ in document"):
+        paired_gap(*pairs)
 
 
 def test_clustered_error_is_the_spread_over_fresh_documents():
@@ -78,7 +97,11 @@ def test_verdict_words():
     assert seed_gap({0: 3.5}, {0: 3.0, 1: 3.001, 2: 3.002}).verdict == ONE_SEED
     assert seed_gap({0: 3.5}, {0: 3.0}, floor=Floor((1e-6, 50))).verdict == ONE_SEED
     assert seed_gap({0: 3.04, 1: 2.98}, {0: 3.0, 1: 3.0}).verdict == NOT_RESOLVED
-    assert seed_gap({0: float("nan"), 1: 3.0}, {0: 3.0, 1: 3.0}).verdict == DIVERGED
+    assert seed_gap({0: 3.0, 1: 3.1}, {0: 3.0, 1: 3.1}).verdict == NOT_RESOLVED  # 0 +- 0
+    whole, cut = {0: 3.0, 1: 3.0}, {0: float("nan"), 1: 3.0}
+    without_partner = {0: 3.0, 1: 3.0, 2: float("nan")}
+    for pair in ((cut, whole), (whole, cut), (without_partner, whole), (whole, without_partner)):
+        assert seed_gap(*pair).verdict == DIVERGED
 
 
 def test_noise_floor_interval_by_hand():
@@ -86,6 +109,23 @@ def test_noise_floor_interval_by_hand():
     gap = seed_gap({0: 3.01, 1: 3.02}, {0: 3.0, 1: 3.0}, floor=Floor((0.003, 8)))
     assert gap.half_width == pytest.approx(0.006918, abs=1e-6) and gap.verdict == RESOLVED
     assert gap.method.startswith("noise floor sd 3.00e-3")
+
+
+def test_noise_floor_interval_of_unequal_sides_by_hand():
+    # 2.3060 * .003 * sqrt(1/2 + 1/4) = .005991
+    two, four = {0: 3.01, 1: 3.02}, {0: 3.0, 1: 3.0, 2: 3.01, 3: 3.01}
+    for sides, mean in (((two, four), 0.01), ((four, two), -0.01)):
+        gap = seed_gap(*sides, floor=Floor((0.003, 8)))
+        assert (gap.mean, gap.half_width) == pytest.approx((mean, 0.005991), abs=1e-6) and gap.seeds == 2
+
+
+def test_welch_interval_of_unequal_sides_agrees_with_scipy():
+    few, many = {0: 3.01, 1: 3.04}, {10: 3.0, 11: 3.02, 12: 2.99, 13: 3.03, 14: 3.0}
+    for a, b in ((few, many), (many, few)):
+        gap = seed_gap(a, b)
+        expected = ttest_ind(list(a.values()), list(b.values()), equal_var=False).confidence_interval(0.95)
+        assert gap.interval == pytest.approx((expected.low, expected.high), abs=1e-9)
+        assert gap.method == f"Welch t, {len(a)} and {len(b)} seeds" and gap.seeds == 2
 
 
 def test_paired_noise_floor_interval_by_hand():

@@ -5,13 +5,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from synthetic import write_run
 
-from analysis import costs, noise, published
+from analysis import costs, noise, published, states
 from analysis.costs import Cell
 from analysis.runs import find_runs
 from configs.compose import compose
@@ -67,10 +68,22 @@ def test_another_model_is_taken_at_equal_mfu_and_said_to_be():
     assert costs.gpu_hours(cell(), rows(llama_30m__bf16=9000)) == (None, "not measured")
 
 
+def test_the_model_nearest_in_size_lends_its_mfu():
+    table = rows(llama_30m__quartet2=1000, llama_50m__quartet2=400, llama_200m__quartet2=10)
+    for row, flops in zip(table, (1000, 2000, 50_000), strict=True):
+        row["flops_per_token"] = flops
+    for order in (table, table[::-1]):  # 3.6M tokens at 400 x 2000 / 4000 a second
+        hours, source = costs.gpu_hours(cell("llama_100m", flops_per_token=4000), order)
+        assert hours == pytest.approx(5.0) and source == "MFU of llama_50m"
+
+
 def test_b200_is_predicted_from_bf16_whatever_the_recipe():
     # 3.6M tokens at 2,000 a second: half an hour; times 989 / 2250
     assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), 989e12) == pytest.approx(0.5 * 989 / 2250)
     assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), None) is None
+    both = rows(llama_30m__quartet2=500, llama_30m__bf16=2000)
+    assert costs.b200_hours(cell(), both, 989e12) == pytest.approx(0.5 * 989 / 2250)
+    assert costs.b200_hours(cell(), both[:1], 989e12) is None  # quartet2's own speed says nothing of BF16
 
 
 def test_disk_is_what_the_kept_checkpoints_take():
@@ -153,6 +166,16 @@ def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
     assert "1 done, 2 missing" in done.stdout
     assert "H100: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
     assert "B200, predicted: 0.3 GPU-hours" in done.stdout
+
+
+def test_nothing_is_left_of_done_and_diverged_cells_and_a_part_of_the_stopped_ones():
+    module = plan_module()
+    kinds = {"a": states.DONE, "b": states.DIVERGED, "c": states.STOPPED, "d": states.MISSING}
+    found = {name: states.State(status, 0 if name == "d" else 20) for name, status in kinds.items()}
+    table = {"device": "H100", "rows": rows(llama_30m__quartet2=1000)}  # an hour a cell
+    lines = module.totals([replace(cell(), name=name) for name in kinds], found, table, None, module.OWN)
+    assert lines[0] == "1 done, 1 diverged, 1 stopped, 1 missing"
+    assert lines[2] == "H100: 4.0 GPU-hours, 1.8 of them left"  # the missing one, 80 of 100 steps of the stopped one
 
 
 @pytest.mark.parametrize(

@@ -2,10 +2,12 @@ from dataclasses import asdict
 
 import pytest
 
+from analysis import published
 from configs import grid
 from configs.compose import ConfigError, compose, sweep
 from quant import library
 from training.derive import derive
+from training.shapes import shape_of
 
 PUBLISHED_TOKENS = 749993984, 12 * 10**9 // 262144 * 262144  # the D of published_runs.csv: steps * 262144
 WIDTH_30M = 30482560
@@ -45,6 +47,33 @@ def test_published_grid_has_its_126_cells_and_token_counts():
         assert (numbers.tokens, numbers.tokens_per_step, numbers.seq_len) == (tokens, 262144, 512)
 
 
+@pytest.mark.parametrize("name", ["c4_grid", "c4_ablations"])
+def test_lengths_of_a_model_double_from_a_quarter_of_its_base(name):
+    """Base 3B, 5B, 10B and 20B tokens; six lengths, of the largest model three."""
+    lengths = {}
+    for cell, overrides in grid.expand(grid.load(name)).items():
+        (tokens,) = (int(item.removeprefix("tokens=")) for item in overrides if item.startswith("tokens="))
+        lengths.setdefault(cell.split("/")[0], set()).add(tokens)
+    bases = {"30M": (3, 6), "50M": (5, 6), "100M": (10, 6), "200M": (20, 3)}
+    assert lengths == {size: {base * 10**9 * 2**i // 4 for i in range(n)} for size, (base, n) in bases.items()}
+
+
+@pytest.mark.skipif(not published.DEFAULT_PATH.exists(), reason=f"no published runs at {published.DEFAULT_PATH}")
+def test_published_grid_has_the_points_of_the_published_runs():
+    sizes = {}
+    found = {}
+    for cell, overrides in grid.expand(grid.load("c4_grid")).items():
+        given = dict(item.split("=", 1) for item in overrides)
+        model = given["model"]
+        if model not in sizes:
+            sizes[model] = shape_of(compose([f"model={model}"]).config, 32000).parameters_non_embedding
+        step = int(given["batch.sequences"]) * int(given["batch.seq_len"])
+        point = sizes[model], int(given["tokens"]) // step * step
+        found.setdefault(cell.split("/")[2], set()).add(point)
+    runs = published.load()
+    assert found == {recipe: set(runs[recipe]) for recipe in ("bf16", *published.MAIN)}
+
+
 def test_corpus_grids_have_the_lengths_of_the_protocol():
     screen = compose(["experiment=corpus_screen", "cell=sr/s3"]).config
     numbers = derive(screen, WIDTH_30M, world=1)
@@ -75,6 +104,15 @@ def test_every_recipe_of_every_grid_builds():
                 assert built.is_quantized == ("quant=bf16" not in recipe), cell
             seen.add(recipe)
     assert len(seen) == 27
+
+
+@pytest.mark.parametrize("name", grid.names())
+def test_no_two_cells_of_a_grid_are_one_run_but_for_reruns(name):
+    runs = {}
+    for cell, overrides in grid.expand(grid.load(name)).items():
+        if "rerun" not in cell:
+            given = dict(item.split("=", 1) for item in overrides if not item.startswith("quant.name="))
+            assert runs.setdefault(frozenset(given.items()), cell) == cell  # the first cell with these overrides
 
 
 @pytest.mark.parametrize("name", grid.names())
@@ -109,7 +147,8 @@ def test_nanochat_grid_has_the_published_lengths_and_optimizer():
     assert (numbers.steps, numbers.tokens_per_step, numbers.seq_len, numbers.micro) == (71680, 524288, 2048, 8)
     assert (config.optim.name, config.optim.clip, numbers.schedule.lr_peak) == ("muon", None, 0.02)
     assert (numbers.schedule.warmup_steps, numbers.schedule.decay_steps) == (0, 28672)  # the last 40 %
-    assert derive(compose(["experiment=nanochat", "cell=560M/bf16/s0"]).config, 0, world=8).micro == 32
+    small = derive(compose(["experiment=nanochat", "cell=560M/bf16/s0"]).config, 0, world=8)
+    assert (small.steps, small.tokens_per_step, small.micro) == (21400, 524288, 32)
 
 
 def test_forward_only_cells_reuse_the_quantized_operands_and_backward_only_ones_the_exact():
@@ -122,6 +161,12 @@ def test_forward_only_cells_reuse_the_quantized_operands_and_backward_only_ones_
     assert not backward.fprop.is_quantized and backward.operand("dgrad.dy").spec.rounding == "ms_eden"
 
 
+def test_a_scale_override_of_92_percent_is_in_both_operands_of_the_forward():
+    recipe = library.build(compose(["experiment=c4_ablations", "cell=30M/3B/forward_1x16_override92"]).config.quant)
+    targets = [recipe.operand(slot).spec.target_max for slot in ("fprop.x", "fprop.w")]
+    assert targets == pytest.approx([6 / 0.92] * 2, rel=1e-8)
+
+
 def test_run_names_follow_the_cell_and_other_numerics_get_another_name():
     def name(*extra):
         return compose(["experiment=corpus_screen", "cell=bf16/s0", *extra]).config.run.name
@@ -129,6 +174,12 @@ def test_run_names_follow_the_cell_and_other_numerics_get_another_name():
     assert name() == name("paths.runs=/scratch", "compile=false", "data.files=a.jsonl") == "corpus_screen-bf16-s0"
     assert name("optim.lr=1e-3") != name() != name("optim.lr=2e-3") and name("optim.lr=1e-3").startswith(name() + "-")
     assert name("run.name=mine") == "mine"
+
+
+def test_the_order_and_the_plus_signs_of_extra_words_leave_the_run_its_name():
+    one, other = ["optim.lr=1e-3", "batch.micro=4"], ["batch.micro=4", "++paths.runs=/x", "optim.lr=1e-3"]
+    assert grid.run_name("c4_grid", "a", one) == grid.run_name("c4_grid", "a", other) != "c4_grid-a"
+    assert grid.run_name("c4_grid", "a", ["+log.every=3", "++run.name=b"]) == "c4_grid-a"
 
 
 def test_the_command_line_knows_cells():

@@ -105,6 +105,11 @@ def test_a_cell_keeps_its_name_where_the_hash_stays(override):
     assert grid.run_name("c4_grid", "a/b", [override]) == "c4_grid-a-b"
 
 
+@pytest.mark.parametrize("override", CHANGES_NUMBERS)
+def test_a_cell_gets_another_name_where_the_hash_moves(override):
+    assert grid.run_name("c4_grid", "a/b", [override]) != "c4_grid-a-b"
+
+
 @pytest.mark.parametrize("key", [field.name for field in fields(TrainConfig) if field.name != "tokens"])
 def test_every_key_either_moves_the_hash_or_leaves_a_cell_its_name(key):
     """`tokens` is another way to write steps. A key that is in neither list is new: decide which it is."""
