@@ -119,7 +119,7 @@ def resolve(overrides: list[str]) -> Resolved:
 
 def run_name(experiment: str, cell: str, extra: list[str] = ()) -> str:
     """The folder under runs/: c4_grid-30M-0.75B-quartet2, plus -<hash8> when `extra` overrides change the numerics."""
-    changing = sorted(item for item in extra if not item.lstrip("+").startswith(HARMLESS))
+    changing = sorted(word for item in extra if not (word := item.lstrip("+")).startswith(HARMLESS))
     digest = hashlib.sha256("\n".join(changing).encode()).hexdigest()[:8]
     return f"{experiment}-{cell.replace('/', '-')}" + (f"-{digest}" if changing else "")
 

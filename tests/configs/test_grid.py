@@ -177,7 +177,7 @@ def test_run_names_follow_the_cell_and_other_numerics_get_another_name():
 
 
 def test_the_order_and_the_plus_signs_of_extra_words_leave_the_run_its_name():
-    one, other = ["optim.lr=1e-3", "batch.micro=4"], ["batch.micro=4", "++paths.runs=/x", "optim.lr=1e-3"]
+    one, other = ["optim.lr=1e-3", "batch.micro=4"], ["batch.micro=4", "++paths.runs=/x", "++optim.lr=1e-3"]
     assert grid.run_name("c4_grid", "a", one) == grid.run_name("c4_grid", "a", other) != "c4_grid-a"
     assert grid.run_name("c4_grid", "a", ["+log.every=3", "++run.name=b"]) == "c4_grid-a"
 
