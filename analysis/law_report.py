@@ -63,7 +63,7 @@ def claim_table(recipes: dict[str, Points]) -> str:
     """Gap reduction of quartet2 against each earlier recipe, overall and by cell; those under the claim are marked."""
     others = [name for name in MAIN[1:] if name in recipes]
     cuts = {name: reduction(recipes, "quartet2", name) for name in others}
-    lines = [f"| quartet2 against | smallest | mean | largest | cells under {CLAIM:.0%} |".replace("%", " %")]
+    lines = [f"| quartet2 against | smallest | mean | largest | cells under {100 * CLAIM:g} % |"]
     lines += ["| --- | --- | --- | --- | --- |"]
     for name, cut in cuts.items():
         low, mean, high = cut.summary()

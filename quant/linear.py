@@ -42,8 +42,7 @@ class QuantLinear(nn.Module):
     """y = x W^T with the GEMMs of a recipe. x [..., K] bf16 -> y [..., N] bf16; weight [N, K] float32, no bias.
 
     rng: int64 [3] (seed, step, micro-batch), one tensor shared by all layers, updated in place by the trainer before
-    each micro-batch and left alone until its backward is done. It is no buffer: no part of
-    the model's state.
+    each micro-batch and left alone until its backward is done; no part of the model's state, hence no buffer.
     Raises ValueError for a bias, for an input that is not bf16, and from the quantizers for shapes that don't divide.
     """
 

@@ -7,6 +7,7 @@ from training.schedule import Schedule
 
 TOKENS_PER_PARAMETER = 20  # length of a run that names neither tokens nor steps, per non-embedding parameter
 MUON_IS_FOR = "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
+MUON_ONLY = ("embed_lr", "head_lr", "scalar_lr")
 MOST_STEPS = 10**9  # a slip of the keyboard above
 DEFAULT_BATCH_TOKENS = 262144  # the published runs' 512 sequences of 512
 
@@ -92,15 +93,13 @@ def check_optimizer(config: TrainConfig) -> None:
 
 def check_unread(config: TrainConfig) -> None:
     """Raise ValueError for an option that this optimizer or schedule doesn't read: a sweep over it would be reruns."""
-    unread = {"embed_lr": "optim=muon", "head_lr": "optim=muon", "scalar_lr": "optim=muon"}
-    for section, names, choice in (
-        ("optim", unread if config.optim.name == "adamw" else {}, "optim=adamw"),
-        ("schedule", {"decay_fraction": "schedule=wsd"} if config.schedule.name == "cosine" else {}, "schedule=cosine"),
-    ):
-        given = getattr(config, section)
-        for name, reader in names.items():
-            if getattr(given, name) != getattr(type(given)(), name):
-                raise ValueError(f"{section}.{name}={getattr(given, name):g}: {choice} doesn't read it; {reader} does")
+    unread = [] if config.optim.name == "muon" else [("optim", name, "muon") for name in MUON_ONLY]
+    unread += [] if config.schedule.name == "wsd" else [("schedule", "decay_fraction", "wsd")]
+    for group, name, reader in unread:
+        section = getattr(config, group)
+        if getattr(section, name) != getattr(type(section)(), name):
+            value = getattr(section, name)
+            raise ValueError(f"{group}.{name}={value:g}: {group}={section.name} doesn't read it; {group}={reader} does")
 
 
 def batch_sequences(config: TrainConfig) -> int:

@@ -95,8 +95,8 @@ def test_disk_that_fills_up_during_a_save(overrides, small_disk, straight, tmp_p
 def test_read_only_folder_is_one_line_before_any_work(overrides, small_disk, tmp_path):
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
     log = tmp_path / "log"
-    assert Ranks(overrides("run", runs=small_disk), log).wait() == [1]
-    assert "Read-only file system" in log.read_text() and str(small_disk) in log.read_text()
+    assert Ranks(overrides("run", runs=small_disk), log).wait() == [2]  # the command is to be changed
+    assert f"paths.runs: can't make {small_disk}" in log.read_text() and "Read-only file system" in log.read_text()
     assert "Traceback" not in log.read_text()
 
 
