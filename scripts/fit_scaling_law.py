@@ -1,6 +1,6 @@
 """Fit loss(N, D, recipe) to the published runs, to ours, or show ours over the published fit.
 
-python scripts/fit_scaling_law.py --out results/law                       # the 574 published runs
+python scripts/fit_scaling_law.py --out results/law                 # the 574 published runs
 python scripts/fit_scaling_law.py 'runs/*' --out results/law        # ours over the published fit
 python scripts/fit_scaling_law.py 'runs/*' --fit ours               # the law from our runs alone
 """

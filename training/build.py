@@ -163,9 +163,6 @@ def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ra
     if not ranks.is_main:
         return Loggers(file, {})
     file.truncate(step)
-    last = max((row["step"] for row in file.rows()), default=0)
-    if last < step:
-        print(f"warning: {file.path} has nothing of steps {last + 1} to {step}: were lines removed?", flush=True)
     return Loggers(file, build_sinks(config.logger, folder.path, run, run["numerics"]))
 
 

@@ -49,9 +49,13 @@ class MetricsFile:
         return row
 
     def truncate(self, step: int) -> int:
-        """Drop measurements after `step` (events stay: they are history); atomic. Returns how many rows went."""
+        """Drop measurements after `step` (events stay: they are history); atomic. Returns how many rows went. Warns
+        where the last steps before it are not there."""
         rows = self.rows()
         kept = [row for row in rows if row["kind"] == "event" or row["step"] <= step]
+        last = max((row["step"] for row in kept), default=0)
+        if last < step:
+            print(f"warning: {self.path} has nothing of steps {last + 1} to {step}: were lines removed?", flush=True)
         with atomic_write(self.path) as file:
             file.writelines((json.dumps(row) + "\n").encode() for row in kept)
         return len(rows) - len(kept)
