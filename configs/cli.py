@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from configs.compose import ConfigError, compose, groups
-from training.config import suggestion
+from quant.suggest import suggestion
 
 FLAGS = ("--help", "-h", "--cfg", "--multirun", "-m")
 HELP = """Train a language model under one of the 4-bit recipes, or resume the run that the same command started.

@@ -25,7 +25,8 @@ from configs import grid
 from configs.schema import FREE_FORM, known_keys, register
 from configs.yamlfile import gist, read_recipe
 from quant.recipe import OPERANDS
-from training.config import TrainConfig, suggestion
+from quant.suggest import suggestion
+from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 CELL = "cell"  # of an experiment grid: written out before composition, so not a key of the schema

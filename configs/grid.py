@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from configs import yamlfile
+from quant.suggest import suggestion
 
 FOLDER = Path(__file__).resolve().parent / "experiment"
 KEYS = ("base", "axes", "cells")
@@ -69,9 +70,8 @@ def names() -> list[str]:
 def load(name: str) -> dict[str, Any]:
     """The grid `name`. GridError, naming the nearest one, when there is none, or for a malformed file."""
     if name not in names():
-        near = difflib.get_close_matches(name, names(), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"grids: {', '.join(names())}"
-        raise GridError(f"experiment={name} is not a grid; {hint}")
+        near = suggestion(name, names(), f"grids: {', '.join(names())}")
+        raise GridError(f"experiment={name} is not a grid{near}")
     grid = yamlfile.read(FOLDER / f"{name}.yaml", GridError)
     if set(grid) != set(KEYS):
         raise GridError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(grid)}")
@@ -102,9 +102,8 @@ def resolve(overrides: list[str]) -> Resolved:
     rest = [item for item in overrides if not item.startswith(("experiment=", "cell="))]
     if experiment not in names():
         if cell is not None:
-            near = difflib.get_close_matches(experiment or "", names(), n=1)
-            hint = f"did you mean experiment={near[0]}?" if near else f"grids: {', '.join(names())}"
-            raise GridError(f"cell={cell} needs experiment=<grid>; {hint}")
+            near = suggestion(experiment or "", names(), f"grids: {', '.join(names())}")
+            raise GridError(f"cell={cell} needs experiment=<grid>{near}")
         return Resolved(overrides)
     cells = expand(load(experiment))
     if cell not in cells:
@@ -131,8 +130,7 @@ def _overrides(axis: str, rule: Any, value: str) -> list[str]:
         except ValueError as error:
             raise GridError(f"axis {axis}: {error}") from None
     if value not in rule:
-        near = difflib.get_close_matches(value, rule, n=1)
-        raise GridError(f"axis {axis} has no value {value!r}" + (f"; did you mean {near[0]}?" if near else ""))
+        raise GridError(f"axis {axis} has no value {value!r}{suggestion(value, rule)}")
     return list(rule[value])
 
 

@@ -1,6 +1,5 @@
 """The recipe files of configs/quant, read without Hydra: for tests, scripts, and rules that name another recipe."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from configs import yamlfile
 from kernels.spec import default_limits
 from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe, write_level
 from quant.schemes import SCHEMES
+from quant.suggest import suggestion
 
 FOLDER = Path(configs.__file__).parent / "quant"
 # Six operand slots, or a scheme that those can't say (quant/schemes).
@@ -27,9 +27,8 @@ def mapping(name: str) -> dict[str, Any]:
     and line of a mistake in YAML."""
     known = names()
     if name not in known:
-        near = get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"recipes: {', '.join(known)}"
-        raise ValueError(f"no recipe {name!r} in configs/quant; {hint}")
+        near = suggestion(name, known, f"recipes: {', '.join(known)}")
+        raise ValueError(f"no recipe {name!r} in configs/quant{near}")
     return yamlfile.read_recipe(FOLDER / f"{name}.yaml")
 
 

@@ -4,7 +4,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -17,6 +16,7 @@ from quant import library
 from quant.library import AnyRecipe
 from quant.linear import QuantLinear
 from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe, mapping_at
+from quant.suggest import suggestion
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -161,9 +161,8 @@ def resolve(model: nn.Module, precision: Precision) -> Plan:
     for rule in precision.rules:
         matched = [name for name in eligible if fnmatchcase(name, rule.match)]
         if not matched:
-            near = get_close_matches(rule.match, eligible, n=1, cutoff=0.3)
-            hint = f"did you mean {near[0]!r}?" if near else f"layers: {', '.join(eligible[:6])}"
-            raise ValueError(f"quant.rules: {rule.match!r} matches no layer that can be quantized; {hint}")
+            near = suggestion(rule.match, eligible, f"layers: {', '.join(eligible[:6])}")
+            raise ValueError(f"quant.rules: {rule.match!r} matches no layer that can be quantized{near}")
         chosen |= {name: (rule.recipe, f"rule {rule.match}") for name in matched}
     chosen[HEAD] = (bf16, "the head stays in bf16")
     entries = [

@@ -10,10 +10,10 @@ Source: design.md section 2.
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from difflib import get_close_matches
 from typing import Any
 
 from kernels.spec import NVFP4_SCALES, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
+from quant.suggest import suggestion
 
 GEMMS = ("fprop", "dgrad", "wgrad")
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
@@ -212,9 +212,8 @@ def write_level(level: ScaleLevel) -> str:
 def _check_keys(mapping: Mapping[str, Any], known: Any, path: str) -> None:
     for key in mapping:
         if key not in known:
-            near = get_close_matches(str(key), known, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            raise ValueError(f"{path}: unknown field {key!r}; {hint}")
+            near = suggestion(key, known, f"known: {', '.join(known)}")
+            raise ValueError(f"{path}: unknown field {key!r}{near}")
 
 
 def _check_slot(recipe: Recipe, slot: str) -> None:

@@ -5,7 +5,6 @@ stays a mapping here: `quant.recipe` owns its fields and checks them.
 Integers that people like to write as 3e9 are declared float and turned into int when they are whole.
 """
 
-import difflib
 import math
 import re
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 
 from data.spec import DataSpec
 from kernels.backend import PRESETS
+from quant.suggest import suggestion
 
 SWITCH = ("auto", "true", "false")
 
@@ -23,12 +23,6 @@ def choice(key: str, value: Any, allowed: tuple[str, ...]) -> str:
     if word not in allowed:
         raise ValueError(f"{key}={value}: needs one of {', '.join(allowed)}{suggestion(word, allowed)}")
     return word
-
-
-def suggestion(word: str, known: Any) -> str:
-    """'; did you mean X?' when something near is known, else ''."""
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
 
 
 def whole(key: str, value: float | None, minimum: int = 1, null: str = "") -> int | None:

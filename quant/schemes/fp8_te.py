@@ -16,13 +16,14 @@ layer by layer (see `TELinear.update`), since its own update would run once for 
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from quant.suggest import suggestion
 
 INSTALL = (
     "on a CUDA machine: pip install --no-build-isolation 'nibble-train[te]' "
@@ -56,9 +57,8 @@ class Fp8TE:
         known = [field.name for field in fields(cls)]
         for key in mapping:
             if key not in (*known, "scheme"):
-                near = get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-                raise ValueError(f"quant: unknown field {key!r} of recipe fp8_te; {hint}")
+                near = suggestion(key, known, f"known: {', '.join(known)}")
+                raise ValueError(f"quant: unknown field {key!r} of recipe fp8_te{near}")
         return cls(**{key: value for key, value in mapping.items() if key != "scheme"})
 
     @property

@@ -191,7 +191,7 @@ def test_the_command_line_knows_cells():
     for overrides, message in (
         (["experiment=corpus_screen", "cell=quartet/s1"], "has no cell quartet/s1; for example cell=quartet2/s1"),
         (["experiment=corpus_screen"], "is a grid and needs a cell"),
-        (["experiment=c4_gird", "cell=x"], "did you mean experiment=c4_grid"),
+        (["experiment=c4_gird", "cell=x"], "did you mean c4_grid"),
         (["cell=x"], "needs experiment=<grid>"),
     ):
         with pytest.raises(ConfigError, match=message):

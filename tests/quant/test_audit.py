@@ -110,7 +110,7 @@ def test_check_fails_on_a_missed_figure(script, monkeypatch, capsys):
 def test_unknown_recipe_is_one_clear_error(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["quartet"])
-    assert "did you mean 'quartet2'" in capsys.readouterr().err
+    assert "did you mean quartet2" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
         script.main(["nvfp4_rtn", "--json", "/proc/x/y"])
     assert "/proc/x/y" in capsys.readouterr().err

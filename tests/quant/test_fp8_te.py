@@ -99,7 +99,7 @@ def test_scalings_have_different_numerics_records():
 
 
 def test_mistyped_fields_name_the_right_ones():
-    with pytest.raises(ValueError, match="'scalng' of recipe fp8_te; did you mean 'scaling'"):
+    with pytest.raises(ValueError, match="'scalng' of recipe fp8_te; did you mean scaling"):
         Fp8TE.from_dict({"scheme": "fp8_te", "scalng": "block"})
     with pytest.raises(ValueError, match="'tensorwise'; use one of current, delayed, block"):
         Fp8TE.from_dict({"scaling": "tensorwise"})

@@ -86,7 +86,7 @@ def test_last_blocks_stay_in_bf16():
     [
         ({"rules": [{"match": "block.0.*", "recipe": "bf16"}]}, "matches no layer that can be quantized; did you mean"),
         ({"rules": [{"match": "lm_head", "recipe": "sr"}]}, "matches no layer that can be quantized"),
-        ({"rules": [{"match": "*", "recipe": "nvida"}]}, "did you mean 'nvidia'"),
+        ({"rules": [{"match": "*", "recipe": "nvida"}]}, "did you mean nvidia"),
         ({"rules": ["blocks.0"]}, "write"),
         ({"high_precision": {"first": 2, "last": 2}}, "of a model with 3 blocks"),
         ({"high_precision": {"frist": 2}}, "whole numbers of blocks"),
