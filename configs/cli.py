@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from configs.compose import ConfigError, compose, groups
+from configs.compose import ConfigError, compose, groups, nearest_key
+from configs.schema import known_keys
 from quant.suggest import suggestion
 
 FLAGS = ("--help", "-h", "--cfg", "--multirun", "-m")
@@ -62,7 +63,9 @@ def read_command_line(arguments: list[str]) -> CommandLine:
                 raise ConfigError("--cfg prints the composed configuration: write --cfg job")
             wants_config = True
         elif word.startswith("-"):
-            raise ConfigError(f"unknown flag {word}{suggestion(word, FLAGS)}; settings are key=value, see --help")
+            key = word.partition("=")[0].lstrip("-").replace("-", "_")  # --dry-run and --lr=1, as other trainers have
+            near = suggestion(word, FLAGS, cutoff=0.75) or nearest_key(key, known_keys())
+            raise ConfigError(f"unknown flag {word}{near}; settings are key=value, see --help")
         else:
             overrides.append(word)
     overrides, slurm = take_launcher(overrides)

@@ -149,6 +149,9 @@ def test_flags():
     assert "lr: 0.5" in read_command_line(["--cfg", "job", "optim.lr=0.5"]).text
     with pytest.raises(ConfigError, match="did you mean --multirun"):
         read_command_line(["--multrun"])
+    for flag, near in (("--dry-run", "dry_run"), ("--steps=3", "steps"), ("--hlep", "--help")):
+        with pytest.raises(ConfigError, match=f"unknown flag {flag}; did you mean {near}\\?"):
+            read_command_line([flag])
     with pytest.raises(ConfigError, match="--cfg job"):
         read_command_line(["--cfg", "hydra"])
     with pytest.raises(ConfigError, match="leave out --multirun"):
