@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from data.tokenizer import TextTokenizer
-from training.inference import load_trained, transformers_config, transformers_weights
+from training.inference import load_trained, run_tokenizer, transformers_config, transformers_weights
 from training.storage import CheckpointError
 
 
@@ -44,15 +44,6 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
         whole.replace(out)
     lost = "" if tokenizer else f" without a tokenizer ({run.get('data_path')} is gone)"
     return f"{out}: {run['name']} at step {at}, {sum(w.numel() for w in weights.values()):,} parameters{lost}"
-
-
-def run_tokenizer(run: dict) -> TextTokenizer | None:
-    """The one the run was trained with, with the BOS that its data began documents with; None if the data is gone."""
-    folder = Path(run["data_path"]) if run.get("data_path") else None
-    if folder is None or not (folder / "manifest.json").exists():
-        return None
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return TextTokenizer(folder / "tokenizer.json", manifest["tokenizer"]["bos"])
 
 
 def export_tokenizer(tokenizer: TextTokenizer, out: Path, max_length: int) -> None:

@@ -10,27 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.tokenizer import TextTokenizer
-from training.inference import load_trained, sample
+from training.inference import load_trained, run_tokenizer, sample
 from training.storage import CheckpointError
-
-
-def run_tokenizer(run: dict) -> Path:
-    """Of the data that the run was trained on. Raises ValueError for a thinned copy of a run, which doesn't say."""
-    if not run.get("data_path"):
-        raise ValueError(f"run.json of {run['name']} names no data; give --tokenizer FILE")
-    return Path(run["data_path"]) / "tokenizer.json"
-
-
-def open_tokenizer(given: Path | None, run: dict) -> TextTokenizer:
-    """ValueError for one that the run was not trained with: its numbers would stand for other text."""
-    path = given or run_tokenizer(run)
-    if not path.exists():
-        raise ValueError(f"{path} is gone; give --tokenizer FILE")
-    tokenizer = TextTokenizer(path)
-    if tokenizer.hash != run["tokenizer_hash"]:
-        raise ValueError(f"{path} is not the tokenizer that {run['name']} was trained with; give --tokenizer FILE")
-    return tokenizer
 
 
 def is_text(words: str) -> bool:
@@ -58,7 +39,10 @@ def main() -> int:
         parser.error("--seed needs 0 to 2^63 - 1, the prompt UTF-8")
     try:
         model, run, step = load_trained(arguments.run, arguments.step)
-        tokenizer = open_tokenizer(arguments.tokenizer, run)
+        tokenizer = run_tokenizer(run, arguments.tokenizer)
+        if tokenizer is None:
+            there = run.get("data_path") or "run.json names none"
+            raise ValueError(f"the data of {run['name']} is gone ({there}); give --tokenizer FILE")
     except (CheckpointError, OSError, ValueError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.tokenizer import TextTokenizer
 from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
 from training.checkpoint import load_model
 from training.manifest import checkpoints, latest_good, problems, step_name, step_of
@@ -45,6 +46,22 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[Llama, d
     meta = load_model(path, model)
     model.rope.copy_(rope_table(config.max_seq_len, config.head_dim, config.rope_theta))
     return model.eval(), run, meta["step"]
+
+
+def run_tokenizer(run: dict[str, Any], given: Path | None = None) -> TextTokenizer | None:
+    """The tokenizer of a run (its run.json), with the BOS that its data began documents with; None if the data is gone.
+
+    `given`: a tokenizer.json to read instead. ValueError for one that the run was not trained with: its numbers would
+    stand for other text.
+    """
+    manifest = Path(run.get("data_path") or "") / "manifest.json"
+    bos = json.loads(manifest.read_text())["tokenizer"]["bos"] if manifest.exists() else None
+    if given is None and bos is None:
+        return None
+    tokenizer = TextTokenizer(given or manifest.with_name("tokenizer.json"), bos)
+    if tokenizer.hash != run["tokenizer_hash"]:
+        raise ValueError(f"{tokenizer.path} is not the tokenizer that {run['name']} was trained with")
+    return tokenizer
 
 
 def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:

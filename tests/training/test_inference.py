@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from training.inference import load_trained, sample
+from data.tokenizer import TextTokenizer
+from training.inference import load_trained, run_tokenizer, sample
 from training.storage import CheckpointError
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +91,20 @@ def test_another_tokenizer_than_the_runs_is_refused(trained, tmp_path):
     assert done.returncode == 1 and "other.json is not the tokenizer that" in done.stderr
 
 
+def test_the_tokenizer_keeps_the_bos_of_the_runs_data(trained, tmp_path):
+    run = json.loads((trained / "run.json").read_text())
+    folder = shutil.copytree(run["data_path"], tmp_path / "data")
+    for name in ("tokenizer.json", "manifest.json"):
+        (folder / name).write_text((folder / name).read_text().replace("<|bos|>", "<|start|>"))
+    given = shutil.copy(folder / "tokenizer.json", tmp_path / "given.json")
+    with pytest.raises(ValueError, match="is not the tokenizer that test was trained with"):
+        run_tokenizer(run | {"data_path": str(folder)})
+    changed = run | {"data_path": str(folder), "tokenizer_hash": TextTokenizer(given, "<|start|>").hash}
+    assert run_tokenizer(changed).bos == "<|start|>"
+    assert run_tokenizer(changed, given).path == given and run_tokenizer(changed, given).bos == "<|start|>"
+    assert run_tokenizer(run | {"data_path": ""}) is None
+
+
 def test_sampling_follows_the_logits():
     class Favours(torch.nn.Module):
         """Token (last + 1) modulo 7 has the largest logit, the one after it the second largest."""
@@ -132,7 +147,7 @@ def test_an_export_is_whole_or_not_there(trained, tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["config.json", "model.safetensors"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "runs"]
     done = script("generate.py", trained, "kana")
-    assert done.returncode == 1 and "is gone; give --tokenizer FILE" in done.stderr
+    assert done.returncode == 1 and "the data of test is gone" in done.stderr
 
 
 def test_damaged_or_absent_checkpoints_are_one_line(trained, tmp_path):
