@@ -151,7 +151,7 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
         tokens_per_second=rate,
         mfu=built.shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
         memory_gib=torch.cuda.max_memory_allocated() / GIB,
-        expected_gib=estimate(built.shape, tokens, built.kept).total,
+        expected_gib=estimate(built.shape, tokens, built.kept, optimizer=built.config.optim.name).total,
         first_step_s=first,
         recompilations=graphs() - compiled,
         last_loss=nats.item() / tokens,

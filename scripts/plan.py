@@ -54,7 +54,7 @@ def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
 
     from quant.plan import plan_of
     from training.derive import derive
-    from training.memory import BYTES_STATE, GIB, estimate, kept_of
+    from training.memory import GIB, estimate, kept_of, state_bytes
     from training.shapes import model_of, shape_of
 
     shape = shape_of(config, config.data.vocab_size)
@@ -64,7 +64,13 @@ def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
     kept = config.checkpoint.keep_last + (
         numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
     )
-    memory = estimate(shape, numbers.micro_tokens, kept_of(plan), accumulates=numbers.accumulation > 1)
+    memory = estimate(
+        shape,
+        numbers.micro_tokens,
+        kept_of(plan),
+        accumulates=numbers.accumulation > 1,
+        optimizer=config.optim.name,
+    )
     return Cell(
         name=name,
         model=config.model.name,
@@ -74,7 +80,7 @@ def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
         tokens=numbers.tokens,
         flops_per_token=shape.flops_per_token(numbers.seq_len),
         memory_gib=memory.total,
-        disk_gib=kept * BYTES_STATE * shape.parameters / GIB,
+        disk_gib=kept * state_bytes(shape, config.optim.name) / GIB,
     )
 
 

@@ -1,6 +1,7 @@
 """Expected peak memory of a training step on one GPU, before anything is allocated.
 
-States: FP32 weights and two AdamW moments, 12 bytes a parameter (a share of them under FSDP).
+States: FP32 weights and two AdamW moments, 12 bytes a parameter (a share of them under FSDP); Muon has one for the
+matrices of the blocks.
 Activations, per token of a micro-batch and block, as autograd keeps them (D width, F hidden, in elements):
 
     two norm inputs in the residual's dtype  2 D
@@ -67,13 +68,14 @@ def estimate(
     recompute: bool = False,
     accumulates: bool = False,
     replicated: bool = False,
+    optimizer: str = "adamw",
 ) -> MemoryEstimate:
     """`shards`: ranks that share the states (1 under DDP). `recompute`: only each block's input is kept, and one
     block's activations at a time. `accumulates`: a rank has several micro-batches a step. `replicated`: gradients are
     summed over ranks by DDP, from a copy of all of them."""
     activations = activation_bytes(config, micro_tokens, kept, recompute)
     sizes = {
-        "weights, moments": BYTES_STATE * config.parameters / shards,
+        "weights, moments": state_bytes(config, optimizer) / shards,
         "gradients": gradient_bytes(config, activations, shards, accumulates, replicated),
         "activations": activations,
         "temporaries": temporary_bytes(config, micro_tokens, kept),
@@ -83,6 +85,12 @@ def estimate(
         gathered = 2 * config.vocab_size * config.width + blocks * block_parameters(config)
         sizes["gathered by FSDP"] = BYTES_FP32 * gathered
     return MemoryEstimate({name: size / GIB for name, size in sizes.items()})
+
+
+def state_bytes(config: DecoderShape, optimizer: str) -> float:
+    """Weights and moments of all ranks together; a checkpoint's size too."""
+    single = config.layers * block_parameters(config) if optimizer == "muon" else 0.0
+    return BYTES_STATE * config.parameters - BYTES_FP32 * single
 
 
 def block_parameters(config: DecoderShape) -> float:

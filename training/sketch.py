@@ -139,6 +139,7 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
                 recompute=config.recompute,
                 accumulates=sketch.numbers.accumulation > 1,
                 replicated=mode == "ddp",
+                optimizer=config.optim.name,
             ),
         )
     )

@@ -23,6 +23,8 @@ def parts(tokens: int = 1024, kept: Kept = BF16, **options) -> dict[str, float]:
 def test_states_take_12_bytes_a_parameter():
     assert parts()["weights, moments"] == pytest.approx(12 * CONFIG.parameters)
     assert parts(shards=4)["weights, moments"] == pytest.approx(3 * CONFIG.parameters)
+    with_muon = 8 * 2 * BLOCK + 12 * ENDS  # one moment less for the blocks' matrices
+    assert parts(optimizer="muon")["weights, moments"] == pytest.approx(with_muon, rel=1e-4)
 
 
 def test_activations_by_hand():
