@@ -5,7 +5,7 @@ All errors are relative, |Q(x) - x|^2 / |x|^2. Alignment is <Q(x), x> / <x, x> -
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +14,8 @@ from kernels import quantize as ops
 from kernels.gemm import gemm
 from kernels.quantize import Quantized
 from kernels.quantize.reference_impl import hadamard
-from kernels.spec import GROWING_SCALE_CAP, NO_CLIP_MAX, NVFP4_SCALES, QuantSpec
+from kernels.spec import GROWING_SCALE_CAP, NO_CLIP_MAX, NVFP4_SCALES, QuantSpec, default_limits
+from quant.linear import fixed_or
 from quant.recipe import SLOTS, Recipe, write_level
 
 SHAPE = (1024, 2048)  # 2M elements: the error of a Gaussian's MSE is 0.1 %
@@ -29,24 +30,32 @@ GEMM_RATIO = 2.4
 
 @dataclass(frozen=True)
 class Quantizer:
-    """One way of quantizing an operand, with the rotation it runs behind."""
+    """One way of quantizing an operand, with the rotation it runs behind and how its amax is found."""
 
     spec: QuantSpec
     rotation_dim: int | None
+    signs: str = "random"
+    amax: str | float = "exact"
 
     @property
     def label(self) -> str:
+        """Different for different quantizers: rows, checks and published figures are found by it."""
         spec = self.spec
+        limits = spec.target_max, spec.scale_cap
+        unusual = (
+            f" max {spec.target_max:g} cap {spec.scale_cap:g}"
+            * (limits != default_limits(spec.grid, spec.select, spec.rounding))
+            + " pow2" * (spec.tensor_scale == "pow2")
+            + f" amax {self.amax}" * (self.amax != "exact")
+        )
+        turned = f" rht{self.rotation_dim}" * bool(self.rotation_dim)
+        turned += f" {self.signs} signs" * (bool(turned) and self.signs != "random")
         if not spec.is_nvfp4:
-            return f"{spec.grid} {write_level(spec.scales[0])}"
+            return f"{spec.grid} {write_level(spec.scales[0])}{unusual}{turned}"
         eden = f"/{spec.eden_block}" if spec.rounding == "ms_eden" else ""
         space = " scaled" if spec.eden_space == "scaled" else ""
         how = f"{write_level(spec.scales[1]).split()[0]} {spec.rounding}{eden}{space}"
-        return (
-            how
-            + (" +4/6" if spec.select == "four_over_six" else "")
-            + f" rht{self.rotation_dim}" * bool(self.rotation_dim)
-        )
+        return how + (" +4/6" if spec.select == "four_over_six" else "") + unusual + turned
 
 
 # A branch chosen after random rounding: not a recipe, kept as the example of a bias (recipes.md 6.3; published bias
@@ -74,7 +83,7 @@ PUBLISHED_MSE = {
     "16x16 rtn": 12.40,
     "16x16 rtn +4/6": 12.38,
     "1x16 sr": 23.5,
-    "1x16 sr +4/6": 17.5,
+    f"1x16 sr +4/6 max {NO_CLIP_MAX:g} cap {GROWING_SCALE_CAP:g}": 17.5,
     "1x16 ms_eden/16": 9.32,
     "1x16 ms_eden/rotation": 9.7,
     "1x16 ms_eden/rotation scaled": 9.7,
@@ -88,15 +97,17 @@ def quantizers(recipes: list[Recipe]) -> dict[Quantizer, list[str]]:
     found: dict[Quantizer, list[str]] = {}
     for recipe in recipes:
         for slot in SLOTS:
-            operand, dim = recipe.operand(slot), recipe.gemm(slot.split(".")[0]).rotation_dim
+            operand, gemm = recipe.operand(slot), recipe.gemm(slot.split(".")[0])
             if operand.is_quantized and operand.source != "fprop_transposed":
-                found.setdefault(Quantizer(operand.spec, dim), []).append(f"{recipe.name}.{slot}")
+                signs = gemm.rotation.signs if gemm.rotation_dim else "random"
+                quantizer = Quantizer(operand.spec, gemm.rotation_dim, signs, operand.amax)
+                found.setdefault(quantizer, []).append(f"{recipe.name}.{slot}")
     return found
 
 
 def published(quantizer: Quantizer) -> float | None:
     """Published relative MSE on N(0,1), x1e-3; a rotation leaves it as it is."""
-    return PUBLISHED_MSE.get(Quantizer(quantizer.spec, None).label)
+    return PUBLISHED_MSE.get(replace(quantizer, rotation_dim=None).label)
 
 
 def gaussian(shape: tuple[int, int], seed: int) -> Tensor:
@@ -125,11 +136,20 @@ INPUTS: dict[str, Callable[[tuple[int, int], int], Tensor]] = {
 
 
 def draw(quantizer: Quantizer, x: Tensor, seed: int, slot: int = 0) -> tuple[Quantized, Tensor | None]:
-    """One quantization along axis 1 and its signs; every seed is another draw of all random bits."""
-    rng, layer = torch.tensor([seed, 0, 0], device=x.device), torch.tensor(0, device=x.device)
-    dim, spec = quantizer.rotation_dim, quantizer.spec
-    signs = ops.rht_signs(rng, layer, 0, dim) if dim else None
-    return ops.quantize(x, spec, 1, ops.amax(x, 1, signs, spec.per_row), signs, rng, layer, slot), signs
+    """One quantization along axis 1 and its signs; every `seed` is another step: all random bits but fixed signs."""
+    rng, layer = torch.tensor([0, seed, 0], device=x.device), torch.tensor(0, device=x.device)
+    spec, signs = quantizer.spec, _signs(quantizer, rng, layer)
+    largest = fixed_or(quantizer.amax, ops.amax(x, 1, signs, spec.per_row))
+    return ops.quantize(x, spec, 1, largest, signs, rng, layer, slot), signs
+
+
+def _signs(quantizer: Quantizer, rng: Tensor, layer: Tensor) -> Tensor | None:
+    dim = quantizer.rotation_dim
+    if not dim:
+        return None
+    if quantizer.signs == "none":
+        return torch.ones(dim, device=rng.device)
+    return ops.rht_signs(rng, layer, 0, dim, quantizer.signs == "fixed")
 
 
 def estimate(quantizer: Quantizer, x: Tensor, seed: int) -> Tensor:

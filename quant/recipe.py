@@ -118,7 +118,8 @@ class Recipe:
         """Build a recipe from `{name, fprop: {rotation, x, w}, dgrad: {...}, wgrad: {...}}`.
 
         A GEMM may be the string "none": both grids are none and each `source` is that of `base` ("input" without one).
-        Fields left out have their defaults. Raises ValueError that names the nearest known key or the allowed values.
+        Fields left out have their defaults, but operands and their `grid` can't be: BF16 is said, not assumed. Raises
+        ValueError that names the nearest known key or the allowed values.
         """
         _check_keys(mapping, ("name", *GEMMS), "quant")
         gemms = {}
@@ -156,14 +157,19 @@ def _gemm_from(mapping: Any, gemm: str, base: Recipe | None) -> Gemm:
         turned = Rotation(**rotation)
     except ValueError as error:
         raise ValueError(f"quant.{gemm}.{error}") from None
-    operands = (_operand_from(mapping.get(name), f"quant.{gemm}.{name}") for name in OPERANDS[gemm])
+    for name in OPERANDS[gemm]:
+        if name not in mapping:
+            raise ValueError(f"quant.{gemm}.{name} is missing; give {{grid: ...}}, or {{grid: none}} for BF16")
+    operands = (_operand_from(mapping[name], f"quant.{gemm}.{name}") for name in OPERANDS[gemm])
     return Gemm(turned, tuple(operands))
 
 
 def _operand_from(mapping: Any, path: str) -> Operand:
     values = dict(mapping_at(path, mapping))
     _check_keys(values, (*SPEC_FIELDS, "amax", "source"), path)
-    grid = values.setdefault("grid", "none")
+    if "grid" not in values:
+        raise ValueError(f"{path}.grid is missing; give e2m1, e4m3, e5m2, or none for BF16")
+    grid = values["grid"]
     try:
         for name in {"target_max", "scale_cap"} & values.keys():
             values[name] = _number(values[name])

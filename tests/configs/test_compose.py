@@ -197,6 +197,32 @@ def test_a_recipe_that_inherits_is_refused_everywhere(monkeypatch, tmp_path):
             read()
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: sr", "name: mine2", r"mine\.yaml: name='mine2' must be the file's; write name: mine$"),
+        ("name: sr", "", r"mine\.yaml: name=None must be the file's; write name: mine$"),
+        (
+            None,
+            "dgrad: none",
+            r"mine\.yaml: dgrad=none doesn't say what w is made from; write dgrad: \{dy: \{grid: none",
+        ),
+    ],
+)
+def test_a_recipe_file_says_its_own_name_and_sources(monkeypatch, tmp_path, old, new, message):
+    """Two files under one name were one recipe to a run's hash; `dgrad: none` was a traceback, or source=input."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("configs.compose.ROOT", tmp_path / "configs")
+    monkeypatch.setattr(library, "FOLDER", tmp_path / "configs" / "quant")
+    text = (ROOT / "configs" / "quant" / "sr.yaml").read_text()
+    if old is None:
+        text, old = text.replace("name: sr", "name: mine"), text[text.index("dgrad:") : text.index("wgrad:")]
+    (tmp_path / "configs" / "quant" / "mine.yaml").write_text(text.replace(old, new + "\n", 1))
+    for read in (lambda: compose(["quant=mine"]), lambda: library.load("mine")):
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
 def test_an_empty_recipe_file_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(library, "FOLDER", tmp_path)
     (tmp_path / "mine.yaml").touch()

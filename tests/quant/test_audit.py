@@ -73,6 +73,23 @@ def test_inputs_are_what_they_say():
     assert heavy.abs().median() == pytest.approx(0.7649, rel=0.02)  # quartile of Student-t with 3 degrees of freedom
 
 
+def test_signs_amax_and_limits_of_a_slot_are_audited(monkeypatch):
+    """A recipe that differs in them only is another quantizer, under another label and no published figure."""
+    monkeypatch.setattr(audit, "DRAWS", (1, 4, 16, 64))
+    mapping = library.mapping("quartet2")
+    mapping["dgrad"]["rotation"] = {"dim": 128, "signs": "fixed"}
+    mapping["wgrad"]["dy"] = {"grid": "e2m1", "rounding": "sr", "amax": 1.0}
+    mapping["wgrad"]["x"] = {"grid": "e2m1", "rounding": "sr", "target_max": 6}
+    found = audit.quantizers([library.build(mapping)])
+    slots = "dgrad.dy", "wgrad.dy", "wgrad.x"
+    fixed, clipped, beyond = (next(q for q, used in found.items() if f"quartet2.{slot}" in used) for slot in slots)
+    assert len({q.label for q in (*found, audit.SR, audit.MS_EDEN)}) == len({*found, audit.SR, audit.MS_EDEN})
+    assert [audit.published(q) for q in (fixed, clipped, beyond)] == [9.32, None, None]
+    x = audit.gaussian(audit.CURVE_SHAPE, 1)
+    assert audit.errors(clipped, x)[0] > 0.5  # rotated, unnormalised elements have a standard deviation of 11
+    assert all(audit.bias_curve(q, x).is_biased for q in (fixed, clipped))
+
+
 def test_estimate_undoes_the_rotation():
     fine = Quantizer(QuantSpec.resolve("e4m3", library.load("fp8").operand("fprop.x").spec.scales), 32)
     x = audit.gaussian((64, 128), 3)

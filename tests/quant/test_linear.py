@@ -161,8 +161,8 @@ def test_forward_only_multiplies_by_the_dequantized_fprop_operands():
     qw, qx = (quantize(t, FOUR_SIX, 1, amax(t, 1), want=("packed",)).packed.dequantize().double() for t in (wb, x))
     torch.testing.assert_close(dx.double(), dy.double() @ qw, rtol=2**-8, atol=1e-9)
     torch.testing.assert_close(dw.double(), dy.double().t() @ qx, rtol=1e-5, atol=1e-9)
-    mapping["wgrad"] = {"x": {"source": "input"}}
-    mapping["dgrad"] = {"w": {"source": "input"}}
+    nothing = {"grid": "none", "source": "input"}
+    mapping["wgrad"], mapping["dgrad"] = {"dy": nothing, "x": nothing}, {"dy": nothing, "w": nothing}
     _, dx, dw = run(library.build(mapping), x, w, dy)
     torch.testing.assert_close(dx.double(), dy.double() @ wb.double(), rtol=2**-8, atol=1e-9)
     torch.testing.assert_close(dw.double(), dy.double().t() @ x.double(), rtol=1e-5, atol=1e-9)

@@ -217,3 +217,15 @@ def test_scale_levels_read_and_write():
         "16x16 e4m3": NVFP4_SQUARE_SCALES[1],
     }.items():
         assert read_level(text) == level and write_level(level) == text
+
+
+@pytest.mark.parametrize(
+    ("operands", "message"),
+    [
+        ({"x": {"grid": "e2m1"}}, r"quant\.fprop\.w is missing; give \{grid: \.\.\.\}, or \{grid: none\} for BF16"),
+        ({"x": {"grid": "e2m1"}, "w": {"rounding": "sr"}}, r"quant\.fprop\.w\.grid is missing; give e2m1, e4m3"),
+    ],
+)
+def test_bf16_is_said_and_not_assumed(operands, message):
+    with pytest.raises(ValueError, match=message):
+        library.build(library.mapping("quartet2") | {"fprop": operands})
