@@ -51,6 +51,10 @@ class ScaleLevel:
     block: str | tuple[int, int]
     format: str
 
+    def __str__(self) -> str:
+        """As recipe files write it: "tensor fp32", "1x16 e4m3"."""
+        return f"{self.block if isinstance(self.block, str) else 'x'.join(map(str, self.block))} {self.format}"
+
 
 TENSOR_FP32 = ScaleLevel(TENSOR, "fp32")
 ROW_FP32 = ScaleLevel(ROW, "fp32")
@@ -159,17 +163,25 @@ def _limits(
         if value is not None and not (type(value) in (int, float) and 0 < value < math.inf):
             raise ValueError(f"{field}={value!r} must be a positive number (leave it null for the value of table a.1)")
     defaults = default_limits(grid, select, rounding)
+    written = ", ".join(map(str, scales))
     if grid in FP8_MAX:
         if scales not in FP8_SCALES or (select, rounding) != ("absmax", "rtn"):
             raise ValueError(
                 f"grid={grid} takes select=absmax, rounding=rtn and one fp32 scale per tensor or per row; "
-                f"got select={select}, rounding={rounding}, scales={scales}"
+                f"got select={select}, rounding={rounding}, scales=[{written}]"
+            )
+        if (target_max or 0) > FP8_MAX[grid] or scale_cap not in (None, 1.0):
+            raise ValueError(
+                f"grid={grid} has no block scales to cap and ends at {FP8_MAX[grid]:g}: leave target_max and scale_cap "
+                f"out, or choose a smaller target_max; got target_max={target_max}, scale_cap={scale_cap}"
             )
         return target_max or defaults[0], scale_cap or defaults[1]
     if scale_cap is not None and scale_cap > E4M3_MAX:
         raise ValueError(f"scale_cap={scale_cap}: block scales are E4M3 and end at {E4M3_MAX:.0f}")
     if scales not in (NVFP4_SCALES, NVFP4_SQUARE_SCALES):
-        raise ValueError(f"grid=e2m1 takes scales [tensor fp32, 1x16 e4m3] or [tensor fp32, 16x16 e4m3]; got {scales}")
+        raise ValueError(
+            f"grid=e2m1 takes scales [tensor fp32, 1x16 e4m3] or [tensor fp32, 16x16 e4m3]; got [{written}]"
+        )
     if rounding == "ms_eden" and scales == NVFP4_SQUARE_SCALES:
         raise ValueError("rounding=ms_eden corrects groups of 16 along the contraction: 1x16 blocks, not 16x16")
     if None in defaults and (target_max is None or scale_cap is None):

@@ -16,7 +16,7 @@ from kernels.quantize import Quantized
 from kernels.quantize.reference_impl import hadamard
 from kernels.spec import GROWING_SCALE_CAP, NO_CLIP_MAX, NVFP4_SCALES, QuantSpec, default_limits
 from quant.linear import fixed_or
-from quant.recipe import SLOTS, Recipe, write_level
+from quant.recipe import SLOTS, Recipe
 
 SHAPE = (1024, 2048)  # 2M elements: the error of a Gaussian's MSE is 0.1 %
 CURVE_SHAPE = (32, 1024)
@@ -51,10 +51,10 @@ class Quantizer:
         turned = f" rht{self.rotation_dim}" * bool(self.rotation_dim)
         turned += f" {self.signs} signs" * (bool(turned) and self.signs != "random")
         if not spec.is_nvfp4:
-            return f"{spec.grid} {write_level(spec.scales[0])}{unusual}{turned}"
+            return f"{spec.grid} {spec.scales[0]}{unusual}{turned}"
         eden = f"/{spec.eden_block}" if spec.rounding == "ms_eden" else ""
         space = " scaled" if spec.eden_space == "scaled" else ""
-        how = f"{write_level(spec.scales[1]).split()[0]} {spec.rounding}{eden}{space}"
+        how = f"{str(spec.scales[1]).split()[0]} {spec.rounding}{eden}{space}"
         return how + (" +4/6" if spec.select == "four_over_six" else "") + unusual + turned
 
 

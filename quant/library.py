@@ -6,7 +6,7 @@ from typing import Any
 import configs
 from configs import yamlfile
 from kernels.spec import default_limits
-from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe, write_level
+from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe
 from quant.schemes import SCHEMES
 from quant.suggest import suggestion
 
@@ -84,7 +84,7 @@ def _what_follows(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
             follows |= dict(zip((f"{slot}.target_max", f"{slot}.scale_cap"), limits, strict=True))
         grid = own[f"{slot}.grid"]
         if grid != base[f"{slot}.grid"]:
-            follows[f"{slot}.scales"] = [write_level(level) for level in DEFAULT_SCALES[grid]]
+            follows[f"{slot}.scales"] = list(map(str, DEFAULT_SCALES[grid]))
     return follows
 
 

@@ -82,14 +82,17 @@ class Plan:
         return all(getattr(entry.recipe, "fullgraph", True) for entry in self.entries)
 
     def check_tokens(self, micro_tokens: int) -> None:
-        """Raise ValueError where a wgrad's blocks or rotation don't divide the tokens of a micro-batch."""
+        """Raise ValueError where blocks or rotation don't divide the tokens of a micro-batch."""
         for entry in self.entries:
-            needed = _divisor(entry.recipe.wgrad) if isinstance(entry.recipe, Recipe) else 1
-            if micro_tokens % needed:
-                raise ValueError(
-                    f"{entry.name}: wgrad contracts over the {micro_tokens} tokens of a micro-batch, which {needed} "
-                    f"(rotation or block) does not divide; choose batch.micro or batch.seq_len so that it does"
-                )
+            if not isinstance(entry.recipe, Recipe):
+                continue
+            squares = [_square(entry.recipe, slot) for slot in ("fprop.x", "dgrad.dy")]
+            for needed in (_divisor(entry.recipe.wgrad), *squares):
+                if micro_tokens % needed:
+                    raise ValueError(
+                        f"{entry.name}: the {micro_tokens} tokens of a micro-batch are no multiple of {needed} "
+                        "(rotation or block); choose batch.micro or batch.seq_len so that they are"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for plan.json: the recipes used, resolved, and each layer's."""
@@ -244,12 +247,19 @@ def _check_shape(entry: Entry) -> None:
     rows, columns = entry.shape
     if not isinstance(entry.recipe, Recipe):
         return entry.recipe.check(entry.name, columns, rows)
-    for gemm, contraction in (("fprop", columns), ("dgrad", rows)):
-        needed = _divisor(entry.recipe.gemm(gemm))
-        if contraction % needed:
+    recipe = entry.recipe
+    for what, features, needed in (
+        ("fprop", columns, _divisor(recipe.fprop)),
+        ("dgrad", rows, _divisor(recipe.dgrad)),
+        ("fprop.w", rows, _square(recipe, "fprop.w")),
+        ("dgrad.w", columns, _square(recipe, "dgrad.w")),
+        ("wgrad.dy", rows, _square(recipe, "wgrad.dy")),
+        ("wgrad.x", columns, _square(recipe, "wgrad.x")),
+    ):
+        if features % needed:
             raise ValueError(
-                f"{entry.name}: {gemm} contracts over {contraction} features, which {needed} (rotation or block) does "
-                f"not divide; keep it in BF16 with quant.rules='[{{match: {entry.name}, recipe: bf16}}]'"
+                f"{entry.name}: {features} features are no multiple of {needed} (rotation or block of {what}); keep "
+                f"it in BF16 with quant.rules='[{{match: {entry.name}, recipe: bf16}}]'"
             )
     return None
 
@@ -257,6 +267,11 @@ def _check_shape(entry: Entry) -> None:
 def _divisor(gemm: Gemm) -> int:
     """What must divide the contraction of a GEMM: its rotation, or NVFP4's block."""
     return gemm.rotation_dim or (NVFP4_BLOCK if any(operand.spec.is_nvfp4 for operand in gemm.operands) else 1)
+
+
+def _square(recipe: Recipe, slot: str) -> int:
+    """What must divide the other dimension of an operand than its contraction: the side of a 16x16 block."""
+    return NVFP4_BLOCK if recipe.operand(slot).spec.is_square else 1
 
 
 def _numbers(entries: list[Entry]) -> str:

@@ -51,7 +51,11 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Operand:
-    """One slot: its quantizer, where its tensor comes from, and how its amax is found ("exact" or a fixed value)."""
+    """One slot: its quantizer, where its tensor comes from, and how its amax is found: "exact" or a fixed value.
+
+    A fixed value is compared with what is quantized: behind a rotation with the rotated, unnormalised tensor, whose
+    elements are sqrt(dim) times larger.
+    """
 
     spec: QuantSpec
     source: str = "input"
@@ -139,7 +143,7 @@ class Recipe:
             out[gemm] = {"rotation": asdict(self.gemm(gemm).rotation)}
             for name, operand in zip(OPERANDS[gemm], self.gemm(gemm).operands, strict=True):
                 spec = {field: getattr(operand.spec, field) for field in SPEC_FIELDS}
-                spec["scales"] = [write_level(level) for level in operand.spec.scales]
+                spec["scales"] = list(map(str, operand.spec.scales))
                 out[gemm][name] = spec | {"amax": operand.amax, "source": operand.source}
         return out
 
@@ -195,12 +199,15 @@ def _number(value: Any) -> Any:
 def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
     """`value`, {} for null; ValueError for anything but a mapping."""
     if not isinstance(value, Mapping | None):
-        raise ValueError(f"{path}={value!r}: one of its fields is set as {path}.<field>=<value>")
+        last = path.rsplit(".", 1)[-1]
+        raise ValueError(
+            f"{path}={value!r} must be a mapping: in a file {last}: {{<field>: <value>}}, else {path}.<field>=<value>"
+        )
     return {} if value is None else value
 
 
 def read_level(text: str) -> ScaleLevel:
-    """ "tensor fp32", "row fp32", "1x16 e4m3", "16x16 e4m3" -> ScaleLevel."""
+    """ "tensor fp32", "row fp32", "1x16 e4m3", "16x16 e4m3" -> ScaleLevel; str() writes it again."""
     block, _, number_format = str(text).partition(" ")
     rows, _, columns = block.partition("x")
     if rows.isdigit() and columns.isdigit():
@@ -208,11 +215,6 @@ def read_level(text: str) -> ScaleLevel:
     if block not in ("tensor", "row") or not number_format:
         raise ValueError(f"scale level {text!r}; write 'tensor fp32', 'row fp32', '1x16 e4m3' or '16x16 e4m3'")
     return ScaleLevel(block, number_format)
-
-
-def write_level(level: ScaleLevel) -> str:
-    """The inverse of `read_level`."""
-    return f"{level.block if isinstance(level.block, str) else 'x'.join(map(str, level.block))} {level.format}"
 
 
 def _check_keys(mapping: Mapping[str, Any], known: Any, path: str) -> None:

@@ -92,7 +92,7 @@ def test_last_blocks_stay_in_bf16():
         ({"high_precision": {"frist": 2}}, "whole numbers of blocks"),
         ({"high_precision": {"first": -1}}, "whole numbers of blocks"),
         ({"high_precision": {"first": True}}, "whole numbers of blocks"),
-        ({"high_precision": 3}, r"quant\.high_precision=3: one of its fields is set as"),
+        ({"high_precision": 3}, r"quant\.high_precision=3 must be a mapping: in a file"),
         ({"rules": 5}, r"quant\.rules: got 5; write"),
     ],
 )
@@ -103,13 +103,36 @@ def test_errors(group, message):
 
 def test_shapes_are_checked_before_any_work():
     precision = Precision.from_dict(library.mapping("quartet2"))
-    with pytest.raises(ValueError, match=r"blocks\.0\.qkv: dgrad contracts over 192 features, which 128"):
+    with pytest.raises(
+        ValueError, match=r"blocks\.0\.qkv: 192 features are no multiple of 128 \(rotation or block of dgrad\)"
+    ):
         resolve(Model(64), precision)
-    with pytest.raises(ValueError, match="fprop contracts over 24 features, which 16"):
+    with pytest.raises(ValueError, match=r"24 features are no multiple of 16 \(rotation or block of fprop\)"):
         resolve(Model(24), Precision.from_dict(library.mapping("nvfp4_rtn")))
     resolve(Model(64), Precision.from_dict(library.mapping("tetrajet2"))).check_tokens(64)
     with pytest.raises(ValueError, match="48 tokens"):
         resolve(Model(64), Precision.from_dict(library.mapping("tetrajet2"))).check_tokens(48)
+
+
+@pytest.mark.parametrize(
+    ("slot", "shape", "message"),
+    [
+        ("fprop.w", (32, 24), r"24 features .* of 16 \(rotation or block of fprop\.w\)"),
+        ("dgrad.w", (24, 32), r"24 features .* of 16 \(rotation or block of dgrad\.w\)"),
+        ("wgrad.dy", (32, 24), r"24 features .* of 16 \(rotation or block of wgrad\.dy\)"),
+        ("wgrad.x", (24, 32), r"24 features .* of 16 \(rotation or block of wgrad\.x\)"),
+        ("fprop.x", (32, 32), "the 24 tokens of a micro-batch are no multiple of 16"),
+        ("dgrad.dy", (32, 32), "the 24 tokens of a micro-batch are no multiple of 16"),
+    ],
+)
+def test_square_blocks_need_the_dimension_that_is_not_contracted_too(slot, shape, message):
+    """Said at the start, not by the first forward."""
+    mapping = library.mapping("bf16")
+    gemm, operand = slot.split(".")
+    mapping[gemm][operand] = {"grid": "e2m1", "scales": ["tensor fp32", "16x16 e4m3"]}
+    model = nn.ModuleDict({"up": nn.Linear(*shape)})
+    with pytest.raises(ValueError, match=f"up: {message}"):
+        resolve(model, Precision.from_dict(mapping)).check_tokens(24)
 
 
 def test_plan_is_json_and_a_table():

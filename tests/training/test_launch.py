@@ -304,7 +304,7 @@ def test_scheme_that_this_machine_lacks_is_refused_before_the_folder_is_made(run
 
 
 def test_micro_batch_that_no_rotation_divides_is_refused_before_any_work(run, tmp_path):
-    with pytest.raises(ValueError, match=r"wgrad contracts over the 100 tokens.*batch\.micro"):
+    with pytest.raises(ValueError, match=r"the 100 tokens of a micro-batch are no multiple of 128.*batch\.micro"):
         run("quant=quartet2", "batch.seq_len=50", "batch.micro=2")
     assert not (tmp_path / "runs").exists()
 
