@@ -221,7 +221,9 @@ def _group_numbers(line0, group0, out_groups, TILE: tl.constexpr, ROW: tl.conste
 def _tile_groups(x, rotation, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                  PAIRS: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (y, codes, block scales)."""
+    """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (y, codes, block scales).
+
+    An input of -0 comes out as +0, without a rotation too: a dot product adds to +0."""
     y = _natural_order(tl.dot(x, rotation), TILE)
     group = _group_numbers(line0, group0, out_groups, TILE, 8)
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
