@@ -80,10 +80,17 @@ class _Documents:
                 mask = documents[:, IS_VAL] == self.wanted
                 tokens, documents = tokens[np.repeat(mask, documents[:, TOKENS])], documents[mask]
             if len(self.val_groups):
-                self.shared += int(np.isin(documents[:, GROUP], self.val_groups).sum())
+                self.shared += _count_in(documents[:, GROUP], self.val_groups)
             else:
                 self.groups.append(documents[:, GROUP])
             yield tokens, documents
+
+
+def _count_in(values: np.ndarray, names: np.ndarray) -> int:
+    """How many of `values` are among the sorted `names`. np.isin would sort the names again for every part: 0.2 s for
+    half a million, hours over the 112,000 parts of 450 GB of text."""
+    nearest = np.searchsorted(names, values).clip(max=len(names) - 1)
+    return int((names[nearest] == values).sum())
 
 
 def _write_split(

@@ -153,6 +153,7 @@ class _Pool:
         self.tokenizer = tokenizer
         self.workers = workers or len(os.sched_getaffinity(0))
         self.pending: set[Future[int]] = set()
+        self.done_here = 0  # characters
         self.executor: ProcessPoolExecutor | None = None
 
     def __enter__(self) -> "_Pool":
@@ -163,7 +164,10 @@ class _Pool:
             self.executor.shutdown(cancel_futures=True)
 
     def submit(self, part: Part, progress: Progress) -> None:
-        if self.workers == 1 or (part.is_last and self.executor is None):  # not worth starting processes
+        # One part's worth of text is not worth starting processes; many files of less than a part each are.
+        is_small = part.is_last and self.executor is None and self.done_here < PART_CHARACTERS
+        if self.workers == 1 or is_small:
+            self.done_here += part.characters
             progress.add(tokenize_part(part, self.tokenizer))
             return
         self.executor = self.executor or self._start()

@@ -85,6 +85,32 @@ def test_the_same_text_gives_the_same_folder_on_any_number_of_workers(spec, fold
     assert again.name == folder.name and contents(again) == contents(folder)
 
 
+def test_many_files_of_less_than_a_part_are_tokenized_by_processes(tmp_path, make_rows, jsonl, monkeypatch):
+    monkeypatch.setattr(data.parts, "PART_CHARACTERS", 20_000)
+    started = []
+    start_pool = data.parts._Pool._start
+    monkeypatch.setattr(data.parts._Pool, "_start", lambda pool: [started.append(1), start_pool(pool)][1])
+    for i in range(6):
+        jsonl(tmp_path / f"{i}.jsonl", make_rows(12, first=12 * i))
+    spec = DataSpec(files=f"{tmp_path}/*.jsonl", vocab_size=300, val_fraction=0.2, workers=2)
+    many = prepare(spec, tmp_path / "many")
+    assert started == [1]
+    assert contents(many) == contents(prepare(dataclasses.replace(spec, workers=1), tmp_path / "alone"))
+    prepare(dataclasses.replace(spec, files=f"{tmp_path}/0.jsonl"), tmp_path / "one")
+    assert started == [1]
+
+
+def test_documents_of_both_sides_are_counted_without_sorting_again():
+    names = np.unique(np.random.default_rng(0).integers(0, 2**62, 485_000))  # val_fraction of FineWeb-Edu's 97M
+    groups = np.concatenate([names[[0, 7, -1]], np.random.default_rng(1).integers(0, 2**62, 900), [2**63 - 1, 0]])
+    begin = time.perf_counter()
+    assert data.assemble._count_in(groups, names) == np.isin(groups, names).sum() == 3
+    begin, sorting = time.perf_counter(), time.perf_counter() - begin
+    for _ in range(10):
+        data.assemble._count_in(groups, names)
+    assert time.perf_counter() - begin < sorting
+
+
 def test_a_rerun_changes_nothing_and_compares_checksums(spec, folder):
     before = {p: p.stat().st_mtime_ns for p in folder.iterdir()}
     assert prepare(spec, folder.parent) == folder
