@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 import zstandard
@@ -181,3 +182,17 @@ def test_docstrings_come_in_source_order(tmp_path):
     assert module_text(path) == "sample\n\nTop.\n\nZ\n\nOf Z.\n\ny\n\nOf y.\n\nb\n\nOf b.\n"
     path.write_text("x = 1\n")
     assert module_text(path) == ""
+
+
+def test_each_files_size_is_asked_for_once(tmp_path, monkeypatch, make_rows, jsonl):
+    for i in range(20):
+        jsonl(tmp_path / f"{i:02d}.jsonl", make_rows(1))
+    asked = []
+    stat = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **how: [asked.append(path.name), stat(path, **how)][1])
+    source = FileSource([f"{tmp_path}/*.jsonl"], DataSpec(), tmp_path, "files")
+    shares = []
+    for unit in range(source.units):
+        list(source.rows(unit, 0))
+        shares.append(source.progress())
+    assert len(asked) == 20 and shares == sorted(shares) and shares[-1] == 1
