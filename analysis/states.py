@@ -10,6 +10,7 @@ from pathlib import Path
 from analysis.runs import ended_by, json_object
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
+WINDOW = 1 << 16  # bytes of metrics.jsonl read at first
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
 
 
@@ -62,16 +63,22 @@ def is_locked(path: Path) -> bool:
 
 def last_step(metrics: Path) -> int:
     """The last training step in metrics.jsonl; 0 without one."""
-    return next((int(record["step"]) for record in newest_first(metrics) if record.get("kind") == "train"), 0)
+    size, window = metrics.stat().st_size if metrics.exists() else 0, WINDOW
+    while True:
+        steps = (int(record["step"]) for record in newest_first(metrics, window) if record.get("kind") == "train")
+        step = next(steps, 0)
+        if step or window >= size:
+            return step
+        window *= 8  # an evaluation's row of slots is longer than the window: 150 KiB for 32 layers
 
 
-def newest_first(metrics: Path) -> Iterator[dict]:
-    """The records in the last 64 KiB of metrics.jsonl."""
+def newest_first(metrics: Path, window: int = WINDOW) -> Iterator[dict]:
+    """The records in the last `window` bytes of metrics.jsonl."""
     if not metrics.exists():
         return
     with open(metrics, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 65536))
+        file.seek(max(0, size - window))
         lines = file.read().split(b"\n")[:-1]
     for line in reversed(lines):
         try:

@@ -1,5 +1,6 @@
 import fcntl
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -127,6 +128,18 @@ def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path
     assert states.state_of(tmp_path, folder.name) == states.State("stopped", 7)
     (folder / "metrics.jsonl").write_text(train + bad)
     assert run_grid.main([*words, "nonfinite=skip"]) == 0 and len(starts(tmp_path, "bf16/s0")) == 1
+
+
+@pytest.mark.parametrize("size", [10, 150_000, 2_000_000])
+def test_the_last_step_stands_before_an_evaluations_slots(tmp_path, size):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    rows = [{"kind": "train", "step": s} for s in range(1, 251)] + [{"kind": "slots", "step": 250, "slots": "x" * size}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert states.state_of(tmp_path, "run") == states.State("stopped", 250)
+    (folder / "metrics.jsonl").write_text(json.dumps(rows[-1]) + "\n")
+    assert states.state_of(tmp_path, "run") == states.State("stopped", 0)
 
 
 def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
