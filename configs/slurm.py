@@ -21,6 +21,11 @@ from training.signals import EXIT_PREEMPTED
 # Where train.py saves and leaves with code 75; submitit's own default, USR2, would end it without a save.
 PREEMPT_SIGNAL = "USR1"
 SAVE_LIMIT_S = 120
+# The warning comes so long before the end that a save may take its whole limit and the requeue still be asked for.
+# submitit's own 90 s end a job in the middle of a longer save, and nobody requeues it.
+WARNING_S = SAVE_LIMIT_S + 60
+# Time limits that a run may reach. submitit's own 3 would end a run of weeks after four of them.
+MAX_TIMEOUTS = 1000
 FAILURE_PAUSE_S = 10
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Ports of the rendezvous, by job id: two jobs may share a node.
@@ -118,8 +123,9 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}
     try:
-        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(**{"name": name, "gpus_per_node": 1, "tasks_per_node": 1, **settings})
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
+        defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
+        executor.update_parameters(**{**defaults, **settings})
     except (NameError, AssertionError, ValueError) as error:  # submitit's: an unknown option, type or cluster
         given = " ".join(f"slurm.{key}={value}" for key, value in options.items())
         raise GridError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None

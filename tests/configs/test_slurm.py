@@ -110,8 +110,8 @@ def test_sbatch_options_reach_sbatch(tmp_path, monkeypatch):
     seen = {}
 
     class Executor:
-        def __init__(self, folder, cluster):
-            seen["cluster"] = cluster
+        def __init__(self, folder, cluster, **options):
+            seen.update(options, cluster=cluster)
 
         def update_parameters(self, **parameters):
             seen.update(parameters)
@@ -127,6 +127,24 @@ def test_sbatch_options_reach_sbatch(tmp_path, monkeypatch):
     assert (seen["cluster"], seen["slurm_partition"], seen["nodes"], seen["gpus_per_node"]) == ("slurm", "gpu", 2, 8)
     assert (seen["timeout_min"], seen["tasks_per_node"], seen["processes"]) == (60, 1, 8)
     assert seen["commands"][0][1:] == [str(slurm.TRAIN), "model=llama_1b9"]
+
+
+@pytest.fixture
+def sbatch(tmp_path, monkeypatch):
+    """Stand-ins for SLURM's commands that accept every job."""
+    for name, body in (("sbatch", "echo Submitted batch job 4711"), ("srun", "true")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(("options", "delay"), [({}, 180), ({"signal_delay_s": "600"}, 600)])
+def test_a_job_outlives_many_time_limits_and_has_time_to_save(tmp_path, sbatch, options, delay):
+    slurm.submit("weeks", tmp_path / "jobs", [["true"], ["true"]], {"timeout_min": "240", **options})
+    assert f"@{delay}\n" in (tmp_path / "jobs" / "4711_submission.sh").read_text()
+    for task in (0, 1):
+        job = submitit.core.utils.DelayedSubmission.load(tmp_path / "jobs" / f"4711_{task}_submitted.pkl")
+        assert job._timeout_min == 240 and job._timeout_countdown >= 28 * 6  # four weeks of four-hour jobs
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
