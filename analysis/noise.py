@@ -3,7 +3,8 @@
 Three kinds of difference are told apart where such runs exist: an exact rerun (same hash), the same initialization with
 other rounding bits or weights nudged at the start (same seed, numerics `rounding_seed` or `perturb`), and new seeds.
 Standard deviations are pooled over recipes with their degrees of freedom: recipes differ in mean, hardly in spread.
-"paired" is what is left between seeds when what a seed does to all recipes alike is taken out.
+"paired" is what is left between seeds when what a seed does to all recipes alike is taken out. That part was drawn once
+a seed, however many recipes share it: "seed" has fewer degrees of freedom than it has differences.
 """
 
 import math
@@ -11,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.special import stdtrit
+from scipy.special import fdtri, stdtrit
 
 from analysis.compare import group_runs, seed_means
-from analysis.pairing import Floor, t_quantile
+from analysis.pairing import CONFIDENCE, Floor, t_quantile
 from analysis.runs import Run, RunError, json_object
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
@@ -27,7 +28,7 @@ class Spread:
     """A pooled standard deviation [nats/token] with its degrees of freedom."""
 
     sd: float
-    df: int
+    df: float
 
     def seeds_to_resolve(self, difference: float) -> int:
         """Runs per recipe whose 95 % interval leaves out zero in 80 % of comparisons, with this floor in compare.py.
@@ -49,8 +50,10 @@ def measure(runs: list[Run]) -> dict[str, dict]:
     for key, members in keyed.items():
         losses = seed_losses(members)
         spreads = {"rerun": pooled(reruns(members)), "nudge": pooled(nudges(members))}
-        spreads |= {"seed": pooled([list(row.values()) for row in losses.values()]), "paired": paired(losses)}
+        spreads |= {"seed": between_seeds(losses), "paired": paired(losses)}
         entry = {kind: asdict(spread) for kind, spread in spreads.items() if spread}
+        if related := correlation(losses):
+            entry["correlation"] = dict(zip(("value", "low", "high"), related, strict=True))
         if entry:
             found[key] = entry | {"recipes": per_recipe(losses)}
     return found
@@ -90,20 +93,61 @@ def pooled(groups: list[list[float]]) -> Spread | None:
     return Spread(math.sqrt(squares / df), df)
 
 
+def between_seeds(losses: dict[str, dict[int, float]]) -> Spread | None:
+    """Pooled over recipes, with Satterthwaite's degrees of freedom for loss = recipe + seed + noise.
+
+    With P the projection that takes out the recipes' means and V the covariance of the losses, the pooled variance has
+    tr(PV)^2 / tr(PVPV) of them: all where a seed does nothing to all recipes alike, and those of one recipe where
+    it does everything.
+    """
+    spread, left = pooled([list(row.values()) for row in losses.values()]), paired(losses)
+    if spread is None or left is None:
+        return spread
+    projection, shared = _within_recipes(losses)
+    common = max(0.0, (spread.sd**2 - left.sd**2) * spread.df / float(np.trace(shared)))
+    covariance = common * shared + left.sd**2 * projection
+    squares = float(np.trace(covariance @ covariance))
+    return Spread(spread.sd, float(np.trace(covariance)) ** 2 / squares) if squares else spread
+
+
+def correlation(losses: dict[str, dict[int, float]]) -> tuple[float, float, float] | None:
+    """That of recipes sharing a seed, 1 - paired variance / variance between seeds, and its 95 % interval from the F
+    test of the seeds; None without a paired spread."""
+    spread, left = pooled([list(row.values()) for row in losses.values()]), paired(losses)
+    if spread is None or left is None or left.sd == 0:
+        return None
+    df = spread.df - left.df
+    f = (spread.sd**2 * spread.df / left.sd**2 - left.df) / df
+    times = float(np.trace(_within_recipes(losses)[1])) / df  # how often a seed's part enters its mean square
+    bounds = ((f / fdtri(df, left.df, 0.5 + side * CONFIDENCE / 2) - 1) / times for side in (1, -1))
+    low, high = (float(ratio / (1 + ratio)) for ratio in bounds)
+    return 1 - (left.sd / spread.sd) ** 2, low, high
+
+
 def paired(losses: dict[str, dict[int, float]]) -> Spread | None:
     """Residual of loss = recipe + seed by least squares, whatever seeds a recipe has; None without degrees of freedom.
 
     In units of one run: a gap between two recipes, seed by seed, has sqrt(2) times this standard deviation.
     """
-    seeds = sorted(set().union(*losses.values()))
-    cells = [(r, seeds.index(seed), loss) for r, row in enumerate(losses.values()) for seed, loss in row.items()]
-    design = np.zeros((len(cells), len(losses) + len(seeds)))  # one column a recipe, one a seed
-    for i, (recipe, seed, _) in enumerate(cells):
-        design[i, recipe] = design[i, len(losses) + seed] = 1
-    values = np.array([loss for _, _, loss in cells])
+    recipes, seeds, values = _designs(losses)
+    design = np.hstack([recipes, seeds])
     effects, _, rank, _ = np.linalg.lstsq(design, values, rcond=None)
-    df = len(cells) - int(rank)
+    df = len(values) - int(rank)
     return Spread(float(np.linalg.norm(values - design @ effects)) / math.sqrt(df), df) if df else None
+
+
+def _within_recipes(losses: dict[str, dict[int, float]]) -> tuple[np.ndarray, np.ndarray]:
+    """(P, P S): the projection that takes out recipes' means, and on what runs share by their seed [runs, runs]."""
+    recipes, seeds, _ = _designs(losses)
+    projection = np.eye(len(recipes)) - recipes / recipes.sum(0) @ recipes.T
+    return projection, projection @ seeds @ seeds.T
+
+
+def _designs(losses: dict[str, dict[int, float]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Indicators of the recipe [runs, recipes] and of the seed [runs, seeds], losses [runs]; reruns are one."""
+    cells = [(recipe, seed, loss) for recipe, row in enumerate(losses.values()) for seed, loss in row.items()]
+    recipe, seed, loss = (np.array(column) for column in zip(*cells, strict=True))
+    return np.eye(len(losses))[recipe], (seed[:, None] == np.unique(seed)).astype(float), loss
 
 
 def per_recipe(losses: dict[str, dict[int, float]]) -> dict[str, dict[str, float]]:
@@ -147,12 +191,13 @@ def text(floors: dict[str, dict]) -> str:
             if kind in entry:
                 spread = Spread(**entry[kind])
                 needed = ", ".join(f"{spread.seeds_to_resolve(d)} for {d * 1e3:g}e-3" for d in (0.01, 0.005, 0.002))
-                lines.append(f"  {kind:6} sd {spread.sd * 1e3:7.3f}e-3  df {spread.df:2}  runs needed: {needed}")
+                lines.append(f"  {kind:6} sd {spread.sd * 1e3:7.3f}e-3  df {spread.df:4.3g}  runs needed: {needed}")
         if "paired" in entry and entry["seed"]["sd"]:
             widths = (half_width(Spread(**entry[kind]), seeds) * 1e3 for kind in ("seed", "paired"))
             lines.append("  a gap over {} seeds is known to +-{:.2f}e-3, paired +-{:.2f}e-3".format(seeds, *widths))
-            achieved = 1 - (entry["paired"]["sd"] / entry["seed"]["sd"]) ** 2
-            lines.append(f"  correlation between recipes that share a seed (what pairing achieves): {achieved:+.2f}")
+        if "correlation" in entry:
+            achieved = "{value:+.2f} (95 % {low:+.2f} .. {high:+.2f})".format(**entry["correlation"])
+            lines.append(f"  correlation between recipes that share a seed (what pairing achieves): {achieved}")
         for label, row in entry["recipes"].items():
             sd = f"sd {row['sd'] * 1e3:.3f}e-3" if "sd" in row else "one seed"
             lines.append(f"    {label:24} mean {row['mean']:.4f}  {sd}  seeds {row['seeds']}")

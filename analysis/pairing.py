@@ -14,6 +14,7 @@ from scipy.special import stdtrit
 from analysis.runs import EvalRows
 
 CONFIDENCE = 0.95
+CORRELATED = 6  # seeds: of recipes that share nothing, three show a correlation beyond 0.65 more often than not
 RESOLVED = "resolved"
 NOT_RESOLVED = "not resolved: inside the noise"
 ONE_SEED = "one seed: no verdict"
@@ -37,8 +38,8 @@ class Floor:
     of the runs it was measured on (Run.conditions); it says nothing about others. None: said of any.
     """
 
-    seed: tuple[float, int]
-    paired: tuple[float, int] | None = None
+    seed: tuple[float, float]
+    paired: tuple[float, float] | None = None
     conditions: str | None = None
 
 
@@ -46,7 +47,7 @@ class Floor:
 class SeedGap:
     """A gap over training seeds: mean of the per-seed gaps, interval half-width (NaN below two seeds), how it was made.
 
-    `correlation` is that of the two recipes' losses over the common seeds (NaN below three): what pairing achieves.
+    `correlation` is that of the two recipes' losses over the common seeds: what pairing achieves (NaN for too few).
     """
 
     mean: float
@@ -123,11 +124,11 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor 
     if floor is not None and floor.paired is not None and len(common) >= 2:
         (sd, df), mean = floor.paired, diff.mean()
         half = t_quantile(df) * sd * math.sqrt(2 / len(common))
-        method = f"paired noise floor sd {sd * 1e3:.2f}e-3, df {df}, {len(common)} seeds"
+        method = f"paired noise floor sd {sd * 1e3:.2f}e-3, df {df:.3g}, {len(common)} seeds"
     elif floor is not None and enough:
         (sd, df), mean = floor.seed, a.mean() - b.mean()
         half = t_quantile(df) * sd * math.sqrt(1 / len(a) + 1 / len(b))
-        method = f"noise floor sd {sd * 1e3:.2f}e-3, df {df}"
+        method = f"noise floor sd {sd * 1e3:.2f}e-3, df {df:.3g}"
     elif len(common) >= 2:
         mean = diff.mean()
         half = t_quantile(len(common) - 1) * diff.std(ddof=1) / math.sqrt(len(common))
@@ -160,6 +161,6 @@ def _welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
 
 
 def _correlation(a: list[float], b: list[float]) -> float:
-    if len(a) < 3 or np.std(a) == 0 or np.std(b) == 0:
+    if len(a) < CORRELATED or np.std(a) == 0 or np.std(b) == 0:
         return math.nan
     return float(np.corrcoef(a, b)[0, 1])

@@ -1,3 +1,5 @@
+import math
+
 import numpy as np
 import pytest
 from scipy.stats import ttest_ind
@@ -88,8 +90,15 @@ def test_t_interval_of_per_seed_gaps_by_hand():
     gap = seed_gap({0: 3.04, 1: 3.15, 2: 2.96}, {0: 3.0, 1: 3.1, 2: 2.9})
     assert gap.mean == pytest.approx(0.05) and gap.half_width == pytest.approx(0.024841, abs=1e-6)
     assert gap.verdict == RESOLVED and gap.seeds == 3 and gap.method == "paired t, 3 seeds"
-    assert gap.correlation == pytest.approx(np.corrcoef([3.04, 3.15, 2.96], [3.0, 3.1, 2.9])[0, 1])
     assert t_quantile(2) == pytest.approx(4.302653, abs=1e-5)
+
+
+def test_a_correlation_needs_more_seeds_than_a_gap():
+    ours, theirs = ({seed: base + 0.01 * seed**power for seed in range(6)} for base, power in ((3.1, 2), (3.0, 1)))
+    known = np.corrcoef(list(ours.values()), list(theirs.values()))[0, 1]
+    assert seed_gap(ours, theirs).correlation == pytest.approx(known)
+    del ours[5]  # of five seeds and fewer it says next to nothing
+    assert math.isnan(seed_gap(ours, theirs).correlation)
 
 
 def test_verdict_words():
