@@ -72,10 +72,12 @@ class Run:
 
     @property
     def conditions(self) -> str:
-        """What a noise floor belongs to: model, length, batch, data, tokenizer, amount of final validation text."""
+        """What a noise floor belongs to: model, length, batch, data, tokenizer, optimizer and peak rate, amount of
+        final validation text."""
         info = self.info
         parts = [info["model"], f"{info['steps']}x{info['tokens_per_step']}", f"seq{info['seq_len']}"]
         parts += [f"data {info['data_fingerprint']}", f"tokenizer {info['tokenizer_hash']}"]
+        parts += [f"{info['numerics'].get('optim.name')} lr {info['numerics'].get('schedule.lr_peak')}"]
         return " ".join([*parts, f"val {self.final_targets}"])
 
     @property

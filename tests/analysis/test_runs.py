@@ -88,7 +88,16 @@ def test_a_steps_time_is_the_median_after_the_first_tenth(tmp_path):
     assert read_run(path).milliseconds == 15.0
 
 
-@pytest.mark.parametrize("field", [{"seq_len": 256}, {"steps": 200}, {"model": "other"}, {"data_fingerprint": "e"}])
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"seq_len": 256},
+        {"steps": 200},
+        {"model": "other"},
+        {"data_fingerprint": "e"},
+        {"numerics": {"schedule.lr_peak": 2e-3}},
+    ],
+)
 def test_other_conditions_have_another_noise_floor(tmp_path, field):
     one, other = read_run(write_run(tmp_path / "a")), read_run(write_run(tmp_path / "b", **field))
     assert one.conditions != other.conditions
