@@ -28,8 +28,8 @@ SMALL_SOURCE_BYTES = 32_000_000
 IsVal = Callable[[int, int], bool]
 
 
-def ensure(spec: DataSpec, root: Path | str) -> Path:
-    """The token folder of `spec`, made now if its source is small; for a training run.
+def ensure(spec: DataSpec, root: Path | str, seq_len: int | None = None) -> Path:
+    """The token folder of `spec`, made now if its source is small; for a training run of sequences of `seq_len`.
 
     Raises FileNotFoundError with the command to type when the source is large and not yet prepared.
     """
@@ -43,15 +43,17 @@ def ensure(spec: DataSpec, root: Path | str) -> Path:
         size = "on the hub" if plan.train.size is None else f"{plan.train.size / 1e6:.0f} MB"
         raise FileNotFoundError(
             f"this text is not tokenized yet ({plan.folder} does not exist) and it is large ({size}); "
-            f"type this first:\n  {prepare_command(spec, Path(root))}"
+            f"type this first:\n  {prepare_command(spec, Path(root), seq_len)}"
         )
     return prepare(spec, root)
 
 
-def prepare_command(spec: DataSpec, root: Path) -> str:
-    """The command line that prepares `spec` under `root`."""
+def prepare_command(spec: DataSpec, root: Path, seq_len: int | None = None) -> str:
+    """The command line that prepares `spec` under `root`; packed rows, too, where the sequence length is known."""
     where = shlex.quote(f"paths.data={hydra_value(str(root))}")
-    return " ".join(["python scripts/prepare_data.py", *spec.overrides(), where])
+    # Another length's layout is of no use to the run, which would then pack on one core while its GPUs wait.
+    length = [f"batch.seq_len={seq_len}"] if seq_len and spec.packing == "bos_bestfit" else []
+    return " ".join(["python scripts/prepare_data.py", *spec.overrides(), *length, where])
 
 
 def prepare(spec: DataSpec, root: Path | str) -> Path:

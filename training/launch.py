@@ -32,7 +32,7 @@ from training.console import Console
 from training.distributed import Dist, setup, teardown
 from training.loop import Parts, Trainer
 from training.optim import build_optimizers
-from training.runfolder import ROOM_FOR_RUNS, RunFolder, environment
+from training.runfolder import ROOM_FOR_RUNS, RunFolder, device_name, environment, moved
 from training.signals import RunLock, StopFlag
 from training.sketch import Request, Sketch, check, describe, screen
 from training.watchdog import Watchdog
@@ -64,7 +64,10 @@ def train(request: Request, ranks: Dist) -> int:
     backends = backend.use(config.backend, ranks.device.type)
     _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
     check_schemes(plan, config.recompute)
-    tokens = TokenSet(ranks.on_main(lambda: str(ensure(config.data, config.paths.data))), verify=config.data.verify)
+    tokens = TokenSet(
+        ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len))),
+        verify=config.data.verify,
+    )
     sketch = describe(request, ranks, tokens)
     texts = open_texts(config, tokens)
     folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
@@ -82,6 +85,8 @@ def train(request: Request, ranks: Dist) -> int:
             return False
         print(text, flush=True)
         env = environment(ranks.device, ranks.world, backends)
+        if warning := moved(folder.read("env.json"), env):
+            print(warning, flush=True)
         folder.write_start(sketch.run, request.yaml, sketch.plan.to_dict(), env, text)
         return True
 
@@ -147,6 +152,7 @@ def run_in(
         world=ranks.world,
         parallel=parallel.mode,
         device=str(ranks.device),
+        device_name=device_name(ranks.device),  # env.json has the newest start's only
     )
     try:
         with watchdog:

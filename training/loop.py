@@ -256,7 +256,9 @@ class Trainer:
                 summary["loss_bf16"] = evalset.summary(self._score(evalset))["loss"]
         if self.p.ranks.is_main:
             save_rows(self.p.folder.path / "eval" / f"{step}.npz", evalset, nats)
-        self._log({"kind": "eval", "step": step, "tokens": self.state.tokens, **summary, "time": time.time()})
+        # `targets`: how much was scored, so that no reader has to open the rows of every evaluation to know it.
+        scored = {"tokens": self.state.tokens, "targets": evalset.targets}
+        self._log({"kind": "eval", "step": step, **scored, **summary, "time": time.time()})
         self._count_slots(evalset)
         beside = f" (unquantized {summary['loss_bf16']:.4f})" if "loss_bf16" in summary else ""
         error = "" if summary["se"] is None else f" +- {summary['se']:.4f}"

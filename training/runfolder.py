@@ -73,14 +73,13 @@ ROOM_FOR_RUNS = (
 
 def environment(device: torch.device, world: int, backends: dict[str, str]) -> dict[str, Any]:
     """Commit, versions, device and the torch switches that can move the last bits."""
-    on_gpu = device.type == "cuda"
     return {
         "commit": git("rev-parse", "HEAD"),
         "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := installed(name))},
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or "CPU",
+        "device": device_name(device),
         "device_count": world,
         "backends": backends,
         "torch_flags": {
@@ -91,6 +90,21 @@ def environment(device: torch.device, world: int, backends: dict[str, str]) -> d
         },
         "command": " ".join(sys.argv),
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU as its maker calls it, or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+
+
+def moved(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    """A warning where a run goes on on another kind of device than its last start, whose env.json is `before`."""
+    if before is None or before.get("device") == now["device"]:
+        return None
+    return (
+        f"warning: this run was on {before.get('device')} and goes on on {now['device']}: losses differ in their last "
+        "bits from there on, and its speed is that of neither"
+    )
 
 
 def installed(name: str) -> str | None:

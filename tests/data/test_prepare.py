@@ -308,6 +308,15 @@ def test_large_sources_ask_for_the_command(spec, tmp_path, monkeypatch):
     assert command.startswith("python scripts/prepare_data.py data=text ") and all(w in command for w in wanted)
 
 
+def test_the_command_packs_for_the_runs_sequence_length(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("data.prepare.SMALL_SOURCE_BYTES", 10)
+    with pytest.raises(FileNotFoundError, match=r"data\.packing=bos_bestfit .*batch\.seq_len=2048 paths\.data="):
+        ensure(dataclasses.replace(spec, packing="bos_bestfit"), tmp_path, 2048)
+    with pytest.raises(FileNotFoundError) as caught:
+        ensure(spec, tmp_path, 2048)
+    assert "seq_len" not in str(caught.value)  # a stream of tokens is cut to any length
+
+
 @pytest.mark.parametrize("name", ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl"])
 def test_the_command_to_type_can_be_typed(name):
     from configs.compose import compose

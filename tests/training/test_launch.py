@@ -349,3 +349,26 @@ def test_cuda_graphs_are_refused_where_there_are_none(run, tmp_path):
 def test_which_runs_replay_cuda_graphs(setting, compiled, fullgraph, mode, expected):
     config = compose([f"cuda_graphs={setting}", f"compile={compiled}"]).config
     assert is_graphed(config, fullgraph, mode, torch.device("cuda")) is expected
+
+
+def test_a_run_that_goes_on_on_another_device_says_so(run, rows, stop_after, monkeypatch, capsys):
+    def on(name: str) -> None:
+        for module in ("launch", "runfolder"):
+            monkeypatch.setattr(f"training.{module}.device_name", lambda device: name)
+
+    on("NVIDIA H100")
+    with stop_after(3):
+        run("quant=bf16")
+    assert "warning" not in capsys.readouterr().out
+    on("NVIDIA H200")
+    _, folder = run("quant=bf16")
+    assert "was on NVIDIA H100 and goes on on NVIDIA H200" in capsys.readouterr().out
+    assert [row["device_name"] for row in rows(folder, "event") if "init_hash" in row] == ["NVIDIA H100", "NVIDIA H200"]
+
+
+def test_evaluations_say_how_much_they_scored(run, monkeypatch):
+    _, folder = run("quant=bf16", "evaluate.tokens=640")
+    read = read_run(folder)
+    scored = [int(read.rows_at(int(step)).tokens.sum()) for step in read.evals["step"]]
+    monkeypatch.setattr(type(read), "rows_at", None)  # no reader opens a thousand evaluations for this
+    assert read.targets.tolist() == scored and scored[0] == 640 < scored[-1]
