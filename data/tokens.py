@@ -1,6 +1,9 @@
 """A prepared token folder, memory-mapped and checked."""
 
 import json
+import mmap
+import os
+import resource
 from bisect import bisect_right
 from functools import cached_property
 from itertools import accumulate
@@ -12,6 +15,8 @@ import numpy as np
 from data.assemble import FORMAT
 from data.files import json_hash, sha256_of
 
+# Open files left for everything else: libraries, sockets of other ranks, checkpoints.
+SPARE_FILES = 512
 _REMEDY = "delete the folder and prepare it again with scripts/prepare_data.py"
 
 
@@ -100,6 +105,31 @@ class TokenSet:
             raise RuntimeError(f"{file} is missing or not the one that made the tokens: {_REMEDY}")
 
 
+def _mapped(file: Path, dtype: np.dtype, in_order: bool) -> np.ndarray:
+    """A file as a read-only array. Unless it is read `in_order`, without read-ahead: training takes a kilobyte from
+    anywhere, and a batch of 512 cold samples read 589 MB (8 MiB of read-ahead) in 0.6 s instead of 2.6 MB in 0.08 s."""
+    with open(file, "rb") as handle:
+        memory = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    if not in_order:
+        memory.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(memory, dtype)
+
+
+def _allow_open_files(more: int) -> None:
+    """Each mapped file stays open, and the usual limit is 1,024: 25.6B tokens in shards of 25M. Raises this process's
+    limit where it may, and RuntimeError with the remedy where it may not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = len(os.listdir("/proc/self/fd")) + more + SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise RuntimeError(
+            f"{more} token shards need {needed} open files, this machine allows {hard}: raise that (ulimit -Hn), "
+            "or prepare the text again with a larger data.shard_tokens"
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 def _stamp(file: Path) -> tuple[int, int]:
     status = file.stat()
     return status.st_size, status.st_mtime_ns
@@ -115,8 +145,9 @@ class Stream:
         entry = tokens.manifest["splits"][name]
         self.tokens, self.name, self.length = tokens, name, int(entry["tokens"])
         self.files = [tokens.path / shard["file"] for shard in entry["shards"]]
+        _allow_open_files(len(self.files))
         # Plain array views and a list: numpy's memmap class and searchsorted cost microseconds, a batch takes hundreds.
-        self._shards = [np.asarray(np.memmap(file, tokens.dtype, "r")) for file in self.files]
+        self._shards = [_mapped(file, tokens.dtype, in_order=name == "val") for file in self.files]
         self._starts = list(accumulate((len(shard) for shard in self._shards), initial=0))
         shape = (int(entry["documents"]), 3)
         self.documents = np.asarray(np.memmap(tokens.path / f"{name}-documents.bin", "<i8", "r", shape=shape))

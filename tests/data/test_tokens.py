@@ -1,12 +1,16 @@
 """A damaged or unfit token folder is refused with the file's name and what to do."""
 
 import json
+import mmap
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import data.tokens
 from data.loader import Loader
 from data.tokens import TokenSet
 
@@ -95,3 +99,31 @@ def test_reading_crosses_shards(tokens, folder):
 def test_unknown_splits_are_named(tokens):
     with pytest.raises(ValueError, match=r"no split 'test'; it has val, train"):
         tokens.split("test")
+
+
+def test_more_shards_than_open_files_are_allowed(folder):
+    """A soft limit below the number of shards is raised; a hard one is an error that says what to do."""
+    code = "import resource, sys; from data.tokens import TokenSet; import data.tokens as t; t.SPARE_FILES = 8; "
+    code += "resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[2]), int(sys.argv[3]))); "
+    code += "print(TokenSet(sys.argv[1]).split('train').length)"
+    root = Path(data.tokens.__file__).parents[1]
+
+    def opened(soft: int, hard: int) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, str(folder), str(soft), str(hard)]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    assert opened(12, 4096).stdout.strip() == str(TokenSet(folder).split("train").length)
+    assert "token shards need" in (error := opened(12, 12).stderr) and "data.shard_tokens" in error
+
+
+@pytest.mark.parametrize(("split", "advice"), [("train", [mmap.MADV_RANDOM]), ("val", [])])
+def test_training_reads_without_read_ahead(folder, monkeypatch, split, advice):
+    given = []
+
+    class Map(mmap.mmap):
+        def madvise(self, option):
+            given.append(option)
+            super().madvise(option)
+
+    monkeypatch.setattr(data.tokens.mmap, "mmap", Map)
+    assert TokenSet(folder).split(split).length and sorted(set(given)) == advice
