@@ -23,15 +23,16 @@ def law_table(law: Law, laws: list[Law]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def form_table(fits: dict[str, Law], base: Points, without: dict[str, dict[int, float]]) -> str:
-    """Root-mean-square and largest residual of each form, and the rms when one size is left out of the fit."""
+def form_table(fits: dict[str, Law], base: Points, left_out: dict[str, dict[int, dict[str, float]]]) -> str:
+    """Root-mean-square and largest residual of each form, and without one size the rms of the rest and of that size."""
     sizes = sorted({n for n, _ in base})
-    head = ["form", "rms e-3", "largest e-3", *(f"rms without {s / 1e6:.0f}M" for s in sizes)]
+    head = ["form", "rms e-3", "largest e-3", *(f"without {s / 1e6:.0f}M: rest / held out" for s in sizes)]
     lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
     for form, law in fits.items():
         worst = max(np.abs(list(residuals(law, base).values())))
         row = [form, f"{1e3 * rms(law, base):.2f}", f"{1e3 * worst:.1f}"]
-        row += [f"{1e3 * without[form][s]:.2f}" if s in without[form] else "-" for s in sizes]
+        for one in (left_out[form].get(size) for size in sizes):
+            row.append(f"{1e3 * one['rest']:.2f} / {1e3 * one['held_out']:.2f}" if one else "-")
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
 

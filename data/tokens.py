@@ -119,7 +119,7 @@ def _allow_open_files(more: int) -> None:
     """Each mapped file stays open, and the usual limit is 1,024: 25.6B tokens in shards of 25M. Raises this process's
     limit where it may, and RuntimeError with the remedy where it may not."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = len(os.listdir("/proc/self/fd")) + more + SPARE_FILES
+    needed = len(os.listdir("/dev/fd")) + more + SPARE_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:

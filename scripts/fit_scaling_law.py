@@ -70,7 +70,7 @@ def cell_losses(cell: tuple[int, int], runs: list[Run]) -> dict[str, float]:
 
 
 def fit(points: dict[str, Points], form: str, draws: int) -> dict:
-    """Everything the report shows: both forms, residuals without each size, factors and bootstrap draws."""
+    """Everything the report shows: both forms, each size predicted from the others, factors and bootstrap draws."""
     base = points["bf16"]
     recipes = {k: v for k, v in points.items() if k != "bf16" and len(published.gaps(v, base)) >= 3}
     fits = {name: laws.fit_law(base, name) for name in laws.FORMS}
@@ -79,7 +79,7 @@ def fit(points: dict[str, Points], form: str, draws: int) -> dict:
         "base": base,
         "recipes": recipes,
         "fits": fits,
-        "without": {name: leave_out(law, name, base) for name, law in fits.items()},
+        "left_out": {name: leave_out(law, name, base) for name, law in fits.items()},
         "factors": {name: laws.fit_factors(fits[form], p, base) for name, p in recipes.items()},
         "power": {name: laws.fit_gap_power(p, base) for name, p in recipes.items()},
         "laws": base_laws,
@@ -87,13 +87,15 @@ def fit(points: dict[str, Points], form: str, draws: int) -> dict:
     }
 
 
-def leave_out(law: laws.Law, form: str, base: Points) -> dict[int, float]:
-    """{size left out: rms residual of the fit to the others}; sizes whose loss leaves too few cells are missing."""
+def leave_out(law: laws.Law, form: str, base: Points) -> dict[int, dict[str, float]]:
+    """{size: rms residual of the fit to the other sizes, and its rms error on this one}; too few others: missing."""
     found = {}
     for size in sorted({n for n, _ in base}):
         rest = {cell: v for cell, v in base.items() if cell[0] != size}
+        own = {cell: v for cell, v in base.items() if cell[0] == size}
         try:
-            found[size] = laws.rms(laws.fit_law(rest, form, start=law), rest)
+            fitted = laws.fit_law(rest, form, start=law)
+            found[size] = {"rest": laws.rms(fitted, rest), "held_out": laws.rms(fitted, own)}
         except ValueError:
             continue
     return found
@@ -105,8 +107,8 @@ def report(result: dict, form: str, source: str, ours: dict[str, Points], everyo
         f"# Scaling law of {source}: {len(base)} baseline cells, {len(result['recipes'])} recipes\n",
         "loss = E + (A (eff_N N/1e8)^-alpha + B (eff_D D/1e10)^-beta)^gamma, nats/token; N non-embedding parameters.\n",
         law_report.law_table(law, result["laws"]),
-        "How well each form fits the baseline, and without one size (additive: gamma = 1):\n",
-        law_report.form_table(result["fits"], base, result["without"]),
+        "How well each form fits the baseline, or what is left without one size, which it then predicts:\n",
+        law_report.form_table(result["fits"], base, result["left_out"]),
         "Efficiency factors, fitted on gaps at equal (N, D), and a power law of the gap for comparison:\n",
         law_report.factor_table(result["factors"], result["drawn"], result["recipes"], base, result["power"]),
         law_report.COVERAGE,
@@ -130,7 +132,7 @@ def as_json(result: dict, form: str) -> dict:
         "form": form,
         "laws": {name: law.as_dict() for name, law in result["fits"].items()},
         "rms": {name: laws.rms(law, result["base"]) for name, law in result["fits"].items()},
-        "rms_without_size": result["without"],
+        "rms_by_size_left_out": result["left_out"],
         "intervals": {k: laws.interval([getattr(x, k) for x in result["laws"]]) for k in result["laws"][0].as_dict()},
         "factors": {name: asdict(f) | {"intervals": low_high[name]} for name, f in result["factors"].items()},
     }
