@@ -53,6 +53,14 @@ def test_an_offset_shared_by_all_recipes_does_not_leak_into_the_factors():
     assert (factors.eff_n, factors.eff_d) == pytest.approx((0.8, 0.93), abs=1e-3)
 
 
+def test_a_size_that_is_off_shows_where_it_is_predicted_and_not_where_it_is_left_out():
+    odd = CELLS[7][0]
+    base = {cell: v + 0.01 * (cell[0] == odd) for cell, v in points().items()}
+    left_out = runpy.run_path(str(SCRIPT))["leave_out"](TRUE, "coupled", base)
+    assert left_out[odd] == {"rest": pytest.approx(0, abs=1e-6), "held_out": pytest.approx(0.01, rel=0.01)}
+    assert min(left_out, key=lambda size: left_out[size]["rest"]) == odd
+
+
 def test_jacobian_agrees_with_finite_differences():
     n, d = np.array(CELLS, dtype=float).T
     theta = law._theta(TRUE, "coupled")
