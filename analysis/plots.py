@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.compare import Group
+from analysis.compare import Group, Row
 from analysis.runs import Run
 from analysis.tables import tokens
 
@@ -34,15 +34,19 @@ def styles(groups: list[Group], base: Group) -> dict[str, tuple[str, str]]:
     return {base.label: BASELINE, **found}
 
 
-def figure(groups: list[Group], base: Group, published: dict[str, float] | None = None) -> Figure:
+def figure(
+    groups: list[Group], base: Group, rows: Iterable[Row] = (), published: dict[str, float] | None = None
+) -> Figure:
     """Validation and training loss against tokens (left), gap to the baseline over training (right).
 
-    `published`: {label: gap in nats} of published runs of this size and length, drawn as hollow diamonds.
+    `rows`: of the table, whose intervals are drawn as bars. `published`: {label: gap in nats} of published runs of this
+    size and length, drawn as hollow diamonds.
     """
     style = styles(groups, base)
     fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), dpi=120, layout="constrained")
     draw_losses(left, groups, style)
-    draw_gaps(right, groups, base, style, published or {})
+    intervals = [row for row in rows if row.gap is not None and np.isfinite(row.gap.half_width)]
+    draw_gaps(right, groups, base, style, intervals, published or {})
     return fig
 
 
@@ -68,7 +72,12 @@ def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]
 
 
 def draw_gaps(
-    ax: Axes, groups: list[Group], base: Group, style: dict[str, tuple[str, str]], published: dict[str, float]
+    ax: Axes,
+    groups: list[Group],
+    base: Group,
+    style: dict[str, tuple[str, str]],
+    intervals: list[Row],
+    published: dict[str, float],
 ) -> None:
     """Validation loss minus the baseline's of the same seed; the band is one standard error over seeds."""
     ends = []
@@ -88,11 +97,24 @@ def draw_gaps(
             diamond = {"color": colour, "fillstyle": "none", "markersize": 7, "clip_on": False}
             ax.plot(base.runs[0].info["tokens"], published[group.label] * 1e3, "D", **diamond)
     seeds = max(len(g.by_seed()) for g in groups)
-    band = "band: standard error over seeds" if seeds > 1 else "one seed: no error bar"
+    band = "band: standard error over seeds, bars: 95 % intervals" if seeds > 1 else "one seed: no error bar"
     diamonds = ", ◇ published" if published else ""
-    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Validation gap to {base.label} ({band}{diamonds})")
+    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Gap to {base.label} ({band}{diamonds})")
     _gap_limits(ax, [y for _, y, _, _ in ends] + [1e3 * gap for gap in published.values()])
+    draw_intervals(ax, intervals, style)
     end_labels(ax, ends)
+
+
+def draw_intervals(ax: Axes, rows: list[Row], style: dict[str, tuple[str, str]]) -> None:
+    """The verdicts' intervals, side by side where the curves end: a band of two seeds may be far narrower."""
+    step, (bottom, top) = 0.008 * np.ptp(ax.get_xlim()), ax.get_ylim()
+    low, high = bottom, top
+    for i, row in enumerate(rows):
+        middle, half = 1e3 * row.gap.mean, 1e3 * row.gap.half_width
+        x, colour = row.tokens - i * step, style[row.label][0]
+        ax.plot([x, x], [middle - half, middle + half], color=colour, linewidth=1.2, alpha=0.8)
+        low, high = min(low, middle - 1.05 * half), max(high, middle + 1.05 * half)
+    ax.set_ylim(max(low, bottom - top + bottom), min(high, top + top - bottom))  # a bar of no use flattens no curve
 
 
 def gap_curve(group: Group, base: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

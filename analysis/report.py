@@ -32,7 +32,7 @@ def build(
         f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "
         f"{info['steps']:,} steps of {info['tokens_per_step']:,} tokens; baseline {base.label}."
     )
-    figure = plots.figure(groups, base, published_gaps([row.label for row in rows], base.label, info, published))
+    figure = plots.figure(groups, base, rows, published_gaps([row.label for row in rows], base.label, info, published))
     body = [
         f"<h1>{escape(title)}</h1>",
         html.note(what),

@@ -48,7 +48,7 @@ def write(
     paths[0].write_text(tables.to_csv(rows))
     warnings = "".join(f"\n**Mixed:** {note}\n" for note in notes)
     paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE} {tables.methods(rows)}\n{warnings}")
-    plots.save(plots.figure(groups, base), paths[2])
+    plots.save(plots.figure(groups, base, rows), paths[2])
     paths[3].write_text(report.build(groups, base, rows, notes, floor, points))
     return paths
 

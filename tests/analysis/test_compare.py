@@ -220,6 +220,22 @@ def test_the_band_is_one_standard_error(tmp_path):
     assert (band.min(), band.max()) == pytest.approx((60 - error, 60 + error))
 
 
+def test_bars_are_the_intervals_of_the_table(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    three_seeds(tmp_path, "sr", (0.05, 0.06, 0.07))
+    three_seeds(tmp_path, "fp8", (0.01, 0.02, 0.09))
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    rows = table(groups, groups[0])
+    _, right = plots.figure(groups, groups[0], rows).axes
+    bars = [tuple(line.get_ydata()) for line in right.lines if len(line.get_ydata()) == 2][1:]  # the zero line first
+    expected = [(row.gap.mean - row.gap.half_width, row.gap.mean + row.gap.half_width) for row in rows[1:]]
+    assert np.array(bars) == pytest.approx(1e3 * np.array(expected))
+    bottom, top = right.get_ylim()
+    assert bottom < np.min(bars) and np.max(bars) < top
+    _, right = plots.figure(groups, groups[0], table(groups, groups[0], Floor((1.0, 2), (1.0, 2)))).axes
+    assert right.get_ylim()[1] - right.get_ylim()[0] < 3 * (top - bottom)
+
+
 def test_reruns_of_a_seed_count_once_in_table_and_curves(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "bf16", 1, 3.3)
