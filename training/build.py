@@ -32,6 +32,10 @@ from training.recompute import recompute_blocks
 from training.runfolder import RunFolder
 from training.shapes import model_of
 
+# Graphs of one method: training, evaluation and its odd last batch, for the first and the other blocks of each recipe
+# in the plan, and all of evaluation again in BF16. Dynamo's own limit of 8 ends runs at their last evaluation.
+GRAPHS_PER_METHOD = 64
+
 
 def set_torch_flags(config: TrainConfig) -> None:
     """Exact FP32 (no TF32), no reduced-precision sums (design.md 3.2), and the same bits in every run."""
@@ -90,6 +94,7 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
     checkpointing, which Dynamo doesn't enter there, and FSDP's hooks stay outside; the loss is one operator."""
     if not is_compiled(config, device):
         return
+    torch._dynamo.config.recompile_limit = GRAPHS_PER_METHOD
     for module, method in loss.model.regions():
         setattr(module, method, torch.compile(getattr(module, method), fullgraph=fullgraph, dynamic=False))
 
