@@ -54,11 +54,12 @@ def run_tokenizer(run: dict[str, Any], given: Path | None = None) -> TextTokeniz
     `given`: a tokenizer.json to read instead. ValueError for one that the run was not trained with: its numbers would
     stand for other text.
     """
-    manifest = Path(run.get("data_path") or "") / "manifest.json"
-    bos = json.loads(manifest.read_text())["tokenizer"]["bos"] if manifest.exists() else None
+    folder = Path(run["data_path"]) if run.get("data_path") else None
+    manifest = folder / "manifest.json" if folder else None
+    bos = json.loads(manifest.read_text())["tokenizer"]["bos"] if manifest and manifest.exists() else None
     if given is None and bos is None:
         return None
-    tokenizer = TextTokenizer(given or manifest.with_name("tokenizer.json"), bos)
+    tokenizer = TextTokenizer(given or folder / "tokenizer.json", bos)
     if tokenizer.hash != run["tokenizer_hash"]:
         raise ValueError(f"{tokenizer.path} is not the tokenizer that {run['name']} was trained with")
     return tokenizer

@@ -91,7 +91,7 @@ def test_another_tokenizer_than_the_runs_is_refused(trained, tmp_path):
     assert done.returncode == 1 and "other.json is not the tokenizer that" in done.stderr
 
 
-def test_the_tokenizer_keeps_the_bos_of_the_runs_data(trained, tmp_path):
+def test_the_tokenizer_keeps_the_bos_of_the_runs_data(trained, tmp_path, monkeypatch):
     run = json.loads((trained / "run.json").read_text())
     folder = shutil.copytree(run["data_path"], tmp_path / "data")
     for name in ("tokenizer.json", "manifest.json"):
@@ -102,7 +102,8 @@ def test_the_tokenizer_keeps_the_bos_of_the_runs_data(trained, tmp_path):
     changed = run | {"data_path": str(folder), "tokenizer_hash": TextTokenizer(given, "<|start|>").hash}
     assert run_tokenizer(changed).bos == "<|start|>"
     assert run_tokenizer(changed, given).path == given and run_tokenizer(changed, given).bos == "<|start|>"
-    assert run_tokenizer(run | {"data_path": ""}) is None
+    monkeypatch.chdir(folder)  # a run that names no data doesn't take what lies where it is asked
+    assert run_tokenizer(changed | {"data_path": ""}) is None
 
 
 def test_sampling_follows_the_logits():
