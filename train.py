@@ -30,11 +30,13 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     # Only now: a wrong override shall not wait for torch to be imported.
+    from training.distributed import leave
     from training.failures import one_line_errors
     from training.launch import Request, launch
 
     with one_line_errors() as outcome:
         outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, " ".join(sys.argv)))
+    leave(outcome.code)
     return outcome.code
 
 

@@ -4,8 +4,10 @@ Started by torchrun (RANK, WORLD_SIZE and LOCAL_RANK in the environment) or plai
 back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU tensors, without synchronizing the GPU.
 """
 
+import atexit
 import os
 import socket
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -102,6 +104,22 @@ def setup(device: str = "auto", timeout_s: int = DEFAULT_TIMEOUT_S) -> Dist:
 def teardown() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def leave(code: int) -> None:
+    """End this process with `code`, exit handlers run, if it is one of several ranks; return if it is alone.
+
+    Without the interpreter's finalization: one of gloo's threads may hold a collective's tensors for a moment after the
+    collective, and one that lets go of them during finalization aborts the process (SIGABRT). torchrun would then call
+    a finished run failed (torch 2.11 and 2.13; pytorch issue 190489; tests/faults/test_late_thread.py).
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    # What multiprocessing does at the end of its own children.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

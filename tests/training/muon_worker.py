@@ -40,6 +40,7 @@ def main() -> None:
     if ranks.is_main:
         save_file(found, sys.argv[1])
     distributed.teardown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

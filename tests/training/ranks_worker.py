@@ -162,6 +162,7 @@ def main() -> None:
             (folder / f"{case}-{ranks.world}.json").write_text(json.dumps(results))
         ranks.gather(None)
     distributed.teardown()
+    distributed.leave(0)
 
 
 if __name__ == "__main__":

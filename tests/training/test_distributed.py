@@ -1,0 +1,37 @@
+"""How a rank's process ends."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+BODY = """
+import atexit, sys
+from training.distributed import leave
+class Late:
+    def __del__(self):
+        print("finalized")
+late = Late()
+atexit.register(print, "handlers ran")
+sys.stdout.write("not yet flushed, ")
+leave(75)
+print("alone")
+"""
+
+
+def run(world: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": world}
+    return subprocess.run([sys.executable, "-c", BODY], env=environment, capture_output=True, text=True, timeout=120)
+
+
+def test_a_rank_ends_with_its_code_and_handlers_but_without_finalization():
+    done = run("2")
+    assert done.returncode == 75, done.stderr
+    assert done.stdout == "not yet flushed, handlers ran\n"
+
+
+def test_a_process_alone_goes_on_to_its_usual_end():
+    done = run("1")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "not yet flushed, alone\nhandlers ran\nfinalized\n"
