@@ -27,6 +27,7 @@ WARNING_S = SAVE_LIMIT_S + 60
 # Time limits that a run may reach. submitit's own 3 would end a run of weeks after four of them.
 MAX_TIMEOUTS = 1000
 FAILURE_PAUSE_S = 10
+NO_SLURM = "launcher=slurm: this machine has no {}; log in where SLURM is, or try slurm.cluster=local"
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Ports of the rendezvous, by job id: two jobs may share a node.
 FIRST_PORT, PORTS = 20_000, 20_000
@@ -103,6 +104,21 @@ def is_running(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
+def jobs_in_queue() -> set[str]:
+    """Ids of this user's jobs that wait or run, the elements of an array one by one ("17_0", "17_1").
+
+    GridError if squeue doesn't answer: nothing is submitted blindly.
+    """
+    words = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
+    try:
+        return set(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.split())
+    except FileNotFoundError:
+        raise GridError(NO_SLURM.format("squeue")) from None
+    except (OSError, subprocess.SubprocessError) as error:
+        reason = (getattr(error, "stderr", None) or str(error)).strip()
+        raise GridError(f"{shlex.join(words)}: {reason}; which cells wait or run already can't be seen") from None
+
+
 def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str, str]) -> list[str]:
     """Submit one job array; returns the job ids. `options`: submitit parameters, cluster=local|debug for trials, and
     processes_per_node (default: gpus_per_node, itself 1).
@@ -119,7 +135,7 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     settings = {key: int(value) if value.isdigit() else value for key, value in options.items()}
     cluster = settings.pop("cluster", "slurm")
     if cluster == "slurm" and shutil.which("srun") is None:
-        raise GridError("launcher=slurm: this machine has no srun; log in where SLURM is, or try slurm.cluster=local")
+        raise GridError(NO_SLURM.format("srun"))
     processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}
     try:

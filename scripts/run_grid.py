@@ -8,8 +8,8 @@ Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (
 Everything else is passed to train.py. On a CPU one run at a time. Output of each run: <runs>/.grid/<run>.log.
 A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
 second one started beside it or after it takes only what nobody runs. Ctrl-C and SIGTERM stop the runs after their
-current step, saved; the same command goes on. A cell that diverged is a result, too: it is left alone unless
-nonfinite=skip or nonfinite=rollback is given.
+current step, saved; the same command goes on. On SLURM a cell whose job waits or runs is not submitted again. A cell
+that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given.
 """
 
 import os
@@ -18,6 +18,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -174,15 +176,40 @@ def report(line: gridline.GridLine, run: Running, queued: int, running: int) -> 
 
 
 def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
-    """One job array of what is missing; see configs/slurm.py."""
-    cells = pending(line)
-    jobs = slurm.submit(
-        line.experiment, line.runs / ".grid" / "slurm", [command(line, cell) for cell in cells], options
-    )
-    for cell, job in zip(cells, jobs, strict=True):
-        print(f"{cell}: submitted as job {job}")
+    """One job array of what is missing and not in the queue; see configs/slurm.py. Locks don't tell: a waiting job has
+    none, and a running one's may not be seen from this machine."""
+    with submitting(line.runs / ".grid" / "slurm"):
+        records = {cell: states.cell_lock(line.runs, line.run_name(cell)).with_suffix(".job") for cell in line.cells}
+        waiting = slurm.jobs_in_queue() if options.get("cluster", "slurm") == "slurm" else set()
+        cells = []
+        for cell in pending(line):
+            job = records[cell].read_text() if records[cell].exists() else None
+            if job in waiting:
+                print(f"{cell}: in the queue as job {job}, left alone")
+            else:
+                cells.append(cell)
+        jobs = slurm.submit(
+            line.experiment, line.runs / ".grid" / "slurm", [command(line, cell) for cell in cells], options
+        )
+        for cell, job in zip(cells, jobs, strict=True):
+            records[cell].write_text(job)
+            print(f"{cell}: submitted as job {job}")
     print(f"{line.experiment}: {len(cells)} of {len(line.cells)} cells submitted")
     return 0
+
+
+@contextmanager
+def submitting(folder: Path) -> Iterator[None]:
+    """One at a time: between the look at the queue and the jobs' records nobody else submits. GridError if one does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        lock_file(descriptor)
+        yield
+    except BlockingIOError:
+        raise GridError(f"another run_grid.py is submitting into {folder}; wait, then give the command again") from None
+    finally:
+        os.close(descriptor)
 
 
 def main(words: list[str]) -> int:

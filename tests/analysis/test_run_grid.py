@@ -228,6 +228,51 @@ def test_slurm_submits_one_job_a_missing_cell(run_grid, tmp_path, capsys):
     wait_until(lambda: all(states.state_of(tmp_path, f"corpus_screen-bf16-s{s}").status == "done" for s in (0, 1)), 60)
 
 
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    """A SLURM that only queues: sbatch says the next id, squeue prints the file `queue`, srun is there."""
+    pytest.importorskip("submitit", reason="submitit is not installed")
+    programs, queue = tmp_path / "bin", tmp_path / "queue"
+    programs.mkdir()
+    queue.touch()
+    scripts = {
+        "srun": "true",
+        "squeue": f"cat {queue}",
+        "sbatch": f"echo x >>{tmp_path}/submissions; echo Submitted batch job 70$(grep -c x {tmp_path}/submissions)",
+    }
+    for name, body in scripts.items():
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    return queue
+
+
+def test_slurm_leaves_alone_what_waits_or_runs(run_grid, tmp_path, capsys, cluster):
+    words = ["experiment=corpus_screen", "only=bf16/s[01]", f"paths.runs={tmp_path}/runs", "launcher=slurm"]
+    assert run_grid.main(words) == 0
+    assert "bf16/s1: submitted as job 701_1\n" in capsys.readouterr().out
+    cluster.write_text("701_1\n12\n")  # bf16/s0's job is gone, without a result: it goes in again
+    assert run_grid.main(words) == 0
+    out = capsys.readouterr().out
+    assert "bf16/s1: in the queue as job 701_1, left alone" in out and "bf16/s0: submitted as job 702\n" in out
+    cluster.write_text("701_1\n702\n")
+    assert run_grid.main(words) == 0
+    assert "0 of 2 cells submitted" in capsys.readouterr().out
+    assert (tmp_path / "submissions").read_text() == "x\nx\n"
+
+
+def test_nothing_is_submitted_blindly(run_grid, tmp_path, capsys, cluster):
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+    words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}/runs", "launcher=slurm"]
+    assert run_grid.main(words) == 2
+    assert "no controller; which cells wait or run already" in capsys.readouterr().err
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\n")
+    with run_grid.submitting(tmp_path / "runs" / ".grid" / "slurm"):
+        assert run_grid.main(words) == 2
+    assert "another run_grid.py is submitting" in capsys.readouterr().err
+    assert not (tmp_path / "submissions").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
