@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.pairing import Floor, SeedGap, align, paired_gap, seed_gap
+from analysis.pairing import Floor, Gap, SeedGap, align, paired_gap, seed_gap
 from analysis.runs import EvalRows, Run, RunError
 
 # What two runs must share for their losses to mean the same thing: (field of run.json, what to call it).
@@ -64,7 +64,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table. Losses in nats/token; `gap` and the document standard error are None for the baseline."""
+    """One line of the table. Losses in nats/token; `gap` and `text`, its error over text, are None for the baseline."""
 
     label: str
     seeds: int
@@ -77,7 +77,7 @@ class Row:
     sd: float
     best: float
     gap: SeedGap | None
-    document_se: float
+    text: Gap | None
     percent: float
     tokens_per_second: float
     ratio: float
@@ -179,8 +179,8 @@ def mean_over_seeds(group: Group, value: Callable[[Run], float]) -> float:
     return float(np.mean(list(seed_means(group, value).values())))
 
 
-def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, float]:
-    """Gap over seeds at `step`, and the document-clustered standard error of the mean gap of these trained models.
+def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> tuple[SeedGap, Gap]:
+    """Gap over seeds at `step`, and over documents for these trained models.
 
     The noise floor is one of final losses, so it judges only these. RunError unless all runs of both were scored on
     the same validation tokens.
@@ -190,9 +190,9 @@ def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> t
     ours, theirs = group.by_seed(), base.by_seed()
     pairs = sorted(ours.keys() & theirs.keys()) or None
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
-    se = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples]).se
+    text = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples])
     gap = seed_gap(losses_at(group, step), losses_at(base, step), floor if _judges(floor, runs, step) else None)
-    return gap, math.nan if math.isnan(gap.mean) else se
+    return gap, replace(text, value=math.nan, se=math.nan) if math.isnan(gap.mean) else text
 
 
 def _judges(floor: Floor | None, runs: Iterable[Run], step: int) -> bool:
@@ -246,11 +246,11 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     if step is None:
         raise RunError(_nothing_in_common(group, base))
     losses = np.array(list(losses_at(group, step).values()))
-    gap, se = None, math.nan
+    gap = text = None
     if group is base:
         same_text(base.runs, step)  # compare_pair looks at both sides
     else:
-        gap, se = compare_pair(group, base, step, floor)
+        gap, text = compare_pair(group, base, step, floor)
     base_loss = np.mean(list(losses_at(base, step).values()))
     statuses = sorted({r.status for r in (*group.runs, *group.cut)})
     return Row(
@@ -265,7 +265,7 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
         sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
         best=mean_over_seeds(group, lambda run: run.best_loss),
         gap=gap,
-        document_se=se,
+        text=text,
         percent=100 * gap.mean / base_loss if gap else math.nan,
         tokens_per_second=group.tokens_per_second,
         ratio=group.tokens_per_second / base.tokens_per_second,

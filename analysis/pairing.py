@@ -23,11 +23,16 @@ DIVERGED = "diverged: no verdict"
 
 @dataclass(frozen=True)
 class Gap:
-    """Mean loss difference over the same validation tokens, nats/token, with its document-clustered standard error."""
+    """Mean loss difference over the same validation tokens, nats/token, with its document-clustered standard error.
+
+    `effective`: as many documents of equal length would weigh as evenly, (sum n)^2 / sum n^2. A handful of long ones
+    says little about other text, however many short ones there are beside them.
+    """
 
     value: float
     se: float
     documents: int
+    effective: float
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,8 @@ def align(a: EvalRows, b: EvalRows) -> tuple[np.ndarray, np.ndarray]:
 def paired_gap(runs: list[EvalRows], baselines: list[EvalRows]) -> Gap:
     """Token-weighted mean of (run - baseline), averaged over the given pairs (one pair a seed), clustered by document.
 
-    Ratio estimator: gap = sum_d x_d / sum_d n_d over documents d; variance = D/(D-1) * sum_d (x_d - gap n_d)^2 / n^2.
+    Ratio estimator: gap = sum_d x_d / sum_d n_d over documents d. Its error is the delete-one jackknife's: the usual
+    linear one counts a document that pulls the mean towards itself as close to it, and comes out too small.
     Raises ValueError when a pair was not evaluated on the same tokens.
     """
     first = None
@@ -94,15 +100,16 @@ def paired_gap(runs: list[EvalRows], baselines: list[EvalRows]) -> Gap:
     _, document = np.unique(first.document[order], return_inverse=True)
     x = np.bincount(document, weights=total / len(runs))
     n = np.bincount(document, weights=first.tokens[order])
-    return Gap(*_ratio(x, n), documents=len(n))
+    return Gap(*_ratio(x, n), documents=len(n), effective=float(n.sum() ** 2 / (n @ n)))
 
 
 def _ratio(x: np.ndarray, n: np.ndarray) -> tuple[float, float]:
+    """sum x / sum n and its delete-one jackknife standard error."""
     mean = x.sum() / n.sum()
     if len(n) < 2:
         return float(mean), math.nan
-    residual = x - mean * n
-    return float(mean), float(math.sqrt(len(n) / (len(n) - 1) * (residual @ residual)) / n.sum())
+    without = (x.sum() - x) / (n.sum() - n)
+    return float(mean), float(math.sqrt((len(n) - 1) * without.var()))
 
 
 def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor | None = None) -> SeedGap:

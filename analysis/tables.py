@@ -5,10 +5,12 @@ import io
 import math
 
 from analysis.compare import Row
+from analysis.pairing import Gap
 
 NOTE = (
     "Gap: validation loss minus the baseline's, same validation tokens, 1e-3 nats/token. Interval: 95 %, over training "
-    "seeds. Text SE: standard error of the same gap over validation documents, for these trained models only. "
+    "seeds. Text SE: standard error of the same gap over validation documents (jackknife), for these trained models "
+    "only. "
     "Intervals are not corrected for the number of recipes compared."
 )
 HEADER = (
@@ -54,9 +56,18 @@ CSV_HEADER = (
 
 
 def methods(rows: list[Row]) -> str:
-    """How the intervals were made, each way once."""
+    """How the intervals were made, each way once, and on how much text."""
     found = dict.fromkeys(row.gap.method for row in rows if row.gap)
-    return f"Intervals by: {'; '.join(found)}." if found else "One recipe: no gap to judge."
+    texts = dict.fromkeys(_documents(row.text) for row in rows if row.text)
+    return f"Intervals by: {'; '.join(found)}. {' '.join(texts)}" if found else "One recipe: no gap to judge."
+
+
+def _text_se(row: Row) -> float:
+    return row.text.se if row.text else math.nan
+
+
+def _documents(text: Gap) -> str:
+    return f"Validation documents: {text.documents:,}, which weigh as {text.effective:,.1f} equally long ones."
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -77,7 +88,7 @@ def cells(row: Row) -> tuple[str, ...]:
         signed(gap.mean * 1e3 if gap else math.nan),
         signed(row.percent),
         "-" if math.isnan(low) else f"{signed(low * 1e3)} .. {signed(high * 1e3)}",
-        _number(row.document_se * 1e3, "{:.2f}"),
+        _number(_text_se(row) * 1e3, "{:.2f}"),
         signed(gap.correlation if gap else math.nan),
         _number(row.tokens_per_second, "{:,.0f}"),
         _number(row.ratio, "{:.2f}"),
@@ -119,7 +130,14 @@ def to_csv(rows: list[Row]) -> str:
             row.sd,
             row.best,
         ]
-        values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", row.document_se]
+        values += [
+            gap.mean if gap else math.nan,
+            row.percent,
+            low,
+            high,
+            gap.method if gap else "",
+            row.text.se if row.text else math.nan,
+        ]
         values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
         writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
     return out.getvalue()

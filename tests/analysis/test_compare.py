@@ -398,7 +398,7 @@ def test_a_diverged_seed_leaves_its_recipe_without_mean_and_verdict(tmp_path):
     _, fp8, sr = table(groups, pick_baseline(groups, None), Floor((0.001, 8), (0.001, 8)))
     assert (sr.label, sr.gap.verdict, sr.step) == ("sr", DIVERGED, 100) and fp8.gap.verdict == "resolved"
     assert sr.status == "diverged (61/100); finished" and [r.status for r in groups[2].cut] == ["diverged (61/100)"]
-    assert np.isnan([sr.final, sr.bpb, sr.best, sr.sd, sr.gap.mean, sr.document_se]).all()
+    assert np.isnan([sr.final, sr.bpb, sr.best, sr.sd, sr.gap.mean, sr.text.se]).all()
     done = compare(f"{tmp_path}/runs/*", "--out", tmp_path / "out")
     assert "diverged: no verdict [diverged (61/100); finished]" in done.stdout and done.stderr == ""
     left, _ = plots.figure(groups, groups[0]).axes

@@ -36,7 +36,7 @@ def test_a_small_copy_gives_the_same_comparison(tmp_path):
         assert (ours.final, ours.best) == pytest.approx((theirs.final, theirs.best), abs=1e-7)
         if ours.gap:
             assert ours.gap.mean == pytest.approx(theirs.gap.mean, abs=1e-8) and ours.gap.verdict == theirs.gap.verdict
-            assert ours.document_se == pytest.approx(theirs.document_se, abs=1e-7)
+            assert ours.text.se == pytest.approx(theirs.text.se, abs=1e-7)
 
 
 def test_the_copy_is_thin_but_keeps_evaluations_and_the_last_step(tmp_path):

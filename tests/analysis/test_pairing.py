@@ -24,12 +24,13 @@ def rows(documents, nats, tokens):
 
 
 def test_gap_and_clustered_error_by_hand():
-    # Documents A (two rows), B: differences 3 + 1 over 20 tokens, 2 over 20. Gap = 6/40 = .15; residuals per document
-    # 4 - .15*20 = 1 and 2 - .15*20 = -1; variance = 2/1 * (1 + 1) / 40^2; so the error is sqrt(4)/40 = .05.
+    # Documents A (two rows), B: differences 3 + 1 over 20 tokens, 2 over 20. Gap = 6/40 = .15.
+    # Without A the gap is .1, without B .2: jackknife variance = 1/2 * (.05^2 + .05^2), the error .05.
     base = rows([0, 0, 1], [10, 10, 20], [10, 10, 20])
     run = rows([0, 0, 1], [13, 11, 22], [10, 10, 20])
     gap = paired_gap([run], [base])
-    assert gap.value == pytest.approx(0.15) and gap.se == pytest.approx(0.05) and gap.documents == 2
+    assert gap.value == pytest.approx(0.15) and gap.se == pytest.approx(0.05)
+    assert (gap.documents, gap.effective) == (2, 2)
 
 
 def test_rows_pair_by_sequence_and_document_not_by_position():
@@ -77,6 +78,18 @@ def test_clustered_error_is_the_spread_over_fresh_documents():
         means.append(gap.value)
         errors.append(gap.se)
     assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+
+
+def test_error_of_a_text_that_is_mostly_five_books():
+    """5 documents of 100 tokens and 100 of 5, each with its own mean: the error is known, and the linear estimate, of
+    residuals about a mean that five documents make, is 6 % below it."""
+    rng = np.random.default_rng(0)
+    n = np.array([100] * 5 + [5] * 100)
+    base = rows(np.arange(len(n)), np.zeros(len(n)), n)
+    gaps = [paired_gap([rows(base.document, rng.normal(size=len(n)) * n, n)], [base]) for _ in range(2000)]
+    error = math.sqrt((n @ n) / n.sum() ** 2)
+    assert 0.99 < math.sqrt(np.mean([gap.se**2 for gap in gaps])) / error < 1.05
+    assert gaps[0].effective == pytest.approx(1 / error**2)
 
 
 def test_mean_over_seeds_of_a_paired_gap():
