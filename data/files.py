@@ -51,6 +51,23 @@ def write_json(path: Path, value: Any) -> None:
         handle.write((json.dumps(value, indent=1) + "\n").encode())
 
 
+def flock(descriptor: int, how: int) -> None:
+    """fcntl.flock, with a word on what to do where the file system has no locks (Lustre mounted without them).
+
+    Raises BlockingIOError if another process has the lock and `how` doesn't wait, OSError.
+    """
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
+        reason = (
+            "this file system has no locks (flock), and without them two processes may write one folder; have it "
+            "mounted with them (Lustre: -o flock), or set paths.runs and paths.data to another one"
+        )
+        raise OSError(error.errno, reason, os.readlink(f"/proc/self/fd/{descriptor}")) from None
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on `path`; waits (and says so once) while another process holds it.
@@ -59,10 +76,10 @@ def locked(path: Path) -> Iterator[None]:
     """
     with open(path, "a") as handle:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            flock(handle.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             say(f"another process is preparing the same data; waiting for it ({path})")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            flock(handle.fileno(), fcntl.LOCK_EX)
         yield
 
 

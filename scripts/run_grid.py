@@ -226,7 +226,7 @@ def main(words: list[str]) -> int:
                 print(shlex.join(command(line, cell)))
             return 0
         return run_local(line) if options is None else submit(line, options)
-    except (GridError, ConfigError, RunError) as error:
+    except (GridError, ConfigError, RunError, OSError) as error:
         print(f"run_grid: {error}", file=sys.stderr)
         return 2
 

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from data.files import flock
+
 EXIT_PREEMPTED = 75
 EXIT_KILLED_BY_USER = 130
 LOCK = ".lock"
@@ -56,12 +58,12 @@ class StopFlag:
 def lock_file(descriptor: int) -> None:
     """Lock exclusively, trying for 0.2 s: who asks whether a run is going on holds its lock shared for a moment.
 
-    Raises BlockingIOError if another process has it.
+    Raises BlockingIOError if another process has it, OSError where there are no locks.
     """
     end = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
-            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() > end:
                 raise
