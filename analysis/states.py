@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from analysis.runs import ended_by, json_object
-from data.files import flock
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
 WINDOW = 1 << 16  # bytes of metrics.jsonl read at first
@@ -54,7 +53,7 @@ def is_locked(path: Path) -> bool:
         return False
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
     finally:

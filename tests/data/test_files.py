@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from analysis.states import is_locked
 from data import files
 from training.signals import RunLock
 
@@ -23,7 +22,7 @@ def prepare(path):
         pass
 
 
-@pytest.mark.parametrize("use", [prepare, is_locked, lambda path: RunLock(path.parent).acquire()])
+@pytest.mark.parametrize("use", [prepare, lambda path: RunLock(path.parent).acquire()])
 def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path, capsys, no_locks, use):
     path = tmp_path / ".lock"
     path.touch()
