@@ -1,4 +1,5 @@
-"""Stands in for train.py in tests of run_grid.py: 20 short steps, resumable, stops on SIGTERM, locks its folder."""
+"""Stands in for train.py in tests of run_grid.py: 20 short steps, resumable, stops on SIGTERM, locks its folder; waits
+after its third step while there is a file `hold` in its folder."""
 
 import fcntl
 import json
@@ -12,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from configs import grid
 
-STEPS = 20
+STEPS, HELD_AT = 20, 3
 
 
 def main(words: list[str]) -> int:
@@ -25,16 +26,18 @@ def main(words: list[str]) -> int:
     lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # held until the process ends
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     (folder / "run.json").write_text("{}")
-    with open(folder / "starts", "a") as file:
-        file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\n")
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    with open(folder / "starts", "a") as file:
+        file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES', '-')}\n")
     metrics = folder / "metrics.jsonl"
     done = len(metrics.read_text().splitlines()) if metrics.exists() else 0
     for step in range(done + 1, STEPS + 1):
         time.sleep(0.01 * int(given.get("log.every", "1")))
         with open(metrics, "a") as file:
             file.write(json.dumps({"kind": "train", "step": step}) + "\n")
+        while step == HELD_AT and (folder / "hold").exists() and not stop:
+            time.sleep(0.01)
         if stop:
             return 75
     (folder / "result.json").write_text(json.dumps({"status": "finished", "step": STEPS, "final_loss": 3.0}))

@@ -125,7 +125,10 @@ def test_prefetch_reads_ahead_but_not_without_bound(loader, monkeypatch):
     monkeypatch.setattr(loader, "samples", lambda first, count: asked.append(first) or samples(first, count))
     batches = loader.prefetch(((i, 1) for i in itertools.count()), pin=False)
     next(batches)
-    time.sleep(0.5)
+    end = time.monotonic() + 60
+    while len(asked) < PREFETCH_BATCHES + 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    time.sleep(0.2)  # for one more, if it were unbounded
     # One was taken, the queue is full, and one more waits to enter it.
     assert asked == list(range(PREFETCH_BATCHES + 2))
     batches.close()
