@@ -50,9 +50,10 @@ def measure(runs: list[Run]) -> dict[str, dict]:
     for key, members in keyed.items():
         losses = seed_losses(members)
         spreads = {"rerun": pooled(reruns(members)), "nudge": pooled(nudges(members))}
-        spreads |= {"seed": between_seeds(losses), "paired": paired(losses)}
+        left = paired(losses)
+        spreads |= {"seed": between_seeds(losses, left), "paired": left}
         entry = {kind: asdict(spread) for kind, spread in spreads.items() if spread}
-        if related := correlation(losses):
+        if related := correlation(losses, left):
             entry["correlation"] = dict(zip(("value", "low", "high"), related, strict=True))
         if entry:
             found[key] = entry | {"recipes": per_recipe(losses)}
@@ -93,14 +94,14 @@ def pooled(groups: list[list[float]]) -> Spread | None:
     return Spread(math.sqrt(squares / df), df)
 
 
-def between_seeds(losses: dict[str, dict[int, float]]) -> Spread | None:
+def between_seeds(losses: dict[str, dict[int, float]], left: Spread | None) -> Spread | None:
     """Pooled over recipes, with Satterthwaite's degrees of freedom for loss = recipe + seed + noise.
 
     With P the projection that takes out the recipes' means and V the covariance of the losses, the pooled variance has
     tr(PV)^2 / tr(PVPV) of them: all where a seed does nothing to all recipes alike, and those of one recipe where
-    it does everything.
+    it does everything. `left`: the paired spread.
     """
-    spread, left = pooled([list(row.values()) for row in losses.values()]), paired(losses)
+    spread = pooled([list(row.values()) for row in losses.values()])
     if spread is None or left is None:
         return spread
     projection, shared = _within_recipes(losses)
@@ -110,10 +111,10 @@ def between_seeds(losses: dict[str, dict[int, float]]) -> Spread | None:
     return Spread(spread.sd, float(np.trace(covariance)) ** 2 / squares) if squares else spread
 
 
-def correlation(losses: dict[str, dict[int, float]]) -> tuple[float, float, float] | None:
+def correlation(losses: dict[str, dict[int, float]], left: Spread | None) -> tuple[float, float, float] | None:
     """That of recipes sharing a seed, 1 - paired variance / variance between seeds, and its 95 % interval from the F
-    test of the seeds; None without a paired spread."""
-    spread, left = pooled([list(row.values()) for row in losses.values()]), paired(losses)
+    test of the seeds; None without a paired spread, `left`."""
+    spread = pooled([list(row.values()) for row in losses.values()])
     if spread is None or left is None or left.sd == 0:
         return None
     df = spread.df - left.df

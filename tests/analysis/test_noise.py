@@ -78,7 +78,7 @@ def test_unpaired_verdicts_hold_where_seeds_are_shared_in_the_floor():
     for _ in range(1000):
         common = rng.normal(0, 5e-3, 3)
         losses = {str(r): dict(enumerate(common + rng.normal(0, 1e-3, 3))) for r in range(9)}
-        spread = noise.between_seeds(losses)
+        spread = noise.between_seeds(losses, noise.paired(losses))
         one, other = rng.normal(0, math.hypot(5e-3, 1e-3), (2, 2))
         gap = seed_gap({0: one[0], 1: one[1]}, {2: other[0], 3: other[1]}, Floor((spread.sd, spread.df)))
         wrong += gap.verdict == RESOLVED
