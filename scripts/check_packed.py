@@ -29,16 +29,16 @@ VOCABULARY = 4096
 SHAPE_KEYS = ("layers", "width", "heads", "hidden")
 
 
-def train(model_name: str, recipe: str, steps: int, tokens: int, compiled: bool, device: str) -> list[torch.Tensor]:
+def train(preset: str, quant: Precision, steps: int, tokens: int, compiled: bool, device: str) -> list[torch.Tensor]:
     """Losses, gradient norms and final weights of `steps` AdamW steps on random tokens."""
-    preset = yaml.safe_load((MODELS / f"{model_name}.yaml").read_text())
+    sizes = yaml.safe_load((MODELS / f"{preset}.yaml").read_text())
     seq_len = min(512, tokens)
-    shape = LlamaConfig(**{key: preset[key] for key in SHAPE_KEYS}, vocab_size=VOCABULARY, max_seq_len=seq_len)
+    shape = LlamaConfig(**{key: sizes[key] for key in SHAPE_KEYS}, vocab_size=VOCABULARY, max_seq_len=seq_len)
     rng = torch.tensor([1, 0, 0], device=device)
     with torch.device(device):
         model = Llama(shape)
     model.init_weights(1)
-    convert(model, resolve(model, Precision(library.load(recipe))), rng)
+    convert(model, resolve(model, quant), rng)
     loss = LossModel(model)
     if compiled:
         loss.compile(fullgraph=True, dynamic=False)
@@ -75,21 +75,21 @@ def main() -> int:
 
 def compare(options: argparse.Namespace) -> int:
     """Train both ways under every recipe; the exit status. ValueError for an unknown recipe, before any training."""
-    recipes = {name: library.load(name) for name in options.recipe.split(",")}
+    recipes = {name: Precision(library.load(name)) for name in options.recipe.split(",")}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plain = {"gemm": "cublaslt"} if device == "cuda" else {}
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it with deterministic algorithms
     torch.use_deterministic_algorithms(True)
     failed = False
-    for recipe in recipes:
+    for name, precision in recipes.items():
         results = []
-        for name, gemm in (("emulated", plain), ("packed", {"gemm": "emulated"})):
-            print(f"{recipe} {name}: {backend.use(gemm, device)}", flush=True)
-            results.append(train(options.model, recipe, options.steps, options.tokens, options.compile, device))
+        for path, gemm in (("emulated", plain), ("packed", {"gemm": "emulated"})):
+            print(f"{name} {path}: {backend.use(gemm, device)}", flush=True)
+            results.append(train(options.model, precision, options.steps, options.tokens, options.compile, device))
         differ = sum(int((a != b).sum()) for a, b in zip(*results, strict=True))
         failed |= differ > 0
         last = float(results[0][2 * options.steps - 2])
-        print(f"{recipe}: {differ} numbers differ over {options.steps} steps; last loss {last:.6f}", flush=True)
+        print(f"{name}: {differ} numbers differ over {options.steps} steps; last loss {last:.6f}", flush=True)
     return 1 if failed else 0
 
 
