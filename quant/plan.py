@@ -96,26 +96,30 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for plan.json: the recipes used, resolved, and each layer's."""
-        recipes = {library.label(entry.recipe): entry.recipe.to_dict() for entry in self.entries}
+        names = self._names()
+        recipes = {name: recipe.to_dict() for recipe, name in names.items()}
         layers = [
-            {"index": e.index, "name": e.name, "shape": list(e.shape), "recipe": library.label(e.recipe)}
-            for e in self.entries
+            {"index": e.index, "name": e.name, "shape": list(e.shape), "recipe": names[e.recipe]} for e in self.entries
         ]
         return {"label": self.label, "recipes": recipes, "layers": layers}
 
     def table(self) -> str:
         """One line for the layers of the same role, recipe and reason, with their blocks, then each recipe's slots."""
         groups: dict[tuple[str, str, str], list[Entry]] = {}
+        names = self._names()
         for entry in self.entries:
             role = BLOCK.sub("blocks.*.", entry.name)
-            groups.setdefault((role, library.label(entry.recipe), entry.reason), []).append(entry)
+            groups.setdefault((role, names[entry.recipe], entry.reason), []).append(entry)
         wide = min(48, max(len(name) for _, name, _ in groups))
         lines = [f"{'layers':28} {'blocks':>8}  {'recipe':{wide}}  why"]
         lines += [
             f"{role:28} {_numbers(found):>8}  {name:{wide}}  {why}" for (role, name, why), found in groups.items()
         ]
-        used = {library.label(entry.recipe): entry.recipe for entry in self.entries}
-        return "\n".join(lines + [line for name, recipe in used.items() for line in describe(name, recipe)])
+        return "\n".join(lines + [line for recipe, name in names.items() for line in describe(name, recipe)])
+
+    def _names(self) -> dict[AnyRecipe, str]:
+        """{recipe: its label}; a label takes reading a file, which the layers share."""
+        return {recipe: library.label(recipe) for recipe in dict.fromkeys(entry.recipe for entry in self.entries)}
 
 
 def unusual(operand: Operand) -> str:
