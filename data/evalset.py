@@ -39,13 +39,13 @@ class EvalSet:
     """`count` validation targets in sequences of seq_len, spread evenly over val; count=None takes every target once.
 
     Attributes: sequences (how many), targets (how many count), segments. With packing=bos_bestfit the sequences are
-    rows of the packed layout, and None means every row. Raises ValueError, with the
-    numbers, when val is shorter than asked.
+    rows of the packed layout, and None means every row. Raises ValueError, with the numbers, when val is shorter than
+    asked.
     """
 
-    def __init__(self, tokens: TokenSet, seq_len: int, count: int | None, split: str = "val", packing: str = "stream"):
-        self.tokens, self.stream, self.seq_len = tokens, tokens.split(split), seq_len
-        windows = open_windows(tokens, split, seq_len, packing)
+    def __init__(self, tokens: TokenSet, seq_len: int, count: int | None, packing: str = "stream"):
+        self.tokens, self.stream, self.seq_len = tokens, tokens.split("val"), seq_len
+        windows = open_windows(tokens, "val", seq_len, packing)
         there = _sequences(self.stream, windows, seq_len)
         chosen = range(there) if count is None else self._spread(count, there)
         self._spans: list[list[Span]] = [list(windows.spans(i, 0)) for i in chosen]
@@ -96,7 +96,7 @@ class EvalSet:
         wanted = count // self.seq_len
         if not 1 <= wanted <= there:
             raise ValueError(
-                f"{count} evaluation tokens are {wanted} sequences of {self.seq_len}; the {self.stream.name} split of "
+                f"{count} evaluation tokens are {wanted} sequences of {self.seq_len}; the val split of "
                 f"{self.tokens.path} has {there}: give {self.seq_len} to {there * self.seq_len} tokens, or null for all"
             )
         return [i * there // wanted for i in range(wanted)]

@@ -54,16 +54,15 @@ class Loader:
         where = self._locate(first, count * batches).astype("<i8").reshape(batches, -1)
         return [hashlib.blake2b(what + batch.tobytes(), digest_size=8).hexdigest() for batch in where]
 
-    def prefetch(self, ranges: Iterable[tuple[int, int]], pin: bool | None = None) -> Iterator[Tensor]:
+    def prefetch(self, ranges: Iterable[tuple[int, int]]) -> Iterator[Tensor]:
         """Yield samples(first, count) for each range, read ahead by a thread; in pinned memory if there is CUDA.
 
         Keeps up to PREFETCH_BATCHES batches ready. An error in the thread is raised here; closing the iterator (or
         dropping it) ends the thread.
         """
-        pin = torch.cuda.is_available() if pin is None else pin
         ready: queue.Queue[Tensor | Exception | None] = queue.Queue(PREFETCH_BATCHES)
         stop = threading.Event()
-        thread = threading.Thread(target=self._read_ahead, args=(iter(ranges), pin, ready, stop), daemon=True)
+        thread = threading.Thread(target=self._read_ahead, args=(iter(ranges), ready, stop), daemon=True)
         thread.start()
         try:
             while (item := ready.get()) is not None:
@@ -74,9 +73,7 @@ class Loader:
             stop.set()
             thread.join()
 
-    def _read_ahead(
-        self, ranges: Iterator[tuple[int, int]], pin: bool, ready: queue.Queue, stop: threading.Event
-    ) -> None:
+    def _read_ahead(self, ranges: Iterator[tuple[int, int]], ready: queue.Queue, stop: threading.Event) -> None:
         def put(item: Tensor | Exception | None) -> bool:
             while not stop.is_set():
                 try:
@@ -87,6 +84,7 @@ class Loader:
             return False
 
         try:
+            pin = torch.cuda.is_available()
             for first, count in ranges:
                 batch = self.samples(first, count)
                 if not put(batch.pin_memory() if pin else batch):

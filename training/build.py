@@ -187,7 +187,7 @@ def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
 
     @cache
     def fixed_list(count: int | None) -> EvalSet:
-        return EvalSet(tokens, seq_len, count, packing=packing)
+        return EvalSet(tokens, seq_len, count, packing)
 
     def listed(count: int | None) -> EvalSet:
         return fixed_list(None if count is None or count >= there else count)

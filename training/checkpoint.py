@@ -249,12 +249,12 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
     state.step, state.tokens, state.extra = meta["step"], meta["tokens"], meta["extra"]
 
 
-def load_model(path: str | Path, model: nn.Module, group: dist.ProcessGroup | None = None) -> dict[str, Any]:
+def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:
     """Fill only the weights, for evaluation, export and generation. Returns the checkpoint's meta."""
     path = Path(path)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     _check_same(path, {k: v for k, v in read_index(path).items() if k.startswith("model.")}, tensors)
-    read_tensors(path, tensors, group)
+    read_tensors(path, tensors)
     return read_meta(path)
 
 
@@ -285,9 +285,9 @@ def _check_same(path: Path, index: dict[str, Any], tensors: dict[str, Tensor]) -
         raise CheckpointError(f"{path} is not of this model or optimizer: {'; '.join(faults[:NAMES_SHOWN])}{more}")
 
 
-def read_all(path: str | Path, prefix: str = "") -> dict[str, Tensor]:
-    """All tensors of a checkpoint whose name starts with `prefix`, whole, on the CPU, in one process."""
-    index = {name: entry for name, entry in read_index(Path(path)).items() if name.startswith(prefix)}
+def read_all(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, on the CPU, in one process."""
+    index = read_index(Path(path))
     tensors = {name: torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"])) for name, entry in index.items()}
     read_tensors(Path(path), tensors)
     return tensors

@@ -43,7 +43,6 @@ class Parallel:
 
     mode: str
     accumulate: Callable[[bool], AbstractContextManager]
-    shards: int = 1  # ranks that share the states
 
 
 def choose(parallel: str, ranks: Dist, parameters: int) -> str:
@@ -70,7 +69,7 @@ def parallelize(loss: nn.Module, mode: str, ranks: Dist, regather: bool = False)
         return Parallel(mode, ReplicaSync(loss, ranks).accumulate)
     shards = ranks.world if mode == "fsdp" else ranks.local_world
     shard(loss, ranks, shards, regather)
-    return Parallel(mode, lambda last: _sharded_accumulation(loss, last, regather), shards)
+    return Parallel(mode, lambda last: _sharded_accumulation(loss, last, regather))
 
 
 @dataclass

@@ -115,7 +115,7 @@ def test_bad_ranges_are_errors(loader):
 
 def test_prefetch_yields_the_batches_in_order(loader):
     ranges = [(i * 7, 7) for i in range(30)]
-    for batch, (first, count) in zip(loader.prefetch(ranges, pin=False), ranges, strict=True):
+    for batch, (first, count) in zip(loader.prefetch(ranges), ranges, strict=True):
         assert torch.equal(batch, loader.samples(first, count))
 
 
@@ -123,7 +123,7 @@ def test_prefetch_reads_ahead_but_not_without_bound(loader, monkeypatch):
     asked = []
     samples = loader.samples
     monkeypatch.setattr(loader, "samples", lambda first, count: asked.append(first) or samples(first, count))
-    batches = loader.prefetch(((i, 1) for i in itertools.count()), pin=False)
+    batches = loader.prefetch((i, 1) for i in itertools.count())
     next(batches)
     end = time.monotonic() + 60
     while len(asked) < PREFETCH_BATCHES + 2 and time.monotonic() < end:
@@ -136,7 +136,7 @@ def test_prefetch_reads_ahead_but_not_without_bound(loader, monkeypatch):
 
 
 def test_prefetch_raises_what_went_wrong_in_its_thread(loader):
-    batches = loader.prefetch([(0, 2), (-5, 2)], pin=False)
+    batches = loader.prefetch([(0, 2), (-5, 2)])
     assert len(next(batches)) == 2
     with pytest.raises(ValueError, match="first=-5"):
         next(batches)
