@@ -13,6 +13,8 @@ from dataclasses import dataclass
 TENSOR = "tensor"
 ROW = "row"
 NVFP4_BLOCK = 16
+GEMMS = ("fprop", "dgrad", "wgrad")  # of a linear layer
+ROTATION_DIMS = (16, 32, 64, 128)
 
 GRIDS = ("none", "e2m1", "e4m3", "e5m2")
 SELECTS = ("absmax", "four_over_six")

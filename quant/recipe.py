@@ -12,16 +12,14 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from kernels.spec import NVFP4_SCALES, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
+from kernels.spec import GEMMS, NVFP4_SCALES, ROTATION_DIMS, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
 from quant.suggest import suggestion
 
-GEMMS = ("fprop", "dgrad", "wgrad")
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 SLOTS = tuple(f"{gemm}.{operand}" for gemm in GEMMS for operand in OPERANDS[gemm])
 # Slots that may take what fprop used, and where fprop used it.
 FPROP_SLOT = {"dgrad.w": "w", "wgrad.x": "x"}
 SOURCES = ("input", "fprop", "fprop_transposed")
-ROTATION_DIMS = (16, 32, 64, 128)
 SIGNS = ("random", "fixed", "none")
 # The slots' spec fields as they are written in a recipe file; the rest of an Operand is `amax` and `source`.
 SPEC_FIELDS = tuple(field.name for field in fields(QuantSpec))

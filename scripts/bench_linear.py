@@ -20,12 +20,12 @@ from triton.testing import do_bench_cudagraph
 
 from kernels import backend
 from kernels.selftest.shapes import PRESETS, Layers
+from kernels.spec import GEMMS
 from quant import library
 from quant import linear as layer_code
 from scripts.roofline import AGAIN, FPROP_W, FPROP_X, GRADIENT, MACHINES
 
 PARTS = ("x, w", "fprop", "dy", "w again", "dgrad", "x again", "wgrad")
-GEMM_PARTS = ("fprop", "dgrad", "wgrad")
 RECIPES = "bf16,fp8,quartet2,nvidia,tetrajet2"
 
 
@@ -95,8 +95,8 @@ def measure(recipe_name: str, tokens: int, out_features: int, in_features: int) 
     torch.compiler.reset()
     times = {}
     for part, function in part_functions(library.load(recipe_name), tokens, out_features, in_features).items():
-        plain = function if part in GEMM_PARTS else lambda make=function: tensors(make())
-        compiled = plain if part in GEMM_PARTS else torch.compile(plain, fullgraph=True, dynamic=False)
+        plain = function if part in GEMMS else lambda make=function: tensors(make())
+        compiled = plain if part in GEMMS else torch.compile(plain, fullgraph=True, dynamic=False)
         times[part] = do_bench_cudagraph(compiled, rep=30, return_mode="median") * 1000
     return times
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.quantize import Quantized
-
-KINDS = ("fprop", "dgrad", "wgrad")
+from kernels.spec import GEMMS
 
 
 def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: torch.dtype) -> Tensor:
@@ -23,8 +22,8 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
     Only the order of summation differs between back ends. Raises ValueError if the contraction dims differ.
     Source: design.md 3.1.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind={kind!r}; use one of {', '.join(KINDS)}")
+    if kind not in GEMMS:
+        raise ValueError(f"kind={kind!r}; use one of {', '.join(GEMMS)}")
     return backend.impl("gemm").gemm(a, b, kind, alpha_const, out_dtype)
 
 

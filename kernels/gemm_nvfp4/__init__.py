@@ -9,10 +9,9 @@ from torch import Tensor
 
 from kernels.gemm_nvfp4 import cutlass_impl, emulated_impl, scaled_mm_impl
 from kernels.nvfp4 import NVFP4Tensor
-from kernels.spec import NVFP4_BLOCK
+from kernels.spec import GEMMS, NVFP4_BLOCK
 
 BACKENDS = {"cutlass": cutlass_impl, "scaled_mm": scaled_mm_impl, "emulated": emulated_impl}
-KINDS = ("fprop", "dgrad", "wgrad")
 OUT_DTYPES = (torch.bfloat16, torch.float32)
 
 
@@ -45,8 +44,8 @@ def gemm_nvfp4(
         raise ValueError(f"a is on {a.codes.device} and b on {b.codes.device}; move one of them")
     if out_dtype not in OUT_DTYPES:
         raise ValueError(f"out_dtype={out_dtype}; need torch.bfloat16 or torch.float32")
-    if kind not in KINDS or backend not in BACKENDS:
-        raise ValueError(f"kind={kind!r}, backend={backend!r}; need one of {KINDS} and one of {tuple(BACKENDS)}")
+    if kind not in GEMMS or backend not in BACKENDS:
+        raise ValueError(f"kind={kind!r}, backend={backend!r}; need one of {GEMMS} and one of {tuple(BACKENDS)}")
     alpha = (a.global_scale * b.global_scale) * alpha_const
     return BACKENDS[backend].gemm_nvfp4(a, b, alpha, out_dtype, kind)
 

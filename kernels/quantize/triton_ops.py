@@ -18,10 +18,9 @@ from kernels.quantize.triton_kernels import (
     rows_kernel,
     signs_kernel,
 )
-from kernels.spec import NVFP4_BLOCK, ROUNDINGS
+from kernels.spec import NVFP4_BLOCK, ROTATION_DIMS, ROUNDINGS
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
-ROTATION_DIMS = (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,9 @@ from kernels import backend, build
 from kernels.gemm_nvfp4 import BACKENDS, cutlass_impl
 from kernels.selftest import gemms, host, others, quantizers, shapes, speed
 from kernels.selftest.report import WRONG, Line
+from kernels.spec import GEMMS
 
-SMALL = [(kind, *shape) for shape in shapes.RAGGED for kind in ("fprop", "dgrad", "wgrad")]
+SMALL = [(kind, *shape) for shape in shapes.RAGGED for kind in GEMMS]
 TOKENS = 4096  # of the model shapes: enough for 2-SM tiles on every layer but the smallest
 
 

@@ -10,6 +10,7 @@ from kernels.gemm import reference_impl as reference_gemm
 from kernels.quantize import Quantized
 from kernels.selftest.report import NOT_HERE, Line, judge
 from kernels.selftest.shapes import RAGGED
+from kernels.spec import GEMMS
 
 # A logit is rounded to BF16 from a sum whose order is free: back ends may differ by one BF16 step of the largest logit.
 LOGIT_STEP = 2.0**-8
@@ -31,7 +32,7 @@ def check_values_gemm(name: str, device: str) -> Line:
     module = import_module(f"kernels.gemm.{name}_impl")
     failures, scale = [], torch.tensor(0.7310, device=device)
     for m, n, k in RAGGED:
-        for kind in ("fprop", "dgrad", "wgrad"):
+        for kind in GEMMS:
             for out_dtype in (torch.bfloat16, torch.float32):
                 left, right = (Quantized(values, scale) for values in _operands(kind, m, n, k, device))
                 ours = module.gemm(left, right, kind, 1 / 128, out_dtype)
