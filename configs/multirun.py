@@ -4,11 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
+from configs import slurm
 from configs.compose import ConfigError, compose, sweep
-
-TRAIN = Path(__file__).resolve().parent.parent / "train.py"
+from configs.slurm import TRAIN
 
 
 def run_all(overrides: list[str]) -> int:
@@ -57,8 +56,6 @@ def checked(jobs: list[list[str]]) -> list[list[str]]:
 
 def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) -> int:
     """One SLURM job per run, after the same checks. A job that is preempted is requeued and resumes."""
-    from configs import slurm
-
     jobs = checked(sweep(overrides) if multirun else [overrides])
     try:
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):

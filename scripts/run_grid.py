@@ -32,9 +32,9 @@ from configs import gridline, slurm
 from configs.cli import take_launcher
 from configs.compose import ConfigError, compose
 from configs.grid import GridError
+from configs.slurm import TRAIN
 from training.signals import EXIT_PREEMPTED, lock_file
 
-TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
 POLL_S = 0.5
