@@ -32,7 +32,8 @@ def build(
         f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "
         f"{info['steps']:,} steps of {info['tokens_per_step']:,} tokens; baseline {base.label}."
     )
-    figure = plots.figure(groups, base, rows, published_gaps([row.label for row in rows], base.label, info, published))
+    theirs = published_gaps([row.label for row in rows], base.label, info, published)
+    figure = plots.figure(groups, base, rows, theirs)
     body = [
         f"<h1>{escape(title)}</h1>",
         html.note(what),
@@ -43,7 +44,7 @@ def build(
         html.picture(figure, "loss and gap curves"),
         *pairwise(groups, floor),
         *equal_losses(groups, base),
-        *overlay(rows, base.label, info, published),
+        *overlay(rows, theirs),
         *run_list(runs),
         *differing("Configuration", {run.name: run.info["numerics"] for run in runs}, "configuration"),
         *differing("Environment", {run.name: flat(run.read_json("env.json")) for run in runs}, "environment"),
@@ -140,9 +141,8 @@ def published_gaps(labels: list[str], base: str, info: dict, published: dict[str
     return {label: loss - losses[base] for label, loss in losses.items() if loss is not None}
 
 
-def overlay(rows: list[Row], base: str, info: dict, published: dict[str, Points]) -> list[str]:
+def overlay(rows: list[Row], theirs: dict[str, float]) -> list[str]:
     """Published gaps beside ours."""
-    theirs = published_gaps([row.label for row in rows], base, info, published)
     if not theirs:
         return []
     cells = []
