@@ -73,6 +73,9 @@ class ModelSection:
         self.micro_tokens = whole("model.micro_tokens", self.micro_tokens)
 
 
+MUON_ONLY = ("embed_lr", "head_lr", "scalar_lr")  # fields of OptimSection
+
+
 @dataclass
 class OptimSection:
     name: str = "adamw"
@@ -94,7 +97,7 @@ class OptimSection:
             in_range("optim.betas", beta, 0.0, 0.999999)
         if self.lr is not None:
             in_range("optim.lr", self.lr, 1e-12, 1e3)
-        for name in ("embed_lr", "head_lr", "scalar_lr"):
+        for name in MUON_ONLY:
             in_range(f"optim.{name}", getattr(self, name), 0.0, 1e3)
         in_range("optim.eps", self.eps, 0.0, 1.0)
         in_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 
-from training.config import TrainConfig
+from training.config import MUON_ONLY, TrainConfig
 from training.schedule import Schedule
 
 TOKENS_PER_PARAMETER = 20  # length of a run that names neither tokens nor steps, per non-embedding parameter
 MUON_IS_FOR = "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
-MUON_ONLY = ("embed_lr", "head_lr", "scalar_lr")
 MOST_STEPS = 10**9  # a slip of the keyboard above
 DEFAULT_BATCH_TOKENS = 262144  # the published runs' 512 sequences of 512
 

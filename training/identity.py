@@ -9,7 +9,7 @@ from quant import library
 from quant.library import AnyRecipe
 from quant.plan import HEAD, Plan
 from quant.recipe import GEMMS, Recipe, Rotation
-from training.config import FOLDER_NAME, TrainConfig
+from training.config import FOLDER_NAME, MUON_ONLY, TrainConfig
 from training.derive import Numbers
 
 SHOWN = 12  # differing keys that an error lists
@@ -43,7 +43,7 @@ def numerics(
     if config.model.family == "llama":
         del model["family"]
     if config.optim.name == "adamw":
-        optim = {key: value for key, value in optim.items() if key not in ("embed_lr", "head_lr", "scalar_lr")}
+        optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
     nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}
     return flatten(
