@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from data.files import sha256_of
-from training.storage import INDEX, IO_THREADS, CheckpointError
+from training.storage import INDEX, IO_THREADS, TEMPORARY, CheckpointError
 
 FORMAT = "nibble-checkpoint/1"
 MANIFEST = "manifest.json"
 META = "meta.json"
-TEMPORARY = ".tmp-"
 STEP_NAME = re.compile(r"step_(\d{8,})")
 OUR_FILES = re.compile(r"shard_\d{5}_\d{2,}\.safetensors|index\.json|meta\.json")
 READ_BYTES = 16 * 2**20

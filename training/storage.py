@@ -40,6 +40,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 INDEX = "index.json"
+TEMPORARY = ".tmp-"  # how the names of folders begin that are being written or removed
 # A power of two, because the pinned-memory allocator rounds a request up to one.
 FILE_BYTES = 2**30
 IO_THREADS = 4
@@ -180,7 +181,7 @@ class StagingWriter(StorageWriter):
         self.total_bytes = sum(_item_bytes(item) for plan in plans for item in plan.items)
         self.root.mkdir(parents=True, exist_ok=True)
         self.check_space(self.total_bytes)
-        folder = self.root / f".tmp-{self.name}-{secrets.token_hex(4)}"
+        folder = self.root / f"{TEMPORARY}{self.name}-{secrets.token_hex(4)}"
         folder.mkdir()
         return [replace(p, storage_data={"folder": str(folder), "shard": i}) for i, p in enumerate(plans)]
 
@@ -248,23 +249,21 @@ class ShardReader(StorageReader):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.where: dict[MetadataIndex, dict[str, str]] = {}
 
     def reset(self, checkpoint_id: str | os.PathLike | None = None) -> None:
         pass
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        tensors = {}
+        tensors, where = {}, {}
         for fqn, entry in read_index(self.folder).items():
+            where |= {MetadataIndex(fqn, torch.Size(c["offset"])): c for c in entry["chunks"]}
             chunks = [ChunkStorageMetadata(torch.Size(c["offset"]), torch.Size(c["shape"])) for c in entry["chunks"]]
             properties = TensorProperties(dtype=dtype_named(entry["dtype"]))
             tensors[fqn] = TensorStorageMetadata(properties, torch.Size(entry["shape"]), chunks)
-        return Metadata(tensors)
+        return Metadata(tensors, storage_data=where)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        for fqn, entry in read_index(self.folder).items():
-            for chunk in entry["chunks"]:
-                self.where[MetadataIndex(fqn, torch.Size(chunk["offset"]))] = chunk
+        self.where: dict[MetadataIndex, dict[str, Any]] = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         return plan
