@@ -62,7 +62,7 @@ def label(recipe: AnyRecipe) -> str:
         return recipe.label
     if recipe.name not in names():
         return recipe.name
-    base, own = _flat(load(recipe.name).to_dict()), _flat(recipe.to_dict())
+    base, own = flatten(load(recipe.name).to_dict()), flatten(recipe.to_dict())
     expected = base | _what_follows(base, own)
     changed = {key: value for key, value in own.items() if expected[key] != value}
     for gemm in GEMMS:
@@ -112,8 +112,9 @@ def _recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in PLAN_KEYS}
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} -> {'a.b': 1}; lists are leaves."""
     out = {}
     for key, value in tree.items():
-        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return out

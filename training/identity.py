@@ -19,16 +19,6 @@ class IdentityError(ValueError):
     """The folder belongs to a run with other numerics."""
 
 
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; lists are leaves."""
-    if not isinstance(value, dict):
-        return {prefix: value}
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        flat.update(flatten(item, f"{prefix}.{key}" if prefix else str(key)))
-    return flat
-
-
 def numerics(
     config: TrainConfig, numbers: Numbers, plan: dict[str, Any], vocab_size: int, data: dict[str, str]
 ) -> dict[str, Any]:
@@ -46,7 +36,7 @@ def numerics(
         optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
     nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}
-    return flatten(
+    return library.flatten(
         {
             "model": {**model, "vocab_size": vocab_size},
             "dtypes": {"compute": "bfloat16", "master": "float32", "gradients": "float32"},

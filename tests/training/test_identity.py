@@ -7,9 +7,10 @@ import torch
 
 from configs import grid
 from configs.compose import compose
+from quant import library
 from training.config import TrainConfig
 from training.distributed import Dist
-from training.identity import IdentityError, flatten, refuse_other
+from training.identity import IdentityError, refuse_other
 from training.sketch import Request, describe
 
 BASE = ["model=llama_tiny", "quant=quartet2", "batch.sequences=8", "batch.micro=4", "batch.seq_len=128", "steps=40"]
@@ -138,7 +139,7 @@ def test_ways_to_write_the_same_numbers_are_the_same_run(base_hash):
 
 
 def test_flatten():
-    assert flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}) == {"a.b": 1, "a.c": [2, 3], "d": None}
+    assert library.flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}) == {"a.b": 1, "a.c": [2, 3], "d": None}
 
 
 def test_refusal_lists_old_and_new_values_and_shortens_long_lists():
