@@ -28,14 +28,12 @@ def one_line_errors() -> Iterator[Outcome]:
     try:
         yield outcome
     except torch.OutOfMemoryError as error:
-        outcome.code = FAILED
         say(
             f"out of GPU memory ({str(error).splitlines()[0]}). Add recompute=true, or parallel=fsdp on several GPUs: "
             "this very run can go on with either. A smaller batch.micro is another run (the micro-batch is part of the "
             "numerics). dry_run=true prints the expected memory"
         )
     except OSError as error:
-        outcome.code = FAILED
         say(str(error))
     except (ValueError, RuntimeError) as error:
         if not raised_by_us(error):
