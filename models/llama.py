@@ -190,9 +190,13 @@ def initial_value(name: str, shape: torch.Size, config: LlamaConfig, seed: int) 
     std = INIT_STD
     if name.endswith(("attn.out.weight", "mlp.down.weight")):
         std /= math.sqrt(2 * config.layers)
+    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator_for(seed, name))
+
+
+def generator_for(seed: int, name: str) -> torch.Generator:
+    """A parameter's own, on the CPU."""
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
-    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
 
 
 def permute_for_half_split(rows: Tensor, heads: int) -> Tensor:

@@ -11,7 +11,6 @@ read (theirs is stored in BF16), and RoPE turns neighbours where theirs turns ha
 Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hidden, V vocabulary.
 """
 
-import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import inverse_rms, turn
-from models.llama import fill_parameters, rope_table
+from models.llama import fill_parameters, generator_for, rope_table
 from models.shape import DTYPES, DecoderShape
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
@@ -163,8 +162,7 @@ def initial_value(name: str, shape: torch.Size, width: int, seed: int) -> Tensor
         return value + 1.0
     if name == "embedding_scales" or name.endswith(("attn.out.weight", "mlp.down.weight")):
         return value
-    key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-    generator = torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
+    generator = generator_for(seed, name)
     if name.startswith("blocks."):
         bound = (3.0 / width) ** 0.5
         return value.uniform_(-bound, bound, generator=generator)
