@@ -28,12 +28,11 @@ from statistics import median
 from typing import Any
 
 import torch
-from verify_resume import REPOSITORY, kill_tree, last_step, send, train_lines, wait_for
+from verify_resume import REPOSITORY, TINY_MODEL, kill_tree, last_step, send, train_lines, wait_for
 
 from configs.slurm import descendants
 
 QUIET = ["evaluate.every=null", "evaluate.final_tokens=8192", "evaluate.slots=false"]
-TINY = ["model=llama_tiny", "model.layers=1", "model.width=128", "model.heads=2", "model.hidden=128", "compile=false"]
 RECIPES = ("bf16", "quartet2")
 ENDLESS = "steps=100000"  # of a run that we end
 LIMIT_S = 600
@@ -49,7 +48,7 @@ class Failed(RuntimeError):
 def size(arguments: argparse.Namespace, model: str, seq_len: int, micro: int, sequences: int) -> list[str]:
     """Model and batch. In a rehearsal the tiny model with as many micro-batches of one sequence of 128."""
     if arguments.rehearse:
-        return [*TINY, "batch.seq_len=128", "batch.micro=1", f"batch.sequences={max(2, sequences // micro)}"]
+        return [*TINY_MODEL, "batch.seq_len=128", "batch.micro=1", f"batch.sequences={max(2, sequences // micro)}"]
     batch = [f"batch.seq_len={seq_len}", f"batch.micro={micro}", f"batch.sequences={sequences}"]
     return [f"model={model}", *batch]
 

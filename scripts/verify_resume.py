@@ -32,14 +32,17 @@ from configs.slurm import descendants  # noqa: E402
 from training.checkpoint import read_all  # noqa: E402
 from training.manifest import checkpoints, latest_good  # noqa: E402
 
-# Small enough for 20 restarts on two cores, where starting Python takes most of the time. log.every=1 lets this
-# script see every step as it happens.
-TINY = [
+# Small enough for 20 restarts on two cores, where starting Python takes most of the time.
+TINY_MODEL = [
     "model=llama_tiny",
     "model.layers=1",
     "model.width=128",
     "model.heads=2",
     "model.hidden=128",
+    "compile=false",
+]
+TINY = [
+    *TINY_MODEL,
     "quant=quartet2",
     "batch.seq_len=128",
     "batch.sequences=2",
@@ -47,7 +50,6 @@ TINY = [
     "evaluate.every=null",
     "evaluate.final_tokens=1024",
     "evaluate.slots=false",
-    "compile=false",
 ]
 STALL_S = 600
 
@@ -69,7 +71,7 @@ def command(arguments: argparse.Namespace, folder: Path, world: int, parallel: s
         *(TINY if not any(o.startswith("model=") for o in arguments.overrides) else []),
         f"steps={arguments.steps}",
         f"checkpoint.every={arguments.every}",
-        "log.every=1",
+        "log.every=1",  # this script sees every step as it happens
         *arguments.overrides,
         f"run.name={folder.name}",
         f"paths.runs={folder.parent}",
