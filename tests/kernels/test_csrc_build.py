@@ -105,5 +105,12 @@ def test_command_line_builds_the_architectures_asked_for_and_lists(sandbox, caps
     assert "build: possible here" in lines
 
 
+def test_a_library_with_another_version_s_record_is_listed(sandbox, capsys):
+    path = build.build(UNIT)
+    path.with_suffix(".json").write_text('{"seconds": 3.5}\n')
+    assert build.main(["--list"]) == 0
+    assert "built (seconds 3.5)" in capsys.readouterr().out
+
+
 def test_every_unit_has_its_source_and_every_source_its_unit():
     assert {unit.sources[0].name for unit in build.UNITS.values()} == {path.name for path in build.CSRC.glob("*.cu")}
