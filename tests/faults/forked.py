@@ -11,6 +11,8 @@ import time
 import traceback
 from pathlib import Path
 
+import torch
+
 from configs.compose import compose
 from training.failures import one_line_errors
 from training.launch import Request, launch
@@ -48,6 +50,9 @@ class Ranks:
             places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
             places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             os.environ.update({name: str(value) for name, value in places.items()})
+            # Before there is a second thread: torch renews its thread pool at its first use after a fork, and two
+            # threads that do so at once end in "Invalid thread pool!". The parent has one thread, too (conftest.py).
+            torch.set_num_threads(1)
             patch(rank)
             composed = compose(overrides)
             with one_line_errors() as outcome:
