@@ -254,7 +254,7 @@ def worlds(text: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="config overrides as for train.py")
-    parser.add_argument("--steps", type=int, default=80, help="2N, length of the run")
+    parser.add_argument("--steps", type=int, default=120, help="length of the run")
     parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--damage", type=float, default=0.0, help="share of kills that also damage a checkpoint")
