@@ -110,7 +110,7 @@ def equal_losses(groups: list[Group], base: Group) -> list[str]:
     ]
     note = (
         f"When {base.label} first comes down to the loss at which each recipe's curve ends. Its learning rate has not "
-        "decayed by then, so a run planned for that length would need fewer tokens still. Times are of these machines: "
+        "decayed by then, so a run planned for that length may need fewer still. Times are of these machines: "
         "emulated 4-bit runs say nothing about native speed. Runs that shared their GPU, or may have, give no time."
     )
     return [
