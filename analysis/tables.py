@@ -10,8 +10,7 @@ from analysis.pairing import Gap
 NOTE = (
     "Gap: validation loss minus the baseline's, same validation tokens, 1e-3 nats/token. Interval: 95 %, over training "
     "seeds. Text SE: standard error of the same gap over validation documents (jackknife), for these trained models "
-    "only. "
-    "Intervals are not corrected for the number of recipes compared."
+    "only. Intervals are not corrected for the number of recipes compared."
 )
 HEADER = (
     "recipe",
@@ -130,14 +129,7 @@ def to_csv(rows: list[Row]) -> str:
             row.sd,
             row.best,
         ]
-        values += [
-            gap.mean if gap else math.nan,
-            row.percent,
-            low,
-            high,
-            gap.method if gap else "",
-            row.text.se if row.text else math.nan,
-        ]
+        values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", _text_se(row)]
         values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
         writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
     return out.getvalue()

@@ -27,6 +27,7 @@ WARNING_S = SAVE_LIMIT_S + 60
 # Time limits that a run may reach. submitit's own 3 would end a run of weeks after four of them.
 MAX_TIMEOUTS = 1000
 FAILURE_PAUSE_S = 10
+SLURM = "slurm"  # what submitit calls the cluster that is meant unless slurm.cluster says another
 NO_SLURM = "launcher=slurm: this machine has no {}; log in where SLURM is, or try slurm.cluster=local"
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Ports of the rendezvous, by job id: two jobs may share a node.
@@ -104,11 +105,14 @@ def is_running(pid: int) -> bool:
     return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
-def jobs_in_queue() -> set[str]:
-    """Ids of this user's jobs that wait or run, the elements of an array one by one ("17_0", "17_1").
+def jobs_in_queue(options: dict[str, str]) -> set[str]:
+    """Ids of this user's jobs that wait or run, the elements of an array one by one ("17_0", "17_1"). None with
+    cluster=local|debug, where nothing waits.
 
     GridError if squeue doesn't answer: nothing is submitted blindly.
     """
+    if options.get("cluster", SLURM) != SLURM:
+        return set()
     words = ["squeue", "--me", "--noheader", "--array", "--format=%i"]
     try:
         return set(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.split())
@@ -133,8 +137,8 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     if not commands:
         return []
     settings = {key: int(value) if value.isdigit() else value for key, value in options.items()}
-    cluster = settings.pop("cluster", "slurm")
-    if cluster == "slurm" and shutil.which("srun") is None:
+    cluster = settings.pop("cluster", SLURM)
+    if cluster == SLURM and shutil.which("srun") is None:
         raise GridError(NO_SLURM.format("srun"))
     processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}

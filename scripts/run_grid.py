@@ -178,19 +178,17 @@ def report(line: gridline.GridLine, run: Running, queued: int, running: int) -> 
 def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
     """One job array of what is missing and not in the queue; see configs/slurm.py. Locks don't tell: a waiting job has
     none, and a running one's may not be seen from this machine."""
-    with submitting(line.runs / ".grid" / "slurm"):
+    folder = line.runs / ".grid" / "slurm"
+    with submitting(folder):
         records = {cell: states.cell_lock(line.runs, line.run_name(cell)).with_suffix(".job") for cell in line.cells}
-        waiting = slurm.jobs_in_queue() if options.get("cluster", "slurm") == "slurm" else set()
-        cells = []
+        waiting, cells = slurm.jobs_in_queue(options), []
         for cell in pending(line):
             job = records[cell].read_text() if records[cell].exists() else None
             if job in waiting:
                 print(f"{cell}: in the queue as job {job}, left alone")
             else:
                 cells.append(cell)
-        jobs = slurm.submit(
-            line.experiment, line.runs / ".grid" / "slurm", [command(line, cell) for cell in cells], options
-        )
+        jobs = slurm.submit(line.experiment, folder, [command(line, cell) for cell in cells], options)
         for cell, job in zip(cells, jobs, strict=True):
             records[cell].write_text(job)
             print(f"{cell}: submitted as job {job}")

@@ -1,7 +1,9 @@
-"""Text that the end-to-end tests train on."""
+"""Text that the end-to-end tests train on, and stand-ins for programs."""
 
 import json
+import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,18 @@ def text_file(tmp_path_factory) -> Path:
             text = " ".join(rng.choice(words) for _ in range(200))
             file.write(json.dumps({"id": str(i), "source": "made up", "text": text}) + "\n")
     return path
+
+
+@pytest.fixture
+def on_path(tmp_path, monkeypatch) -> Callable[..., None]:
+    """on_path(squeue="echo 17"): shell scripts that are found before the programs of these names."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder), prepend=os.pathsep)
+
+    def put(**bodies: str) -> None:
+        for name, body in bodies.items():
+            (folder / name).write_text(f"#!/bin/sh\n{body}\n")
+            (folder / name).chmod(0o755)
+
+    return put

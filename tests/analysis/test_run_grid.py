@@ -82,10 +82,8 @@ def test_one_run_a_gpu_side_by_side(run_grid, tmp_path, monkeypatch, capsys):
     assert "1 running, 2 waiting" in capsys.readouterr().out
 
 
-def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, tmp_path):
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 'GPU 0: H100'\necho 'GPU 1: H100'\n")
-    (tmp_path / "nvidia-smi").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, on_path):
+    on_path(**{"nvidia-smi": "echo 'GPU 0: H100'\necho 'GPU 1: H100'"})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run_grid.gpu_slots("all", 2) == ["0", "1", "0", "1"]
     assert run_grid.gpu_slots("1", 1) == ["1"]
@@ -236,21 +234,13 @@ def test_slurm_submits_one_job_a_missing_cell(run_grid, tmp_path, capsys):
 
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
+def cluster(tmp_path, on_path):
     """A SLURM that only queues: sbatch says the next id, squeue prints the file `queue`, srun is there."""
     pytest.importorskip("submitit", reason="submitit is not installed")
-    programs, queue = tmp_path / "bin", tmp_path / "queue"
-    programs.mkdir()
+    queue, submissions = tmp_path / "queue", tmp_path / "submissions"
     queue.touch()
-    scripts = {
-        "srun": "true",
-        "squeue": f"cat {queue}",
-        "sbatch": f"echo x >>{tmp_path}/submissions; echo Submitted batch job 70$(grep -c x {tmp_path}/submissions)",
-    }
-    for name, body in scripts.items():
-        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    sbatch = f"echo x >>{submissions}; echo Submitted batch job 70$(grep -c x {submissions})"
+    on_path(srun="true", squeue=f"cat {queue}", sbatch=sbatch)
     return queue
 
 
@@ -268,12 +258,12 @@ def test_slurm_leaves_alone_what_waits_or_runs(run_grid, tmp_path, capsys, clust
     assert (tmp_path / "submissions").read_text() == "x\nx\n"
 
 
-def test_nothing_is_submitted_blindly(run_grid, tmp_path, capsys, cluster):
-    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\necho no controller >&2; exit 1\n")
+def test_nothing_is_submitted_blindly(run_grid, tmp_path, capsys, cluster, on_path):
+    on_path(squeue="echo no controller >&2; exit 1")
     words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}/runs", "launcher=slurm"]
     assert run_grid.main(words) == 2
     assert "no controller; which cells wait or run already" in capsys.readouterr().err
-    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\n")
+    on_path(squeue="true")
     with run_grid.submitting(tmp_path / "runs" / ".grid" / "slurm"):
         assert run_grid.main(words) == 2
     assert "another run_grid.py is submitting" in capsys.readouterr().err

@@ -129,17 +129,9 @@ def test_sbatch_options_reach_sbatch(tmp_path, monkeypatch):
     assert seen["commands"][0][1:] == [str(slurm.TRAIN), "model=llama_1b9"]
 
 
-@pytest.fixture
-def sbatch(tmp_path, monkeypatch):
-    """Stand-ins for SLURM's commands that accept every job."""
-    for name, body in (("sbatch", "echo Submitted batch job 4711"), ("srun", "true")):
-        (tmp_path / name).write_text(f"#!/bin/sh\n{body}\n")
-        (tmp_path / name).chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-
-
 @pytest.mark.parametrize(("options", "delay"), [({}, 180), ({"signal_delay_s": "600"}, 600)])
-def test_a_job_outlives_many_time_limits_and_has_time_to_save(tmp_path, sbatch, options, delay):
+def test_a_job_outlives_many_time_limits_and_has_time_to_save(tmp_path, on_path, options, delay):
+    on_path(sbatch="echo Submitted batch job 4711", srun="true")
     slurm.submit("weeks", tmp_path / "jobs", [["true"], ["true"]], {"timeout_min": "240", **options})
     assert f"@{delay}\n" in (tmp_path / "jobs" / "4711_submission.sh").read_text()
     for task in (0, 1):

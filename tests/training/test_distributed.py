@@ -20,9 +20,9 @@ print("alone")
 
 
 def run(world: str) -> subprocess.CompletedProcess:
-    path = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "WORLD_SIZE": world}
-    return subprocess.run([sys.executable, "-c", BODY], env=environment, capture_output=True, text=True, timeout=120)
+    command, environment = [sys.executable, "-c", BODY], {**os.environ, "WORLD_SIZE": world}
+    root = Path(__file__).parents[2]
+    return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=120)
 
 
 def test_a_rank_ends_with_its_code_and_handlers_but_without_finalization():
