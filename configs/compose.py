@@ -30,8 +30,39 @@ from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parent
 CELL = "cell"  # of an experiment grid: written out before composition, so not a key of the schema
-# What other trainers call some keys, for suggestions only.
-OTHER_NAMES = {"learning_rate": "lr", "batch_size": "sequences", "micro_batch_size": "micro", "max_steps": "steps"}
+LAUNCHER = "launcher"  # taken off by configs/cli.py
+# What other trainers call some keys (the last part of them), for suggestions only.
+OTHER_NAMES = {
+    "learning_rate": "lr",
+    "batch_size": "sequences",
+    "micro_batch_size": "micro",
+    "gradient_accumulation_steps": "micro",
+    "max_steps": "steps",
+    "epochs": "tokens",
+    "num_epochs": "tokens",
+    "sequence_length": "seq_len",
+    "max_grad_norm": "clip",
+    "eval_interval": "evaluate.every",
+    "save_every": "checkpoint.every",
+    "save_interval": "checkpoint.every",
+    "log_interval": "log.every",
+    "output_dir": "paths.runs",
+    "out_dir": "paths.runs",
+    "recipe": "quant",
+    "precision": "quant",
+}
+# What other trainers have a key for and this one hasn't.
+GPUS = "torchrun --nproc-per-node=4 train.py ... runs on four GPUs, and CUDA_VISIBLE_DEVICES chooses which"
+NO_KEY = {
+    "wandb": "write logger=wandb",
+    "resume": "the same command resumes its run",
+    "device": GPUS,
+    "devices": GPUS,
+    "gpus": GPUS,
+    "num_gpus": GPUS,
+    "nproc": GPUS,
+    "world_size": GPUS,
+}
 NONE_MARK = "_none_"  # how `quant.dgrad=none` travels through Hydra, which would replace the mapping by the string
 
 
@@ -125,7 +156,7 @@ def check(override: Override) -> Override:
         check_choices(override, known_groups[key])
     elif key not in known_keys() and not key.startswith(tuple(f"{name}." for name in FREE_FORM)):
         raise ConfigError(
-            f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups])}; "
+            f"unknown key {key!r}{nearest_key(key, [*known_keys(), *known_groups, CELL, LAUNCHER])}; "
             "python train.py --help lists the groups"
         )
     return override
@@ -151,14 +182,27 @@ def listed(override: Override) -> list[str]:
 
 
 def nearest_key(key: str, known: list[str]) -> str:
-    """A suggestion by the whole dotted key, or by its last part (`lr` -> optim.lr)."""
+    """A suggestion by the whole dotted key, or by its last part (`name` -> run.name), the most alike first."""
     last = key.rsplit(".", 1)[-1]
-    last = OTHER_NAMES.get(last, last)
-    same_end = [name for name in known if name.rsplit(".", 1)[-1] == last]
-    ends = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = same_end or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    near = near or [ends[end] for end in difflib.get_close_matches(last, list(ends), n=1, cutoff=0.6)]
+    if last in NO_KEY:
+        return f": {NO_KEY[last]}"
+    wanted = OTHER_NAMES.get(last, last)
+    if wanted in known:
+        return f"; did you mean {wanted}?"
+    near = ending_in(wanted, key, known) or difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not near:
+        ends = {name.rsplit(".", 1)[-1] for name in known}
+        close = difflib.get_close_matches(wanted, sorted(ends), n=1, cutoff=0.6)
+        near = [name for end in close for name in ending_in(end, key, known)]
     return f"; did you mean {' or '.join(near[:3])}?" if near else ""
+
+
+def ending_in(end: str, key: str, known: list[str]) -> list[str]:
+    """The known keys with this last part, the most like `key` first, a preset's own field last among equals."""
+    names = [name for name in dict.fromkeys(known) if name.rsplit(".", 1)[-1] == end]
+    return sorted(
+        names, key=lambda name: (-difflib.SequenceMatcher(None, key, name).ratio(), name.startswith("model."))
+    )
 
 
 def rewrite(override: Override) -> list[str]:

@@ -19,7 +19,15 @@ ROOT = Path(__file__).resolve().parents[2]
 MISTAKES = [
     # unknown keys
     (["optim.lrr=1"], ["'optim.lrr'", "did you mean optim.lr?"]),
-    (["lr=1e-3"], ["'lr'", "did you mean model.lr or optim.lr?"]),
+    (["lr=1e-3"], ["'lr'", "did you mean optim.lr or model.lr?"]),
+    (["optimizer.lr=1e-3"], ["did you mean optim.lr or model.lr?"]),
+    (["name=mine"], ["'name'", "did you mean run.name or "]),
+    (["scheduler.name=cosine"], ["did you mean schedule.name or "]),
+    (["epochs=2"], ["did you mean tokens?"]),
+    (["output_dir=x"], ["did you mean paths.runs?"]),
+    (["launchr=slurm"], ["did you mean launcher?"]),
+    (["resume=true"], ["unknown key 'resume': the same command resumes"]),
+    (["num_gpus=4"], ["unknown key 'num_gpus': torchrun"]),
     (["qunat=bf16"], ["'qunat'", "did you mean quant?"]),
     (["optm.lr=1"], ["'optm.lr'", "optim.lr"]),
     (["optim.betas.x=1"], ["'optim.betas.x'", "optim.betas"]),
