@@ -46,6 +46,8 @@ MISTAKES = [
     (["optim.lr=abc"], ["optim.lr", "'abc'", "Float"]),
     (["seed=a"], ["seed", "'a'", "Integer"]),
     (["model.layers=2.5"], ["model.layers", "2.5", "Integer"]),
+    (["batch=8"], ["batch: a section", "batch.sequences"]),
+    (["logger.wandb=true"], ["logger.wandb: a section", "logger.wandb.mode"]),
     (["evaluate.bf16=maybe"], ["evaluate.bf16", "'maybe'", "bool"]),
     # values
     (["backend=tritn"], ["backend=tritn", "auto, reference, triton", "did you mean triton?"]),
