@@ -19,7 +19,8 @@ Flags
   --cfg job        print the composed configuration and stop
   -m, --multirun   key=a,b,c are several runs; one process each, in sequence
   launcher=slurm   submit a SLURM job instead: slurm.partition= slurm.nodes=2 slurm.gpus_per_node=8 slurm.timeout_min=
-  dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU
+  dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU,
+                   with launcher=slurm no SLURM: it shows the sbatch options, too, and submits nothing
 
 Groups (group=choice)
 {groups}

@@ -32,9 +32,9 @@ def run_all(overrides: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
-def checked(jobs: list[list[str]]) -> list[list[str]]:
-    """`jobs`, if every one of them composes to numbers that fit each other, into a folder of its own. Raises
-    ConfigError."""
+def checked(jobs: list[list[str]], world: int = 1) -> list[list[str]]:
+    """`jobs`, if every one of them composes to numbers that fit each other and `world` processes, into a folder of its
+    own. Raises ConfigError."""
     named: dict[str, list[str]] = {}
     for job in jobs:
         try:
@@ -42,7 +42,7 @@ def checked(jobs: list[list[str]]) -> list[list[str]]:
             from training.derive import derive  # here: a wrong override shall not wait for torch to be imported
             from training.shapes import shape_of
 
-            derive(config, shape_of(config, config.data.vocab_size).parameters_non_embedding, world=1)
+            derive(config, shape_of(config, config.data.vocab_size).parameters_non_embedding, world)
         except ValueError as error:
             raise ConfigError(f"in {' '.join(job)}: {error}") from error
         name = config.run.name
@@ -55,14 +55,39 @@ def checked(jobs: list[list[str]]) -> list[list[str]]:
 
 
 def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) -> int:
-    """One SLURM job per run, after the same checks. A job that is preempted is requeued and resumes."""
-    jobs = checked(sweep(overrides) if multirun else [overrides])
+    """One SLURM job per run, after the same checks. A job that is preempted is requeued and resumes. With dry_run=true
+    the plans are shown and nothing is submitted."""
     try:
+        nodes, processes = slurm.ranks_of(options)
+        jobs = checked(sweep(overrides) if multirun else [overrides], nodes * processes)
+        if any(compose(job).config.dry_run for job in jobs):
+            print(slurm.described(len(jobs), options))
+            return show_plans(jobs, nodes, processes)
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
             print(f"job {number}: train.py {' '.join(job)}")
     except slurm.GridError as error:
         raise ConfigError(str(error)) from error
     return 0
+
+
+def show_plans(jobs: list[list[str]], nodes: int, processes: int) -> int:
+    """Print the start screens of runs on so many ranks, with the devices of this machine."""
+    from training.distributed import Dist, setup  # here: see `checked`
+    from training.failures import one_line_errors
+    from training.launch import Request, plan
+
+    with one_line_errors() as outcome:
+        ranks = Dist(0, nodes * processes, 0, setup().device, local_world=processes)
+        for job in jobs:
+            composed = compose(job)
+            command = f"train.py {' '.join(job)}"
+            print(
+                f"\n{command}",
+                plan(Request(composed.config, composed.yaml, composed.choices, command), ranks),
+                sep="\n",
+            )
+        outcome.code = 0
+    return outcome.code
 
 
 def run_one(job: list[str]) -> tuple[int, bool]:

@@ -6,6 +6,7 @@ and submitit has the job requeued, which starts the same command again.
 """
 
 import contextlib
+import importlib.util
 import os
 import shlex
 import shutil
@@ -13,7 +14,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from configs.grid import GridError
 from training.signals import EXIT_PREEMPTED
@@ -29,10 +32,14 @@ MAX_TIMEOUTS = 1000
 FAILURE_PAUSE_S = 10
 SLURM = "slurm"  # what submitit calls the cluster that is meant unless slurm.cluster says another
 NO_SLURM = "launcher=slurm: this machine has no {}; log in where SLURM is, or try slurm.cluster=local"
+RUNS = "nibble"  # the name of train.py's jobs
+SUBMITIT_TIME_MIN = 5  # submitit's default time limit
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Ports of the rendezvous, by job id: two jobs may share a node.
 FIRST_PORT, PORTS = 20_000, 20_000
 # What submitit knows under its own names; everything else is an sbatch option (partition, qos, account, ...).
+# sbatch calls some of them otherwise.
+SBATCH_NAMES = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "stderr_to_stdout")
 
 
@@ -123,36 +130,98 @@ def jobs_in_queue(options: dict[str, str]) -> set[str]:
         raise GridError(f"{shlex.join(words)}: {reason}; which cells wait or run already can't be seen") from None
 
 
-def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str, str]) -> list[str]:
-    """Submit one job array; returns the job ids. `options`: submitit parameters, cluster=local|debug for trials, and
-    processes_per_node (default: gpus_per_node, itself 1).
+@dataclass(frozen=True)
+class Wish:
+    """What slurm.* options ask for. `processes`: a node's; `parameters`: submitit's, under its names."""
 
-    GridError without submitit, or for an option that it refuses.
-    """
+    cluster: str
+    nodes: int
+    processes: int
+    parameters: dict[str, Any]
+
+
+def read_options(name: str, options: dict[str, str]) -> Wish:
+    """`options`: submitit's parameters and sbatch's, cluster=local|debug for trials, and processes_per_node (default:
+    gpus_per_node, itself 1). GridError where a number of processes isn't one."""
+    given = {key: int(value) if value.isdigit() else value for key, value in options.items()}
+    for key in ("nodes", "gpus_per_node", "processes_per_node"):
+        if not isinstance(given.get(key, 1), int):
+            raise GridError(f"slurm.{key}={given[key]}: give a whole number")
+    cluster = given.pop("cluster", SLURM)
+    processes = given.pop("processes_per_node", given.get("gpus_per_node", 1))
+    settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in given.items()}
+    defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
+    return Wish(cluster, given.get("nodes", 1), processes, defaults | settings)
+
+
+def executor_for(wish: Wish, folder: Path, options: dict[str, str], cluster: str):
+    """submitit's executor with these parameters. GridError without submitit, or for an option that it refuses."""
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", PREEMPT_SIGNAL)  # submitit reads it when it is imported
     try:
         import submitit
     except ImportError:
         raise GridError("launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
-    if not commands:
-        return []
-    settings = {key: int(value) if value.isdigit() else value for key, value in options.items()}
-    cluster = settings.pop("cluster", SLURM)
     if cluster == SLURM and shutil.which("srun") is None:
         raise GridError(NO_SLURM.format("srun"))
-    processes = settings.pop("processes_per_node", settings.get("gpus_per_node", 1))
-    settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in settings.items()}
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
-        defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
-        executor.update_parameters(**{**defaults, **settings})
+        executor.update_parameters(**wish.parameters)
     except (NameError, AssertionError, ValueError) as error:  # submitit's: an unknown option, type or cluster
         given = " ".join(f"slurm.{key}={value}" for key, value in options.items())
         raise GridError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None
-    return [job.job_id for job in executor.map_array(Task(processes), commands)]
+    return executor
+
+
+def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str, str]) -> list[str]:
+    """Submit one job array; returns the job ids. GridError without submitit, or for an option that can't be."""
+    if not commands:
+        return []
+    wish = read_options(name, options)
+    executor = executor_for(wish, folder, options, wish.cluster)
+    return [job.job_id for job in executor.map_array(Task(wish.processes), commands)]
 
 
 def submit_runs(jobs: list[list[str]], options: dict[str, str]) -> list[str]:
     """One job for each list of train.py's overrides."""
     commands = [[sys.executable, str(TRAIN), *job] for job in jobs]
-    return submit("nibble", Path(options.pop("folder", "slurm")), commands, options)
+    folder, rest = split_folder(options)
+    return submit(RUNS, folder, commands, rest)
+
+
+def split_folder(options: dict[str, str]) -> tuple[Path, dict[str, str]]:
+    """Where submitit's scripts and logs go, and the other options."""
+    return Path(options.get("folder", "slurm")), {key: value for key, value in options.items() if key != "folder"}
+
+
+def ranks_of(options: dict[str, str]) -> tuple[int, int]:
+    """(nodes, processes on each) of a run with these options. GridError as read_options."""
+    wish = read_options(RUNS, split_folder(options)[1])
+    return wish.nodes, wish.processes
+
+
+def described(count: int, options: dict[str, str]) -> str:
+    """What submit_runs would submit for `count` runs, without SLURM; where submitit is installed it checks the options.
+    GridError as submit_runs."""
+    folder, rest = split_folder(options)
+    wish = read_options(RUNS, rest)
+    if importlib.util.find_spec("submitit"):
+        executor_for(wish, folder, rest, "debug" if wish.cluster == SLURM else wish.cluster)  # SLURM's needs srun
+    each = f"{wish.nodes} node{'s' * (wish.nodes > 1)} x {wish.processes} process{'es' * (wish.processes > 1)}"
+    lines = [("dry run", f"{count} job{'s' * (count > 1)} of {each} on {wish.cluster}; nothing is submitted")]
+    if wish.cluster == SLURM:
+        lines.append(("sbatch", shlex.join(sbatch_options(wish.parameters, count))))
+    lines += [("logs", f"{folder}/"), ("", "device and compile below are those of this machine, not of a node")]
+    return "\n".join(f"{label:<10} {text}" for label, text in lines)
+
+
+def sbatch_options(parameters: dict[str, Any], count: int) -> list[str]:
+    """As submitit writes them into its script, but for the paths of its logs."""
+    wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items()}
+    wanted = {"time": SUBMITIT_TIME_MIN} | {SBATCH_NAMES.get(key, key): value for key, value in wanted.items()}
+    wanted["signal"] = f"{PREEMPT_SIGNAL}@{wanted.pop('signal_delay_s')}"
+    if "mem_gb" in parameters:
+        wanted["mem"] = f"{wanted['mem']}GB"
+    at_once = wanted.pop("array_parallelism", 256)  # submitit's default
+    if count > 1:
+        wanted["array"] = f"0-{count - 1}%{min(count, at_once)}"
+    return [f"--{key.replace('_', '-')}={value}" for key, value in sorted(wanted.items())]

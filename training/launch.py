@@ -45,10 +45,9 @@ def launch(request: Request) -> int:
     """
     ranks = setup()
     if request.config.dry_run:
-        path = request.config.data.path  # other text may not be prepared yet, and a dry run does nothing
-        sketch = describe(request, ranks, TokenSet(path) if path else None)
+        text = plan(request, ranks)
         if ranks.is_main:
-            print(screen(request, sketch, ranks))
+            print(text)
         code = 0
     else:
         code = train(request, ranks)
@@ -56,6 +55,12 @@ def launch(request: Request) -> int:
     # end of the process aborts it instead.
     teardown()
     return code
+
+
+def plan(request: Request, ranks: Dist) -> str:
+    """The start screen of a run that isn't started."""
+    path = request.config.data.path  # other text may not be prepared yet, and a dry run does nothing
+    return screen(request, describe(request, ranks, TokenSet(path) if path else None), ranks)
 
 
 def train(request: Request, ranks: Dist) -> int:

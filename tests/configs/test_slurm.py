@@ -2,13 +2,14 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
 
 import pytest
 
-from configs import slurm
+from configs import multirun, slurm
 from configs.cli import read_command_line
 from configs.compose import ConfigError
 from configs.grid import GridError
@@ -137,6 +138,52 @@ def test_a_job_outlives_many_time_limits_and_has_time_to_save(tmp_path, on_path,
     for task in (0, 1):
         job = submitit.core.utils.DelayedSubmission.load(tmp_path / "jobs" / f"4711_{task}_submitted.pkl")
         assert job._timeout_min == 240 and job._timeout_countdown >= 28 * 6  # four weeks of four-hour jobs
+
+
+@pytest.mark.parametrize(
+    "more", [{}, {"mem_gb": "64", "signal_delay_s": "600", "array_parallelism": "1", "qos": "high"}]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_dry_run_shows_the_options_that_sbatch_would_get(tmp_path, on_path, monkeypatch, count, more):
+    # submitit reads our choice from the environment when it is imported, which this file has done already.
+    monkeypatch.setattr(submitit.core.job_environment.JobEnvironment, "USR_SIG", slurm.PREEMPT_SIGNAL)
+    options = {"timeout_min": "240", "nodes": "2", "gpus_per_node": "8", "partition": "gpu long", **more}
+    shown = slurm.described(count, options | {"folder": "jobs"}).splitlines()
+    assert shown[0].endswith("of 2 nodes x 8 processes on slurm; nothing is submitted")
+    on_path(sbatch="echo Submitted batch job 4711", srun="true")
+    slurm.submit_runs([["seed=0"]] * count, options | {"folder": str(tmp_path / "jobs")})
+    script = (tmp_path / "jobs" / "4711_submission.sh").read_text()
+    written = {line.removeprefix("#SBATCH ") for line in script.splitlines() if line.startswith("#SBATCH")}
+    written = {shlex.split(line)[0] for line in written if not line.startswith(("--output", "--error"))}
+    (options_shown,) = [line for line in shown if line.startswith("sbatch")]
+    assert {*shlex.split(options_shown)[1:]} == written - {"--open-mode=append", "--wckey=submitit"}
+
+
+@pytest.mark.parametrize("with_submitit", [True, False])
+def test_a_dry_run_needs_no_slurm_and_shows_the_plan_for_all_ranks(tmp_path, monkeypatch, capsys, with_submitit):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    if not with_submitit:
+        monkeypatch.setitem(sys.modules, "submitit", None)
+    words = "-m model=llama_1b9 seed=0,1 dry_run=true launcher=slurm slurm.nodes=2 slurm.gpus_per_node=8"
+    line = read_command_line([*words.split(), "slurm.timeout_min=60"])
+    assert multirun.submit_all(line.overrides, line.multirun, line.slurm) == 0
+    shown = capsys.readouterr().out
+    assert "dry run    2 jobs of 2 nodes x 8 processes" in shown and "--gpus-per-node=8" in shown
+    assert shown.count("16 processes, parallel=hsdp") == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_batch_that_the_jobs_ranks_cannot_share_is_not_submitted():
+    with pytest.raises(ConfigError, match=r"don't divide over 3 GPUs; set batch\.micro"):
+        multirun.submit_all([], False, {"gpus_per_node": "3"})
+
+
+def test_a_dry_run_checks_the_options():
+    with pytest.raises(GridError, match=r"slurm\.foo=1.*submitit refuses"):
+        slurm.described(1, {"foo": "1"})
+    with pytest.raises(GridError, match=r"slurm\.nodes=two: give a whole number"):
+        slurm.described(1, {"nodes": "two"})
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
