@@ -18,7 +18,7 @@ HELP = """Train a language model under one of the 4-bit recipes, or resume the r
 Flags
   --cfg job        print the composed configuration and stop
   -m, --multirun   key=a,b,c are several runs; one process each, in sequence
-  launcher=slurm   submit a SLURM job instead: slurm.partition= slurm.nodes=2 slurm.gpus_per_node=8 slurm.timeout_min=
+  launcher=slurm   submit a SLURM job instead: slurm.timeout_min=1440 slurm.partition= slurm.nodes= slurm.gpus_per_node=
   dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU,
                    with launcher=slurm no SLURM: it shows the sbatch options, too, and submits nothing
 

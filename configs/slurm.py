@@ -33,7 +33,6 @@ FAILURE_PAUSE_S = 10
 SLURM = "slurm"  # what submitit calls the cluster that is meant unless slurm.cluster says another
 NO_SLURM = "launcher=slurm: this machine has no {}; log in where SLURM is, or try slurm.cluster=local"
 RUNS = "nibble"  # the name of train.py's jobs
-SUBMITIT_TIME_MIN = 5  # submitit's default time limit
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Ports of the rendezvous, by job id: two jobs may share a node.
 FIRST_PORT, PORTS = 20_000, 20_000
@@ -142,12 +141,15 @@ class Wish:
 
 def read_options(name: str, options: dict[str, str]) -> Wish:
     """`options`: submitit's parameters and sbatch's, cluster=local|debug for trials, and processes_per_node (default:
-    gpus_per_node, itself 1). GridError where a number of processes isn't one."""
+    gpus_per_node, itself 1). GridError where a number of processes isn't one, and for a job without a time limit."""
     given = {key: int(value) if value.isdigit() else value for key, value in options.items()}
     for key in ("nodes", "gpus_per_node", "processes_per_node"):
         if not isinstance(given.get(key, 1), int):
             raise GridError(f"slurm.{key}={given[key]}: give a whole number")
     cluster = given.pop("cluster", SLURM)
+    if cluster == SLURM and not {"timeout_min", "time", "slurm_time"} & given.keys():
+        # submitit's own five minutes would be spent on starting and saving.
+        raise GridError("launcher=slurm needs a time limit: slurm.timeout_min=1440; a job that reaches it is requeued")
     processes = given.pop("processes_per_node", given.get("gpus_per_node", 1))
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in given.items()}
     defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
@@ -217,7 +219,7 @@ def described(count: int, options: dict[str, str]) -> str:
 def sbatch_options(parameters: dict[str, Any], count: int) -> list[str]:
     """As submitit writes them into its script, but for the paths of its logs."""
     wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items()}
-    wanted = {"time": SUBMITIT_TIME_MIN} | {SBATCH_NAMES.get(key, key): value for key, value in wanted.items()}
+    wanted = {SBATCH_NAMES.get(key, key): value for key, value in wanted.items()}
     wanted["signal"] = f"{PREEMPT_SIGNAL}@{wanted.pop('signal_delay_s')}"
     if "mem_gb" in parameters:
         wanted["mem"] = f"{wanted['mem']}GB"

@@ -246,6 +246,7 @@ def cluster(tmp_path, on_path):
 
 def test_slurm_leaves_alone_what_waits_or_runs(run_grid, tmp_path, capsys, cluster):
     words = ["experiment=corpus_screen", "only=bf16/s[01]", f"paths.runs={tmp_path}/runs", "launcher=slurm"]
+    words.append("slurm.timeout_min=60")
     assert run_grid.main(words) == 0
     assert "bf16/s1: submitted as job 701_1\n" in capsys.readouterr().out
     cluster.write_text("701_1\n12\n")  # bf16/s0's job is gone, without a result: it goes in again

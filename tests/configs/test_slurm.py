@@ -176,12 +176,12 @@ def test_a_dry_run_needs_no_slurm_and_shows_the_plan_for_all_ranks(tmp_path, mon
 
 def test_a_batch_that_the_jobs_ranks_cannot_share_is_not_submitted():
     with pytest.raises(ConfigError, match=r"don't divide over 3 GPUs; set batch\.micro"):
-        multirun.submit_all([], False, {"gpus_per_node": "3"})
+        multirun.submit_all([], False, {"gpus_per_node": "3", "timeout_min": "60"})
 
 
 def test_a_dry_run_checks_the_options():
     with pytest.raises(GridError, match=r"slurm\.foo=1.*submitit refuses"):
-        slurm.described(1, {"foo": "1"})
+        slurm.described(1, {"foo": "1", "timeout_min": "60"})
     with pytest.raises(GridError, match=r"slurm\.nodes=two: give a whole number"):
         slurm.described(1, {"nodes": "two"})
 
@@ -189,11 +189,19 @@ def test_a_dry_run_checks_the_options():
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
     with pytest.raises(GridError, match="no srun"):
-        slurm.submit("name", tmp_path, [["true"]], {})
+        slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60"})
+
+
+def test_a_job_needs_a_time_limit(tmp_path, on_path):
+    on_path(sbatch="echo Submitted batch job 4711", srun="true")
+    with pytest.raises(GridError, match=r"needs a time limit: slurm\.timeout_min="):
+        slurm.submit("name", tmp_path, [["true"]], {"nodes": "2"})
+    assert slurm.submit("name", tmp_path, [["true"]], {"time": "60"}) == ["4711"]
+    assert slurm.ranks_of({"cluster": "local"}) == (1, 1)
 
 
 @pytest.mark.parametrize("cluster", ["slurm", "local"])
-@pytest.mark.parametrize("options", [{"timeout_min": "abc"}, {"foo": "1"}])
+@pytest.mark.parametrize("options", [{"timeout_min": "abc"}, {"foo": "1", "timeout_min": "5"}])
 def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, options, cluster):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: "/usr/bin/srun")
     monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda *_: 2)
