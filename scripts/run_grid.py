@@ -218,7 +218,11 @@ def main(words: list[str]) -> int:
         rest, options = take_launcher(words)
         line = gridline.read(rest, OWN)
         # One for all: cells differ by what the grid's file says, and a mistake in `extra` would fail in every log.
-        compose([f"experiment={line.experiment}", f"cell={next(iter(line.cells))}", *line.extra])
+        first = [f"experiment={line.experiment}", f"cell={next(iter(line.cells))}"]
+        if compose([*first, *line.extra]).config.dry_run:
+            raise GridError(
+                f"dry_run=true runs no cell: list=true lists them; train.py {' '.join(first)} dry_run=true shows a plan"
+            )
         if line.is_true("list"):
             for cell in pending(line):
                 print(shlex.join(command(line, cell)))

@@ -283,6 +283,7 @@ def test_nothing_is_submitted_blindly(run_grid, tmp_path, capsys, cluster, on_pa
         (["experiment=corpus_screen", "per_gpu=0"], "per_gpu=0: give a whole number, 1 or more"),
         (["experiment=corpus_screen", "per_gpu=x"], "per_gpu=x: give a whole number"),
         (["experiment=corpus_screen", "foo=1"], "unknown key 'foo'"),
+        (["experiment=corpus_screen", "dry_run=true"], "dry_run=true runs no cell: list=true"),
         (["experiment=corpus_screen", "launcher=slurm", "slurm.partition"], "can't read 'slurm.partition'"),
     ],
 )
