@@ -175,6 +175,23 @@ def load(path: Path = CACHE) -> dict[str, dict]:
     return floors
 
 
+def refuse_fewer(floors: dict[str, dict], cached: dict[str, dict], path: Path) -> None:
+    """ValueError if an entry of `floors` would replace one of `cached`, read from `path`, that more runs made."""
+    for key in floors.keys() & cached.keys():
+        now, before = counts(floors[key]), counts(cached[key])
+        if lost := [f"{kind} {before[kind]:g}, now {now[kind]:g}" for kind in now if now[kind] < before[kind]]:
+            raise ValueError(
+                f"{path} has {key[:60]}... from more runs ({'; '.join(lost)}): nothing written; give all its runs, "
+                "another file with --cache, or --replace to have these alone"
+            )
+
+
+def counts(entry: dict) -> dict[str, float]:
+    """What more runs can only raise: degrees of freedom, but for Satterthwaite's between seeds, and runs of a seed."""
+    table = {f"{kind} df": entry.get(kind, {}).get("df", 0) for kind in ("rerun", "nudge", "paired")}
+    return table | {"seeds of all recipes": sum(row["seeds"] for row in entry.get("recipes", {}).values())}
+
+
 def floor_for(run: Run, floors: dict[str, dict]) -> Floor | None:
     """The floor for runs like this one, or None."""
     entry = floors.get(run.conditions, {})

@@ -18,20 +18,23 @@ from analysis.runs import find_runs
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", help="run folders, or quoted globs; finished ones count")
-    parser.add_argument(
-        "--cache", type=Path, default=noise.CACHE, help="floors measured here replace those of the same key"
-    )
+    parser.add_argument("--cache", type=Path, default=noise.CACHE, help="the file that compare.py reads them from")
+    parser.add_argument("--replace", action="store_true", help="even where the file has a floor from more runs")
     args = parser.parse_args()
     try:
         floors = noise.measure(find_runs(args.runs))
         if not floors:
             raise ValueError("no two finished runs differ in the seed alone; run another seed")
+        print(noise.text(floors))
+        cached = noise.load(args.cache)
+        if not args.replace:
+            noise.refuse_fewer(floors, cached, args.cache)
         args.cache.parent.mkdir(parents=True, exist_ok=True)
-        args.cache.write_text(json.dumps(noise.load(args.cache) | floors, indent=1) + "\n")
+        args.cache.write_text(json.dumps(cached | floors, indent=1) + "\n")
     except (ValueError, OSError) as error:
         print(f"noise_floor: {error}", file=sys.stderr)
         return 2
-    print(noise.text(floors), f"written: {args.cache}", sep="\n")
+    print(f"written: {args.cache}")
     return 0
 
 

@@ -180,6 +180,36 @@ def test_a_cache_that_can_not_be_read_or_written_is_one_line(tmp_path):
     assert text.read_text() == "# no floors"
 
 
+def test_a_cached_floor_of_more_runs_stays_unless_replaced(tmp_path):
+    seeds(tmp_path, "bf16", [3.0, 3.1, 3.2])
+    write_run(tmp_path, "bf16", 0, 3.01, name="rerun")
+    cache = tmp_path / "floor.json"
+    all_runs, fewer = [f"{tmp_path}/*bf16*", f"{tmp_path}/rerun"], [f"{tmp_path}/*bf16*"]
+
+    def measure(*words):
+        command = [sys.executable, SCRIPTS / "noise_floor.py", *words, "--cache", cache]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        return done, cache.read_text()
+
+    first, text = measure(*all_runs)
+    assert first.returncode == 0 and measure(*all_runs)[0].returncode == 0  # the same runs again
+    done, after = measure(*fewer)
+    assert done.returncode == 2 and after == text and "df    2" in done.stdout
+    assert "rerun df 1, now 0" in done.stderr and "--replace" in done.stderr and done.stderr.count("\n") == 1
+    done, after = measure(*fewer, "--replace")
+    assert done.returncode == 0 and "rerun" not in after
+    assert measure(*all_runs)[0].returncode == 0  # more runs
+
+
+def test_fewer_seeds_or_recipes_are_fewer_runs(tmp_path):
+    whole = {"paired": {"sd": 1, "df": 2}, "recipes": {"bf16": {"seeds": 3}, "sr": {"seeds": 2}}}
+    for part in ({"bf16": {"seeds": 3}}, {"bf16": {"seeds": 2}, "sr": {"seeds": 2}}):
+        with pytest.raises(ValueError, match=r"seeds of all recipes 5, now [34]"):
+            noise.refuse_fewer({"key": whole | {"recipes": part}}, {"key": whole}, tmp_path)
+    noise.refuse_fewer({"key": whole, "new": {}}, {"key": whole}, tmp_path)
+    noise.refuse_fewer({"key": whole}, {"key": {"seed": {"sd": 1, "df": 9}}}, tmp_path)  # a file of another hand
+
+
 def test_runs_scored_on_more_text_at_the_end_have_their_own_floor(tmp_path):
     seeds(tmp_path, "bf16", [3.0, 3.1])
     path = write_run(tmp_path, "bf16", 2, 9.0)
