@@ -2,7 +2,8 @@
 
 A job is one command, `python train.py ...`, run once per node: by torchrun where a node has several processes or there
 are several nodes. SLURM's warning (SIGUSR1) reaches every process of the job; train.py saves and leaves with code 75,
-and submitit has the job requeued, which starts the same command again.
+and submitit has the job requeued, which starts the same command again. So it is where a machine is at fault: a rank
+hung, or torchrun was killed under its ranks. A run that failed by itself (a full disk, a mistake) ends its job.
 """
 
 import contextlib
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.grid import GridError
-from training.signals import EXIT_PREEMPTED
+from training.signals import EXIT_HUNG, EXIT_PREEMPTED
 
 # Where train.py saves and leaves with code 75; submitit's own default, USR2, would end it without a save.
 PREEMPT_SIGNAL = "USR1"
@@ -30,6 +31,8 @@ WARNING_S = SAVE_LIMIT_S + 60
 # Time limits that a run may reach. submitit's own 3 would end a run of weeks after four of them.
 MAX_TIMEOUTS = 1000
 FAILURE_PAUSE_S = 10
+# A job is requeued so often for faults, with no preemption or time limit between them: what always hangs shall end.
+MAX_FAULTS = 3
 SLURM = "slurm"  # what submitit calls the cluster that is meant unless slurm.cluster says another
 NO_SLURM = "launcher=slurm: this machine has no {}; log in where SLURM is, or try slurm.cluster=local"
 RUNS = "nibble"  # the name of train.py's jobs
@@ -46,22 +49,35 @@ class Task:
     """What one job runs on each node: a command, with `processes` ranks. submitit calls `checkpoint` on preemption and
     submits what it returns again."""
 
-    def __init__(self, processes: int = 1) -> None:
-        self.processes = processes
+    def __init__(self, processes: int = 1, faults: int = 0) -> None:
+        self.processes, self.faults = processes, faults
         self._pid: int | None = None
+        self._is_fault = False
 
     def __call__(self, words: list[str]) -> int:
+        launched = self.launched(words)
         # Ignored in torchrun, which SIGUSR1 would kill under its ranks' feet; train.py installs its own handler.
-        process = subprocess.Popen(
-            self.launched(words), preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-        )
+        process = subprocess.Popen(launched, preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
         self._pid = process.pid
         code = process.wait()
-        if code not in (0, EXIT_PREEMPTED):
-            # torchrun says 1 for its ranks' 75. A preempted job is taken away in this pause, a failed one says so.
-            time.sleep(FAILURE_PAUSE_S)
-            raise RuntimeError(f"{shlex.join(words)} failed with exit code {code}")
-        return code
+        self._pid = None
+        if code in (0, EXIT_PREEMPTED):
+            return code
+        # Without torchrun its ranks leave, too (training/watchdog.py). SIGTERM, in contrast, may be scancel's.
+        if code == EXIT_HUNG or (code == -signal.SIGKILL and launched != words):
+            self.requeue(code)
+        time.sleep(FAILURE_PAUSE_S)  # a job that another node has requeued is taken away in this pause
+        raise RuntimeError(f"{shlex.join(words)} failed with exit code {code}")
+
+    def requeue(self, code: int) -> None:
+        """Ask submitit, by its own signal, to requeue this job. Returns where it doesn't: on nodes but the first, with
+        cluster=debug, and after MAX_FAULTS."""
+        if self.faults >= MAX_FAULTS or not callable(signal.getsignal(signal.SIGUSR1)):
+            return
+        self.faults += 1
+        print(f"exit code {code}: a hang or a lost launcher; requeueing ({self.faults} of {MAX_FAULTS})", flush=True)
+        self._is_fault = True
+        os.kill(os.getpid(), signal.SIGUSR1)
 
     def launched(self, words: list[str]) -> list[str]:
         """`words`, a python command, behind torchrun where the job has more than one rank."""
@@ -71,7 +87,7 @@ class Task:
         nodes = environment.num_nodes
         if nodes == 1 and self.processes == 1:
             return words
-        torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={self.processes}"]
+        torchrun = [sys.executable, "-m", "configs.torchrun", f"--nproc-per-node={self.processes}"]
         if nodes == 1:
             return [*torchrun, "--standalone", *words[1:]]
         port = FIRST_PORT + int("".join(filter(str.isdigit, environment.job_id)) or 0) % PORTS
@@ -89,7 +105,7 @@ class Task:
         deadline = time.monotonic() + SAVE_LIMIT_S
         while self._pid is not None and is_running(self._pid) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return DelayedSubmission(Task(self.processes), words)
+        return DelayedSubmission(Task(self.processes, self.faults if self._is_fault else 0), words)
 
 
 def descendants(pid: int) -> list[int]:

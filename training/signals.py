@@ -6,6 +6,7 @@ evaluation, saves, and ends with `StopFlag.exit_code`. A second Ctrl-C ends at o
     0    finished, or stopped by Ctrl-C after saving
     75   stopped by SIGTERM or SIGUSR1 (preemption) after saving: start the same command again. EX_TEMPFAIL of
          sysexits.h, so that a requeue script can tell it from a failure
+    74   a rank hung, 71: torchrun is gone (training/watchdog.py). EX_IOERR and EX_OSERR
     130  second Ctrl-C
 """
 
@@ -19,6 +20,8 @@ from types import FrameType
 from data.files import flock
 
 EXIT_PREEMPTED = 75
+EXIT_HUNG = 74
+EXIT_ORPHAN = 71
 EXIT_KILLED_BY_USER = 130
 LOCK = ".lock"
 LOCK_WAIT_S = 0.2

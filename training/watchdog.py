@@ -20,9 +20,8 @@ from typing import Any
 import torch.distributed as dist
 
 from training.distributed import Dist
+from training.signals import EXIT_HUNG, EXIT_ORPHAN
 
-EXIT_HUNG = 74  # EX_IOERR of sysexits.h
-EXIT_ORPHAN = 71  # EX_OSERR
 CHECK_S = 1.0
 
 

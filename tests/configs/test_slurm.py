@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 
@@ -32,6 +33,14 @@ while not starts and sys.argv[2] == "wait":
         time.sleep(1)
         (folder / "saved").touch()
         sys.exit(75)
+if sys.argv[2] in ("hang", "hang once") and int(rank) == int(world) - 1:
+    if sys.argv[2] == "hang" or not starts:
+        sys.exit(74)
+if not starts and sys.argv[2] == "orphan":
+    os.kill(os.getppid(), signal.SIGKILL)
+    sys.exit(71)
+if sys.argv[2] == "disk full":
+    sys.exit(1)
 (folder / f"done-{rank}").touch()
 """
 
@@ -83,7 +92,7 @@ def test_command_on_several_nodes(monkeypatch):
 
     monkeypatch.setattr(submitit, "JobEnvironment", Environment)
     words = slurm.Task(8).launched(["python", "train.py", "model=llama_1b9"])
-    assert words[:4] == [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=8"]
+    assert words[:4] == [sys.executable, "-m", "configs.torchrun", "--nproc-per-node=8"]
     assert words[4:] == [
         "--nnodes=3",
         "--rdzv-backend=c10d",
@@ -92,6 +101,48 @@ def test_command_on_several_nodes(monkeypatch):
         "train.py",
         "model=llama_1b9",
     ]
+
+
+@pytest.mark.parametrize(("processes", "fault"), [(1, "hang once"), (2, "hang once"), (2, "orphan")])
+def test_a_hang_or_a_lost_launcher_requeues_the_job(tmp_path, script, monkeypatch, processes, fault):
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", slurm.PREEMPT_SIGNAL)
+    job = local_executor(tmp_path / "jobs").submit(
+        slurm.Task(processes), [sys.executable, str(script), str(tmp_path), fault]
+    )
+    assert job.result() == 0
+    assert json.loads((tmp_path / "started-0.json").read_text()) == [str(processes)] * 2
+    assert "requeueing (1 of 3)" in job.stdout()
+
+
+@pytest.mark.parametrize(("how", "code", "starts"), [("hang", 74, 4), ("disk full", 1, 1)])
+def test_a_run_that_always_hangs_or_fails_by_itself_ends_its_job(tmp_path, script, monkeypatch, how, code, starts):
+    monkeypatch.setenv("SUBMITIT_PREEMPT_SIGNAL", slurm.PREEMPT_SIGNAL)
+    job = local_executor(tmp_path / "jobs").submit(slurm.Task(), [sys.executable, str(script), str(tmp_path), how])
+    assert f"failed with exit code {code}" in str(job.exception())
+    assert len(json.loads((tmp_path / "started-0.json").read_text())) == starts
+
+
+@pytest.mark.parametrize(("node", "requeues"), [(0, "requeue 4711\n"), (1, "")])
+def test_the_first_node_asks_slurm_to_requeue(tmp_path, script, on_path, node, requeues):
+    """The job's own process as SLURM starts it on a node, with a scontrol that writes down what it is asked."""
+    asked, jobs = tmp_path / "asked", tmp_path / "jobs"
+    asked.touch()
+    on_path(sbatch="echo Submitted batch job 4711", srun="true", scontrol=f'echo "$@" >>{asked}')
+    words = [sys.executable, str(script), str(tmp_path), "hang once"]
+    slurm.submit("name", jobs, [words], {"timeout_min": "60"})
+    slurms = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": str(node), "SLURM_NODEID": str(node)}
+    done = subprocess.run(
+        [sys.executable, "-m", "submitit.core._submit", jobs],
+        env={**os.environ, **slurms, "SUBMITIT_EXECUTOR": "slurm", "SUBMITIT_PREEMPT_SIGNAL": slurm.PREEMPT_SIGNAL},
+        timeout=60,
+    )
+    assert done.returncode != 0 and asked.read_text() == requeues
+    if node == 0:
+        assert submitit.core.utils.DelayedSubmission.load(jobs / "4711_submitted.pkl").function.faults == 1
+
+
+def test_a_preemption_forgets_earlier_faults():
+    assert slurm.Task(2, faults=3).checkpoint(["true"]).function.faults == 0
 
 
 def test_failing_command_fails_the_job(tmp_path, monkeypatch):
