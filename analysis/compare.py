@@ -162,6 +162,15 @@ def common_step(a: Group, b: Group) -> int | None:
     return max(shared) if shared else None
 
 
+def on_shared_seeds(a: Group, b: Group) -> tuple[Group, Group]:
+    """Both with the seeds that both have; as they are where they share none."""
+    shared = a.by_seed().keys() & b.by_seed().keys()
+    if not shared:
+        return a, b
+    one, other = (tuple(run for run in side.runs if int(run.info["seed"]) in shared) for side in (a, b))
+    return replace(a, runs=one), replace(b, runs=other)
+
+
 def losses_at(group: Group, step: int) -> dict[int, float]:
     """{seed: validation loss at step}."""
     return seed_means(group, lambda run: run.loss_at(step))

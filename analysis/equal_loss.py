@@ -1,14 +1,15 @@
 """How many tokens, and how long, the baseline needs for the loss that another recipe ends with.
 
 Read off the validation curves, so with a caveat that the report prints: a decaying learning rate makes every point
-before the end worse than a run of that length would be; the saving of the baseline is therefore a lower bound.
+before the end worse than a run of that length would be; the saving of the baseline is therefore a lower bound. Curves
+are those of the seeds that both have, as gaps are.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.compare import Group
+from analysis.compare import Group, on_shared_seeds
 from analysis.plots import group_curve
 
 
@@ -44,8 +45,7 @@ def equal_loss(group: Group, base: Group) -> EqualLoss | None:
     """None when either has no evaluation yet, or a seed that diverged, or their curves are of different text."""
     if group.diverged or base.diverged or len({t for run in (*group.runs, *base.runs) for t in run.targets[:1]}) > 1:
         return None
-    steps, losses, _ = group_curve(group)
-    base_steps, base_losses, _ = group_curve(base)
+    (steps, losses, _), (base_steps, base_losses, _) = (group_curve(side) for side in on_shared_seeds(group, base))
     if not len(steps) or not len(base_steps):
         return None
     reached = first_reach(base_steps, base_losses, float(losses[-1]))

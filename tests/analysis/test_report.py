@@ -99,6 +99,18 @@ def test_tokens_and_time_to_equal_loss_by_hand(tmp_path):
     assert first_reach(np.array([10.0, 20.0]), np.array([2.0, 1.0]), 2.5) == 10.0
 
 
+def test_equal_loss_takes_the_seeds_that_both_have(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "quartet2", 0, 3.05)
+    write_run(tmp_path, "quartet2", 1, 2.0)  # a lucky seed, which bf16 hasn't run
+    base, group = group_runs(find_runs([f"{tmp_path}/*"]))
+    found = equal_loss(group, base)
+    assert found.loss == pytest.approx(3.05) and found.base_tokens == pytest.approx(98.75 * 1024)
+    write_run(tmp_path, "sr", 2, 3.05)
+    base, _, alone = group_runs(find_runs([f"{tmp_path}/*"]))
+    assert equal_loss(alone, base).loss == pytest.approx(3.05)  # no common seed: all that there are
+
+
 def test_a_cell_of_recipes_compared_before_the_end_says_where(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "fp8", 0, 2.99999)
