@@ -89,7 +89,7 @@ class QuantSpec:
 
     @property
     def is_nvfp4(self) -> bool:
-        return self.grid == "e2m1"
+        return self.scales == NVFP4_SCALES or self.is_square
 
     @property
     def is_square(self) -> bool:
