@@ -147,9 +147,8 @@ def describe(name: str, recipe: AnyRecipe) -> list[str]:
         if operand.source == "fprop_transposed":
             lines.append(f"  {slot:9} codes of fprop.{FPROP_SLOT[slot]}")
             continue
-        block = "x".join(map(str, spec.scales[-1].block)) if spec.is_nvfp4 else spec.scales[-1].block
         eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""
-        how = f"{spec.grid} {block} {spec.select} {spec.rounding}{eden}"
+        how = f"{spec.grid} {str(spec.scales[-1]).split()[0]} {spec.select} {spec.rounding}{eden}"
         limits = f"max {spec.target_max:g} cap {spec.scale_cap:g}"
         lines.append(f"  {slot:9} {how}, {limits}, source {operand.source}{turned}{unusual(operand)}")
     return lines
