@@ -21,7 +21,6 @@ from torch import Tensor
 
 ROW_TILE = 128  # rows of one 512-byte block of scales
 GROUP_TILE = 4  # groups (scales along the contraction) of one block
-GROUP = 16  # elements that share a scale
 CONTRACTION_MULTIPLE = 32  # elements: 16 bytes of codes, TMA's unit
 COLUMN_MULTIPLE = 8  # rows of the second operand: 16 bytes of a BF16 result (an FP32 result needs only 4)
 
