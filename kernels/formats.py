@@ -31,6 +31,7 @@ E2M1 = MiniFloat(1, 0, E2M1_MAX)
 E4M3 = MiniFloat(3, -6, E4M3_MAX)
 E5M2 = MiniFloat(2, -14, E5M2_MAX)
 BY_NAME = {"e2m1": E2M1, "e4m3": E4M3, "e5m2": E5M2}
+FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def _binade(x: Tensor, fmt: MiniFloat) -> Tensor:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from kernels import gemm as gemms
 from kernels import quantize as ops
+from kernels.formats import FP8_DTYPES
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe
 
 # Contraction axis of each operand in its natural layout.
 AXES = {"fprop.x": 1, "fprop.w": 1, "dgrad.dy": 1, "dgrad.w": 0, "wgrad.dy": 0, "wgrad.x": 0}
-FLOAT8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 # What an operand can be made from: the tensor as it came, or what an earlier quantization left.
 Held = Tensor | NVFP4Tensor | Quantized
@@ -249,7 +249,7 @@ def hold(quantized: Quantized, operand: Operand) -> Held:
     """The smallest exact form of an operand: NVFP4 codes, or FP8 bytes beside their scale."""
     if quantized.packed is not None:
         return quantized.packed
-    return Quantized(quantized.values.to(FLOAT8[operand.spec.grid]), quantized.scale)
+    return Quantized(quantized.values.to(FP8_DTYPES[operand.spec.grid]), quantized.scale)
 
 
 def flatten(held: Held) -> tuple[Tensor, ...]:

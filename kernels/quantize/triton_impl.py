@@ -9,6 +9,7 @@ that nothing rotates stays plain PyTorch, so that Inductor computes it inside th
 import torch
 from torch import Tensor
 
+from kernels.formats import FP8_DTYPES
 from kernels.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl, triton_tiles
 from kernels.quantize.triton_ops import INTERPRET
@@ -85,7 +86,7 @@ def quantize_both(
     The maximum of a tensor that no axis rotates is plain PyTorch before it; others are made inside, from one read.
     """
     rotated = signs[0] is not None or signs[1] is not None  # not by ==: Dynamo would compare tensors
-    if all(spec.grid in triton_tiles.FP8_DTYPES for spec in specs) and not rotated:
+    if all(spec.grid in FP8_DTYPES for spec in specs) and not rotated:
         return triton_tiles.quantize_fp8_both(x, specs)
     if any(not spec.is_nvfp4 or spec.is_square for spec in specs):
         return reference_impl.each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)

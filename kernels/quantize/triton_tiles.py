@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.formats import FP8_DTYPES
 from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_kernels import load_tile, quantize_groups, tensor_scale
 from kernels.quantize.triton_ops import INTERPRET, allocate
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
-
-FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 @triton.jit
