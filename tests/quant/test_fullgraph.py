@@ -12,7 +12,9 @@ from kernels.gemm import cublaslt_impl
 from kernels.pointwise import triton_impl as pointwise_triton
 from kernels.quantize import triton_impl as quantize_triton
 from models.llama import Llama, LlamaConfig
+from quant import library
 from quant.plan import convert, plan_of
+from quant.recipe import Recipe
 
 FAST = {
     "quantize": quantize_triton,
@@ -20,7 +22,7 @@ FAST = {
     "cross_entropy": cross_entropy,
     "pointwise": pointwise_triton,
 }
-RECIPES = ["bf16", "fp8", "fp8_rowwise", "nvfp4_rtn", "nvidia", "quartet2", "quartet2_upstream", "sr", "tetrajet2"]
+RECIPES = [name for name in library.names() if isinstance(library.load(name), Recipe)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

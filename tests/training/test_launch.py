@@ -12,12 +12,14 @@ from analysis.runs import read_run
 from configs.compose import compose
 from data.loader import Loader
 from data.tokens import TokenSet
+from quant import library
+from quant.recipe import Recipe
 from training.build import is_graphed
 from training.identity import IdentityError
 from training.loop import Trainer
 from training.manifest import checkpoints
 
-RECIPES = ["bf16", "fp8", "fp8_rowwise", "nvfp4_rtn", "sr", "nvidia", "tetrajet2", "quartet2", "quartet2_upstream"]
+RECIPES = [name for name in library.names() if isinstance(library.load(name), Recipe)]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
