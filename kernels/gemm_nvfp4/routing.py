@@ -28,6 +28,6 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
         packed, other = ("first", "second") if a.packed is not None else ("second", "first")
         raise ValueError(
             f"{kind}: the {packed} operand is NVFP4, the {other} is not; FP4 tensor cores (gemm={backend}) need both. "
-            "Quantize both slots or neither, or ask for the emulation: backend gemm=reference"
+            "Quantize both slots or neither, or ask for the emulation: kernels.backend.use({'gemm': 'reference'})"
         )
     return values_gemm(a.values).gemm(a, b, kind, alpha_const, out_dtype)
