@@ -42,6 +42,11 @@ FIRST_PORT, PORTS = 20_000, 20_000
 # What submitit knows under its own names; everything else is an sbatch option (partition, qos, account, ...).
 # sbatch calls some of them otherwise.
 SBATCH_NAMES = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
+TIME_LIMITS = {"timeout_min", "time", "slurm_time"}
+# What has to be a whole number, and how large at least. submitit computes with them in the job: a time of "24:00:00",
+# which sbatch takes, would end it at its first preemption.
+NUMBERS = {"nodes": 1, "processes_per_node": 1, "gpus_per_node": 0, "timeout_min": 1, "time": 1}
+NUMBERS |= {"signal_delay_s": 1, "array_parallelism": 1}
 SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "stderr_to_stdout")
 
 
@@ -157,16 +162,18 @@ class Wish:
 
 def read_options(name: str, options: dict[str, str]) -> Wish:
     """`options`: submitit's parameters and sbatch's, cluster=local|debug for trials, and processes_per_node (default:
-    gpus_per_node, itself 1). GridError where a number of processes isn't one, and for a job without a time limit."""
+    gpus_per_node, itself 1). GridError where a number isn't one, and for a job without a time limit."""
     given = {key: int(value) if value.isdigit() else value for key, value in options.items()}
-    for key in ("nodes", "gpus_per_node", "processes_per_node"):
-        if not isinstance(given.get(key, 1), int):
-            raise GridError(f"slurm.{key}={given[key]}: give a whole number")
+    for key, value in given.items():
+        least = NUMBERS.get(key.removeprefix("slurm_"))
+        if least is not None and (not isinstance(value, int) or value < least):
+            unit = " of minutes" if key in TIME_LIMITS else ""
+            raise GridError(f"slurm.{key}={options[key]}: give a whole number{unit}, {least} or more")
     cluster = given.pop("cluster", SLURM)
-    if cluster == SLURM and not {"timeout_min", "time", "slurm_time"} & given.keys():
+    if cluster == SLURM and not TIME_LIMITS & given.keys():
         # submitit's own five minutes would be spent on starting and saving.
         raise GridError("launcher=slurm needs a time limit: slurm.timeout_min=1440; a job that reaches it is requeued")
-    processes = given.pop("processes_per_node", given.get("gpus_per_node", 1))
+    processes = given.pop("processes_per_node", given.get("gpus_per_node", 1) or 1)
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in given.items()}
     defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
     return Wish(cluster, given.get("nodes", 1), processes, defaults | settings)

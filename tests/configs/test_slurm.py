@@ -233,8 +233,30 @@ def test_a_batch_that_the_jobs_ranks_cannot_share_is_not_submitted():
 def test_a_dry_run_checks_the_options():
     with pytest.raises(GridError, match=r"slurm\.foo=1.*submitit refuses"):
         slurm.described(1, {"foo": "1", "timeout_min": "60"})
-    with pytest.raises(GridError, match=r"slurm\.nodes=two: give a whole number"):
-        slurm.described(1, {"nodes": "two"})
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "nodes=two",
+        "nodes=0",
+        "gpus_per_node=x",
+        "processes_per_node=0",
+        "time=24:00:00",
+        "timeout_min=24h",
+        "slurm_time=1-0",
+        "signal_delay_s=x",
+        "array_parallelism=x",
+    ],
+)
+def test_numbers_are_whole_numbers(word):
+    key, value = word.split("=")
+    with pytest.raises(GridError, match=f"slurm.{word}: give a whole number"):
+        slurm.ranks_of({"timeout_min": "60", key: value})
+
+
+def test_a_node_without_gpus_runs_one_process():
+    assert slurm.ranks_of({"timeout_min": "60", "gpus_per_node": "0", "nodes": "2"}) == (2, 1)
 
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
@@ -252,7 +274,7 @@ def test_a_job_needs_a_time_limit(tmp_path, on_path):
 
 
 @pytest.mark.parametrize("cluster", ["slurm", "local"])
-@pytest.mark.parametrize("options", [{"timeout_min": "abc"}, {"foo": "1", "timeout_min": "5"}])
+@pytest.mark.parametrize("options", [{"mem_gb": "abc", "timeout_min": "5"}, {"foo": "1", "timeout_min": "5"}])
 def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, options, cluster):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: "/usr/bin/srun")
     monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda *_: 2)
