@@ -57,9 +57,11 @@ class Task:
     def __init__(self, processes: int = 1, faults: int = 0) -> None:
         self.processes, self.faults = processes, faults
         self._pid: int | None = None
-        self._is_fault = False
+        self._is_fault = self._is_cancelled = False
 
     def __call__(self, words: list[str]) -> int:
+        if callable(signal.getsignal(signal.SIGTERM)):  # submitit's, which ignores it, as this one does
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_is_cancelled", True))
         launched = self.launched(words)
         # Ignored in torchrun, which SIGUSR1 would kill under its ranks' feet; train.py installs its own handler.
         process = subprocess.Popen(launched, preexec_fn=lambda: signal.signal(signal.SIGUSR1, signal.SIG_IGN))
@@ -68,7 +70,7 @@ class Task:
         self._pid = None
         if code in (0, EXIT_PREEMPTED):
             return code
-        # Without torchrun its ranks leave, too (training/watchdog.py). SIGTERM, in contrast, may be scancel's.
+        # Without torchrun its ranks leave, too (training/watchdog.py).
         if code == EXIT_HUNG or (code == -signal.SIGKILL and launched != words):
             self.requeue(code)
         time.sleep(FAILURE_PAUSE_S)  # a job that another node has requeued is taken away in this pause
@@ -76,8 +78,8 @@ class Task:
 
     def requeue(self, code: int) -> None:
         """Ask submitit, by its own signal, to requeue this job. Returns where it doesn't: on nodes but the first, with
-        cluster=debug, and after MAX_FAULTS."""
-        if self.faults >= MAX_FAULTS or not callable(signal.getsignal(signal.SIGUSR1)):
+        cluster=debug, after MAX_FAULTS, and after SIGTERM, with which scancel begins: it ends hung ranks by SIGKILL."""
+        if self._is_cancelled or self.faults >= MAX_FAULTS or not callable(signal.getsignal(signal.SIGUSR1)):
             return
         self.faults += 1
         print(f"exit code {code}: a hang or a lost launcher; requeueing ({self.faults} of {MAX_FAULTS})", flush=True)

@@ -33,6 +33,9 @@ while not starts and sys.argv[2] == "wait":
         time.sleep(1)
         (folder / "saved").touch()
         sys.exit(75)
+if sys.argv[2] == "scancel":
+    os.kill(os.getppid(), signal.SIGTERM)
+    sys.exit(74)
 if sys.argv[2] in ("hang", "hang once") and int(rank) == int(world) - 1:
     if sys.argv[2] == "hang" or not starts:
         sys.exit(74)
@@ -122,13 +125,15 @@ def test_a_run_that_always_hangs_or_fails_by_itself_ends_its_job(tmp_path, scrip
     assert len(json.loads((tmp_path / "started-0.json").read_text())) == starts
 
 
-@pytest.mark.parametrize(("node", "requeues"), [(0, "requeue 4711\n"), (1, "")])
-def test_the_first_node_asks_slurm_to_requeue(tmp_path, script, on_path, node, requeues):
+@pytest.mark.parametrize(
+    ("how", "node", "requeues"), [("hang once", 0, "requeue 4711\n"), ("hang once", 1, ""), ("scancel", 0, "")]
+)
+def test_the_first_node_asks_slurm_to_requeue_unless_cancelled(tmp_path, script, on_path, how, node, requeues):
     """The job's own process as SLURM starts it on a node, with a scontrol that writes down what it is asked."""
     asked, jobs = tmp_path / "asked", tmp_path / "jobs"
     asked.touch()
     on_path(sbatch="echo Submitted batch job 4711", srun="true", scontrol=f'echo "$@" >>{asked}')
-    words = [sys.executable, str(script), str(tmp_path), "hang once"]
+    words = [sys.executable, str(script), str(tmp_path), how]
     slurm.submit("name", jobs, [words], {"timeout_min": "60"})
     slurms = {"SLURM_JOB_ID": "4711", "SLURM_NTASKS": "2", "SLURM_PROCID": str(node), "SLURM_NODEID": str(node)}
     done = subprocess.run(
@@ -137,7 +142,7 @@ def test_the_first_node_asks_slurm_to_requeue(tmp_path, script, on_path, node, r
         timeout=60,
     )
     assert done.returncode != 0 and asked.read_text() == requeues
-    if node == 0:
+    if requeues:
         assert submitit.core.utils.DelayedSubmission.load(jobs / "4711_submitted.pkl").function.faults == 1
 
 
