@@ -193,19 +193,23 @@ def executor_for(wish: Wish, folder: Path, options: dict[str, str], cluster: str
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**wish.parameters)
-    except (NameError, AssertionError, ValueError) as error:  # submitit's: an unknown option, type or cluster
+    # submitit's, for an unknown option, type or cluster
+    except (NameError, AssertionError, ValueError, TypeError) as error:
         given = " ".join(f"slurm.{key}={value}" for key, value in options.items())
         raise GridError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None
     return executor
 
 
 def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str, str]) -> list[str]:
-    """Submit one job array; returns the job ids. GridError without submitit, or for an option that can't be."""
+    """Submit one job array; returns the job ids. GridError without submitit, or for what it or sbatch refuses."""
     if not commands:
         return []
     wish = read_options(name, options)
     executor = executor_for(wish, folder, options, wish.cluster)
-    return [job.job_id for job in executor.map_array(Task(wish.processes), commands)]
+    try:
+        return [job.job_id for job in executor.map_array(Task(wish.processes), commands)]
+    except (RuntimeError, OSError) as error:  # what sbatch says, or a folder that can't be written
+        raise GridError(f"launcher=slurm: {'; '.join(filter(None, str(error).splitlines()))}") from None
 
 
 def submit_runs(jobs: list[list[str]], options: dict[str, str]) -> list[str]:

@@ -288,6 +288,17 @@ def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, options, cluster):
         slurm.submit("name", tmp_path, [["true"]], {**options, "cluster": cluster})
 
 
+def test_what_sbatch_refuses_is_one_line(tmp_path, on_path):
+    on_path(sbatch="echo sbatch: error: invalid partition >&2; echo sbatch: error: failed >&2; exit 1", srun="true")
+    with pytest.raises(GridError, match=r"^launcher=slurm: sbatch: error: invalid partition; sbatch: error: failed$"):
+        slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "partition": "gqu"})
+    with pytest.raises(GridError, match=r"slurm\.setup=x: submitit refuses it"):
+        slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "setup": "x"})
+    (tmp_path / "file").touch()
+    with pytest.raises(GridError, match=r"^launcher=slurm: .*file"):
+        slurm.submit("name", tmp_path / "file", [["true"]], {"timeout_min": "60"})
+
+
 def test_a_wrong_cluster_is_one_line(tmp_path):
     with pytest.raises(GridError, match=r"slurm\.cluster=foo: submitit refuses it"):
         slurm.submit("name", tmp_path, [["true"]], {"cluster": "foo"})
