@@ -34,15 +34,19 @@ LAUNCHER = "launcher"  # taken off by configs/cli.py
 # What other trainers call some keys (the last part of them), for suggestions only.
 OTHER_NAMES = {
     "learning_rate": "lr",
+    "max_lr": "lr",
     "batch_size": "sequences",
+    "size": "sequences",
     "micro_batch_size": "micro",
     "gradient_accumulation_steps": "micro",
     "max_steps": "steps",
     "epochs": "tokens",
     "num_epochs": "tokens",
+    "num_train_epochs": "tokens",
     "sequence_length": "seq_len",
     "max_grad_norm": "clip",
     "eval_interval": "evaluate.every",
+    "val_interval": "evaluate.every",
     "save_every": "checkpoint.every",
     "save_interval": "checkpoint.every",
     "log_interval": "log.every",
@@ -62,6 +66,9 @@ NO_KEY = {
     "num_gpus": GPUS,
     "nproc": GPUS,
     "world_size": GPUS,
+    "nodes": "write launcher=slurm slurm.nodes=",
+    "partition": "write launcher=slurm slurm.partition=",
+    "dropout": "no model has any",
 }
 NONE_MARK = "_none_"  # how `quant.dgrad=none` travels through Hydra, which would replace the mapping by the string
 
@@ -164,9 +171,9 @@ def check(override: Override) -> Override:
 
 def check_choices(override: Override, options: list[str]) -> None:
     values = listed(override) if override.is_sweep_override() else [override.value()]
-    for value in values:
+    for value in itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in values):
         word = "null" if value is None else str(value)
-        if not isinstance(value, list) and word not in options:
+        if word not in options:
             near = suggestion(word, options)
             raise ConfigError(
                 f"{override.key_or_group}={word}: no such choice{near or '.'} There are: {', '.join(options)}"

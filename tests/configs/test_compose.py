@@ -25,6 +25,9 @@ MISTAKES = [
     (["scheduler.name=cosine"], ["did you mean schedule.name or "]),
     (["epochs=2"], ["did you mean tokens?"]),
     (["output_dir=x"], ["did you mean paths.runs?"]),
+    (["max_lr=1e-3"], ["did you mean optim.lr or model.lr?"]),
+    (["nodes=2"], ["unknown key 'nodes': write launcher=slurm slurm.nodes="]),
+    (["dropout=0.1"], ["unknown key 'dropout': no model has any"]),
     (["launchr=slurm"], ["did you mean launcher?"]),
     (["resume=true"], ["unknown key 'resume': the same command resumes"]),
     (["num_gpus=4"], ["unknown key 'num_gpus': torchrun"]),
@@ -43,6 +46,7 @@ MISTAKES = [
     (["optim.betas=0.9"], ["optim.betas: needs a list, such as [0.9,0.95]"]),
     (["debug=smok"], ["did you mean smoke?"]),
     # types
+    (["optim=[1]"], ["optim=1: no such choice"]),
     (["optim.lr=abc"], ["optim.lr", "'abc'", "Float"]),
     (["seed=a"], ["seed", "'a'", "Integer"]),
     (["model.layers=2.5"], ["model.layers", "2.5", "Integer"]),
