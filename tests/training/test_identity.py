@@ -1,6 +1,8 @@
 """What the numerics hash covers and what it leaves out, key by key; the names of grid cells follow it."""
 
+import json
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ from configs.compose import compose
 from quant import library
 from training.config import TrainConfig
 from training.distributed import Dist
-from training.identity import IdentityError, refuse_other
+from training.identity import IdentityError, hash_of, refuse_other
 from training.sketch import Request, describe
 
 BASE = ["model=llama_tiny", "quant=quartet2", "batch.sequences=8", "batch.micro=4", "batch.seq_len=128", "steps=40"]
@@ -152,3 +154,18 @@ def test_refusal_lists_old_and_new_values_and_shortens_long_lists():
     assert lines[1] == "  come: - (stored) -> 2 (now)" and lines[2] == "  gone: 1 (stored) -> - (now)"
     assert lines[3] == "  key00: 0 (stored) -> 1 (now)" and lines[13] == "  and 10 more"
     assert "runs/a/config.yaml" in lines[14] and "run.name=a-2" in lines[14]
+
+
+KEPT = sorted((Path(__file__).parents[2] / "results").glob("corpus_*/*/run.json"))
+
+
+@pytest.mark.parametrize("path", KEPT, ids=lambda path: f"{path.parts[-3]}/{path.parts[-2]}")
+def test_a_kept_run_has_the_hash_that_its_command_has_today(path):
+    """A later field of recipe or configuration must be left out where it isn't used, or no older run can be resumed."""
+    kept = json.loads(path.read_text())
+    composed = compose([f"experiment={kept['experiment']}", f"cell={kept['cell']}"])
+    request = Request(composed.config, composed.yaml, composed.choices, kept["command"])
+    today = describe(request, Dist(0, 1, 0, torch.device("cpu")), tokens=None).run["numerics"]
+    data = {key: value for key, value in kept["numerics"].items() if key.startswith("data.")}
+    assert today | data == kept["numerics"]
+    assert hash_of(today | data) == kept["hash"]
