@@ -162,12 +162,17 @@ def common_step(a: Group, b: Group) -> int | None:
     return max(shared) if shared else None
 
 
+def shared_seeds(a: Group, b: Group) -> list[int]:
+    """The seeds that both have, in order."""
+    return sorted(a.by_seed().keys() & b.by_seed().keys())
+
+
 def on_shared_seeds(a: Group, b: Group) -> tuple[Group, Group]:
     """Both with the seeds that both have; as they are where they share none."""
-    shared = a.by_seed().keys() & b.by_seed().keys()
+    shared = shared_seeds(a, b)
     if not shared:
         return a, b
-    one, other = (tuple(run for run in side.runs if int(run.info["seed"]) in shared) for side in (a, b))
+    one, other = (tuple(run for seed in shared for run in side.by_seed()[seed]) for side in (a, b))
     return replace(a, runs=one), replace(b, runs=other)
 
 
@@ -197,7 +202,7 @@ def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> t
     runs = (*base.runs, *group.runs)
     rows = same_text(runs, step)
     ours, theirs = group.by_seed(), base.by_seed()
-    pairs = sorted(ours.keys() & theirs.keys()) or None
+    pairs = shared_seeds(group, base)
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
     text = paired_gap([rows[run.path] for run, _ in couples], [rows[other.path] for _, other in couples])
     gap = seed_gap(losses_at(group, step), losses_at(base, step), floor if _judges(floor, runs, step) else None)

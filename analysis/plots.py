@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from analysis.compare import Group, Row
+from analysis.compare import Group, Row, shared_seeds
 from analysis.runs import Run
 from analysis.tables import tokens
 
@@ -120,8 +120,7 @@ def draw_intervals(ax: Axes, rows: list[Row], style: dict[str, tuple[str, str]])
 def gap_curve(group: Group, base: Group) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps, mean gap and its standard error over seeds [nats/token]. No common seed: difference of the means. Only
     where both were evaluated on equally much text: how much that is may differ from step to step, and between runs."""
-    ours, theirs = group.by_seed(), base.by_seed()
-    common = sorted(ours.keys() & theirs.keys())
+    ours, theirs, common = group.by_seed(), base.by_seed(), shared_seeds(group, base)
     if not common:
         means = [group_curve(side, all_evaluations)[:2] for side in (group, base)]
         steps, gaps = _difference(*means, (*group.runs, *base.runs))
