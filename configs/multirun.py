@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 from configs import slurm
-from configs.compose import ConfigError, compose, sweep
+from configs.compose import Composed, ConfigError, compose, sweep
 from configs.slurm import TRAIN
 
 
@@ -18,7 +18,8 @@ def run_all(overrides: list[str]) -> int:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ConfigError("-m runs one process after another and can't run under torchrun; start one torchrun per run")
-    jobs = checked(sweep(overrides))
+    jobs = sweep(overrides)
+    checked(jobs)
     codes = []
     for number, job in enumerate(jobs, 1):
         print(f"\n[{number}/{len(jobs)}] train.py {' '.join(job)}", flush=True)
@@ -32,13 +33,14 @@ def run_all(overrides: list[str]) -> int:
     return next((code for code in codes if code), 0)
 
 
-def checked(jobs: list[list[str]], world: int = 1) -> list[list[str]]:
-    """`jobs`, if every one of them composes to numbers that fit each other and `world` processes, into a folder of its
-    own. Raises ConfigError."""
-    named: dict[str, list[str]] = {}
+def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
+    """What `jobs` compose to, each to numbers that fit each other and `world` processes, into a folder of its own.
+    Raises ConfigError."""
+    found, named = [], {}
     for job in jobs:
         try:
-            config = compose(job).config
+            found.append(compose(job))
+            config = found[-1].config
             from training.derive import derive  # here: a wrong override shall not wait for torch to be imported
             from training.shapes import shape_of
 
@@ -51,7 +53,7 @@ def checked(jobs: list[list[str]], world: int = 1) -> list[list[str]]:
                 f"run.name={name}: {' '.join(named[name])} and {' '.join(job)} would share one folder; leave "
                 "run.name out, and each run gets a name of its own"
             )
-    return jobs
+    return found
 
 
 def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) -> int:
@@ -59,10 +61,11 @@ def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) ->
     the plans are shown and nothing is submitted."""
     try:
         nodes, processes = slurm.ranks_of(options)
-        jobs = checked(sweep(overrides) if multirun else [overrides], nodes * processes)
-        if any(compose(job).config.dry_run for job in jobs):
+        jobs = sweep(overrides) if multirun else [overrides]
+        composed = checked(jobs, nodes * processes)
+        if any(one.config.dry_run for one in composed):
             print(slurm.described(len(jobs), options))
-            return show_plans(jobs, nodes, processes)
+            return show_plans(jobs, composed, nodes, processes)
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
             print(f"job {number}: train.py {' '.join(job)}")
     except slurm.GridError as error:
@@ -70,22 +73,18 @@ def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) ->
     return 0
 
 
-def show_plans(jobs: list[list[str]], nodes: int, processes: int) -> int:
-    """Print the start screens of runs on so many ranks, with the devices of this machine."""
+def show_plans(jobs: list[list[str]], composed: list[Composed], nodes: int, processes: int) -> int:
+    """Print the start screens of `jobs` on so many ranks, with the devices of this machine."""
     from training.distributed import Dist, setup  # here: see `checked`
     from training.failures import one_line_errors
     from training.launch import Request, plan
 
     with one_line_errors() as outcome:
         ranks = Dist(0, nodes * processes, 0, setup().device, local_world=processes)
-        for job in jobs:
-            composed = compose(job)
+        for job, one in zip(jobs, composed, strict=True):
             command = f"train.py {' '.join(job)}"
-            print(
-                f"\n{command}",
-                plan(Request(composed.config, composed.yaml, composed.choices, command), ranks),
-                sep="\n",
-            )
+            request = Request(one.config, one.yaml, one.choices, command)
+            print(f"\n{command}", plan(request, ranks), sep="\n")
         outcome.code = 0
     return outcome.code
 
