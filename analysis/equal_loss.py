@@ -5,6 +5,7 @@ before the end worse than a run of that length would be; the saving of the basel
 are those of the seeds that both have, as gaps are.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,25 +31,29 @@ class EqualLoss:
 
 
 def first_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-    """The step at which a curve first comes down to `target`, linear between its points; None when it never does."""
+    """The step at which a curve first comes down to `target`, linear between its points: None when it never does, NaN
+    when it was there at its first point, so that nobody saw it arrive."""
     below = np.flatnonzero(losses <= target)
     if not len(below):
         return None
     i = int(below[0])
     if i == 0:
-        return float(steps[0])
+        return math.nan
     share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
 def equal_loss(group: Group, base: Group) -> EqualLoss | None:
-    """None when either has no evaluation yet, or a seed that diverged, or their curves are of different text."""
+    """None when either has no evaluation yet, or a seed that diverged, or their curves are of different text, or the
+    baseline was there by its first evaluation."""
     if group.diverged or base.diverged or len({t for run in (*group.runs, *base.runs) for t in run.targets[:1]}) > 1:
         return None
     (steps, losses, _), (base_steps, base_losses, _) = (group_curve(side) for side in on_shared_seeds(group, base))
     if not len(steps) or not len(base_steps):
         return None
     reached = first_reach(base_steps, base_losses, float(losses[-1]))
+    if reached is not None and math.isnan(reached):
+        return None
     per_step, base_per_step = _per_step(group), _per_step(base)
     return EqualLoss(
         label=group.label,

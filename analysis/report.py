@@ -109,9 +109,11 @@ def equal_losses(groups: list[Group], base: Group) -> list[str]:
         "share",
     ]
     note = (
-        f"When {base.label} first comes down to the loss at which each recipe's curve ends. Its learning rate has not "
-        "decayed by then, so a run planned for that length may need fewer still. Times are of these machines: "
-        "emulated 4-bit runs say nothing about native speed. Runs that shared their GPU, or may have, give no time."
+        f"When {base.label} first comes down to the loss at which each recipe's curve ends; no line where its first "
+        "evaluation is below that. Its learning rate has not decayed by then, so a run planned for that length may "
+        "need fewer still. Shares are as uncertain as the gap is, divided by the slope of the curve there. Times are "
+        "of these machines: emulated 4-bit runs say nothing about native speed. Runs that shared their GPU, or may "
+        "have, give no time."
     )
     return [
         html.heading("Tokens and time to equal loss"),

@@ -9,9 +9,9 @@ from analysis.pairing import Gap
 
 NOTE = (
     "Gap: validation loss minus the baseline's, same validation tokens, over the seeds that both have (the final loss "
-    "is of all), 1e-3 nats/token. Interval: 95 %, over training seeds. Text SE: standard error of the same gap over "
-    "validation documents (jackknife), for these trained models only. Intervals are not corrected for the number of "
-    "recipes compared."
+    "is of all; so is the gap of recipes that share fewer than two and have two each), 1e-3 nats/token. Interval: "
+    "95 %, over training seeds. Text SE: standard error of the same gap over validation documents (jackknife), for "
+    "these trained models only. Intervals are not corrected for the number of recipes compared."
 )
 HEADER = (
     "recipe",
