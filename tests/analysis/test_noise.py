@@ -85,6 +85,24 @@ def test_unpaired_verdicts_hold_where_seeds_are_shared_in_the_floor():
     assert 30 <= wrong <= 100
 
 
+def test_paired_intervals_cover_where_recipes_share_a_baseline_and_half_of_them_lack_a_seed():
+    """1,500 draws of four recipes, two with three seeds and two with two, correlation 0.9: the residuals have 4 degrees
+    of freedom. Coverage of each kind of pair is .95 +- 4 standard errors; with 5 degrees it would be .92 to .93."""
+    rng, hits, squares = np.random.default_rng(0), np.zeros(3), []
+    for _ in range(1500):
+        common = rng.normal(0, 3e-3, 3)
+        losses = {str(r): dict(enumerate(common[: 3 - r // 2] + rng.normal(0, 1e-3, 3 - r // 2))) for r in range(4)}
+        left = noise.paired(losses)
+        assert left.df == 4
+        squares.append(left.sd**2)
+        floor = Floor((1.0, 1), (left.sd, left.df))
+        for i, (one, other) in enumerate(("01", "02", "23")):
+            low, high = seed_gap(losses[one], losses[other], floor).interval
+            hits[i] += low < 0 < high
+    assert hits / 1500 == pytest.approx(0.95, abs=0.0225)
+    assert np.mean(squares) == pytest.approx(1e-6, rel=0.07)  # 4 standard errors
+
+
 def test_one_recipe_or_one_common_seed_has_no_paired_spread(tmp_path):
     seeds(tmp_path, "bf16", [3.00, 3.02])
     assert "paired" not in floor_of(tmp_path)
