@@ -19,7 +19,8 @@ td.text { text-align: left; white-space: normal; max-width: 48rem; overflow-wrap
 th.text { text-align: left }
 #comparison th, #comparison td { padding: .25rem .45rem }
 #comparison :is(th, td):last-child { text-align: left; white-space: normal }
-td.yes { background: #e0f0e8 } td.no { background: #f3f3f3; color: #555 } td.none { color: #999 }
+td.yes { background: #e0f0e8 } td.some { background: #fff3d6 }
+td.no { background: #f3f3f3; color: #555 } td.none { color: #999 }
 img { max-width: 100%; height: auto } .warn { background: #fff3d6; border-left: 4px solid #d90; padding: .4rem .8rem }
 """
 

@@ -52,11 +52,13 @@ class Floor:
 class SeedGap:
     """A gap over training seeds: mean of the per-seed gaps, interval half-width (NaN below two seeds), how it was made.
 
-    `correlation` is that of the two recipes' losses over the common seeds: what pairing achieves (NaN for too few).
+    `df`: the interval's degrees of freedom (NaN without one). `correlation` is that of the two recipes' losses over the
+    common seeds: what pairing achieves (NaN for too few).
     """
 
     mean: float
     half_width: float
+    df: float
     seeds: int
     method: str
     correlation: float
@@ -137,18 +139,23 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor 
         half = t_quantile(df) * sd * math.sqrt(1 / len(a) + 1 / len(b))
         method = f"noise floor sd {sd * 1e3:.2f}e-3, df {df:.3g}"
     elif len(common) >= 2:
-        mean = diff.mean()
-        half = t_quantile(len(common) - 1) * diff.std(ddof=1) / math.sqrt(len(common))
+        mean, half, df = diff.mean(), own_half_width(diff), len(common) - 1
         method = f"paired t, {len(common)} seeds"
     elif enough:
-        mean, half = _welch(a, b)
+        mean, (half, df) = a.mean() - b.mean(), _welch(a, b)
         method = f"Welch t, {len(a)} and {len(b)} seeds"
     else:
         mean = diff.mean() if len(common) else a.mean() - b.mean()
-        half, method = math.nan, "one seed"
+        half, df, method = math.nan, math.nan, "one seed"
     if not np.isfinite([*a, *b]).all():
         mean = half = math.nan
-    return SeedGap(float(mean), float(half), min(len(a), len(b)), method, correlation, _verdict(mean, half))
+    return SeedGap(float(mean), float(half), float(df), min(len(a), len(b)), method, correlation, _verdict(mean, half))
+
+
+def own_half_width(gaps: np.ndarray) -> float:
+    """Of the 95 % interval of a mean gap from its gaps seed by seed [seeds] alone; NaN below two."""
+    n = len(gaps)
+    return float(t_quantile(n - 1) * np.std(gaps, ddof=1) / math.sqrt(n)) if n > 1 else math.nan
 
 
 def _verdict(mean: float, half_width: float) -> str:
@@ -160,11 +167,12 @@ def _verdict(mean: float, half_width: float) -> str:
 
 
 def _welch(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
+    """(half width, degrees of freedom)."""
     va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     if va + vb == 0:
-        return a.mean() - b.mean(), 0.0
+        return 0.0, len(a) + len(b) - 2
     df = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    return a.mean() - b.mean(), t_quantile(df) * math.sqrt(va + vb)
+    return t_quantile(df) * math.sqrt(va + vb), df
 
 
 def _correlation(a: list[float], b: list[float]) -> float:

@@ -7,11 +7,12 @@ from html import escape
 import matplotlib.pyplot as plt
 
 from analysis import html, plots, tables
-from analysis.compare import Group, Row, common_step, compare_pair
+from analysis.compare import Group, Row
 from analysis.equal_loss import EqualLoss, equal_loss
-from analysis.pairing import RESOLVED, Floor
+from analysis.pairing import RESOLVED
+from analysis.pairs import Pair
 from analysis.published import ALIASES, Points, at
-from analysis.runs import Run, RunError
+from analysis.runs import Run
 
 MANY = 40  # differing keys shown in full
 
@@ -21,10 +22,10 @@ def build(
     base: Group,
     rows: list[Row],
     notes: list[str],
-    floor: Floor | None,
+    found: list[Pair],
     published: dict[str, Points],
 ) -> str:
-    """The document; `groups` in the order of `rows`. `published` may be empty; `floor` as in analysis.compare.table."""
+    """The document; `groups` in the order of `rows`. `found`: their pairs. `published` may be empty."""
     info = base.runs[0].info
     runs = [run for group in groups for run in (*group.runs, *group.cut)]
     title = f"{info['model']}: {', '.join(g.label for g in groups)}"
@@ -42,7 +43,7 @@ def build(
         html.table(tables.HEADER, [_classed(row) for row in rows], "comparison"),
         html.note(f"{tables.NOTE} {tables.methods(rows)}"),
         html.picture(figure, "loss and gap curves"),
-        *pairwise(groups, floor),
+        *pairwise(groups, found),
         *equal_losses(groups, base),
         *overlay(rows, theirs),
         *run_list(runs),
@@ -59,39 +60,35 @@ def _classed(row: Row) -> list:
     return [*cells[:-1], (cells[-1], kind)]
 
 
-def pairwise(groups: list[Group], floor: Floor | None) -> list[str]:
+def pairwise(groups: list[Group], found: list[Pair]) -> list[str]:
     """Which recipes are told apart: the gap of the row to the column, 1e-3 nats."""
     if len(groups) < 3:
         return []
-    rows = []
-    for group in groups:
-        cells: list = [group.label]
-        for other in groups:
-            cells.append(_pair_cell(group, other, floor))
-        rows.append(cells)
+    cells = {}
+    for pair in found:
+        cells[pair.recipe, pair.other] = _pair_cell(pair, 1)
+        cells[pair.other, pair.recipe] = _pair_cell(pair, -1)
+    labels = [group.label for group in groups]
+    rows = [[one, *(cells.get((one, other), ("", "none")) for other in labels)] for one in labels]
     note = (
-        "Row minus column, 1e-3 nats/token; shaded: resolved at 95 % over seeds (pair by pair, not corrected for many)."
-        " A step in brackets: not at the end, but where both were last evaluated."
+        "Row minus column, 1e-3 nats/token, ± half the 95 % interval over seeds of this pair alone / of all pairs at "
+        "once (Tukey). Green: resolved among all pairs; yellow: resolved only if no other pair was in question. Empty: "
+        "no step or text in common. A step in brackets: not at the end, but where both were last evaluated."
     )
     return [
         html.heading("Which recipes are told apart"),
-        html.table(["", *(g.label for g in groups)], rows, "pairwise"),
+        html.table(["", *labels], rows, "pairwise"),
         html.note(note),
     ]
 
 
-def _pair_cell(group: Group, other: Group, floor: Floor | None) -> tuple[str, str]:
-    step = common_step(group, other)
-    if group is other or step is None:
-        return ("", "none")
-    try:
-        gap, _ = compare_pair(group, other, step, floor)
-    except RunError:
-        return ("other text", "none")
-    mean, where = tables.signed(gap.mean * 1e3, 1), "" if step == group.runs[0].info["steps"] else f" (step {step})"
-    if math.isnan(gap.half_width):
+def _pair_cell(pair: Pair, sign: int) -> tuple[str, str]:
+    mean = tables.signed(sign * pair.gap.mean * 1e3, 1)
+    where = "" if pair.at_end else f" (step {pair.step})"
+    if math.isnan(pair.gap.half_width):
         return (f"{mean}{where}", "none")
-    return (f"{mean} ± {gap.half_width * 1e3:.1f}{where}", "yes" if gap.verdict == RESOLVED else "no")
+    kind = "yes" if pair.resolved_among_all else "some" if pair.resolved else "no"
+    return (f"{mean} ± {pair.gap.half_width * 1e3:.1f} / {pair.all_pairs * 1e3:.1f}{where}", kind)
 
 
 def equal_losses(groups: list[Group], base: Group) -> list[str]:

@@ -9,10 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-from analysis import noise, published, tables
+from analysis import noise, pairs, published, tables
 from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
-from analysis.pairing import Floor
 from analysis.runs import find_runs
 
 
@@ -37,19 +36,20 @@ def write(
     base: Group,
     rows: list[Row],
     notes: list[str],
-    floor: Floor | None,
+    found: list[pairs.Pair],
 ) -> list[Path]:
-    """compare.{csv,md,png,html} in `out`; returns their paths."""
+    """compare.{csv,md,png,html} and pairs.csv in `out`; returns their paths."""
     from analysis import plots, report
 
     points = published.load(args.published) if args.published.exists() else {}
     out.mkdir(parents=True, exist_ok=True)
-    paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")]
+    paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")] + [out / "pairs.csv"]
     paths[0].write_text(tables.to_csv(rows))
-    warnings = "".join(f"\n**Mixed:** {note}\n" for note in notes)
-    paths[1].write_text(f"{tables.markdown(rows)}\n{tables.NOTE} {tables.methods(rows)}\n{warnings}")
+    below = [f"{tables.NOTE} {tables.methods(rows)} {pairs.text(found)}", *(f"**Mixed:** {note}" for note in notes)]
+    paths[1].write_text("\n\n".join([tables.markdown(rows).rstrip("\n"), *below]) + "\n")
     plots.save(plots.figure(groups, base, rows), paths[2])
-    paths[3].write_text(report.build(groups, base, rows, notes, floor, points))
+    paths[3].write_text(report.build(groups, base, rows, notes, found, points))
+    paths[4].write_text(pairs.to_csv(found))
     return paths
 
 
@@ -67,13 +67,14 @@ def main() -> int:
         rows = table(groups, base, floor)
         order = [row.label for row in rows]
         groups.sort(key=lambda group: order.index(group.label))  # one order, so one colour, in all outputs
-        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes, floor)
+        found = pairs.pairs(groups, floor)
+        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes, found)
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"MIXED: {note}")
-    print(tables.text(rows), tables.NOTE, tables.methods(rows), sep="\n\n")
+    print(tables.text(rows), tables.NOTE, f"{tables.methods(rows)} {pairs.text(found)}", sep="\n\n")
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0
 

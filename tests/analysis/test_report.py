@@ -12,6 +12,7 @@ from synthetic import write_run
 from analysis import report
 from analysis.compare import group_runs, pick_baseline, table
 from analysis.equal_loss import equal_loss, first_reach
+from analysis.pairs import pairs
 from analysis.runs import find_runs
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -58,7 +59,7 @@ def document(tmp_path):
     (path / "env.json").write_text(json.dumps({"commit": "other", "device": "cpu", "packages": {"torch": "2.13"}}))
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     base = pick_baseline(groups, None)
-    return report.build(groups, base, table(groups, base), ["batch differs"], None, PUBLISHED)
+    return report.build(groups, base, table(groups, base), ["batch differs"], pairs(groups, None), PUBLISHED)
 
 
 def test_report_is_one_file_that_loads_nothing(document):
@@ -76,9 +77,9 @@ def test_tables_of_the_report_hold_the_numbers(document):
         and by_name["quartet2"][4] == f"{3.45 / 2.8:.4f}"
         and by_name["quartet2"][-1] == "resolved"
     )
-    pairs = {row[0]: dict(zip(found["pairwise"][0], row, strict=True)) for row in found["pairwise"][1:]}
-    assert pairs["quartet2"]["bf16"].startswith("+50.0 ± 2.5") and pairs["bf16"]["quartet2"].startswith("-50.0")
-    assert pairs["quartet2"]["sr <b>&"].startswith("-0.1 ±")
+    told = {row[0]: dict(zip(found["pairwise"][0], row, strict=True)) for row in found["pairwise"][1:]}
+    assert told["quartet2"]["bf16"].startswith("+50.0 ± 2.5") and told["bf16"]["quartet2"].startswith("-50.0")
+    assert told["quartet2"]["sr <b>&"].startswith("-0.1 ±")
     assert {row[0]: row[3] for row in found["published"]}["quartet2"] == "+43.0"
     assert len(found["runs"]) == 10
     assert found["environment"][1][0] == "commit" and '"other": sr-2' in found["environment"][1][1]
@@ -124,17 +125,17 @@ def test_a_cell_of_recipes_compared_before_the_end_says_where(tmp_path):
     write_run(tmp_path, "fp8", 0, 2.99999)
     write_run(tmp_path, "sr", 0, 3.1, steps_done=60)
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
-    text = report.build(groups, groups[0], table(groups, groups[0]), [], None, {})
+    text = report.build(groups, groups[0], table(groups, groups[0]), [], pairs(groups, None), {})
     header, *rows = Tables(text).tables["pairwise"]
-    pairs = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
-    assert pairs["sr"]["bf16"] == "+100.0 (step 50)" and pairs["bf16"]["sr"] == "-100.0 (step 50)"
-    assert pairs["fp8"]["bf16"] == pairs["bf16"]["fp8"] == "0.0"  # neither -0.0 nor +0.0
+    told = {row[0]: dict(zip(header, row, strict=True)) for row in rows}
+    assert told["sr"]["bf16"] == "+100.0 (step 50)" and told["bf16"]["sr"] == "-100.0 (step 50)"
+    assert told["fp8"]["bf16"] == told["bf16"]["fp8"] == "0.0"  # neither -0.0 nor +0.0
 
 
 def test_without_published_runs_of_that_size_there_is_no_overlay(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
-    text = report.build(groups, groups[0], table(groups, groups[0]), [], None, PUBLISHED)
+    text = report.build(groups, groups[0], table(groups, groups[0]), [], pairs(groups, None), PUBLISHED)
     assert "published" not in Tables(text).tables and "pairwise" not in Tables(text).tables
 
 
@@ -143,7 +144,7 @@ def test_published_gaps_are_to_the_baseline_of_the_comparison(tmp_path):
         write_run(tmp_path, recipe, 0, loss, **PAPER)
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     base, info = groups[1], groups[0].runs[0].info
-    text = report.build(groups, base, table(groups, base), [], None, PUBLISHED)
+    text = report.build(groups, base, table(groups, base), [], pairs(groups, None), PUBLISHED)
     shown = {row[0]: row[2:] for row in Tables(text).tables["published"]}
     assert shown["bf16"] == ["-50.0", "-43.0"] and shown["quartet2"] == ["-", "0.0"]
     assert report.published_gaps(["bf16", "quartet2"], "sr", info, PUBLISHED) == {}

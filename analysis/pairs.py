@@ -1,0 +1,128 @@
+"""Which recipes are told apart: every pair over seeds, judged alone and together with all the others.
+
+With k recipes there are k (k - 1) / 2 questions, and among nine equal ones half of all comparisons "resolve" some pair
+at 95 % each. `all_pairs` widens an interval so that all of them hold at once in 95 %: Tukey-Kramer where one spread
+judges all, Games-Howell where each pair has its own.
+"""
+
+import csv
+import io
+import math
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import combinations
+
+import numpy as np
+from scipy.stats import studentized_range
+
+from analysis.compare import Group, common_step, compare_pair, losses_at, shared_seeds
+from analysis.pairing import CONFIDENCE, NOT_RESOLVED, RESOLVED, Floor, SeedGap, own_half_width, t_quantile
+from analysis.runs import RunError
+
+CSV_HEADER = (
+    "recipe",
+    "other",
+    "step",
+    "gap",
+    "half_width",
+    "half_width_all_pairs",
+    "half_width_own_differences",
+    "gaps_by_seed",
+    "method",
+    "verdict",
+    "verdict_all_pairs",
+)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The gap of `recipe` to `other` at `step`, nats/token.
+
+    `at_end`: that step is these runs' last one. `by_seed`: {seed: gap}. `own`: the half width from these gaps alone,
+    NaN below two. `all_pairs`: the half width with which all pairs hold at once.
+    """
+
+    recipe: str
+    other: str
+    step: int
+    at_end: bool
+    gap: SeedGap
+    by_seed: dict[int, float]
+    own: float
+    all_pairs: float
+
+    @property
+    def resolved(self) -> bool:
+        return self.gap.verdict == RESOLVED
+
+    @property
+    def resolved_among_all(self) -> bool:
+        return self.resolved and abs(self.gap.mean) > self.all_pairs
+
+    @property
+    def verdict_among_all(self) -> str:
+        return NOT_RESOLVED if self.resolved and not self.resolved_among_all else self.gap.verdict
+
+
+def pairs(groups: list[Group], floor: Floor | None) -> list[Pair]:
+    """Each two of the groups once, the later one minus the earlier; those without a step or a text in common left out.
+
+    One spread judges all pairs of recipes with two seeds; those with one have no interval and don't widen any.
+    """
+    found = [pair for one, other in combinations(groups, 2) if (pair := _pair(other, one, floor))]
+    judged = {label for p in found if math.isfinite(p.gap.half_width) for label in (p.recipe, p.other)}
+    return [replace(p, all_pairs=p.gap.half_width * widening(len(judged), p.gap.df)) for p in found]
+
+
+def _pair(group: Group, other: Group, floor: Floor | None) -> Pair | None:
+    step = common_step(group, other)
+    if step is None:
+        return None
+    try:
+        gap, _ = compare_pair(group, other, step, floor)
+    except RunError:
+        return None
+    ours, theirs = losses_at(group, step), losses_at(other, step)
+    by_seed = {seed: ours[seed] - theirs[seed] for seed in shared_seeds(group, other)}
+    own = own_half_width(np.array(list(by_seed.values())))
+    return Pair(group.label, other.label, step, step == group.runs[0].info["steps"], gap, by_seed, own, math.nan)
+
+
+@cache
+def widening(recipes: int, df: float) -> float:
+    """How much wider than one pair's the interval of each pair of so many recipes has to be; NaN without df."""
+    if math.isnan(df):
+        return math.nan
+    return float(studentized_range.ppf(CONFIDENCE, recipes, df)) / math.sqrt(2) / t_quantile(df)
+
+
+def text(found: list[Pair]) -> str:
+    """How many pairs are told apart, and which not."""
+    judged = [p for p in found if math.isfinite(p.gap.half_width)]
+    if not judged:
+        return "No pair of recipes has two seeds to judge it by."
+    alone = [p for p in judged if p.resolved and not p.resolved_among_all]
+    among = sum(p.resolved_among_all for p in judged)
+    lines = [f"Pairs of recipes told apart, all {len(judged)} at once: {among}."]
+    if alone:
+        lines.append(f"Only if no other pair was in question: {_names(alone)}.")
+    if not_told := [p for p in judged if not p.resolved]:
+        lines.append(f"Not told apart: {_names(not_told)}.")
+    return " ".join(lines)
+
+
+def _names(found: list[Pair]) -> str:
+    return ", ".join(f"{p.other} and {p.recipe}" for p in found)
+
+
+def to_csv(found: list[Pair]) -> str:
+    """Full precision, nats/token, empty where there is no value."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    for p in found:
+        by_seed = " ".join(f"{seed}:{gap:.6f}" for seed, gap in p.by_seed.items())
+        values = [p.recipe, p.other, p.step, p.gap.mean, p.gap.half_width, p.all_pairs, p.own, by_seed]
+        values += [p.gap.method, p.gap.verdict, p.verdict_among_all]
+        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
+    return out.getvalue()
