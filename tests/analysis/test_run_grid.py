@@ -7,10 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
+from support import wait_until
 
 from analysis import states
 from configs import grid
@@ -54,13 +54,6 @@ def hold(runs) -> Path:
     path.parent.mkdir(parents=True)
     path.touch()
     return path
-
-
-def wait_until(condition, seconds=60):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.02)
 
 
 def test_runs_every_cell_once_and_never_again(run_grid, tmp_path, capsys):

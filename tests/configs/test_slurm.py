@@ -6,9 +6,9 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+from support import wait_until
 
 from configs import multirun, slurm
 from configs.cli import read_command_line
@@ -53,13 +53,6 @@ def script(tmp_path):
     path = tmp_path / "fake_train.py"
     path.write_text(FAKE_TRAIN)
     return path
-
-
-def wait_until(condition, limit_s: float = 60) -> None:
-    deadline = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < deadline, "timed out"
-        time.sleep(0.1)
 
 
 def local_executor(folder):

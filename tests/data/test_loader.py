@@ -7,6 +7,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from support import wait_until
 
 from data.loader import PREFETCH_BATCHES, Loader
 from data.prepare import prepare
@@ -125,9 +126,7 @@ def test_prefetch_reads_ahead_but_not_without_bound(loader, monkeypatch):
     monkeypatch.setattr(loader, "samples", lambda first, count: asked.append(first) or samples(first, count))
     batches = loader.prefetch((i, 1) for i in itertools.count())
     next(batches)
-    end = time.monotonic() + 60
-    while len(asked) < PREFETCH_BATCHES + 2 and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: len(asked) >= PREFETCH_BATCHES + 2)
     time.sleep(0.2)  # for one more, if it were unbounded
     # One was taken, the queue is full, and one more waits to enter it.
     assert asked == list(range(PREFETCH_BATCHES + 2))

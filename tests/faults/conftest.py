@@ -1,12 +1,9 @@
 """A run of about a second on a CPU, and its overrides. Token data is prepared once a session."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))  # pytest's importlib mode doesn't: `forked` and `reading` live here
 
 TINY = [
     "model=llama_tiny",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support import wait_until
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.faults
@@ -46,15 +47,6 @@ def ranks_alive(folder: Path) -> list[int]:
     return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
-def wait_until(condition, limit_s: float) -> bool:
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.1)
-    return False
-
-
 def test_hung_rank_is_named_and_everything_ends(tmp_path):
     process = launch(tmp_path, "hang")
     _, stderr = process.communicate(timeout=90)
@@ -63,12 +55,12 @@ def test_hung_rank_is_named_and_everything_ends(tmp_path):
     assert "rank 1: step 4, training" in stderr and "rank 0: step 5, training" in stderr
     assert "rank 1 on " in stderr and "is furthest behind: look there first." in stderr
     assert stderr.count("This rank's stacks:") == 2 and 'worker.py", line 14' in stderr  # the line that hangs
-    assert wait_until(lambda: not ranks_alive(tmp_path), 5)
+    wait_until(lambda: not ranks_alive(tmp_path), 5)
 
 
 def test_ranks_end_when_the_launcher_is_killed(tmp_path):
     process = launch(tmp_path, "run")
-    assert wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2 and len(ranks_alive(tmp_path)) == 2, 60)
+    wait_until(lambda: len(list(tmp_path.glob("pid-*"))) == 2 and len(ranks_alive(tmp_path)) == 2, 60)
     time.sleep(2)
     os.kill(process.pid, signal.SIGKILL)
-    assert wait_until(lambda: not ranks_alive(tmp_path), 15)
+    wait_until(lambda: not ranks_alive(tmp_path), 15)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import FP4_RECIPES
 
 from kernels import backend, build, formats, host_checks, nvfp4, scale_layout
 from kernels.gemm_nvfp4 import gemm_nvfp4, operands
@@ -87,7 +88,7 @@ def packed_operands(recipe: str, monkeypatch) -> dict:
     return recorder.calls
 
 
-@pytest.mark.parametrize("recipe", ["quartet2", "nvidia", "tetrajet2", "sr", "nvfp4_rtn", "quartet2_upstream"])
+@pytest.mark.parametrize("recipe", FP4_RECIPES)
 def test_packed_and_swizzled_operands_multiply_in_cutlass_as_in_our_emulation(recipe, monkeypatch):
     calls = packed_operands(recipe, monkeypatch)
     assert sorted(calls) == ["dgrad", "fprop", "wgrad"]

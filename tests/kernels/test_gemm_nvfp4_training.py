@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import FP4_RECIPES
 from torch import nn
 
 from kernels import backend
@@ -65,10 +66,7 @@ def compare(recipe: str, device: str, plain: dict[str, str], monkeypatch) -> Non
         assert torch.equal(ours, wanted), f"{recipe}: {int((ours != wanted).sum())} of {wanted.numel()} differ"
 
 
-RECIPES = ["quartet2", "nvidia", "tetrajet2", "sr", "nvfp4_rtn", "quartet2_upstream"]
-
-
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FP4_RECIPES)
 def test_packed_path_trains_bitwise_as_the_emulated_path(recipe, monkeypatch):
     compare(recipe, "cpu", CPU, monkeypatch)
 
@@ -84,6 +82,6 @@ def test_packed_path_compiles_into_one_graph(monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", FP4_RECIPES)
 def test_packed_path_trains_bitwise_as_the_emulated_path_on_a_gpu(recipe, monkeypatch):
     compare(recipe, "cuda", CUDA, monkeypatch)

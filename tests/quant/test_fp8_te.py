@@ -2,8 +2,8 @@
 
 import io
 import sys
-from pathlib import Path
 
+import fake_te
 import pytest
 import torch
 from torch import nn
@@ -12,9 +12,6 @@ from quant import library
 from quant.plan import convert, plan_of
 from quant.schemes import fp8_te
 from quant.schemes.fp8_te import Fp8TE, TELinear
-
-sys.path.insert(0, str(Path(__file__).parent))
-import fake_te
 
 IN, OUT, TOKENS = 32, 48, 16
 

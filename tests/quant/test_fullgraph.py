@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import SLOT_RECIPES
 
 pytest.importorskip("triton")
 
@@ -12,9 +13,7 @@ from kernels.gemm import cublaslt_impl
 from kernels.pointwise import triton_impl as pointwise_triton
 from kernels.quantize import triton_impl as quantize_triton
 from models.llama import Llama, LlamaConfig
-from quant import library
 from quant.plan import convert, plan_of
-from quant.recipe import Recipe
 
 FAST = {
     "quantize": quantize_triton,
@@ -22,10 +21,9 @@ FAST = {
     "cross_entropy": cross_entropy,
     "pointwise": pointwise_triton,
 }
-RECIPES = [name for name in library.names() if isinstance(library.load(name), Recipe)]
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SLOT_RECIPES)
 def test_fast_path_traces_as_one_graph_per_region(recipe, monkeypatch):
     monkeypatch.setattr(backend, "IMPL", FAST)
     torch.compiler.reset()

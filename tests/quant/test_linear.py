@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from support import SLOT_RECIPES
 from torch import Tensor, nn
 
 from kernels import backend
@@ -9,11 +10,10 @@ from kernels.quantize import amax, amax_packed, quantize, requantize, rht_signs
 from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 from quant import library
 from quant.linear import QuantLinear
-from quant.recipe import SLOTS, Recipe
+from quant.recipe import GEMMS, SLOTS, Recipe
 
 M, K, N = 256, 128, 384
 RNG, LAYER = torch.tensor([11, 5, 3]), 6
-SLOT_RECIPES = [name for name in library.names() if isinstance(library.load(name), Recipe)]
 
 
 @pytest.fixture(autouse=True)
@@ -82,19 +82,20 @@ def exact_again(x: Tensor, first: QuantSpec, slot: int, quantizer: QuantSpec, si
 
 def in_fp64(name: str, x: Tensor, w: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(product, sum of absolute products) of the three GEMMs in FP64."""
-    specs, dgrad_dim, wgrad_dim, source = TABLE[name]
+    recipe = library.load(name)
+    specs = [recipe.operand(slot).spec for slot in SLOTS]
     w = w.bfloat16()
-    layer = torch.tensor(LAYER)
-    d_signs = rht_signs(RNG, layer, 1, dgrad_dim) if dgrad_dim else None
-    w_signs = rht_signs(RNG, layer, 2, wgrad_dim) if wgrad_dim else None
-    qx, qw = exact(x, 0, 1, specs[0], None), exact(w, 1, 1, specs[1], None)
-    d_dy, w_dy = exact(dy, 2, 1, specs[2], d_signs), exact(dy, 4, 0, specs[4], w_signs)
-    if source == "fprop":
-        d_w = exact_again(w, specs[1], 3, specs[3], d_signs)
-        w_x = exact_again(x, specs[0], 5, specs[5], w_signs)
-    else:
-        d_w, w_x = exact(w, 3, 0, specs[3], d_signs), exact(x, 5, 0, specs[5], w_signs)
-    pairs = [(qx, qw.t(), 1), (d_dy, d_w, dgrad_dim or 1), (w_dy.t(), w_x, wgrad_dim or 1)]
+    dims = [recipe.gemm(gemm).rotation_dim for gemm in GEMMS]
+    signs = [rht_signs(RNG, torch.tensor(LAYER), i, dim) if dim else None for i, dim in enumerate(dims)]
+    qx, qw = exact(x, 0, 1, specs[0], signs[0]), exact(w, 1, 1, specs[1], signs[0])
+    d_dy, w_dy = exact(dy, 2, 1, specs[2], signs[1]), exact(dy, 4, 0, specs[4], signs[2])
+    d_w, w_x = (
+        exact_again(tensor, specs[first], slot, specs[slot], signs[gemm])
+        if recipe.operand(SLOTS[slot]).source == "fprop"
+        else exact(tensor, slot, 0, specs[slot], signs[gemm])
+        for tensor, first, slot, gemm in ((w, 1, 3, 1), (x, 0, 5, 2))
+    )
+    pairs = [(a, b, dim or 1) for (a, b), dim in zip(((qx, qw.t()), (d_dy, d_w), (w_dy.t(), w_x)), dims, strict=True)]
     return [(a @ b / dim, a.abs() @ b.abs() / dim) for a, b, dim in pairs]
 
 
@@ -110,11 +111,13 @@ def test_every_gemm_agrees_with_fp64_from_the_same_codes(name):
         assert ((got.double() - value).abs() <= bound).all(), ((got.double() - value).abs() / bound).max()
 
 
-def test_table_covers_every_recipe_and_its_targets():
-    assert set(TABLE) == set(SLOT_RECIPES)
-    for name, (specs, *_) in TABLE.items():
-        recipe = library.load(name)
-        assert [recipe.operand(slot).spec for slot in SLOTS] == specs, name
+@pytest.mark.parametrize("name", TABLE)
+def test_published_recipes_are_those_of_the_table(name):
+    specs, dgrad_dim, wgrad_dim, source = TABLE[name]
+    recipe = library.load(name)
+    assert [recipe.operand(slot).spec for slot in SLOTS] == specs
+    assert [recipe.gemm(gemm).rotation_dim for gemm in GEMMS] == [None, dgrad_dim, wgrad_dim]
+    assert {recipe.operand(slot).source == "fprop" for slot in ("dgrad.w", "wgrad.x")} == {source == "fprop"}
 
 
 # --- the baseline ---

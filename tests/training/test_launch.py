@@ -7,22 +7,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from support import SLOT_RECIPES
 
 from analysis.runs import read_run
 from configs.compose import compose
 from data.loader import Loader
 from data.tokens import TokenSet
-from quant import library
-from quant.recipe import Recipe
 from training.build import is_graphed
 from training.identity import IdentityError
 from training.loop import Trainer
 from training.manifest import checkpoints
 
-RECIPES = [name for name in library.names() if isinstance(library.load(name), Recipe)]
 
-
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", SLOT_RECIPES)
 def test_ten_steps_of_every_recipe_learn(run, rows, recipe):
     code, folder = run(f"quant={recipe}", "evaluate.every=null", "checkpoint.every=null")
     losses = [row["loss"] for row in rows(folder, "train")]

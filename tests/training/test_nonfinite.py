@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from support import SLOT_RECIPES
 
 from kernels import backend
 from quant import library
@@ -107,7 +108,7 @@ def test_a_recipe_that_causes_it_is_told_from_the_data(run, plant, name):
         run(f"quant={name}")
 
 
-@pytest.mark.parametrize("name", [name for name in library.names() if isinstance(library.load(name), Recipe)])
+@pytest.mark.parametrize("name", SLOT_RECIPES)
 def test_one_gemm_quantized_alone_multiplies_by_the_same_operands(name):
     """Also where a slot reuses fprop's codes, which are then made from the tensor itself."""
     backend.use("reference")

@@ -6,15 +6,15 @@ import shutil
 
 import pytest
 import torch
+from support import SLOT_RECIPES
 
 from training.checkpoint import read_all
 from training.loop import Trainer
 from training.manifest import checkpoints
 
 COUNT = 8
-RECIPES = ["bf16", "fp8", "fp8_rowwise", "nvfp4_rtn", "sr", "nvidia", "tetrajet2", "quartet2", "quartet2_upstream"]
 NUMBERS = {
-    "quant": RECIPES,
+    "quant": SLOT_RECIPES,
     "quant.high_precision.last": [0, 0, 1],
     "model.layers": [1, 2],
     "model.residual_dtype": ["float32", "bfloat16"],
