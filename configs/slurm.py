@@ -56,6 +56,7 @@ class Task:
 
     def __init__(self, processes: int = 1, faults: int = 0) -> None:
         self.processes, self.faults = processes, faults
+        self.pause_s = FAILURE_PAUSE_S
         self._pid: int | None = None
         self._is_fault = self._is_cancelled = False
 
@@ -73,7 +74,7 @@ class Task:
         # Without torchrun its ranks leave, too (training/watchdog.py).
         if code == EXIT_HUNG or (code == -signal.SIGKILL and launched != words):
             self.requeue(code)
-        time.sleep(FAILURE_PAUSE_S)  # a job that another node has requeued is taken away in this pause
+        time.sleep(self.pause_s)  # a job that another node has requeued is taken away in this pause
         raise RuntimeError(f"{shlex.join(words)} failed with exit code {code}")
 
     def requeue(self, code: int) -> None:
@@ -112,7 +113,9 @@ class Task:
         deadline = time.monotonic() + SAVE_LIMIT_S
         while self._pid is not None and is_running(self._pid) and time.monotonic() < deadline:
             time.sleep(0.2)
-        return DelayedSubmission(Task(self.processes, self.faults if self._is_fault else 0), words)
+        again = Task(self.processes, self.faults if self._is_fault else 0)
+        again.pause_s = self.pause_s
+        return DelayedSubmission(again, words)
 
 
 def descendants(pid: int) -> list[int]:

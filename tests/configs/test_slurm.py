@@ -48,6 +48,11 @@ if sys.argv[2] == "disk full":
 """
 
 
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch):
+    monkeypatch.setattr(slurm, "FAILURE_PAUSE_S", 0)  # a Task carries it into its job
+
+
 @pytest.fixture
 def script(tmp_path):
     path = tmp_path / "fake_train.py"
@@ -143,8 +148,7 @@ def test_a_preemption_forgets_earlier_faults():
     assert slurm.Task(2, faults=3).checkpoint(["true"]).function.faults == 0
 
 
-def test_failing_command_fails_the_job(tmp_path, monkeypatch):
-    monkeypatch.setattr(slurm, "FAILURE_PAUSE_S", 0)
+def test_failing_command_fails_the_job(tmp_path):
     job = local_executor(tmp_path).submit(slurm.Task(), [sys.executable, "-c", "import sys; sys.exit(3)"])
     assert "failed with exit code 3" in str(job.exception())
 
