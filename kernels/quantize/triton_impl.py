@@ -39,8 +39,7 @@ def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
     if signs is None or per_row:
         return reference_impl.amax_packed(p, axis, signs, per_row)
-    scales = p.block_scales.view(torch.uint8)
-    return torch.ops.nibble.amax(p.codes, scales, *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
+    return torch.ops.nibble.amax(p.codes, _scale_bytes(p), *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
 
 def quantize(
@@ -128,13 +127,26 @@ def requantize(
         scale = p.global_scale if out.scale is None else out.scale * p.global_scale
         packed = out.packed and NVFP4Tensor(out.packed.codes, out.packed.block_scales, scale)
         return Quantized(out.values, scale, packed)
-    scales = p.block_scales.view(torch.uint8)
-    return _nvfp4(p.codes, scales, p.global_scale, spec, axis, amax, signs, rng, layer, slot, want)
+    return _nvfp4(p.codes, _scale_bytes(p), p.global_scale, spec, axis, amax, signs, rng, layer, slot, want)
 
 
 def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:
-    values = torch.ops.nibble.unpack_values(p.codes, p.block_scales.view(torch.uint8), axis)
+    values = torch.ops.nibble.unpack_values(p.codes, _scale_bytes(p), axis)
     return Quantized(values, p.global_scale)
+
+
+def _scale_bytes(p: NVFP4Tensor) -> Tensor:
+    """The block scales of p, which the kernels read as bytes. ValueError for a layout that they would read wrongly."""
+    scales, (rows, columns) = p.block_scales, p.shape
+    row_major = [(rows, columns / NVFP4_BLOCK), (rows / NVFP4_BLOCK, columns / NVFP4_BLOCK)]
+    if tuple(scales.shape) not in row_major or scales.dtype != torch.float8_e4m3fn or not scales.is_contiguous():
+        raise ValueError(
+            f"a packed [{rows}, {columns}] has {scales.dtype} block scales of shape {tuple(scales.shape)}, "
+            f"strides {scales.stride()}; the Triton back end reads contiguous float8_e4m3fn scales of "
+            "[rows, columns/16] (1x16) or [rows/16, columns/16] (16x16): pack it with kernels.quantize, or use "
+            "backend=reference"
+        )
+    return scales.view(torch.uint8)
 
 
 def _nvfp4(src, scales, outer, spec, axis, amax, signs, rng, layer, slot, want) -> Quantized:

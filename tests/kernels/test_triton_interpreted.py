@@ -10,8 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from kernels.nvfp4 import NVFP4Tensor
+from kernels.spec import NVFP4_SCALES, QuantSpec
 
 pytest.importorskip("triton")
+from kernels.quantize import triton_impl
+
 EXACT = ("rtn", "rtn_46", "rtn_pow2", "sr", "sr_46", "square_rtn", "square_46", "square_sr")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -65,6 +71,31 @@ def test_the_e2m1_conversion_alone_agrees_on_every_tie_and_two_million_numbers()
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300)
     assert "runs and right" in result.stdout, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        torch.ones(32, 2),  # 1x32 blocks
+        torch.ones(4, 4),  # 8x16
+        torch.ones(4, 32),  # transposed
+        torch.ones(128),  # swizzled
+        torch.ones(4, 32).t(),  # strided
+        torch.ones(32, 4).to(torch.float8_e5m2),
+    ],
+    ids=lambda scales: f"{list(scales.shape)} {list(scales.stride())} {scales.dtype}",
+)
+def test_packed_operands_with_other_scales_are_refused(scales):
+    scales = scales if scales.dtype == torch.float8_e5m2 else scales.to(torch.float8_e4m3fn)
+    p = NVFP4Tensor(torch.zeros(32, 32, dtype=torch.uint8), scales, torch.ones(()))
+    signs, spec = torch.ones(16), QuantSpec.resolve("e2m1", NVFP4_SCALES)
+    for read in (
+        lambda: triton_impl.dequantize(p, 1),
+        lambda: triton_impl.amax_packed(p, 0, signs, False),
+        lambda: triton_impl.requantize(p, spec, 0, torch.ones(()), signs, None, None, 5, ("values",)),
+    ):
+        with pytest.raises(ValueError, match=r"packed \[32, 64\] has .*the Triton back end reads .*backend=reference"):
+            read()
 
 
 @pytest.mark.gpu
