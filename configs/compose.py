@@ -170,8 +170,13 @@ def check(override: Override) -> Override:
 
 
 def check_choices(override: Override, options: list[str]) -> None:
-    values = listed(override) if override.is_sweep_override() else [override.value()]
-    for value in itertools.chain.from_iterable(one if isinstance(one, list) else [one] for one in values):
+    for value in listed(override) if override.is_sweep_override() else [override.value()]:
+        if isinstance(value, list):
+            example = next((one for one in value if one in options), options[0])
+            raise ConfigError(
+                f"{override.input_line}: a list; give one choice, as in {override.key_or_group}={example}. There are: "
+                f"{', '.join(options)}"
+            )
         word = "null" if value is None else str(value)
         if word not in options:
             near = suggestion(word, options)
@@ -249,7 +254,7 @@ def one_line(error: Exception) -> str:
     first = message.splitlines()[0].rstrip(".")
     if "is not a ListConfig, list or tuple" in first:
         first = "needs a list, such as [0.9,0.95]"
-    if key and re.search(r"is not a subclass of \w+Section", first):
+    if key and re.search(r"is not a subclass of \w+Section|Cannot merge DictConfig with ListConfig", first):
         inside = [name for name in known_keys() if name.startswith(f"{key.group(1)}.")]
         first = f"a section, not a value; set one of its keys: {', '.join(inside)}"
     return f"{key.group(1)}: {first}" if key else first

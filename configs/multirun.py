@@ -36,7 +36,7 @@ def run_all(overrides: list[str]) -> int:
 def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
     """What `jobs` compose to, each to numbers that fit each other and `world` processes, into a folder of its own.
     Raises ConfigError."""
-    found, named = [], {}
+    found, named, seen = [], {}, {}
     for job in jobs:
         try:
             found.append(compose(job))
@@ -47,6 +47,9 @@ def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
             derive(config, shape_of(config, config.data.vocab_size).parameters_non_embedding, world)
         except ValueError as error:
             raise ConfigError(f"in {' '.join(job)}: {error}") from error
+        twin = seen.setdefault(found[-1].yaml, job)
+        if twin is not job:
+            raise ConfigError(f"{' '.join(twin)} and {' '.join(job)} are the same run; list each value once")
         name = config.run.name
         if name is not None and named.setdefault(name, job) != job:
             raise ConfigError(

@@ -46,7 +46,11 @@ MISTAKES = [
     (["optim.betas=0.9"], ["optim.betas: needs a list, such as [0.9,0.95]"]),
     (["debug=smok"], ["did you mean smoke?"]),
     # types
-    (["optim=[1]"], ["optim=1: no such choice"]),
+    (["optim=[1]"], ["optim=[1]: a list; give one choice, as in optim=adamw. There are: adamw, muon"]),
+    (["optim=[]"], ["optim=[]: a list; give one choice, as in optim=adamw"]),
+    (["experiment=[x]"], ["experiment=[x]: a list; give one choice, as in experiment=c4_ablations"]),
+    (["quant=[bf16,sr]"], ["quant=[bf16,sr]: a list; give one choice, as in quant=bf16"]),
+    (["batch=[]"], ["batch: a section, not a value", "batch.sequences"]),
     (["optim.lr=abc"], ["optim.lr", "'abc'", "Float"]),
     (["seed=a"], ["seed", "'a'", "Integer"]),
     (["model.layers=2.5"], ["model.layers", "2.5", "Integer"]),

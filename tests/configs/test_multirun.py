@@ -49,6 +49,15 @@ def test_two_runs_of_one_name_are_refused_before_the_first(jobs):
     assert jobs() == []
 
 
+@pytest.mark.parametrize(("word", "twin"), [("seed=0,0", "seed=0"), ("seed=0,00", "seed=00")])
+def test_the_same_run_twice_is_refused_before_the_first(jobs, word, twin):
+    with pytest.raises(
+        ConfigError, match=f"^quant=sr seed=0 and quant=sr {twin} are the same run; list each value once$"
+    ):
+        multirun.run_all(["quant=sr", word])
+    assert jobs() == []
+
+
 def test_refused_under_torchrun(jobs, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="one torchrun per run"):
