@@ -9,7 +9,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 from analysis.cli import quiet_pipes
 from configs.cli import read_command_line
 from configs.compose import ConfigError, compose
-from configs.multirun import run_all, submit_all
 
 
 def main(arguments: list[str]) -> int:
@@ -21,6 +20,8 @@ def main(arguments: list[str]) -> int:
             quiet_pipes()  # only here: training has sockets of its own
             print(line.text)
             return 0
+        if line.slurm is not None or line.multirun:
+            from configs.multirun import run_all, submit_all
         if line.slurm is not None:
             return submit_all(line.overrides, line.multirun, line.slurm)
         if line.multirun:
