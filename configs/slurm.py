@@ -168,6 +168,11 @@ class Wish:
 def read_options(name: str, options: dict[str, str]) -> Wish:
     """`options`: submitit's parameters and sbatch's, cluster=local|debug for trials, and processes_per_node (default:
     gpus_per_node, itself 1). GridError where a number isn't one, and for a job without a time limit."""
+    if {"use_srun", "slurm_use_srun"} & options.keys():
+        raise GridError(
+            "slurm.use_srun: jobs start through srun, which passes SLURM's warning on to them; without it a job would "
+            "end unsaved. Leave slurm.use_srun out"
+        )
     given = {key: int(value) if value.isdigit() else value for key, value in options.items()}
     for key, value in given.items():
         least = NUMBERS.get(key.removeprefix("slurm_"))

@@ -257,6 +257,13 @@ def test_numbers_are_whole_numbers(word):
         slurm.ranks_of({"timeout_min": "60", key: value})
 
 
+@pytest.mark.parametrize("key", ["use_srun", "slurm_use_srun"])
+def test_jobs_without_srun_are_refused(key):
+    """submitit would take "false" for true; and without srun nobody hears --signal=USR1@180."""
+    with pytest.raises(GridError, match=r"^slurm\.use_srun: jobs start through srun.* Leave slurm\.use_srun out$"):
+        slurm.ranks_of({"timeout_min": "60", key: "false"})
+
+
 def test_a_node_without_gpus_runs_one_process():
     assert slurm.ranks_of({"timeout_min": "60", "gpus_per_node": "0", "nodes": "2"}) == (2, 1)
 
