@@ -4,6 +4,7 @@ N counts non-embedding parameters, D tokens. Columns of the file: size, N, D, sc
 """
 
 import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,23 +54,32 @@ Points = dict[tuple[int, int], float]  # {(N, D): final loss in nats/token}
 
 
 def load(path: Path | str = DEFAULT_PATH) -> dict[str, Points]:
-    """{recipe: {(N, D): loss}} from the CSV. ValueError when a cell occurs twice with other losses, or columns lack."""
+    """{recipe: {(N, D): loss}} from the CSV. ValueError names the file, for a cell that occurs twice with other losses,
+    columns that lack, and a line that is no point."""
     recipes: dict[str, Points] = {}
     with open(path, newline="") as file:
         reader = csv.DictReader(file)
-        missing = {"N", "D", "scheme", "variant", "final_loss"} - set(reader.fieldnames or ())
-        if missing:
-            raise ValueError(f"{path}: lacks the columns {sorted(missing)}")
-        for line in reader:
-            key = (line["scheme"], line["variant"])
-            points = recipes.setdefault(NAMES.get(key, ":".join(key).replace("|", "/")), {})
-            try:
-                cell, loss = (int(line["N"]), int(line["D"])), float(line["final_loss"])
-            except (TypeError, ValueError) as error:
-                raise ValueError(f"{path}, line {reader.line_num}: N and D are whole numbers ({error})") from None
-            if abs(points.get(cell, loss) - loss) > DUPLICATE_TOLERANCE:
-                raise ValueError(f"{path}: {key} at {cell} occurs with {points[cell]} and {loss}")
-            points.setdefault(cell, loss)
+        try:
+            missing = {"N", "D", "scheme", "variant", "final_loss"} - set(reader.fieldnames or ())
+            lines = [] if missing else [(reader.line_num, line) for line in reader]
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path}: can't be read as CSV ({error})") from None
+    if missing:
+        raise ValueError(f"{path}: lacks the columns {sorted(missing)}")
+    for number, line in lines:
+        try:
+            cell, loss = (int(line["N"]), int(line["D"])), float(line["final_loss"])
+            if min(cell) < 1 or not math.isfinite(loss):
+                raise ValueError(f"got {line['N']}, {line['D']} and {line['final_loss']}")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"{path}, line {number}: N and D are whole numbers, final_loss a finite one ({error})"
+            ) from None
+        key = (line["scheme"], line["variant"])
+        points = recipes.setdefault(NAMES.get(key, ":".join(key).replace("|", "/")), {})
+        if abs(points.get(cell, loss) - loss) > DUPLICATE_TOLERANCE:
+            raise ValueError(f"{path}: {key} at {cell} occurs with {points[cell]} and {loss}")
+        points.setdefault(cell, loss)
     return recipes
 
 

@@ -175,6 +175,23 @@ def test_a_cell_that_occurs_with_two_losses_is_an_error(tmp_path):
         published.load(path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"30M,1,2,bf16,-,3.0\n30", r"runs\.csv, line 3: N and D"),  # torn
+        (b"30M,1,2,bf16,-,nan\n", r"runs\.csv, line 2: .* final_loss a finite one"),
+        (b"30M,0,2,bf16,-,3.0\n", r"runs\.csv, line 2: N and D"),
+        (b"30M,1,2,\xff\xfe,-,3.0\n", r"runs\.csv: can't be read as CSV"),
+        (b"x" * 200_000, r"runs\.csv: can't be read as CSV"),
+    ],
+)
+def test_a_file_that_can_not_be_read_is_one_error_that_names_it(tmp_path, text, message):
+    path = tmp_path / "runs.csv"
+    path.write_bytes(b"size,N,D,scheme,variant,final_loss\n" + text)
+    with pytest.raises(ValueError, match=message):
+        published.load(path)
+
+
 @pytest.fixture
 def our_runs(tmp_path):
     for recipe, eff_n in (("bf16", 1.0), ("quartet2", 0.8)):
