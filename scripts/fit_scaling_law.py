@@ -10,13 +10,14 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import law as laws
 from analysis import law_report, noise, published
 from analysis.cli import existing, positive, quiet_pipes
-from analysis.compare import Group, differences, group_runs, mean_over_seeds
+from analysis.compare import Group, differences, group_runs, seed_means
 from analysis.published import Points
 from analysis.runs import Run, find_runs
 
@@ -37,7 +38,7 @@ def arguments() -> argparse.Namespace:
 
 
 def our_points(patterns: list[str]) -> dict[str, Points]:
-    """{recipe label: {(N, D): mean final loss over seeds}} of finished runs; reruns of a seed are averaged first.
+    """{recipe label: {(N, D): final loss by on_baselines_seeds}} of finished runs; reruns of a seed are averaged first.
 
     Left out: nudged runs, and cells of a recipe with a seed that diverged. ValueError for a cell whose runs can't be
     compared, or that has a recipe in two variants (two learning rates, say).
@@ -55,7 +56,7 @@ def our_points(patterns: list[str]) -> dict[str, Points]:
 
 
 def cell_losses(cell: tuple[int, int], runs: list[Run]) -> dict[str, float]:
-    """{recipe label: mean final loss} of one (N, D)."""
+    """{recipe label: final loss} of one (N, D)."""
     where = f"N={cell[0]:,} D={cell[1]:,}"
     if mixed := differences(runs):
         raise ValueError(f"{where}: {'; '.join(mixed)}. Leave some out")
@@ -66,7 +67,17 @@ def cell_losses(cell: tuple[int, int], runs: list[Run]) -> dict[str, float]:
         raise ValueError(
             f"{where}: several variants of a recipe make no one point: {', '.join(several)}. Leave some out"
         )
-    return {label: mean_over_seeds(group, noise.final_loss) for label, (group,) in groups.items() if not group.diverged}
+    losses = {label: seed_means(group, noise.final_loss) for label, (group,) in groups.items() if not group.diverged}
+    return {label: on_baselines_seeds(of_seed, losses.get("bf16", {})) for label, of_seed in losses.items()}
+
+
+def on_baselines_seeds(losses: dict[int, float], base: dict[int, float]) -> float:
+    """Mean over seeds, moved so that its gap to the baseline's mean is that over the seeds both have, as compare.py's
+    is: the law sees gaps, and seeds differ by more than paired gaps do."""
+    shared = losses.keys() & base.keys()
+    if not shared:
+        return fmean(losses.values())
+    return fmean(base.values()) + fmean(losses[seed] - base[seed] for seed in shared)
 
 
 def fit(points: dict[str, Points], form: str, draws: int) -> dict:

@@ -242,6 +242,16 @@ def test_points_are_means_over_seeds_without_nudged_and_diverged_runs(tmp_path):
     assert our_points(tmp_path) == {"bf16": {(3_000_000, 102_400): pytest.approx(3.1)}}
 
 
+def test_gaps_are_over_the_seeds_that_both_have_as_in_the_comparison(tmp_path):
+    for recipe, losses in {"bf16": (3.0, 3.2), "sr": (3.1, 3.3, 3.9), "fp8": (3.1,)}.items():
+        for seed, loss in enumerate(losses):
+            write_run(tmp_path, recipe, seed, loss)
+    write_run(tmp_path, "nvidia", 7, 3.4)
+    (bf16,), (sr,), (fp8,), (nvidia,) = (our_points(tmp_path)[r].values() for r in ("bf16", "sr", "fp8", "nvidia"))
+    assert (bf16, sr - bf16, fp8 - bf16) == pytest.approx((3.1, 0.1, 0.1))
+    assert nvidia == pytest.approx(3.4)  # no seed in common: by the means
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
