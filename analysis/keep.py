@@ -43,14 +43,19 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     target = folder / run.name
     if target.resolve() == run.path.resolve():
         raise ValueError(f"{target}: the copy would replace the run itself; give another folder")
+    if (target / "config.yaml").exists():  # which copies lack
+        raise ValueError(f"{target}: the copy would replace a run, not an older copy; give another folder")
     targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
+    metrics = run.path / "metrics.jsonl"  # a run that was killed while it started has none
+    lines = [line for line in metrics.read_text().split("\n")[:-1] if line] if metrics.exists() else []
+    records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
     (target / "eval").mkdir(parents=True, exist_ok=True)
+    for old in (*(target / "eval").glob("*.npz"), *(target / name for name in FILES)):
+        old.unlink(missing_ok=True)
     for name in FILES:
         if (run.path / name).exists():
             (target / name).write_text(json.dumps(without_paths(run.read_json(name)), indent=1) + "\n")
-    lines = [line for line in (run.path / "metrics.jsonl").read_text().split("\n")[:-1] if line]
-    records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
     (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
     for step, rows in evaluations.items():
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}

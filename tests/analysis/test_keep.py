@@ -97,3 +97,20 @@ def test_runs_are_neither_thinned_in_place_nor_replaced_by_a_namesake(tmp_path):
         done = subprocess.run(words, capture_output=True, text=True, timeout=60)
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert (path / "metrics.jsonl").read_text() == before and not (tmp_path / "kept").exists()
+
+
+def test_a_copy_replaces_all_of_an_older_copy_and_no_run(tmp_path):
+    keep(read_run(write_run(tmp_path / "first")), tmp_path / "kept")
+    again = read_run(write_run(tmp_path / "again", steps_done=60))
+    kept = read_run(keep(again, tmp_path / "kept"))
+    assert kept.status == again.status and [path.name for path in (kept.path / "eval").iterdir()] == ["50.npz"]
+    before = (tmp_path / "first" / kept.name / "metrics.jsonl").read_text()
+    with pytest.raises(ValueError, match="would replace a run"):
+        keep(again, tmp_path / "first")
+    assert (tmp_path / "first" / kept.name / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_killed_before_its_first_record_is_kept(tmp_path):
+    path = write_run(tmp_path / "runs", steps_done=0)
+    (path / "metrics.jsonl").unlink()
+    assert read_run(keep(read_run(path), tmp_path / "kept")).status == "unfinished (0/100)"
