@@ -191,7 +191,10 @@ class Run:
         """The per-segment rows of the evaluation at `step`. RunError when the file is missing, damaged or malformed."""
         path = self.path / "eval" / f"{step}.npz"
         if not path.exists():
-            raise RunError(f"{path}: missing, but metrics.jsonl reports an evaluation at step {step}")
+            raise RunError(
+                f"{path}: missing, but metrics.jsonl reports an evaluation at step {step} (a small copy made by "
+                "keep_results.py has these rows of last evaluations alone)"
+            )
         try:
             with np.load(path, allow_pickle=False) as file:
                 rows = {key: file[key] for key in ROW_KEYS}
