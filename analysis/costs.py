@@ -6,12 +6,14 @@ source}]}, written by `scripts/plan.py measure=...` from finished runs or from s
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from analysis.runs import Run, RunError, json_object
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "throughput.json"
+ROW_NAMES, ROW_NUMBERS = ("model", "recipe"), ("flops_per_token", "tokens_per_second")
 # Dense BF16 peak as NVIDIA states it. Prediction for B200: the MFU measured on an H100 in BF16, whatever the recipe:
 # native NVFP4 GEMMs pay from about 3B parameters on (quartet2.md, d.6), and none of these grids has such a model.
 B200_PEAK = 2250e12
@@ -50,10 +52,15 @@ def load(path: Path = TABLE) -> dict:
     if not path.exists():
         return {"device": None, "rows": []}
     table = json_object(path)
-    keys = {"model", "recipe", "tokens_per_second", "flops_per_token"}
-    if "device" not in table or not all(keys <= row.keys() for row in table.get("rows", [{}])):
-        raise RunError(f"{path}: needs device and rows of {', '.join(sorted(keys))}")
+    rows = table.get("rows")
+    if not isinstance(table.get("device"), str) or not isinstance(rows, list) or not all(map(_is_row, rows)):
+        raise RunError(f"{path}: needs device and rows of {', '.join(ROW_NAMES + ROW_NUMBERS)}, numbers above 0")
     return table
+
+
+def _is_row(row: Any) -> bool:
+    numbers = [row.get(key) for key in ROW_NUMBERS] if isinstance(row, dict) and row.keys() >= {*ROW_NAMES} else [None]
+    return all(isinstance(number, int | float) and number > 0 for number in numbers)
 
 
 def speed_of(cell: Cell, rows: list[dict]) -> Speed | None:

@@ -12,7 +12,6 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
@@ -154,7 +153,7 @@ def measure(given: list[str]) -> int:
     if words["measure"].endswith(".json"):
         if not words.get("device"):
             raise ValueError(f"{words['measure']} doesn't name its device: add device='NVIDIA H100'")
-        device, rows = words["device"], bench_rows(json.loads(Path(words["measure"]).read_text()), words["measure"])
+        device, rows = words["device"], bench_rows(words["measure"])
     else:
         runs = [run for run in find_runs([words["measure"]]) if run.finished]
         if not runs:
@@ -170,10 +169,14 @@ def measure(given: list[str]) -> int:
     return 0
 
 
-def bench_rows(timings: Any, source: str) -> list[dict]:
-    """Rows from bench_step.py's JSON; presets only, since the FLOPs come from the preset. ValueError for other JSON."""
+def bench_rows(source: str) -> list[dict]:
+    """Rows from bench_step.py's JSON; presets only, whose FLOPs are known. ValueError for another file."""
     from training.shapes import shape_of
 
+    try:
+        timings = json.loads(Path(source).read_text())
+    except ValueError as error:
+        raise ValueError(f"{source}: not JSON ({error})") from None
     if not isinstance(timings, list) or not all(isinstance(t, dict) and t.keys() >= BENCH_KEYS for t in timings):
         raise ValueError(f"{source}: not what scripts/bench_step.py json=... writes, a list with {sorted(BENCH_KEYS)}")
     rows = []

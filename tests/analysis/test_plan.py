@@ -115,6 +115,9 @@ def test_files_that_are_none_are_named(tmp_path):
         ('{"bad": 1}', "needs device and rows of"),
         ("[", "not JSON"),
         ('{"device": 1}', "needs device"),
+        ('{"device": "H100", "rows": [1]}', "needs device and rows of"),
+        ('{"device": "H100", "rows": null}', "needs device and rows of"),
+        (json.dumps({"device": "H100", "rows": rows(llama_30m__bf16=0)}), "needs .* above 0"),
     ):
         (tmp_path / "table.json").write_text(text)
         with pytest.raises(ValueError, match=rf"table\.json: {says}"):
@@ -201,6 +204,12 @@ def test_mistakes_are_named(words, message, capsys, monkeypatch):
     assert plan_module().main(words) == 2
     error = capsys.readouterr().err
     assert error.startswith("plan: ") and message in error and len(error.splitlines()) == 1
+
+
+def test_a_file_of_timings_that_is_no_json_is_named(tmp_path, capsys):
+    (tmp_path / "bench.json").write_text("[{")
+    assert plan_module().main([f"measure={tmp_path}/bench.json", "device=CPU", f"table={tmp_path}/table.json"]) == 2
+    assert "bench.json: not JSON" in capsys.readouterr().err and not (tmp_path / "table.json").exists()
 
 
 @pytest.mark.parametrize("script", ["plan.py", "run_grid.py"])
