@@ -38,6 +38,7 @@ from training.signals import EXIT_PREEMPTED, lock_file
 # launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
 POLL_S = 0.5
+MENDED = {"nonfinite=skip", "nonfinite=rollback"}
 
 
 @dataclass
@@ -54,8 +55,7 @@ def pending(line: gridline.GridLine) -> list[str]:
     """Cells that nobody has finished or is running, begun ones first: they are nearest to a result. Those that diverged
     only where the command says how to get past that: they would end as before."""
     found = {cell: states.state_of(line.runs, line.run_name(cell)).status for cell in line.cells}
-    mended = {"nonfinite=skip", "nonfinite=rollback"} & set(line.extra)
-    begun = {states.STOPPED, states.DIVERGED} if mended else {states.STOPPED}
+    begun = {states.STOPPED, states.DIVERGED} if MENDED & set(line.extra) else {states.STOPPED}
     return [c for wanted in (begun, {states.MISSING}) for c in found if found[c] in wanted]
 
 
@@ -147,7 +147,9 @@ def run_local(line: gridline.GridLine) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     for cell in diverged(line):
-        print(f"{cell}: diverged, left as it is; nonfinite=skip or nonfinite=rollback would go on")
+        given = " and ".join(MENDED & set(line.extra))
+        hint = f" in spite of {given}" if given else ", left as it is; nonfinite=skip or nonfinite=rollback would go on"
+        print(f"{cell}: diverged{hint}")
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
     return 1 if failed else EXIT_PREEMPTED if stopping else 0

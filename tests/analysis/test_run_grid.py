@@ -128,6 +128,16 @@ def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path
     assert run_grid.main([*words, "nonfinite=skip"]) == 0 and len(starts(tmp_path, "bf16/s0")) == 1
 
 
+def test_a_run_that_diverges_in_spite_of_skip_is_not_told_to_skip(run_grid, tmp_path, capsys):
+    words = ["seed=666", f"paths.runs={tmp_path}"]  # which fails
+    folder = tmp_path / grid.run_name("corpus_screen", "bf16/s0", words)
+    folder.mkdir()
+    (folder / "run.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text('{"kind": "event", "event": "nonfinite", "step": 6, "bad_step": 7}\n')
+    assert run_grid.main(["experiment=corpus_screen", "cell=bf16/s0", *words, "nonfinite=skip"]) == 1
+    assert "bf16/s0: diverged in spite of nonfinite=skip\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("size", [10, 150_000, 2_000_000])
 def test_the_last_step_stands_before_an_evaluations_slots(tmp_path, size):
     folder = tmp_path / "run"
