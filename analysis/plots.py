@@ -37,16 +37,20 @@ def styles(groups: list[Group], base: Group) -> dict[str, tuple[str, str]]:
 def figure(
     groups: list[Group], base: Group, rows: Iterable[Row] = (), published: dict[str, float] | None = None
 ) -> Figure:
-    """Validation and training loss against tokens (left), gap to the baseline over training (right).
+    """Validation and training loss against tokens (left), gap to the baseline over training (right; without one, none).
 
     `rows`: of the table, whose intervals are drawn as bars. `published`: {label: gap in nats} of published runs of this
     size and length, drawn as hollow diamonds.
     """
     style = styles(groups, base)
-    fig, (left, right) = plt.subplots(1, 2, figsize=(13, 5.2), dpi=120, layout="constrained")
-    draw_losses(left, groups, style)
+    panels = 2 if len(groups) > 1 else 1
+    fig, axes = plt.subplots(
+        1, panels, figsize=(13 if panels > 1 else 7, 5.2), dpi=120, layout="constrained", squeeze=False
+    )
+    draw_losses(axes[0, 0], groups, style)
     intervals = [row for row in rows if row.gap is not None and np.isfinite(row.gap.half_width)]
-    draw_gaps(right, groups, base, style, intervals, published or {})
+    if panels > 1:
+        draw_gaps(axes[0, 1], groups, base, style, intervals, published or {})
     return fig
 
 
@@ -80,7 +84,7 @@ def draw_gaps(
     published: dict[str, float],
 ) -> None:
     """Validation loss minus the baseline's of the same seed; the band is one standard error over seeds."""
-    ends = []
+    ends, bands = [], False
     ax.axhline(0, color="#000000", linewidth=1)
     for group in groups:
         if group is base:
@@ -91,15 +95,16 @@ def draw_gaps(
         ax.plot(x, mean * 1e3, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
         if np.all(np.isfinite(se)) and len(se):
             ax.fill_between(x, (mean - se) * 1e3, (mean + se) * 1e3, color=colour, alpha=0.15, linewidth=0)
+            bands = True
         if len(x):
             ends.append((x[-1], mean[-1] * 1e3, group.caption, colour))
         if group.label in published:
             diamond = {"color": colour, "fillstyle": "none", "markersize": 7, "clip_on": False}
             ax.plot(base.runs[0].info["tokens"], published[group.label] * 1e3, "D", **diamond)
-    seeds = max(len(g.by_seed()) for g in groups)
-    band = "band: standard error over seeds, bars: 95 % intervals" if seeds > 1 else "one seed: no error bar"
-    diamonds = ", ◇ published" if published else ""
-    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Gap to {base.label} ({band}{diamonds})")
+    found = ["band: standard error over seeds"] * bands + ["bars: 95 % intervals"] * bool(intervals)
+    found = found or ["one seed: no error bar"]
+    found += ["◇ published"] * bool(published)
+    style_axes(ax, f"gap to {base.label} [1e-3 nats/token]", f"Gap to {base.label} ({', '.join(found)})")
     _gap_limits(ax, [y for _, y, _, _ in ends] + [1e3 * gap for gap in published.values()])
     draw_intervals(ax, intervals, style)
     end_labels(ax, ends)

@@ -30,8 +30,9 @@ def build(
     runs = [run for group in groups for run in (*group.runs, *group.cut)]
     title = f"{info['model']}: {', '.join(g.label for g in groups)}"
     what = (
-        f"{len(runs)} runs of {info['model']} ({info['parameters_non_embedding']:,} non-embedding parameters), "
-        f"{info['steps']:,} steps of {info['tokens_per_step']:,} tokens; baseline {base.label}."
+        f"{len(runs)} run{'s' * (len(runs) > 1)} of {info['model']} ({info['parameters_non_embedding']:,} "
+        f"non-embedding parameters), {info['steps']:,} steps of {info['tokens_per_step']:,} tokens; "
+        f"baseline {base.label}."
     )
     theirs = published_gaps([row.label for row in rows], base.label, info, published)
     figure = plots.figure(groups, base, rows, theirs)

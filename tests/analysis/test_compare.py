@@ -236,6 +236,15 @@ def test_bars_are_the_intervals_of_the_table(tmp_path):
     assert right.get_ylim()[1] - right.get_ylim()[0] < 3 * (top - bottom)
 
 
+def test_the_figure_names_and_holds_only_what_is_there(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    write_run(tmp_path, "sr", 0, 3.05)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    _, right = plots.figure(groups, groups[0], table(groups, groups[0])).axes
+    assert not right.collections and right.get_title(loc="left") == "Gap to bf16 (one seed: no error bar)"
+    assert len(plots.figure(groups[:1], groups[0], table(groups[:1], groups[0])).axes) == 1  # no gap, no panel of it
+
+
 def test_reruns_of_a_seed_count_once_in_table_and_curves(tmp_path):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "bf16", 1, 3.3)
