@@ -4,6 +4,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from analysis.law import Factors, Law, arrays
 from analysis.plots import COLOURS, end_labels, style_axes
@@ -83,5 +84,7 @@ def draw_gaps(ax: Axes, size: int, law: Law, base: Points, recipes, factors, our
             if abs(own_size / size - 1) < 0.01:
                 ax.plot(tokens, 1e3 * value, "*", color=colour, markersize=10)
     ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))  # decades alone may be one tick, which makes no scale
+    ax.tick_params(axis="x", labelsize=7)
     style_axes(ax, "", f"{size / 1e6:.0f}M: gap, measured and law")
     end_labels(ax, ends, fontsize=7)
