@@ -202,7 +202,7 @@ def _gap_limits(ax: Axes, gaps: list[float]) -> None:
 def style_axes(ax: Axes, label: str, title: str, x: str = "training tokens") -> None:
     ax.set_xlabel(x)
     ax.set_ylabel(label)
-    ax.set_title(title, fontsize=10, loc="left")
+    ax.set_title(title, fontsize=10, loc="left", wrap=True)
     if x == "training tokens":
         ax.xaxis.set_major_formatter(lambda value, _: tokens(value))
         ax.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
