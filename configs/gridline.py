@@ -64,8 +64,9 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
 def _chosen(cells: dict[str, list[str]], only: str, cell: str | None) -> dict[str, list[str]]:
     if cell is not None and only != "*":
         raise grid.GridError(f"only={only} cell={cell}: give one of only= and cell=")
-    asked, patterns = (f"only={only}", only.split(",")) if cell is None else (f"cell={cell}", [glob.escape(cell)])
-    chosen = {name: o for name, o in cells.items() if any(fnmatch(name, pattern) for pattern in patterns)}
-    if not chosen:
-        raise grid.GridError(f"{asked} matches none of the {len(cells)} cells, such as {next(iter(cells))}")
-    return chosen
+    key, patterns = ("only", only.split(",")) if cell is None else ("cell", [glob.escape(cell)])
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in cells):
+            asked = f"{key}={pattern if cell is None else cell}"
+            raise grid.GridError(f"{asked} matches none of the {len(cells)} cells, such as {next(iter(cells))}")
+    return {name: o for name, o in cells.items() if any(fnmatch(name, pattern) for pattern in patterns)}

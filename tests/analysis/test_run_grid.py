@@ -278,6 +278,7 @@ def test_nothing_is_submitted_blindly(run_grid, tmp_path, capsys, cluster, on_pa
     ("words", "message"),
     [
         (["experiment=corpus_screen", "only=none/*"], "only=none/\\* matches none of the 76 cells"),
+        (["experiment=corpus_screen", "only=bf16/*,quartte2/*"], "only=quartte2/\\* matches none of the 76 cells"),
         (["experiment=corpus_scren"], "did you mean corpus_screen"),
         (["experiment=corpus_screen", "launcher=slrum"], "write launcher=slurm"),
         (["experiment=corpus_screen", "lancher=slurm"], "unknown key 'lancher'; did you mean launcher"),
