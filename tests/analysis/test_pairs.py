@@ -6,12 +6,12 @@ import math
 
 import numpy as np
 import pytest
+from synthetic import write_run
 
 from analysis import pairs
 from analysis.compare import group_runs
 from analysis.pairing import Floor
 from analysis.runs import find_runs
-from tests.analysis.synthetic import write_run
 
 FLOOR = Floor((5e-3, 4), (1e-3, 4))
 
