@@ -99,7 +99,7 @@ def _load(spec: DataSpec) -> Any:
             streaming=spec.hub_streaming,
             **options,
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # it looks into the first file: a cut off one gives EOFError, and so on
         raise ValueError(
             f"datasets could not open data.hub_path={spec.hub_path} (hub_name={spec.hub_name}, "
             f"hub_split={spec.hub_split}, hub_data_files={spec.hub_data_files}): {type(error).__name__}: {error}"

@@ -120,7 +120,10 @@ class FileSource:
         number = 0
         try:
             table = pyarrow.parquet.ParquetFile(handle)
-            columns = [name for name in table.schema_arrow.names if name in keys]
+            names = table.schema_arrow.names
+            if self.spec.text_key not in names:
+                raise ValueError(f"{path}: no column data.text_key={self.spec.text_key}; it has {', '.join(names)}")
+            columns = [name for name in names if name in keys]
             for batch in table.iter_batches(batch_size=1024, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -134,11 +137,16 @@ def make_row(row: dict[str, Any], spec: DataSpec, where: str) -> Row:
     """A mapping with the spec's keys -> Row. Raises ValueError when the text is missing or no string."""
     text = row.get(spec.text_key)
     if not isinstance(text, str):
-        raise ValueError(f"{where}: no text under data.text_key={spec.text_key}; the row's keys are {', '.join(row)}")
+        found = f"the row's keys are {', '.join(row)}" if spec.text_key not in row else f"found {_kind_of(text)}"
+        raise ValueError(f"{where}: no text under data.text_key={spec.text_key}; {found}")
     identity = row.get(spec.id_key) if spec.id_key else None
     source = row.get(spec.source_key) if spec.source_key else None
     identity = None if identity is None else _valid_utf8(str(identity))
     return Row(_valid_utf8(text), "" if source is None else _valid_utf8(str(source)), identity)
+
+
+def _kind_of(value: Any) -> str:
+    return "null" if value is None else f"a value of type {type(value).__name__}"
 
 
 def _valid_utf8(text: str) -> str:

@@ -1,6 +1,7 @@
 """The `datasets` source on local data, through the code that reads the hub: packaged loaders, folders, save_to_disk."""
 
 import dataclasses
+import gzip
 import itertools
 
 import pytest
@@ -108,6 +109,14 @@ def test_a_saved_dataset_takes_no_choice_of_parts(tmp_path, rows, field):
     datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     with pytest.raises(ValueError, match=r"is one split that save_to_disk wrote, read as it is: leave out"):
         read(DataSpec(source="hub", hub_path=str(tmp_path / "set"), **field), tmp_path)
+
+
+def test_a_cut_off_first_file_is_one_clear_error(tmp_path, rows, jsonl):
+    packed = gzip.compress(jsonl(tmp_path / "a.jsonl", rows).read_bytes())
+    (tmp_path / "b.json.gz").write_bytes(packed[: len(packed) // 2])
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=f"{tmp_path}/b.json.gz")
+    with pytest.raises(ValueError, match=r"datasets could not open data\.hub_path=json .*EOFError"):
+        read(spec, tmp_path)
 
 
 def test_a_missing_set_is_one_clear_error(tmp_path, monkeypatch):

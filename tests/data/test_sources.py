@@ -82,6 +82,8 @@ def test_a_long_text_file_is_cut_at_line_ends_and_stays_one_document(tmp_path, m
     [
         ('{"text": "cut o', r"a\.jsonl, line 2: not JSON"),
         ('{"body": "x"}', r"a\.jsonl, line 2: no text under data\.text_key=text; the row's keys are body"),
+        ('{"text": null}', r"a\.jsonl, line 2: no text under data\.text_key=text; found null"),
+        ('{"text": 5}', r"a\.jsonl, line 2: no text under data\.text_key=text; found a value of type int"),
         ('["x"]', r"a\.jsonl, line 2: a list"),
         (f'{{"text": "x", "n": {"1" * 5000}}}', r"a\.jsonl, line 2: not JSON \(Exceeds the limit"),
         ("[" * 100_000, r"a\.jsonl, line 2: not JSON"),
@@ -196,3 +198,10 @@ def test_each_files_size_is_asked_for_once(tmp_path, monkeypatch, make_rows, jso
         list(source.rows(unit, 0))
         shares.append(source.progress())
     assert len(asked) == 20 and shares == sorted(shares) and shares[-1] == 1
+
+
+def test_a_parquet_file_without_the_column_tells_which_it_has(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"content": ["one"], "url": ["u"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet: no column data\.text_key=text; it has content, url"):
+        read(DataSpec(files=f"{tmp_path}/a.parquet"), tmp_path)
