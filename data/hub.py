@@ -71,8 +71,8 @@ def _unbroken(rows: Any, spec: DataSpec) -> Iterator[dict[str, Any]]:
             return
         except Exception as error:  # which classes mean "network" differs between versions of the hub's client
             raise RuntimeError(
-                f"reading {spec.hub_path} failed ({type(error).__name__}: {error}); run the same command again to go "
-                "on: finished parts are kept"
+                f"reading {spec.hub_path} failed ({type(error).__name__}: {error}); where it was the network, run the "
+                "same command again to go on: finished parts are kept"
             ) from error
         yield row
 
@@ -129,5 +129,6 @@ def _revision(spec: DataSpec) -> str:
     except Exception as error:  # which classes mean "network" differs between versions of the hub's client
         raise RuntimeError(
             f"could not ask the hub which commit {spec.hub_path} is at ({type(error).__name__}: {error}); when "
-            "offline, give it, data.hub_revision=<40 hex digits>, or name a prepared folder, data.path=..."
+            "offline, name the prepared folder, data.path=... (a grid's cell keeps its name and resumes), or give the "
+            "commit, data.hub_revision=<40 hex digits>"
         ) from error
