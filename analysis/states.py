@@ -3,24 +3,29 @@
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+import shlex
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.runs import ended_by, json_object
+from analysis.runs import RunError, ended_by, json_object
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
 WINDOW = 1 << 16  # bytes of metrics.jsonl read at first
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
+DAMAGED = "damaged"
 
 
 @dataclass(frozen=True)
 class State:
-    """`step`: the last logged one; `loss`: the final loss of a finished run."""
+    """`step`: the last logged one; `loss`: the final loss of a finished run; `problem`: of a damaged one, and what to
+    type."""
 
     status: str
     step: int = 0
     loss: float | None = None
+    problem: str = ""
 
 
 def cell_lock(runs: Path, name: str) -> Path:
@@ -29,19 +34,44 @@ def cell_lock(runs: Path, name: str) -> Path:
 
 
 def state_of(runs: Path, name: str) -> State:
-    """State of the run folder runs/<name>. RunError names a damaged result.json."""
+    """State of the run folder runs/<name>. Nothing is started in a damaged one, and the other cells go on."""
     folder = runs / name
-    result = folder / "result.json"
+    result, info, metrics = (folder / file for file in ("result.json", "run.json", "metrics.jsonl"))
     if result.exists():
-        content = json_object(result)
+        try:
+            content = json_object(result)
+        except RunError as error:
+            return damaged(error, metrics, result, f"{result}.damaged", "it goes on from its last checkpoint")
         return State(DONE, content.get("step", 0), content.get("final_loss"))
-    metrics = folder / "metrics.jsonl"
     if is_locked(cell_lock(runs, name)) or is_locked(folder / RUN_LOCK):
         return State(RUNNING, last_step(metrics))
-    if (folder / "run.json").exists():
+    if info.exists():
+        try:
+            json_object(info)
+        except RunError as error:  # the dot: for globs such as runs/*
+            return damaged(error, metrics, folder, str(runs / f".{name}.damaged"), "it starts anew")
         step = last_step(metrics)
         return State(STOPPED if ended_by(newest_first(metrics), step) is None else DIVERGED, step)
     return State(MISSING)
+
+
+def damaged(error: RunError, metrics: Path, path: Path, to: str, then: str) -> State:
+    command = shlex.join(["mv", "-n", str(path), to])
+    return State(DAMAGED, last_step(metrics), problem=f"{error}; type: {command} (then {then})")
+
+
+def counted(found: Iterable[State]) -> str:
+    """How many of each, such as "3 done, 1 running"."""
+    statuses = [state.status for state in found]
+    return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
+
+
+def tell_damaged(found: dict[str, State]) -> bool:
+    """One line on standard error for each damaged cell of {cell: state}; is there one?"""
+    problems = [f"{cell}: damaged, left alone: {state.problem}" for cell, state in found.items() if state.problem]
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return bool(problems)
 
 
 def is_locked(path: Path) -> bool:
@@ -82,6 +112,8 @@ def newest_first(metrics: Path, window: int = WINDOW) -> Iterator[dict]:
         lines = file.read().split(b"\n")[:-1]
     for line in reversed(lines):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
+            record = json.loads(line)
+        except ValueError:
             continue  # the first line of the window is cut
+        if isinstance(record, dict):
+            yield record

@@ -122,8 +122,7 @@ def totals(
     """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
     over = (states.DONE, states.DIVERGED)
     left = {c.name: 0.0 if found[c.name].status in over else 1 - found[c.name].step / c.steps for c in cells}
-    counts = [s.status for s in found.values()]
-    lines = [", ".join(f"{counts.count(status)} {status}" for status in dict.fromkeys(counts))]
+    lines = [states.counted(found.values())]
     disk = sum(c.disk_gib for c in cells)
     lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")
     for label, hours_of, price in (
@@ -219,6 +218,7 @@ def main(words: list[str]) -> int:
         )
     measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
     print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")
+    states.tell_damaged(found)
     return 0
 
 

@@ -9,7 +9,8 @@ Everything else is passed to train.py. On a CPU one run at a time. Output of eac
 A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
 second one started beside it or after it takes only what nobody runs. Ctrl-C and SIGTERM stop the runs after their
 current step, saved; the same command goes on. On SLURM a cell whose job waits or runs is not submitted again. A cell
-that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given.
+that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given. A damaged one is
+named, left alone, and makes the exit code 1.
 """
 
 import os
@@ -51,16 +52,15 @@ class Running:
     began: float = field(default_factory=time.monotonic)
 
 
-def pending(line: gridline.GridLine) -> list[str]:
+def look(line: gridline.GridLine) -> dict[str, states.State]:
+    return {cell: states.state_of(line.runs, line.run_name(cell)) for cell in line.cells}
+
+
+def pending(line: gridline.GridLine, found: dict[str, states.State]) -> list[str]:
     """Cells that nobody has finished or is running, begun ones first: they are nearest to a result. Those that diverged
     only where the command says how to get past that: they would end as before."""
-    found = {cell: states.state_of(line.runs, line.run_name(cell)).status for cell in line.cells}
     begun = {states.STOPPED, states.DIVERGED} if MENDED & set(line.extra) else {states.STOPPED}
-    return [c for wanted in (begun, {states.MISSING}) for c in found if found[c] in wanted]
-
-
-def diverged(line: gridline.GridLine) -> list[str]:
-    return [c for c in line.cells if states.state_of(line.runs, line.run_name(c)).status == states.DIVERGED]
+    return [c for wanted in (begun, {states.MISSING}) for c in found if found[c].status in wanted]
 
 
 def command(line: gridline.GridLine, cell: str) -> list[str]:
@@ -113,11 +113,13 @@ def gpu_slots(wanted: str, per_gpu: int) -> list[str | None]:
 
 
 def run_local(line: gridline.GridLine) -> int:
-    """Keep every slot busy until nothing is left. Returns 1 if a run failed, 75 if stopped, else 0."""
+    """Keep every slot busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
     if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
         raise GridError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
     slots = gpu_slots(line.own["gpus"], int(line.own["per_gpu"]))
-    queue, running, failed = pending(line), [], []
+    found = look(line)
+    is_damaged = states.tell_damaged(found)
+    queue, running, failed = pending(line, found), [], []
     stopping: list[int] = []
 
     def pass_on() -> None:
@@ -129,7 +131,11 @@ def run_local(line: gridline.GridLine) -> int:
         pass_on()
 
     previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    print(f"{line.experiment}: {len(line.cells)} cells, {len(queue)} to run on {len(slots)} slot(s)", flush=True)
+    counts = states.counted(found.values())
+    print(
+        f"{line.experiment}: {len(found)} cells, {len(queue)} to run on {len(slots)} slot(s); so far {counts}",
+        flush=True,
+    )
     try:
         while (queue and not stopping) or running:
             while queue and slots and not stopping:
@@ -146,13 +152,13 @@ def run_local(line: gridline.GridLine) -> int:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-    for cell in diverged(line):
+    for cell in [c for c, state in look(line).items() if state.status == states.DIVERGED]:
         given = " and ".join(MENDED & set(line.extra))
         hint = f" in spite of {given}" if given else ", left as it is; nonfinite=skip or nonfinite=rollback would go on"
         print(f"{cell}: diverged{hint}")
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
-    return 1 if failed else EXIT_PREEMPTED if stopping else 0
+    return 1 if failed or is_damaged else EXIT_PREEMPTED if stopping else 0
 
 
 def begin(line: gridline.GridLine, cell: str, slots: list[str | None], running: list[Running]) -> None:
@@ -183,8 +189,8 @@ def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
     folder = line.runs / ".grid" / "slurm"
     with submitting(folder):
         records = {cell: states.cell_lock(line.runs, line.run_name(cell)).with_suffix(".job") for cell in line.cells}
-        waiting, cells = slurm.jobs_in_queue(options), []
-        for cell in pending(line):
+        waiting, found, cells = slurm.jobs_in_queue(options), look(line), []
+        for cell in pending(line, found):
             job = records[cell].read_text() if records[cell].exists() else None
             if job in waiting:
                 print(f"{cell}: in the queue as job {job}, left alone")
@@ -194,8 +200,8 @@ def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
         for cell, job in zip(cells, jobs, strict=True):
             records[cell].write_text(job)
             print(f"{cell}: submitted as job {job}")
-    print(f"{line.experiment}: {len(cells)} of {len(line.cells)} cells submitted")
-    return 0
+    print(f"{line.experiment}: {len(cells)} of {len(found)} cells submitted; so far {states.counted(found.values())}")
+    return int(states.tell_damaged(found))
 
 
 @contextmanager
@@ -226,9 +232,10 @@ def main(words: list[str]) -> int:
                 f"dry_run=true runs no cell: list=true lists them; train.py {' '.join(first)} dry_run=true shows a plan"
             )
         if line.is_true("list"):
-            for cell in pending(line):
+            found = look(line)
+            for cell in pending(line, found):
                 print(shlex.join(command(line, cell)))
-            return 0
+            return int(states.tell_damaged(found))
         return run_local(line) if options is None else submit(line, options)
     except (GridError, ConfigError, RunError, OSError) as error:
         print(f"run_grid: {error}", file=sys.stderr)

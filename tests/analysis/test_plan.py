@@ -105,12 +105,6 @@ def test_memory_is_what_the_start_screen_of_the_run_says():
 
 
 def test_files_that_are_none_are_named(tmp_path):
-    (tmp_path / "corpus_screen-bf16-s0").mkdir()
-    (tmp_path / "corpus_screen-bf16-s0" / "result.json").write_text("{bad")
-    for script in ("plan.py", "run_grid.py"):
-        words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"]
-        done = subprocess.run([sys.executable, SCRIPT.with_name(script), *words], capture_output=True, text=True)
-        assert done.returncode == 2 and "result.json: not JSON" in done.stderr and "Traceback" not in done.stderr
     for text, says in (
         ('{"bad": 1}', "needs device and rows of"),
         ("[", "not JSON"),
@@ -128,6 +122,24 @@ def test_files_that_are_none_are_named(tmp_path):
     (tmp_path / "points.csv").write_text("N,D,scheme,variant,final_loss\nx,1,a,b,3.0\n")
     with pytest.raises(ValueError, match=r"points\.csv, line 2: N and D are whole numbers"):
         published.load(tmp_path / "points.csv")
+
+
+@pytest.mark.parametrize("file", ["result.json", "run.json"])
+def test_a_damaged_cell_is_named_with_what_to_type_and_the_others_are_planned(tmp_path, capsys, file):
+    name = "corpus_screen-bf16-s0"
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "run.json").write_text("{}")
+    (tmp_path / name / "metrics.jsonl").write_text('\xff\n5\n{"kind": "train", "step": 7}\n', "latin1")
+    (tmp_path / name / file).write_text("{bad")
+    words = ["experiment=corpus_screen", "only=bf16/s[01]", f"paths.runs={tmp_path}"]
+    assert plan_module().main(words) == 0
+    out, error = capsys.readouterr()
+    assert "damaged 7 " in out and "1 damaged, 1 missing" in out
+    start = f"bf16/s0: damaged, left alone: {tmp_path}/{name}/{file}: not JSON"
+    assert error.startswith(start) and error.count("\n") == 1
+    subprocess.run(error.partition("; type: ")[2].partition(" (then ")[0], shell=True, check=True)
+    assert states.state_of(tmp_path, name) == states.State(*(("stopped", 7) if file == "result.json" else ("missing",)))
+    assert [path.read_text() for path in tmp_path.rglob(f"{file}*")] == ["{bad"]
 
 
 def test_a_recipe_on_the_command_line_is_the_one_that_is_planned():

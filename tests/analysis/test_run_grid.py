@@ -62,7 +62,7 @@ def test_runs_every_cell_once_and_never_again(run_grid, tmp_path, capsys):
     for seed in range(4):
         assert states.state_of(tmp_path, f"corpus_screen-bf16-s{seed}") == states.State("done", 20, 3.0)
     assert run_grid.main(words) == 0
-    assert "4 cells, 0 to run" in capsys.readouterr().out
+    assert "4 cells, 0 to run on 1 slot(s); so far 4 done\n" in capsys.readouterr().out
     assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
 
 
@@ -107,6 +107,20 @@ def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, caps
     output = capsys.readouterr().out
     log = output.split("FAILED bf16/s0: see ")[1].strip()
     assert "no such data" in Path(log).read_text()
+
+
+def test_a_damaged_cell_is_left_alone_and_the_others_run(run_grid, tmp_path, capsys):
+    result = tmp_path / "corpus_screen-bf16-s0" / "result.json"
+    result.parent.mkdir()
+    result.write_text("{bad")
+    words = ["experiment=corpus_screen", "only=bf16/s[01]", f"paths.runs={tmp_path}"]
+    assert run_grid.main([*words, "list=true"]) == 1
+    out, error = capsys.readouterr()
+    assert "cell=bf16/s1" in out and "cell=bf16/s0" not in out and f"mv -n {result} {result}.damaged (then" in error
+    assert run_grid.main(words) == 1
+    out, error = capsys.readouterr()
+    assert "2 cells, 1 to run" in out and "1 damaged, 1 missing" in out and error.count("bf16/s0: damaged") == 1
+    assert result.read_text() == "{bad" and states.state_of(tmp_path, "corpus_screen-bf16-s1").status == "done"
 
 
 def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path, capsys):
@@ -189,7 +203,7 @@ def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_pat
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "running"
     second = start_script(tmp_path, "log.every=1")
     output = second.communicate(timeout=60)[0]
-    assert second.returncode == 0 and "4 cells, 3 to run" in output
+    assert second.returncode == 0 and "4 cells, 3 to run on 1 slot(s); so far 1 running, 3 missing\n" in output
     held.unlink()
     wait_until(lambda: states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done")
     assert len(starts(tmp_path, "bf16/s0")) == 1
