@@ -252,7 +252,7 @@ def find_runs(patterns: list[str]) -> list[Run]:
     """Runs named by folders or globs, each once, in the order given.
 
     A glob passes over folders without run.json (plots, other results); a folder named outright must be a run.
-    RunError when a pattern finds nothing.
+    RunError when a pattern finds nothing, and for a run beside its copy, which would count as an exact rerun.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
@@ -265,7 +265,14 @@ def find_runs(patterns: list[str]) -> list[Run]:
         if not found:
             raise RunError(f"{pattern}: no run folder matches")
         paths.update(dict.fromkeys(p.resolve() for p in found))
-    return [read_run(path) for path in paths]
+    runs = [read_run(path) for path in paths]
+    begun: dict[tuple[str, float], Path] = {}
+    for run in runs:
+        # Of the first start, which no other run shares; a resume and a small copy keep it.
+        time = next((event["time"] for event in run.events if "time" in event), None)
+        if time is not None and (first := begun.setdefault((run.info["hash"], time), run.path)) != run.path:
+            raise RunError(f"{first} and {run.path}: one is a copy of the other (they began at one time); give one")
+    return runs
 
 
 def json_object(path: Path) -> dict:

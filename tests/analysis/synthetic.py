@@ -1,5 +1,6 @@
 """Run folders in the exact format of the trainer, with losses that the tests choose."""
 
+import itertools
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ BASE_INFO = {
     "cell": None,
     "command": "python train.py",
 }
+STARTS = itertools.count(1.8e9)  # no two runs begin at one time
 EVAL_STEPS = (25, 50, 75, 100)
 
 
@@ -77,7 +79,7 @@ def write_run(
     (path / "env.json").write_text(json.dumps({"commit": "abc", "device": device, "packages": {"torch": "2.13"}}))
     (path / "config.yaml").write_text(f"quant: {label}\nseed: {seed}\n")
     per_step = fields["tokens_per_step"]
-    records = [{"kind": "event", "event": "start", "step": 0, "time": 0.0, "init_hash": f"i{seed}"}]
+    records = [{"kind": "event", "event": "start", "step": 0, "time": next(STARTS), "init_hash": f"i{seed}"}]
     for step in range(1, steps_done + 1):
         loss = final + 4.0 * (100 - step) / 100
         record = {"kind": "train", "step": step, "tokens": step * per_step, "loss": loss - 0.01, "grad_norm": 1.0}

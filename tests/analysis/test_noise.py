@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from synthetic import non_finite, write_run
 
 from analysis import noise
 from analysis.compare import group_runs, pick_baseline, table
+from analysis.keep import keep
 from analysis.pairing import RESOLVED, Floor, seed_gap
 from analysis.runs import find_runs
 
@@ -45,6 +47,20 @@ def test_reruns_nudges_and_seeds_are_told_apart(tmp_path):
     assert entry["rerun"] == {"sd": pytest.approx(0.00002 / math.sqrt(2)), "df": 1}
     assert entry["nudge"]["df"] == 1 and entry["nudge"]["sd"] == pytest.approx(0.004 / math.sqrt(2), rel=0.01)
     assert entry["seed"]["df"] == 1 and entry["seed"]["sd"] == pytest.approx(0.02 / math.sqrt(2), rel=0.01)
+
+
+def test_a_copy_is_no_rerun(tmp_path):
+    """Neither of a whole run nor of one that went on after it was copied."""
+    seeds(tmp_path, "bf16", [3.00, 3.02])
+    path = write_run(tmp_path, "sr", 0, 3.1)
+    shutil.copytree(path, tmp_path / "again")
+    metrics = tmp_path / "again" / "metrics.jsonl"
+    for lines in (None, 50):
+        metrics.write_text("".join(metrics.read_text().splitlines(True)[:lines]))
+        with pytest.raises(ValueError, match=r"again and .*llama_tiny-sr-0: one is a copy of the other"):
+            find_runs([f"{tmp_path}/*"])
+    with pytest.raises(ValueError, match="one is a copy"):
+        find_runs([str(path), str(keep(find_runs([str(path)])[0], tmp_path / "kept"))])
 
 
 def test_paired_spread_is_what_a_seed_does_not_do_to_all_recipes(tmp_path):
