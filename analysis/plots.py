@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from analysis.compare import Group, Row, shared_seeds
 from analysis.runs import Run
 from analysis.tables import tokens
+from data.files import atomic_write
 
 # Okabe-Ito without yellow (unreadable on white); the baseline is black. Line styles repeat with another period, so
 # that two lines never share both.
@@ -236,5 +237,6 @@ def end_labels(ax: Axes, ends: list[tuple[float, float, str, str]], fontsize: fl
 
 def save(fig: Figure, path: Path) -> None:
     """Write the PNG without dates in its metadata, so that the same data give the same bytes."""
-    fig.savefig(path, metadata={"Software": None})
+    with atomic_write(path) as file:
+        fig.savefig(file, format="png", metadata={"Software": None})
     plt.close(fig)

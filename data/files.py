@@ -41,14 +41,23 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if str(error.filename) == str(temporary):
+            error.filename = str(path)  # the one that the user knows
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_write(path) as handle:
+        handle.write(text.encode())
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON-able value atomically, one key a line."""
-    with atomic_write(path) as handle:
-        handle.write((json.dumps(value, indent=1) + "\n").encode())
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def flock(descriptor: int, how: int) -> None:

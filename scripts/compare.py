@@ -13,6 +13,7 @@ from analysis import noise, pairs, published, tables
 from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
 from analysis.runs import find_runs
+from data.files import write_text
 
 
 def arguments() -> argparse.Namespace:
@@ -44,12 +45,12 @@ def write(
     points = published.load(args.published) if args.published.exists() else {}
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")] + [out / "pairs.csv"]
-    paths[0].write_text(tables.to_csv(rows))
+    write_text(paths[0], tables.to_csv(rows))
     below = [f"{tables.NOTE} {tables.methods(rows)} {pairs.text(found)}", *(f"**Mixed:** {note}" for note in notes)]
-    paths[1].write_text("\n\n".join([tables.markdown(rows).rstrip("\n"), *below]) + "\n")
+    write_text(paths[1], "\n\n".join([tables.markdown(rows).rstrip("\n"), *below]) + "\n")
     plots.save(plots.figure(groups, base, rows), paths[2])
-    paths[3].write_text(report.build(groups, base, rows, notes, found, points))
-    paths[4].write_text(pairs.to_csv(found))
+    write_text(paths[3], report.build(groups, base, rows, notes, found, points))
+    write_text(paths[4], pairs.to_csv(found))
     return paths
 
 

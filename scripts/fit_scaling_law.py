@@ -6,7 +6,6 @@ python scripts/fit_scaling_law.py 'runs/*' --fit ours               # the law fr
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -20,6 +19,7 @@ from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import Group, differences, group_runs, seed_means
 from analysis.published import Points
 from analysis.runs import Run, find_runs
+from data.files import write_json, write_text
 
 
 def arguments() -> argparse.Namespace:
@@ -176,8 +176,8 @@ def missing(chosen: str, path: Path) -> str:
 def write(args: argparse.Namespace, result: dict, ours: dict[str, Points], text: str) -> None:
     """law.{md,json,png} in --out."""
     args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "law.md").write_text(text)
-    (args.out / "law.json").write_text(json.dumps(as_json(result, args.form), indent=1) + "\n")
+    write_text(args.out / "law.md", text)
+    write_json(args.out / "law.json", as_json(result, args.form))
     draw(result, args.form, ours, args.out / "law.png")
 
 

@@ -4,7 +4,6 @@ python scripts/noise_floor.py 'runs/corpus_screen-*'
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 from analysis import noise
 from analysis.cli import quiet_pipes
 from analysis.runs import find_runs
+from data.files import write_json
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
         if not args.replace:
             noise.refuse_fewer(floors, cached, args.cache)
         args.cache.parent.mkdir(parents=True, exist_ok=True)
-        args.cache.write_text(json.dumps(cached | floors, indent=1) + "\n")
+        write_json(args.cache, cached | floors)
     except (ValueError, OSError) as error:
         print(f"noise_floor: {error}", file=sys.stderr)
         return 2

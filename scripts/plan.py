@@ -23,6 +23,7 @@ from analysis.tables import tokens as short
 from configs import gridline
 from configs.compose import Composed, ConfigError, compose
 from configs.grid import GridError
+from data.files import write_json
 from training.config import TrainConfig
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
@@ -163,7 +164,7 @@ def measure(given: list[str]) -> int:
     new = {(r["model"], r["recipe"]) for r in rows}
     kept = [r for r in table["rows"] if (r["model"], r["recipe"]) not in new]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"device": device, "rows": sorted([*kept, *rows], key=str)}, indent=1) + "\n")
+    write_json(path, {"device": device, "rows": sorted([*kept, *rows], key=str)})
     print(f"{len(rows)} rows written, {len(kept)} kept: {path}")
     return 0
 

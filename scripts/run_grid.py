@@ -34,6 +34,7 @@ from configs.cli import take_launcher
 from configs.compose import ConfigError, compose
 from configs.grid import GridError
 from configs.slurm import TRAIN
+from data.files import write_text
 from training.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
@@ -198,7 +199,7 @@ def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
                 cells.append(cell)
         jobs = slurm.submit(line.experiment, folder, [command(line, cell) for cell in cells], options)
         for cell, job in zip(cells, jobs, strict=True):
-            records[cell].write_text(job)
+            write_text(records[cell], job)
             print(f"{cell}: submitted as job {job}")
     print(f"{line.experiment}: {len(cells)} of {len(found)} cells submitted; so far {states.counted(found.values())}")
     return int(states.tell_damaged(found))

@@ -18,7 +18,7 @@ MAY = {
     "models": ({"kernels"}, {"torch"}),  # kernels.pointwise alone: test_models_know_nothing_of_quantization
     "data": (set(), NUMERIC),
     "training": ({"kernels", "quant", "models", "data"}, NUMERIC | {"rich", "safetensors"}),
-    "analysis": ({"configs"}, {"numpy", "scipy", "matplotlib"}),  # configs.grid: plain YAML
+    "analysis": ({"configs", "data"}, {"numpy", "scipy", "matplotlib"}),  # configs.grid: plain YAML; data.files
     "configs": ({"training", "quant", "data"}, {"hydra", "omegaconf", "yaml"}),
 }
 

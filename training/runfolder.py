@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from data.files import atomic_write
+from data.files import write_json, write_text
 from training.identity import refuse_other
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,9 +43,7 @@ class RunFolder:
 
     def write(self, name: str, value: Any) -> None:
         """Write text or JSON atomically."""
-        text = value if isinstance(value, str) else json.dumps(value, indent=1) + "\n"
-        with atomic_write(self.path / name) as file:
-            file.write(text.encode())
+        (write_text if isinstance(value, str) else write_json)(self.path / name, value)
 
     def result(self) -> dict[str, Any] | None:
         return self.read("result.json")

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import re
+import runpy
 import subprocess
 import sys
 import time
@@ -178,6 +179,28 @@ def test_command_line_writes_table_csv_markdown_and_picture(tmp_path):
     assert records["sr"]["gap_low"] == "" and float(records["sr"]["gap"]) == pytest.approx(0.07)
     assert "| quartet2 | 3 | 102k |" in (out / "compare.md").read_text()
     assert (out / "compare.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "names"),
+    [
+        ("compare.py", "--out {}", [*(f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")), "pairs.csv"]),
+        ("noise_floor.py", "--cache {}/floor.json", ["floor.json"]),
+    ],
+)
+def test_a_kill_leaves_older_outputs_whole(tmp_path, monkeypatch, script, words, names):
+    for recipe in ("bf16", "sr"):
+        three_seeds(tmp_path, recipe)
+    files = [tmp_path / "out" / name for name in names]
+    for file in files:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("{}")
+    monkeypatch.setattr("sys.argv", ["", f"{tmp_path}/llama*", *words.format(tmp_path / "out").split()])
+    main = runpy.run_path(str(SCRIPT.with_name(script)))["main"]
+    with monkeypatch.context() as before_the_rename:
+        before_the_rename.setattr("os.replace", lambda *_: None)
+        assert main() == 0 and {file.read_text() for file in files} == {"{}"}
+    assert main() == 0 and all(len(file.read_bytes()) > 100 for file in files)
 
 
 def test_no_torch_is_imported():

@@ -222,6 +222,11 @@ def test_without_the_published_runs_ours_are_fitted_or_it_is_said_what_they_are(
     main = runpy.run_path(str(SCRIPT))["main"]
     monkeypatch.setattr("sys.argv", ["", our_runs, "--draws", "5", "--out", str(tmp_path / "law")])
     assert main() == 0 and "Scaling law of our runs" in capsys.readouterr().out
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "law").iterdir()}
+    with monkeypatch.context() as killed_before_the_rename:
+        killed_before_the_rename.setattr("os.replace", lambda *_: None)
+        assert main() == 0
+    assert len(before) == 3 and before == {file: file.stat().st_mtime_ns for file in before}
     monkeypatch.setattr("sys.argv", ["", "--out", str(tmp_path / "law")])
     assert main() == 2
     message = capsys.readouterr().err
