@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import ROW_KEYS, Run
+from analysis.runs import ROW_KEYS, Run, read_records, read_run
+from data.files import write_json
 
-FILES = ("run.json", "env.json", "result.json")
+FILES = ("run.json", "env.json", "result.json")  # the first goes first and comes last: without it a copy is no run
 TRAIN_FIELDS = (
     *("kind", "step", "tokens", "loss", "grad_norm", "lr"),
     *("ms_per_step", "tokens_per_second", "mfu", "others_gib", "time"),
@@ -45,21 +46,22 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
         raise ValueError(f"{target}: the copy would replace the run itself; give another folder")
     if (target / "config.yaml").exists():  # which copies lack
         raise ValueError(f"{target}: the copy would replace a run, not an older copy; give another folder")
+    is_finished = run.finished  # then all records are there
+    records = read_records(run.path)
+    run = read_run(run.path, records)  # as of these records: it may be going on
     targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
-    metrics = run.path / "metrics.jsonl"  # a run that was killed while it started has none
-    lines = [line for line in metrics.read_text().split("\n")[:-1] if line] if metrics.exists() else []
-    records = [thin(json.loads(line), every, run.train["step"][-1:], targets) for line in lines]
+    records = [thin(record, every, run.train["step"][-1:], targets) for record in records]
     (target / "eval").mkdir(parents=True, exist_ok=True)
-    for old in (*(target / "eval").glob("*.npz"), *(target / name for name in FILES)):
+    for old in (*(target / name for name in FILES), *(target / "eval").glob("*.npz")):
         old.unlink(missing_ok=True)
-    for name in FILES:
-        if (run.path / name).exists():
-            (target / name).write_text(json.dumps(without_paths(run.read_json(name)), indent=1) + "\n")
     (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
     for step, rows in evaluations.items():
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}
         np.savez_compressed(target / "eval" / f"{step}.npz", **small)
+    for name in reversed(FILES if is_finished else FILES[:-1]):
+        if (run.path / name).exists():
+            write_json(target / name, without_paths(run.read_json(name)))
     return target
 
 

@@ -218,8 +218,9 @@ def ended_by(newest_first: Iterable[dict], last_step: int) -> int | None:
     return last["bad_step"] if ended else None
 
 
-def read_run(path: str | Path) -> Run:
-    """Read one run folder. RunError for a folder that is no run or is malformed; unfinished runs are fine."""
+def read_run(path: str | Path, records: list[dict] | None = None) -> Run:
+    """Read one run folder. RunError for a folder that is no run or is malformed; unfinished runs are fine. `records`:
+    its read_records, where they are wanted for more."""
     path = Path(path)
     if not (path / "run.json").exists():
         raise RunError(f"{path}: no run.json there; give run folders, for example runs/*")
@@ -230,14 +231,15 @@ def read_run(path: str | Path) -> Run:
     for key, kind in (("numerics", dict), ("seed", int), ("steps", int), ("tokens_per_step", int)):
         if not isinstance(info[key], kind):
             raise RunError(f"{path}/run.json: {key} must be of type {kind.__name__}, got {info[key]!r}")
-    records = _metrics(path / "metrics.jsonl")
+    result = _result(path / "result.json") if (path / "result.json").exists() else None  # before the records it ends
+    records = read_records(path) if records is None else records
     return Run(
         path=path,
         info=info,
         train=_columns(path, records, "train", TRAIN_KEYS, optional=("others_gib",)),
         evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets",)),
         events=[r for r in records if r["kind"] == "event"],
-        result=_result(path / "result.json") if (path / "result.json").exists() else None,
+        result=result,
     )
 
 
@@ -286,8 +288,9 @@ def json_object(path: Path) -> dict:
     return value
 
 
-def _metrics(path: Path) -> list[dict]:
+def read_records(run: Path) -> list[dict]:
     """All records of metrics.jsonl. Only an unterminated last line (being written, or cut by a kill) is passed over."""
+    path = run / "metrics.jsonl"
     if not path.exists():
         return []
     try:

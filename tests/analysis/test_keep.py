@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,6 +109,27 @@ def test_a_copy_replaces_all_of_an_older_copy_and_no_run(tmp_path):
     with pytest.raises(ValueError, match="would replace a run"):
         keep(again, tmp_path / "first")
     assert (tmp_path / "first" / kept.name / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_may_go_on_while_it_is_copied(tmp_path):
+    path = write_run(tmp_path / "runs", steps_done=60)
+    run = read_run(path)
+    shutil.rmtree(path)
+    write_run(tmp_path / "runs")  # an evaluation, and the end
+    kept = read_run(keep(run, tmp_path / "kept"))
+    assert kept.evals["step"].tolist() == [25, 50, 75, 100] and kept.status == "unfinished (100/100)"
+    assert read_run(keep(read_run(path), tmp_path / "kept")).status == "finished"
+
+
+def test_a_copy_cut_by_a_kill_is_no_run(tmp_path, monkeypatch):
+    run = read_run(write_run(tmp_path / "runs"))
+    kept = keep(run, tmp_path / "kept")
+    for where in ("numpy.savez_compressed", "os.replace"):
+        with monkeypatch.context() as killed, pytest.raises(ZeroDivisionError):
+            killed.setattr(where, lambda *_, **__: 1 / 0)
+            keep(run, tmp_path / "kept")
+        assert not (kept / "run.json").exists()
+    assert read_run(keep(run, tmp_path / "kept")).status == "finished"
 
 
 def test_a_run_killed_before_its_first_record_is_kept(tmp_path):
