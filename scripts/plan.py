@@ -12,6 +12,7 @@ import json
 import math
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
@@ -27,7 +28,7 @@ from data.files import write_json
 from training.config import TrainConfig
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
-BENCH_KEYS = {"model", "recipe", "tokens_per_second"}
+BENCH_KEYS = ("model", "recipe", "tokens_per_second")
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
 
@@ -177,8 +178,10 @@ def bench_rows(source: str) -> list[dict]:
         timings = json.loads(Path(source).read_text())
     except ValueError as error:
         raise ValueError(f"{source}: not JSON ({error})") from None
-    if not isinstance(timings, list) or not all(isinstance(t, dict) and t.keys() >= BENCH_KEYS for t in timings):
-        raise ValueError(f"{source}: not what scripts/bench_step.py json=... writes, a list with {sorted(BENCH_KEYS)}")
+    if not isinstance(timings, list) or not all(map(is_timing, timings)):
+        raise ValueError(
+            f"{source}: not what scripts/bench_step.py json=... writes, a list with {', '.join(BENCH_KEYS)}"
+        )
     rows = []
     for timing in timings:
         try:
@@ -191,6 +194,13 @@ def bench_rows(source: str) -> list[dict]:
         }
         rows.append(keep | {"flops_per_token": flops, "source": source})
     return rows
+
+
+def is_timing(timing: Any) -> bool:
+    match [timing.get(key) for key in BENCH_KEYS] if isinstance(timing, dict) else None:
+        case [str(), str(), int() | float() as speed]:
+            return 0 < speed < math.inf
+    return False
 
 
 def main(words: list[str]) -> int:

@@ -218,10 +218,18 @@ def test_mistakes_are_named(words, message, capsys, monkeypatch):
     assert error.startswith("plan: ") and message in error and len(error.splitlines()) == 1
 
 
-def test_a_file_of_timings_that_is_no_json_is_named(tmp_path, capsys):
-    (tmp_path / "bench.json").write_text("[{")
-    assert plan_module().main([f"measure={tmp_path}/bench.json", "device=CPU", f"table={tmp_path}/table.json"]) == 2
-    assert "bench.json: not JSON" in capsys.readouterr().err and not (tmp_path / "table.json").exists()
+@pytest.mark.parametrize("speed", ['"fast"', "null", "0", "Infinity", "NaN"])
+def test_a_file_that_holds_no_timings_is_named(tmp_path, capsys, speed):
+    timing = '[{"model": "llama_30m", "recipe": "bf16", "tokens_per_second": '
+    words = [f"measure={tmp_path}/bench.json", "device=CPU", f"table={tmp_path}/table.json"]
+    for text, message in (("[{", "not JSON"), (timing + speed + "}]", "not what scripts/bench_step.py")):
+        (tmp_path / "bench.json").write_text(text)
+        assert plan_module().main(words) == 2
+        assert f"bench.json: {message}" in capsys.readouterr().err and not (tmp_path / "table.json").exists()
+    (tmp_path / "bench.json").write_text(timing + "1000.4}]")
+    assert (
+        plan_module().main(words) == 0 and costs.load(tmp_path / "table.json")["rows"][0]["tokens_per_second"] == 1000
+    )
 
 
 @pytest.mark.parametrize("script", ["plan.py", "run_grid.py"])
