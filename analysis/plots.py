@@ -176,7 +176,8 @@ def smoothed(run: Run) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _zoom(ax: Axes, groups: list[Group]) -> None:
-    """The first steps fall by several nats and would flatten everything else: start the axis at 10 % of the run."""
+    """The first steps fall by several nats and would flatten everything else: start the axis at 10 % of the run.
+    So would the spike of one that diverges: above ln(vocabulary), what knowing nothing costs, nothing is shown."""
     values = []
     for group in groups:
         for run in group.runs:
@@ -184,9 +185,10 @@ def _zoom(ax: Axes, groups: list[Group]) -> None:
             values.extend(y[x >= 0.1 * run.info["tokens"]])
             steps, losses = all_evaluations(run)
             values.extend(losses[steps >= 0.1 * run.info["steps"]])
-    finite = [v for v in values if np.isfinite(v)]
-    if finite:
-        low, high = min(finite), max(finite)
+    nothing = max(np.log(run.info["vocab_size"]) for group in groups for run in group.runs)
+    shown = [v for v in values if v <= nothing]
+    if shown:
+        low, high = min(shown), max(shown)
         ax.set_ylim(low - 0.05 * (high - low + 1e-3), high + 0.05 * (high - low + 1e-3))
 
 

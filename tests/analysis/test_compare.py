@@ -438,6 +438,17 @@ def test_a_diverged_seed_leaves_its_recipe_without_mean_and_verdict(tmp_path):
     assert equal_loss(groups[2], groups[0]) is None
 
 
+def test_the_spike_of_a_run_that_diverged_flattens_no_curve(tmp_path):
+    path = write_run(tmp_path, "sr", steps_done=60)
+    text = (path / "metrics.jsonl").read_text().splitlines(True)
+    last = json.loads(text[-1]) | {"loss": 1e7}
+    (path / "metrics.jsonl").write_text("".join([*text[:-1], json.dumps(last) + "\n"]))
+    non_finite(path, 61)
+    (group,) = group_runs(find_runs([str(path)]))
+    low, high = plots.figure([group], group).axes[0].get_ylim()
+    assert 4 < low < 5 and 6 < high < 9  # from 6.6 at a tenth of the run to 4.6
+
+
 def test_a_diverged_baseline_judges_nothing(tmp_path):
     three_seeds(tmp_path, "bf16", (0, 0, 0))
     three_seeds(tmp_path)
