@@ -179,6 +179,11 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
         if least is not None and (not isinstance(value, int) or value < least):
             unit = " of minutes" if key in TIME_LIMITS else ""
             raise GridError(f"slurm.{key}={options[key]}: give a whole number{unit}, {least} or more")
+    for key in {"srun_args", "slurm_srun_args"} & given.keys():
+        try:
+            given[key] = shlex.split(options[key])  # submitit wants a list: of text it would take the characters
+        except ValueError as error:
+            raise GridError(f"slurm.{key}={options[key]}: {error}") from None
     cluster = given.pop("cluster", SLURM)
     if cluster == SLURM and not TIME_LIMITS & given.keys():
         # submitit's own five minutes would be spent on starting and saving.
@@ -249,13 +254,14 @@ def described(count: int, options: dict[str, str]) -> str:
     lines = [("dry run", f"{count} job{'s' * (count > 1)} of {each} on {wish.cluster}; nothing is submitted")]
     if wish.cluster == SLURM:
         lines.append(("sbatch", shlex.join(sbatch_options(wish.parameters, count))))
+        lines += [("srun", shlex.join(words)) for key, words in wish.parameters.items() if key == "slurm_srun_args"]
     lines += [("logs", f"{folder}/"), ("", "device and compile below are those of this machine, not of a node")]
     return "\n".join(f"{label:<10} {text}" for label, text in lines)
 
 
 def sbatch_options(parameters: dict[str, Any], count: int) -> list[str]:
     """As submitit writes them into its script, but for the paths of its logs."""
-    wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items()}
+    wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items() if key != "slurm_srun_args"}
     wanted = {SBATCH_NAMES.get(key, key): value for key, value in wanted.items()}
     wanted["signal"] = f"{PREEMPT_SIGNAL}@{wanted.pop('signal_delay_s')}"
     if "mem_gb" in parameters:

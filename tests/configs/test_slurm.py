@@ -303,6 +303,18 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, on_path):
         slurm.submit("name", tmp_path / "file", [["true"]], {"timeout_min": "60"})
 
 
+@pytest.mark.parametrize("key", ["srun_args", "slurm_srun_args"])
+def test_srun_gets_words(tmp_path, on_path, key):
+    on_path(sbatch="echo Submitted batch job 4711", srun="true")
+    options = {"timeout_min": "60", key: "--mpi=pmix --container-image='a b'"}
+    slurm.submit("name", tmp_path, [["true"]], options)
+    assert " --mpi=pmix '--container-image=a b' " in (tmp_path / "4711_submission.sh").read_text()
+    shown = slurm.described(1, options)
+    assert "\nsrun       --mpi=pmix '--container-image=a b'\n" in shown and "srun-args" not in shown
+    with pytest.raises(GridError, match=rf"^slurm\.{key}=--x='a: No closing quotation$"):
+        slurm.submit("name", tmp_path, [["true"]], options | {key: "--x='a"})
+
+
 def test_a_wrong_cluster_is_one_line(tmp_path):
     with pytest.raises(GridError, match=r"slurm\.cluster=foo: submitit refuses it"):
         slurm.submit("name", tmp_path, [["true"]], {"cluster": "foo"})
