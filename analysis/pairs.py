@@ -97,10 +97,10 @@ def widening(recipes: int, df: float) -> float:
 
 
 def text(found: list[Pair]) -> str:
-    """How many pairs are told apart, and which not."""
+    """How many pairs are told apart, and which not; nothing where no pair has two seeds."""
     judged = [p for p in found if math.isfinite(p.gap.half_width)]
     if not judged:
-        return "No pair of recipes has two seeds to judge it by."
+        return ""
     alone = [p for p in judged if p.resolved and not p.resolved_among_all]
     among = sum(p.resolved_among_all for p in judged)
     lines = [f"Pairs of recipes told apart, all {len(judged)} at once: {among}."]

@@ -46,12 +46,16 @@ def write(
     out.mkdir(parents=True, exist_ok=True)
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")] + [out / "pairs.csv"]
     write_text(paths[0], tables.to_csv(rows))
-    below = [f"{tables.NOTE} {tables.methods(rows)} {pairs.text(found)}", *(f"**Mixed:** {note}" for note in notes)]
+    below = [f"{tables.NOTE} {judged_by(rows, found)}", *(f"**Mixed:** {note}" for note in notes)]
     write_text(paths[1], "\n\n".join([tables.markdown(rows).rstrip("\n"), *below]) + "\n")
     plots.save(plots.figure(groups, base, rows), paths[2])
     write_text(paths[3], report.build(groups, base, rows, notes, found, points))
     write_text(paths[4], pairs.to_csv(found))
     return paths
+
+
+def judged_by(rows: list[Row], found: list[pairs.Pair]) -> str:
+    return f"{tables.methods(rows)} {pairs.text(found)}".rstrip()
 
 
 def main() -> int:
@@ -75,7 +79,7 @@ def main() -> int:
         return 2
     for note in notes:
         print(f"MIXED: {note}")
-    print(tables.text(rows), tables.NOTE, f"{tables.methods(rows)} {pairs.text(found)}", sep="\n\n")
+    print(tables.text(rows), tables.NOTE, judged_by(rows, found), sep="\n\n")
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0
 
