@@ -52,14 +52,15 @@ class Floor:
 class SeedGap:
     """A gap over training seeds: mean of the per-seed gaps, interval half-width (NaN below two seeds), how it was made.
 
-    `df`: the interval's degrees of freedom (NaN without one). `correlation` is that of the two recipes' losses over the
-    common seeds: what pairing achieves (NaN for too few).
+    `by_seed`: {seed: gap} over the common seeds. `df`: the interval's degrees of freedom (NaN without one).
+    `correlation` is that of the two recipes' losses over the common seeds: what pairing achieves (NaN for too few).
     """
 
     mean: float
     half_width: float
     df: float
     seeds: int
+    by_seed: dict[int, float]
     method: str
     correlation: float
     verdict: str
@@ -127,7 +128,8 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor 
     """
     a, b = np.array(list(losses.values())), np.array(list(baseline.values()))
     common = sorted(losses.keys() & baseline.keys())
-    diff = np.array([losses[s] - baseline[s] for s in common])
+    by_seed = {s: losses[s] - baseline[s] for s in common}
+    diff = np.array(list(by_seed.values()))
     correlation = _correlation([losses[s] for s in common], [baseline[s] for s in common])
     enough = len(a) >= 2 and len(b) >= 2
     if floor is not None and floor.paired is not None and len(common) >= 2:
@@ -149,7 +151,8 @@ def seed_gap(losses: dict[int, float], baseline: dict[int, float], floor: Floor 
         half, df, method = math.nan, math.nan, "one seed"
     if not np.isfinite([*a, *b]).all():
         mean = half = math.nan
-    return SeedGap(float(mean), float(half), float(df), min(len(a), len(b)), method, correlation, _verdict(mean, half))
+    seeds, verdict = min(len(a), len(b)), _verdict(mean, half)
+    return SeedGap(float(mean), float(half), float(df), seeds, by_seed, method, correlation, verdict)
 
 
 def own_half_width(gaps: np.ndarray) -> float:

@@ -5,17 +5,15 @@ at 95 % each. `all_pairs` widens an interval so that all of them hold at once in
 judges all, Games-Howell where each pair has its own.
 """
 
-import csv
-import io
 import math
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import combinations
 
 import numpy as np
-from scipy.stats import studentized_range
 
-from analysis.compare import Group, common_step, compare_pair, losses_at, shared_seeds
+from analysis import tables
+from analysis.compare import Group, common_step, compare_pair
 from analysis.pairing import CONFIDENCE, NOT_RESOLVED, RESOLVED, Floor, SeedGap, own_half_width, t_quantile
 from analysis.runs import RunError
 
@@ -38,8 +36,7 @@ CSV_HEADER = (
 class Pair:
     """The gap of `recipe` to `other` at `step`, nats/token.
 
-    `at_end`: that step is these runs' last one. `by_seed`: {seed: gap}. `own`: the half width from these gaps alone,
-    NaN below two. `all_pairs`: the half width with which all pairs hold at once.
+    `at_end`: that step is these runs' last one. `all_pairs`: the half width with which all pairs hold at once.
     """
 
     recipe: str
@@ -47,9 +44,16 @@ class Pair:
     step: int
     at_end: bool
     gap: SeedGap
-    by_seed: dict[int, float]
-    own: float
-    all_pairs: float
+    all_pairs: float = math.nan
+
+    @property
+    def by_seed(self) -> dict[int, float]:
+        return self.gap.by_seed
+
+    @property
+    def own(self) -> float:
+        """The half width from the gaps seed by seed alone; NaN below two."""
+        return own_half_width(np.array(list(self.by_seed.values())))
 
     @property
     def resolved(self) -> bool:
@@ -82,10 +86,7 @@ def _pair(group: Group, other: Group, floor: Floor | None) -> Pair | None:
         gap, _ = compare_pair(group, other, step, floor)
     except RunError:
         return None
-    ours, theirs = losses_at(group, step), losses_at(other, step)
-    by_seed = {seed: ours[seed] - theirs[seed] for seed in shared_seeds(group, other)}
-    own = own_half_width(np.array(list(by_seed.values())))
-    return Pair(group.label, other.label, step, step == group.runs[0].info["steps"], gap, by_seed, own, math.nan)
+    return Pair(group.label, other.label, step, step == group.runs[0].info["steps"], gap)
 
 
 @cache
@@ -93,6 +94,8 @@ def widening(recipes: int, df: float) -> float:
     """How much wider than one pair's the interval of each pair of so many recipes has to be; NaN without df."""
     if math.isnan(df):
         return math.nan
+    from scipy.stats import studentized_range  # here: it takes as long to import as the rest of compare.py
+
     return float(studentized_range.ppf(CONFIDENCE, recipes, df)) / math.sqrt(2) / t_quantile(df)
 
 
@@ -117,12 +120,9 @@ def _names(found: list[Pair]) -> str:
 
 def to_csv(found: list[Pair]) -> str:
     """Full precision, nats/token, empty where there is no value."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
+    rows = []
     for p in found:
         by_seed = " ".join(f"{seed}:{gap:.6f}" for seed, gap in p.by_seed.items())
         values = [p.recipe, p.other, p.step, p.gap.mean, p.gap.half_width, p.all_pairs, p.own, by_seed]
-        values += [p.gap.method, p.gap.verdict, p.verdict_among_all]
-        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
-    return out.getvalue()
+        rows.append([*values, p.gap.method, p.gap.verdict, p.verdict_among_all])
+    return tables.csv_text(CSV_HEADER, rows)

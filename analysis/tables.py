@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+from collections.abc import Iterable
 
 from analysis.compare import Row
 from analysis.pairing import Gap
@@ -112,9 +113,7 @@ def markdown(rows: list[Row]) -> str:
 
 def to_csv(rows: list[Row]) -> str:
     """Full precision, losses and gaps in nats/token, empty where there is no value."""
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
+    lines = []
     for row in rows:
         gap = row.gap
         low, high = gap.interval if gap else (math.nan, math.nan)
@@ -132,7 +131,16 @@ def to_csv(rows: list[Row]) -> str:
         ]
         values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", _text_se(row)]
         values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
-        writer.writerow(["" if isinstance(v, float) and math.isnan(v) else v for v in values])
+        lines.append(values)
+    return csv_text(CSV_HEADER, lines)
+
+
+def csv_text(header: Iterable[str], rows: Iterable[list]) -> str:
+    """CSV, NaN as an empty field."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(["" if isinstance(v, float) and math.isnan(v) else v for v in row] for row in rows)
     return out.getvalue()
 
 
