@@ -4,6 +4,7 @@ Throughput lives in results/throughput.json: {"device", "rows": [{model, recipe,
 source}]}, written by `scripts/plan.py measure=...` from finished runs or from scripts/bench_step.py's JSON.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,14 +54,16 @@ def load(path: Path = TABLE) -> dict:
         return {"device": None, "rows": []}
     table = json_object(path)
     rows = table.get("rows")
-    if not isinstance(table.get("device"), str) or not isinstance(rows, list) or not all(map(_is_row, rows)):
+    if not isinstance(table.get("device"), str) or not isinstance(rows, list) or not all(map(is_row, rows)):
         raise RunError(f"{path}: needs device and rows of {', '.join(ROW_NAMES + ROW_NUMBERS)}, numbers above 0")
     return table
 
 
-def _is_row(row: Any) -> bool:
-    numbers = [row.get(key) for key in ROW_NUMBERS] if isinstance(row, dict) and row.keys() >= {*ROW_NAMES} else [None]
-    return all(isinstance(number, int | float) and number > 0 for number in numbers)
+def is_row(row: Any, numbers: tuple[str, ...] = ROW_NUMBERS) -> bool:
+    """Has it the names of a model and a recipe, and `numbers` above 0?"""
+    if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ROW_NAMES):
+        return False
+    return all(isinstance(row.get(key), int | float) and 0 < row[key] < math.inf for key in numbers)
 
 
 def speed_of(cell: Cell, rows: list[dict]) -> Speed | None:

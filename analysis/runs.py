@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -277,12 +278,17 @@ def find_runs(patterns: list[str]) -> list[Run]:
     return runs
 
 
-def json_object(path: Path) -> dict:
-    """The object in a JSON file; RunError names the file that holds something else."""
+def json_value(path: Path) -> Any:
+    """What a JSON file holds; RunError names the file that is none."""
     try:
-        value = json.loads(path.read_text())
+        return json.loads(path.read_text())
     except ValueError as error:  # not JSON, or not even text
         raise RunError(f"{path}: not JSON ({error})") from None
+
+
+def json_object(path: Path) -> dict:
+    """The object in a JSON file; RunError names the file that holds something else."""
+    value = json_value(path)
     if not isinstance(value, dict):
         raise RunError(f"{path}: a JSON object is needed, got {type(value).__name__}")
     return value

@@ -8,18 +8,16 @@ Other key=value words are overrides of train.py, as for run_grid.py. Hours come 
 that the table names; B200 hours are a prediction from H100 (analysis/costs.py says how). Prices are per GPU-hour.
 """
 
-import json
 import math
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import costs, states
 from analysis.cli import quiet_pipes
 from analysis.costs import Cell
-from analysis.runs import find_runs
+from analysis.runs import find_runs, json_value
 from analysis.tables import tokens as short
 from configs import gridline
 from configs.compose import Composed, ConfigError, compose
@@ -28,7 +26,7 @@ from data.files import write_json
 from training.config import TrainConfig
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
-BENCH_KEYS = ("model", "recipe", "tokens_per_second")
+SPEED = ("tokens_per_second",)
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
 
@@ -174,14 +172,10 @@ def bench_rows(source: str) -> list[dict]:
     """Rows from bench_step.py's JSON; presets only, whose FLOPs are known. ValueError for another file."""
     from training.shapes import shape_of
 
-    try:
-        timings = json.loads(Path(source).read_text())
-    except ValueError as error:
-        raise ValueError(f"{source}: not JSON ({error})") from None
-    if not isinstance(timings, list) or not all(map(is_timing, timings)):
-        raise ValueError(
-            f"{source}: not what scripts/bench_step.py json=... writes, a list with {', '.join(BENCH_KEYS)}"
-        )
+    timings = json_value(Path(source))
+    if not isinstance(timings, list) or not all(costs.is_row(timing, SPEED) for timing in timings):
+        keys = ", ".join(costs.ROW_NAMES + SPEED)
+        raise ValueError(f"{source}: not what scripts/bench_step.py json=... writes, a list with {keys}")
     rows = []
     for timing in timings:
         try:
@@ -194,13 +188,6 @@ def bench_rows(source: str) -> list[dict]:
         }
         rows.append(keep | {"flops_per_token": flops, "source": source})
     return rows
-
-
-def is_timing(timing: Any) -> bool:
-    match [timing.get(key) for key in BENCH_KEYS] if isinstance(timing, dict) else None:
-        case [str(), str(), int() | float() as speed]:
-            return 0 < speed < math.inf
-    return False
 
 
 def main(words: list[str]) -> int:
