@@ -5,7 +5,6 @@ before the end worse than a run of that length would be; the saving of the basel
 are those of the seeds that both have, as gaps are.
 """
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,14 +30,12 @@ class EqualLoss:
 
 
 def first_reach(steps: np.ndarray, losses: np.ndarray, target: float) -> float | None:
-    """The step at which a curve first comes down to `target`, linear between its points: None when it never does, NaN
-    when it was there at its first point, so that nobody saw it arrive."""
+    """The step at which a curve that begins above `target` first comes down to it, linear between its points; None when
+    it never does."""
     below = np.flatnonzero(losses <= target)
     if not len(below):
         return None
     i = int(below[0])
-    if i == 0:
-        return math.nan
     share = (losses[i - 1] - target) / (losses[i - 1] - losses[i])
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
@@ -49,11 +46,9 @@ def equal_loss(group: Group, base: Group) -> EqualLoss | None:
     if group.diverged or base.diverged or len({t for run in (*group.runs, *base.runs) for t in run.targets[:1]}) > 1:
         return None
     (steps, losses, _), (base_steps, base_losses, _) = (group_curve(side) for side in on_shared_seeds(group, base))
-    if not len(steps) or not len(base_steps):
+    if not len(steps) or not len(base_steps) or base_losses[0] <= losses[-1]:
         return None
     reached = first_reach(base_steps, base_losses, float(losses[-1]))
-    if reached is not None and math.isnan(reached):
-        return None
     per_step, base_per_step = _per_step(group), _per_step(base)
     return EqualLoss(
         label=group.label,

@@ -97,11 +97,11 @@ def test_tokens_and_time_to_equal_loss_by_hand(tmp_path):
     assert report._equal_row(found)[3:] == ["101k", "98.8%", "2.0 s", "1.0 s", "49.4%"]
     back = equal_loss(base, group)
     assert back.base_tokens is None and back.loss == pytest.approx(3.0)
-    assert first_reach(np.array([10.0, 20.0]), np.array([2.0, 1.0]), 1.0) == 20.0
+    curve = np.array([10.0, 20.0]), np.array([2.0, 1.0])
+    assert first_reach(*curve, 1.0) == 20.0 and first_reach(*curve, 0.5) is None
 
 
 def test_a_baseline_that_is_there_at_its_first_evaluation_gives_no_share(tmp_path):
-    assert np.isnan(first_reach(np.array([10.0, 20.0]), np.array([2.0, 1.0]), 2.5))
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "sr", 0, 6.5)  # above the first evaluation of bf16, 6.0 at step 25
     base, group = group_runs(find_runs([f"{tmp_path}/*"]))
