@@ -175,7 +175,7 @@ class Run:
 
     def _scored(self, i: int) -> float:
         known = self.evals["targets"][i]
-        return self.rows_at(int(self.evals["step"][i])).tokens.sum() if np.isnan(known) else known
+        return read_rows(self.path, int(self.evals["step"][i])).tokens.sum() if np.isnan(known) else known
 
     @cached_property
     def curve(self) -> tuple[np.ndarray, np.ndarray]:
@@ -189,21 +189,14 @@ class Run:
         return float(np.min(self.evals["loss"][self.targets == self.targets[-1:]], initial=np.inf))
 
     def rows_at(self, step: int) -> EvalRows:
-        """The per-segment rows of the evaluation at `step`. RunError when the file is missing, damaged or malformed."""
-        path = self.path / "eval" / f"{step}.npz"
-        if not path.exists():
-            raise RunError(
-                f"{path}: missing, but metrics.jsonl reports an evaluation at step {step} (a small copy made by "
-                "keep_results.py has these rows of last evaluations alone)"
-            )
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                rows = {key: file[key] for key in ROW_KEYS}
-            if len({(values.ndim, values.shape) for values in rows.values()}) > 1 or rows["nats"].ndim != 1:
-                raise ValueError(f"columns of shapes {[values.shape for values in rows.values()]}")
-            return EvalRows(**rows)
-        except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-            raise RunError(f"{path}: can't be read ({error}); needs {list(ROW_KEYS)}") from None
+        """The per-segment rows of the evaluation at `step`. Read once: every pair of recipes asks for them."""
+        if step not in self._rows:
+            self._rows[step] = read_rows(self.path, step)
+        return self._rows[step]
+
+    @cached_property
+    def _rows(self) -> dict[int, EvalRows]:
+        return {}
 
     def read_json(self, name: str) -> dict:
         """`env.json`, `plan.json`, ...: {} when the run has none."""
@@ -312,6 +305,24 @@ def read_records(run: Path) -> list[dict]:
             raise RunError(f"{path}:{number}: malformed record ({error!r}): {line[:80]!r}") from None
         records.append(record)
     return records
+
+
+def read_rows(run: Path, step: int) -> EvalRows:
+    """The per-segment rows of a run folder's evaluation. RunError when the file is missing, damaged or malformed."""
+    path = run / "eval" / f"{step}.npz"
+    if not path.exists():
+        raise RunError(
+            f"{path}: missing, but metrics.jsonl reports an evaluation at step {step} (a small copy made by "
+            "keep_results.py has these rows of last evaluations alone)"
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            rows = {key: file[key] for key in ROW_KEYS}
+        if len({(values.ndim, values.shape) for values in rows.values()}) > 1 or rows["nats"].ndim != 1:
+            raise ValueError(f"columns of shapes {[values.shape for values in rows.values()]}")
+        return EvalRows(**rows)
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        raise RunError(f"{path}: can't be read ({error}); needs {list(ROW_KEYS)}") from None
 
 
 def _columns(

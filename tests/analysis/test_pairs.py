@@ -23,6 +23,13 @@ def recipes(root, **losses):
     return group_runs(find_runs([f"{root}/*"]))
 
 
+def test_all_pairs_read_each_evaluation_once(tmp_path, monkeypatch):
+    read, load = [], np.load
+    monkeypatch.setattr(np, "load", lambda path, **options: read.append(path) or load(path, **options))
+    assert len(pairs.pairs(recipes(tmp_path, bf16=[3.0], nvidia=[3.003], sr=[3.01]), None)) == 3
+    assert len(read) == len(set(read)) == 3
+
+
 def test_half_widths_by_hand(tmp_path):
     """Tables of the studentized range: q_0.95(3, 4) = 5.040; t_0.975(4) = 2.776, t_0.975(1) = 12.706."""
     found = pairs.pairs(recipes(tmp_path, bf16=[3.0, 3.01], nvidia=[3.0030, 3.0132], sr=[3.01, 3.02]), FLOOR)

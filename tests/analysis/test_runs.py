@@ -67,15 +67,15 @@ def test_a_field_of_run_json_of_another_type_is_an_error(tmp_path, key, value):
 
 
 def test_rows_of_unequal_lengths_and_not_a_number_are_errors(tmp_path):
-    run = read_run(write_run(tmp_path, "bf16"))
-    rows = {key: getattr(run.rows_at(100), key) for key in ROW_KEYS}
-    np.savez(run.path / "eval" / "100.npz", **rows | {"tokens": rows["tokens"][1:]})
+    path = write_run(tmp_path, "bf16")
+    rows = {key: getattr(read_run(path).rows_at(100), key) for key in ROW_KEYS}
+    np.savez(path / "eval" / "100.npz", **rows | {"tokens": rows["tokens"][1:]})
     with pytest.raises(RunError, match=r"100\.npz: can't be read \(columns of shapes"):
-        run.rows_at(100)
+        read_run(path).rows_at(100)
     rows["nats"][3] = np.nan
-    np.savez(run.path / "eval" / "100.npz", **rows)
+    np.savez(path / "eval" / "100.npz", **rows)
     with pytest.raises(RunError, match="eval rows give nan; one of them is stale"):
-        same_text([run], 100)
+        same_text([read_run(path)], 100)
 
 
 def test_a_steps_time_is_the_median_after_the_first_tenth(tmp_path):
