@@ -6,6 +6,7 @@ Anything else out of format is an error that names the file and the line: a sile
 
 import glob
 import json
+import shlex
 import zipfile
 import zlib
 from collections.abc import Iterable
@@ -213,11 +214,9 @@ def ended_by(newest_first: Iterable[dict], last_step: int) -> int | None:
 
 
 def read_run(path: str | Path, records: list[dict] | None = None) -> Run:
-    """Read one run folder. RunError for a folder that is no run or is malformed; unfinished runs are fine. `records`:
-    its read_records, where they are wanted for more."""
+    """Read one run folder. RunError for a malformed one; unfinished runs are fine. `records`: its read_records, where
+    they are wanted for more."""
     path = Path(path)
-    if not (path / "run.json").exists():
-        raise RunError(f"{path}: no run.json there; give run folders, for example runs/*")
     info = json_object(path / "run.json")
     missing = [key for key in RUN_KEYS if key not in info]
     if missing:
@@ -258,10 +257,12 @@ def find_runs(patterns: list[str]) -> list[Run]:
             found = [p for p in found if (p / "run.json").exists()]
         elif not found[0].exists():
             raise RunError(f"{pattern}: no such folder")
+        elif not (found[0] / "run.json").exists():
+            raise RunError(f"{pattern}: no run.json there; give run folders, for example runs/*")
         if not found:
             raise RunError(f"{pattern}: no run folder matches")
         paths.update(dict.fromkeys(p.resolve() for p in found))
-    runs = [read_run(path) for path in paths]
+    runs = [_read_given(path) for path in paths]
     begun: dict[tuple[str, float], Path] = {}
     for run in runs:
         # Of the first start, which no other run shares; a resume and a small copy keep it.
@@ -269,6 +270,15 @@ def find_runs(patterns: list[str]) -> list[Run]:
         if time is not None and (first := begun.setdefault((run.info["hash"], time), run.path)) != run.path:
             raise RunError(f"{first} and {run.path}: one is a copy of the other (they began at one time); give one")
     return runs
+
+
+def _read_given(path: Path) -> Run:
+    """read_run; its error says how to go on without a damaged run, which may be one of a hundred."""
+    try:
+        return read_run(path)
+    except RunError as error:  # the dot: for globs such as runs/*
+        command = shlex.join(["mv", "-n", str(path), str(path.with_name(f".{path.name}.damaged"))])
+        raise RunError(f"{error}; put a good copy of the file there, or leave the run out; type: {command}") from None
 
 
 def json_value(path: Path) -> Any:

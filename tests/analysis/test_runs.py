@@ -1,4 +1,5 @@
 import json
+import subprocess
 
 import numpy as np
 import pytest
@@ -158,6 +159,27 @@ def test_globs_pass_over_other_folders_and_named_folders_do_not(tmp_path):
         find_runs([f"{tmp_path}/compare"])
     with pytest.raises(RunError, match="no run folder matches"):
         find_runs([f"{tmp_path}/nothing*"])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "wrong"),
+    [
+        ("run.json", '{"name": ', "not JSON"),
+        ("run.json", "", "not JSON"),
+        ("run.json", "{}", "lacks"),
+        ("metrics.jsonl", "{}\n", "malformed record"),
+    ],
+)
+def test_a_damaged_run_among_others_says_how_to_go_on_without_it(tmp_path, file, content, wrong):
+    write_run(tmp_path, seed=0)
+    path = write_run(tmp_path, "a b", seed=1)
+    (path / file).write_text(content)
+    with pytest.raises(RunError) as error:
+        find_runs([f"{tmp_path}/*"])
+    what, _, command = str(error.value).partition("; type: ")
+    assert what.startswith(f"{path}/{file}:") and wrong in what
+    subprocess.run(command, shell=True, check=True)
+    assert [run.info["seed"] for run in find_runs([f"{tmp_path}/*"])] == [0]
 
 
 @pytest.mark.parametrize(
