@@ -7,7 +7,6 @@ PREDICTION for GPUs with FP4 tensor cores that nobody here has (scripts/roofline
 """
 
 import argparse
-import json
 import sys
 import warnings
 from collections.abc import Callable
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from triton.testing import do_bench_cudagraph
 
+from data.files import write_json
 from kernels import backend
 from kernels.selftest.shapes import PRESETS, Layers
 from kernels.spec import GEMMS
@@ -150,7 +150,7 @@ def main() -> None:
         print(f"{'whole block':16} {name:10}{sum(each):{9 * len(PARTS) + 9}.0f}{sum(each) / sum(totals['bf16']):7.2f}")
     print("\n".join(predictions(layers, args.tokens)))
     if args.json:
-        args.json.write_text(json.dumps({"model": args.model, "tokens": args.tokens, "rows": rows}, indent=1))
+        write_json(args.json, {"model": args.model, "tokens": args.tokens, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ kernel, to be copied into triton_ops.CONFIGS. Bits are checked by scripts/check_
 
 import argparse
 import itertools
-import json
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
+from data.files import write_json
 from kernels.quantize import triton_impl, triton_ops, triton_tiles
 from kernels.quantize.triton_ops import CONFIGS, Launch
 from kernels.spec import TABLE_A1
@@ -188,7 +188,7 @@ def main() -> None:
     tuned = tune([case for case in cases if case.config_key], o, args.workers) if args.tune else {}
     rows = [measure(case, o, elements, bandwidth, tuned.get(case.name)) for case in cases]
     if args.json:
-        args.json.write_text(json.dumps({"copy_us": copy_us, "device": torch.cuda.get_device_name(), "rows": rows}))
+        write_json(args.json, {"copy_us": copy_us, "device": torch.cuda.get_device_name(), "rows": rows})
 
 
 def measure(case: Case, o: dict[str, Tensor], elements: int, bandwidth: float, tuned: list | None) -> dict:

@@ -13,7 +13,6 @@ profile=true adds the time of each GPU kernel in one step.
 """
 
 import gc
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import torch
 from torch import Tensor
 
 from configs.compose import compose
+from data.files import write_json
 from kernels import backend
 from models.shape import DecoderShape
 from training.build import build_loss, build_micro_batch, set_torch_flags
@@ -223,7 +223,7 @@ def main(arguments: list[str]) -> int:
             except Exception as error:  # one failing recipe must not cost the others' measurements
                 print(f"{model} {recipe}: failed: {type(error).__name__}: {str(error)[:2000]}", flush=True)
             if options["json"]:
-                Path(options["json"]).write_text(json.dumps([asdict(t) for t in timings], indent=1))
+                write_json(Path(options["json"]), [asdict(t) for t in timings])
     print(table(timings))
     return 0 if timings else 1
 

@@ -8,7 +8,6 @@ tensor scale, amax and signs always equal where no rotation precedes them.
 
 import argparse
 import itertools
-import json
 import math
 import multiprocessing
 import sys
@@ -22,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import Tensor
 
+from data.files import write_json
 from kernels import nvfp4
 from kernels.quantize import Quantized, reference_impl, triton_impl
 from kernels.spec import FP8_SCALES, NO_CLIP_MAX, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
@@ -251,7 +251,7 @@ def main() -> int:
             print({key: value for key, value in row.items() if value})
     summarize(rows)
     if args.json:
-        args.json.write_text(json.dumps(rows, indent=1))
+        write_json(args.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

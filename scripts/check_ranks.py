@@ -31,6 +31,7 @@ import torch
 from verify_resume import REPOSITORY, TINY_MODEL, kill_tree, last_step, send, train_lines, wait_for
 
 from configs.slurm import descendants
+from data.files import write_json
 
 QUIET = ["evaluate.every=null", "evaluate.final_tokens=8192", "evaluate.slots=false"]
 RECIPES = ("bf16", "quartet2")
@@ -402,7 +403,7 @@ def main() -> int:
             found[name] = values
             passed = "failed" not in values and CHECKS[part](values, arguments.tolerance)
             failures += not passed
-            (arguments.out / f"{part}.json").write_text(json.dumps(found, indent=1))
+            write_json(arguments.out / f"{part}.json", found)
             print(f"{part}: {name:33}", shown(values), "" if passed else " FAILED", flush=True)
     return 1 if failures else 0
 

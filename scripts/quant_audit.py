@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.cli import quiet_pipes
+from data.files import write_json
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
         print(json.dumps(report, indent=1))
     else:
         if args.json:
-            Path(args.json).write_text(json.dumps(report, indent=1))
+            write_json(Path(args.json), report)
         print(table(rows))
         print("\nUsed by\n" + "\n".join(f"  {r['quantizer']:36}{', '.join(r['used_by'])}" for r in rows))
         print(f"\nGEMM with both operands quantized: SR's squared error is {ratio:.3f} times MS-EDEN's\n")

@@ -109,7 +109,10 @@ def script(monkeypatch):
 
 def test_command_line_checks_and_writes_json(script, tmp_path, capsys):
     out = tmp_path / "audit.json"
+    out.write_text("of before")
+    (tmp_path / "before.json").hardlink_to(out)
     assert script.main(["fp8", "nvfp4_rtn", "--check", "--json", str(out)]) == 0
+    assert (tmp_path / "before.json").read_text() == "of before"  # replaced, not written over
     report = json.loads(out.read_text())
     assert all(report["checks"].values()) and report["gemm_sr_over_ms_eden"] > 2.4
     printed = capsys.readouterr().out

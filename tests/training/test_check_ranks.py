@@ -38,13 +38,17 @@ def check_ranks(monkeypatch):
     ],
 )
 def test_exit_code_follows_what_was_found(check_ranks, monkeypatch, tmp_path, capsys, part, values, code):
+    out = tmp_path / f"{part}.json"
+    out.write_text("of before")
+    (tmp_path / "before.json").hardlink_to(out)
     monkeypatch.setitem(check_ranks.PARTS, part, lambda arguments: iter([("a case", values)]))
     monkeypatch.setattr(check_ranks.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(check_ranks.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(sys, "argv", ["check_ranks.py", part, "--gpus=2", f"--out={tmp_path}"])
     assert check_ranks.main() == code
     assert ("FAILED" in capsys.readouterr().out) == bool(code)
-    assert "a case" in json.loads((tmp_path / f"{part}.json").read_text())
+    assert "a case" in json.loads(out.read_text())
+    assert (tmp_path / "before.json").read_text() == "of before"  # replaced, not written over
 
 
 def run(*words):
