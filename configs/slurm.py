@@ -47,6 +47,8 @@ TIME_LIMITS = {"timeout_min", "time", "slurm_time"}
 # which sbatch takes, would end it at its first preemption.
 NUMBERS = {"nodes": 1, "processes_per_node": 1, "gpus_per_node": 0, "timeout_min": 1, "time": 1}
 NUMBERS |= {"signal_delay_s": 1, "array_parallelism": 1}
+# What submitit wants as a list: words, and lines of the batch script before and after srun.
+SPLIT = {"srun_args": shlex.split, "setup": str.splitlines, "teardown": str.splitlines}
 SHARED = ("timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "stderr_to_stdout")
 
 
@@ -179,11 +181,12 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
         if least is not None and (not isinstance(value, int) or value < least):
             unit = " of minutes" if key in TIME_LIMITS else ""
             raise GridError(f"slurm.{key}={options[key]}: give a whole number{unit}, {least} or more")
-    for key in {"srun_args", "slurm_srun_args"} & given.keys():
-        try:
-            given[key] = shlex.split(options[key])  # submitit wants a list: of text it would take the characters
-        except ValueError as error:
-            raise GridError(f"slurm.{key}={options[key]}: {error}") from None
+    for key, value in options.items():
+        if split := SPLIT.get(key.removeprefix("slurm_")):
+            try:
+                given[key] = split(value)
+            except ValueError as error:
+                raise GridError(f"slurm.{key}={value}: {error}") from None
     cluster = given.pop("cluster", SLURM)
     if cluster == SLURM and not TIME_LIMITS & given.keys():
         # submitit's own five minutes would be spent on starting and saving.
@@ -254,15 +257,17 @@ def described(count: int, options: dict[str, str]) -> str:
     lines = [("dry run", f"{count} job{'s' * (count > 1)} of {each} on {wish.cluster}; nothing is submitted")]
     if wish.cluster == SLURM:
         lines.append(("sbatch", shlex.join(sbatch_options(wish.parameters, count))))
+        lines += [("setup", line) for line in wish.parameters.get("slurm_setup", [])]
         lines += [("srun", shlex.join(words)) for key, words in wish.parameters.items() if key == "slurm_srun_args"]
+        lines += [("teardown", line) for line in wish.parameters.get("slurm_teardown", [])]
     lines += [("logs", f"{folder}/"), ("", "device and compile below are those of this machine, not of a node")]
     return "\n".join(f"{label:<10} {text}" for label, text in lines)
 
 
 def sbatch_options(parameters: dict[str, Any], count: int) -> list[str]:
     """As submitit writes them into its script, but for the paths of its logs."""
-    wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items() if key != "slurm_srun_args"}
-    wanted = {SBATCH_NAMES.get(key, key): value for key, value in wanted.items()}
+    wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items()}
+    wanted = {SBATCH_NAMES.get(key, key): value for key, value in wanted.items() if key not in SPLIT}
     wanted["signal"] = f"{PREEMPT_SIGNAL}@{wanted.pop('signal_delay_s')}"
     if "mem_gb" in parameters:
         wanted["mem"] = f"{wanted['mem']}GB"

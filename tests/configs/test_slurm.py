@@ -296,8 +296,8 @@ def test_what_sbatch_refuses_is_one_line(tmp_path, on_path):
     on_path(sbatch="echo sbatch: error: invalid partition >&2; echo sbatch: error: failed >&2; exit 1", srun="true")
     with pytest.raises(GridError, match=r"^launcher=slurm: sbatch: error: invalid partition; sbatch: error: failed$"):
         slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "partition": "gqu"})
-    with pytest.raises(GridError, match=r"slurm\.setup=x: submitit refuses it"):
-        slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "setup": "x"})
+    with pytest.raises(GridError, match=r"slurm\.additional_parameters=x: submitit refuses it"):
+        slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "additional_parameters": "x"})
     (tmp_path / "file").touch()
     with pytest.raises(GridError, match=r"^launcher=slurm: .*file"):
         slurm.submit("name", tmp_path / "file", [["true"]], {"timeout_min": "60"})
@@ -313,6 +313,22 @@ def test_srun_gets_words(tmp_path, on_path, key):
     assert "\nsrun       --mpi=pmix '--container-image=a b'\n" in shown and "srun-args" not in shown
     with pytest.raises(GridError, match=rf"^slurm\.{key}=--x='a: No closing quotation$"):
         slurm.submit("name", tmp_path, [["true"]], options | {key: "--x='a"})
+
+
+@pytest.mark.parametrize("prefix", ["", "slurm_"])
+def test_setup_and_teardown_are_lines_of_the_batch_script(tmp_path, on_path, prefix):
+    on_path(sbatch="echo Submitted batch job 4711", srun="true")
+    options = {"timeout_min": "60", f"{prefix}setup": "module load cuda\nulimit -n 9999", f"{prefix}teardown": "date"}
+    shown = slurm.described(1, options).splitlines()
+    assert [line for line in shown if line.startswith(("setup", "teardown"))] == [
+        "setup      module load cuda",
+        "setup      ulimit -n 9999",
+        "teardown   date",
+    ]
+    assert not [line for line in shown if "--setup" in line or "--teardown" in line]
+    slurm.submit("name", tmp_path, [["true"]], options)
+    before, _, after = (tmp_path / "4711_submission.sh").read_text().partition("\nsrun ")
+    assert "\nmodule load cuda\nulimit -n 9999\n" in before and after.endswith("\ndate")
 
 
 def test_a_wrong_cluster_is_one_line(tmp_path):
