@@ -33,7 +33,10 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Open a temporary file beside `path`; rename it to `path` when the block ends without an error, else remove it.
 
     The contents are on disk before the rename, so a reader sees the whole file or none, also after a power cut.
+    Raises OSError, also for a device or a pipe: root would replace /dev/null by a file.
     """
+    if path.is_char_device() or path.is_fifo():
+        raise OSError(errno.EINVAL, "not a regular file; give a file's name", str(path))
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         with open(temporary, "wb") as handle:

@@ -1,4 +1,4 @@
-"""Locks, and what is said where a file system has none."""
+"""Locks, what is said where a file system has none, and what an atomic write will not replace."""
 
 import errno
 import os
@@ -45,3 +45,13 @@ def test_who_waits_for_another_preparation_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "say", say)
     prepare(path)
     assert len(said) == 1 and said[0].startswith("another process is preparing the same data")
+
+
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2
