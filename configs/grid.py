@@ -79,7 +79,8 @@ def load(name: str) -> dict[str, Any]:
 
 
 def expand(grid: dict[str, Any]) -> dict[str, list[str]]:
-    """{cell name: overrides}, in the order of the file. GridError for a value that its axis doesn't know."""
+    """{cell name: overrides}, in the order of the file. GridError for a value that its axis doesn't know, for keys of
+    another shape, and for cells that plan.py and run_grid.py would look for in the wrong folder."""
     axes: dict[str, Any] = grid["axes"]
     cells: dict[str, list[str]] = {}
     for block in grid["cells"]:
@@ -88,7 +89,19 @@ def expand(grid: dict[str, Any]) -> dict[str, list[str]]:
         for values in itertools.product(*(_as_list(block[axis]) for axis in axes)):
             parts = [_overrides(axis, rule, value) for (axis, rule), value in zip(axes.items(), values, strict=True)]
             cells["/".join(values)] = [*grid["base"], *itertools.chain(*parts)]
+    _check_places(cells)
     return cells
+
+
+def _check_places(cells: dict[str, list[str]]) -> None:
+    """A cell's run is looked for by its name, in the folder that the command names: the file can't move it."""
+    folders: dict[str, str] = {}
+    for cell, overrides in cells.items():
+        for item in overrides:
+            if item.lstrip("+").startswith(("run.name=", "paths.runs=")):
+                raise GridError(f"cell {cell} sets {item}: a cell names its run, and paths.runs=... is for the command")
+        if (first := folders.setdefault(run_name("", cell), cell)) != cell:
+            raise GridError(f"cells {first} and {cell} would be one run folder; change a value's name")
 
 
 def resolve(overrides: list[str]) -> Resolved:

@@ -21,7 +21,8 @@ class GridLine:
     @property
     def runs(self) -> Path:
         """Folder of the runs, from paths.runs=..., or runs/."""
-        return Path(next((v.split("=", 1)[1] for v in reversed(self.extra) if v.startswith("paths.runs=")), "runs"))
+        words = [word.lstrip("+").partition("=") for word in reversed(self.extra)]
+        return Path(next((value for key, _, value in words if key == "paths.runs"), "runs"))
 
     def is_true(self, key: str) -> bool:
         """An own key that is true or false; GridError for anything else, since a guess might start runs."""
@@ -37,7 +38,7 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
     """`own`: {key: default}; `experiment` and `only` (a glob over cell names, commas between several) always exist;
     `cell` is one name.
 
-    GridError for a missing experiment, an unknown one, a pattern that matches no cell, or a misspelt own key.
+    GridError for a missing experiment, an unknown one, a pattern that matches no cell, run.name, or a misspelt own key.
     """
     own = {"only": "*", **own}
     extra, experiment, cell = [], None, None
@@ -52,6 +53,8 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
             cell = value
         elif key in own:
             own[key] = value
+        elif key.lstrip("+") == "run.name":
+            raise grid.GridError(f"{word}: all cells would be one run; each is named after itself")
         elif near and "." not in key:
             raise grid.GridError(f"unknown key {key!r}; did you mean {near[0]}?")
         else:

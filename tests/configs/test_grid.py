@@ -1,9 +1,10 @@
+import re
 from dataclasses import asdict
 
 import pytest
 
 from analysis import published
-from configs import grid
+from configs import grid, gridline
 from configs.compose import ConfigError, compose, sweep
 from quant import library
 from training.derive import derive
@@ -37,6 +38,27 @@ def test_cells_are_products_of_a_block_in_the_order_of_the_file():
 def test_a_wrong_block_is_named(cells, message):
     with pytest.raises(grid.GridError, match=message):
         grid.expand(small_grid(cells=cells))
+
+
+@pytest.mark.parametrize("item", ["paths.runs=runs/mine", "++paths.runs=runs/mine", "run.name=mine"])
+def test_a_grid_file_moves_no_run(item):
+    """plan.py and run_grid.py would look elsewhere, and call finished cells missing."""
+    with pytest.raises(grid.GridError, match=f"cell a/0.75B sets {re.escape(item)}: "):
+        grid.expand(small_grid(base=[item]))
+
+
+def test_cells_of_one_run_folder_are_refused():
+    axes = {"a": {"x-y": [], "x": ["seed=1"]}, "b": {"z": [], "y-z": []}}
+    with pytest.raises(grid.GridError, match="cells x-y/z and x/y-z would be one run folder"):
+        grid.expand(small_grid(axes=axes, cells=[{"a": "x-y", "b": "z"}, {"a": "x", "b": "y-z"}]))
+
+
+def test_the_scripts_look_where_the_runs_go():
+    words = ["experiment=corpus_screen", "only=bf16/s0"]
+    line = gridline.read([*words, "paths.runs=a", "++paths.runs=b"], {})
+    assert str(line.runs) == "b"
+    with pytest.raises(grid.GridError, match=r"run\.name=mine: all cells would be one run"):
+        gridline.read([*words, "run.name=mine"], {})
 
 
 def test_published_grid_has_its_126_cells_and_token_counts():
