@@ -74,8 +74,32 @@ def load(name: str) -> dict[str, Any]:
         raise GridError(f"experiment={name} is not a grid{near}")
     grid = yamlfile.read(FOLDER / f"{name}.yaml", GridError)
     if set(grid) != set(KEYS):
-        raise GridError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(grid)}")
+        raise GridError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(map(str, grid))}")
+    _check_shape(grid, f"{name}.yaml")
     return grid
+
+
+def _check_shape(grid: dict[str, Any], file: str) -> None:
+    """GridError unless base, axes and cells are what this module's docstring says."""
+    axes = grid["axes"] if isinstance(grid["axes"], dict) else {}
+    rules = {axis: rule for axis, rule in axes.items() if not isinstance(rule, str)}
+    for what, is_right, need in (
+        ("base", _are(str, grid["base"]), "a list of overrides, such as [model=llama_30m, steps=100]"),
+        ("axes", axes, "axes by name, such as recipe: {bf16: [quant=bf16]}"),
+        *((f"axis {a}", isinstance(r, dict), "values by name, or one override as text") for a, r in rules.items()),
+        ("cells", grid["cells"] and _are(dict, grid["cells"]), "a list of blocks, such as - {recipe: bf16, seed: s0}"),
+    ):
+        if not is_right:
+            raise GridError(f"{file}: {what}: needs {need}")
+    for axis, value, overrides in ((a, v, o) for a, rule in rules.items() for v, o in rule.items()):
+        if not isinstance(value, str):
+            raise GridError(f"{file}: axis {axis}: YAML reads {value!r} as no text; put the value's name in quotes")
+        if not _are(str, overrides):
+            raise GridError(f"{file}: axis {axis}, {value}: needs a list of overrides, such as [quant=bf16]")
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def expand(grid: dict[str, Any]) -> dict[str, list[str]]:

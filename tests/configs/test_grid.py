@@ -40,6 +40,27 @@ def test_a_wrong_block_is_named(cells, message):
         grid.expand(small_grid(cells=cells))
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("base:\naxes: {a: {x: []}}\ncells: [{a: x}]", "base: needs a list of overrides"),
+        ("base: seed=0\naxes: {a: {x: []}}\ncells: [{a: x}]", "base: needs a list of overrides"),
+        ("base: []\naxes: [a]\ncells: [{a: x}]", "axes: needs axes by name"),
+        ("base: []\naxes: {a: [x]}\ncells: [{a: x}]", "axis a: needs values by name"),
+        ("base: []\naxes: {a: {x: seed=0}}\ncells: [{a: x}]", "axis a, x: needs a list of overrides"),
+        ("base: []\naxes: {a: {0: []}}\ncells: [{a: 0}]", "axis a: YAML reads 0 as no text; put"),
+        ("base: []\naxes: {a: {on: []}}\ncells: [{a: on}]", "axis a: YAML reads True as no text; put"),
+        ("base: []\naxes: {a: {x: []}}\ncells: {a: x}", "cells: needs a list of blocks"),
+        ("base: []\naxes: {a: {x: []}}\ncells: []", "cells: needs a list of blocks"),
+    ],
+)
+def test_a_file_of_another_shape_is_named(text, message, tmp_path, monkeypatch):
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr(grid, "FOLDER", tmp_path)
+    with pytest.raises(grid.GridError, match=f"mine.yaml: {message}"):
+        gridline.read(["experiment=mine"], {})
+
+
 @pytest.mark.parametrize("item", ["paths.runs=runs/mine", "++paths.runs=runs/mine", "run.name=mine"])
 def test_a_grid_file_moves_no_run(item):
     """plan.py and run_grid.py would look elsewhere, and call finished cells missing."""
