@@ -241,6 +241,9 @@ def main(words: list[str]) -> int:
     except (GridError, ConfigError, RunError, OSError) as error:
         print(f"run_grid: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # while the grid is read: later, run_local takes it
+        print("run_grid: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

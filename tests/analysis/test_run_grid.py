@@ -194,6 +194,15 @@ def test_sigterm_while_a_run_is_being_started_reaches_that_run(run_grid, tmp_pat
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "stopped"
 
 
+def test_ctrl_c_before_the_first_run_is_one_line(run_grid, tmp_path, monkeypatch, capsys):
+    def interrupted(overrides):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_grid, "compose", interrupted)
+    assert run_grid.main(["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}"]) == 130
+    assert capsys.readouterr().err == "run_grid: interrupted\n" and not any(tmp_path.iterdir())
+
+
 def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_path):
     held = hold(tmp_path)
     script = start_script(tmp_path)
