@@ -288,9 +288,13 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
 
 def _nothing_in_common(group: Group, base: Group) -> str:
     runs = base.runs if group is base else (*group.runs, *base.runs)
-    empty = [run.name for run in runs if not len(run.evals["step"])]
+    empty = [run for run in runs if not len(run.evals["step"])]
+    if ended := [f"{run.name} ({run.status})" for run in empty if run.diverged_at is not None]:
+        return (
+            f"diverged before any evaluation, so no figure is there to compare: {_some(ended)}; leave out, and say so"
+        )
     if empty:
-        return f"no evaluation yet in {_some(empty)}: leave out such runs, or wait for their first"
+        return f"no evaluation yet in {_some([r.name for r in empty])}: leave out such runs, or wait for their first"
     who = f"the runs of {base.label}" if group is base else f"{group.label} and {base.label}"
     return f"{who} have no evaluation step in common; set the same evaluation interval"
 

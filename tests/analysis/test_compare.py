@@ -311,6 +311,14 @@ def test_nothing_evaluated_yet_is_said_of_the_runs_that_have_nothing(tmp_path):
     assert done.returncode == 2 and "no evaluation yet in llama_tiny-quartet2-0" in done.stderr
 
 
+def test_nobody_waits_for_the_first_evaluation_of_a_run_that_diverged(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    non_finite(write_run(tmp_path, "sr", 0, steps_done=10), 11)
+    done = compare(f"{tmp_path}/*")
+    assert done.returncode == 2 and "wait" not in done.stderr
+    assert "diverged before any evaluation" in done.stderr and "llama_tiny-sr-0 (diverged (11/100))" in done.stderr
+
+
 def test_files_that_are_not_there_or_not_what_they_should_be_are_one_error(tmp_path):
     write_run(tmp_path / "runs", "bf16", 0, 3.0)
     text = tmp_path / "README.md"
