@@ -192,6 +192,9 @@ def table(timings: list[Timing]) -> str:
 
 
 def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & {*arguments}:
+        print(__doc__)
+        return 0
     options = {
         "models": "llama_30m,llama_100m,wide",
         "recipes": "bf16,quartet2",

@@ -114,3 +114,10 @@ assert not torch.cuda.is_initialized()
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300, env={})
     assert done.returncode == 0, done.stderr
+
+
+def test_bench_step_tells_its_use_without_a_gpu():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "bench_step.py"), "--help"], capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "recipes=bf16,quartet2" in done.stdout and not done.stderr
