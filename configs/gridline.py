@@ -38,7 +38,8 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
     """`own`: {key: default}; `experiment` and `only` (a glob over cell names, commas between several) always exist;
     `cell` is one name.
 
-    GridError for a missing experiment, an unknown one, a pattern that matches no cell, run.name, or a misspelt own key.
+    GridError for a missing experiment, an unknown one, a pattern that matches no cell, run.name, overrides that make
+    two cells one, or a misspelt own key.
     """
     own = {"only": "*", **own}
     extra, experiment, cell = [], None, None
@@ -61,7 +62,9 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
             extra.append(word)
     if experiment is None:
         raise grid.GridError(f"experiment=<grid> is missing; grids: {', '.join(grid.names())}")
-    return GridLine(experiment, _chosen(grid.expand(grid.load(experiment)), own["only"], cell), extra, own)
+    cells = _chosen(grid.expand(grid.load(experiment)), own["only"], cell)
+    _check_told_apart(cells, extra)
+    return GridLine(experiment, cells, extra, own)
 
 
 def _chosen(cells: dict[str, list[str]], only: str, cell: str | None) -> dict[str, list[str]]:
@@ -73,3 +76,20 @@ def _chosen(cells: dict[str, list[str]], only: str, cell: str | None) -> dict[st
             asked = f"{key}={pattern if cell is None else cell}"
             raise grid.GridError(f"{asked} matches none of the {len(cells)} cells, such as {next(iter(cells))}")
     return {name: o for name, o in cells.items() if any(fnmatch(name, pattern) for pattern in patterns)}
+
+
+def _check_told_apart(cells: dict[str, list[str]], extra: list[str]) -> None:
+    """seed=5 over cells of several seeds would train one run once for each of them."""
+    found: dict[tuple, str] = {}
+    for cell, overrides in cells.items():
+        first = found.setdefault(_settings([*overrides, *extra]), cell)
+        if _settings(cells[first]) != _settings(overrides):
+            raise grid.GridError(
+                f"{' '.join(extra)}: cells {first} and {cell} would be the same run; leave out what an axis sets, or "
+                "choose cells with only="
+            )
+
+
+def _settings(overrides: list[str]) -> tuple:
+    """What a list of overrides comes to: the last word on each key wins."""
+    return tuple(sorted({key.lstrip("+"): value for key, _, value in (o.partition("=") for o in overrides)}.items()))

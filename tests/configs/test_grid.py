@@ -82,6 +82,20 @@ def test_the_scripts_look_where_the_runs_go():
         gridline.read([*words, "run.name=mine"], {})
 
 
+def test_an_override_may_not_make_two_cells_one_run():
+    words = ["experiment=corpus_screen", "only=bf16/s[01],sr/s0"]
+    with pytest.raises(grid.GridError, match=r"^\+\+seed=5: cells bf16/s0 and bf16/s1 would be the same run"):
+        gridline.read([*words, "++seed=5"], {})
+    assert len(gridline.read([*words, "optim.lr=1e-3"], {}).cells) == 3
+    assert len(gridline.read(["experiment=corpus_screen", "only=*/s0", "seed=5"], {}).cells) == 15
+
+
+def test_equal_cells_of_a_file_are_reruns(tmp_path, monkeypatch):
+    cells = {"axes": {"change": {"rerun1": [], "rerun2": []}}, "cells": [{"change": ["rerun1", "rerun2"]}]}
+    monkeypatch.setattr(gridline.grid, "load", lambda name: small_grid(**cells))
+    assert len(gridline.read(["experiment=mine", "seed=5"], {}).cells) == 2
+
+
 def test_published_grid_has_its_126_cells_and_token_counts():
     cells = grid.expand(grid.load("c4_grid"))
     assert len(cells) == 126 and sum(name.startswith("200M/") for name in cells) == 18
