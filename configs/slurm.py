@@ -175,10 +175,10 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
             "slurm.use_srun: jobs start through srun, which passes SLURM's warning on to them; without it a job would "
             "end unsaved. Leave slurm.use_srun out"
         )
-    given = {key: int(value) if value.isdigit() else value for key, value in options.items()}
+    given = {key: _typed(value) for key, value in options.items()}
     for key, value in given.items():
         least = NUMBERS.get(key.removeprefix("slurm_"))
-        if least is not None and (not isinstance(value, int) or value < least):
+        if least is not None and (type(value) is not int or value < least):
             unit = " of minutes" if key in TIME_LIMITS else ""
             raise GridError(f"slurm.{key}={options[key]}: give a whole number{unit}, {least} or more")
     for key, value in options.items():
@@ -187,6 +187,7 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
                 given[key] = split(value)
             except ValueError as error:
                 raise GridError(f"slurm.{key}={value}: {error}") from None
+    given = {key: value for key, value in given.items() if value is not False}  # a flag left out
     cluster = given.pop("cluster", SLURM)
     if cluster == SLURM and not TIME_LIMITS & given.keys():
         # submitit's own five minutes would be spent on starting and saving.
@@ -195,6 +196,11 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in given.items()}
     defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
     return Wish(cluster, given.get("nodes", 1), processes, defaults | settings)
+
+
+def _typed(value: str) -> int | bool | str:
+    """submitit writes True as a flag without a value: slurm.exclusive=true is --exclusive."""
+    return int(value) if value.isdigit() else {"true": True, "false": False}.get(value.lower(), value)
 
 
 def executor_for(wish: Wish, folder: Path, options: dict[str, str], cluster: str):
@@ -267,11 +273,12 @@ def described(count: int, options: dict[str, str]) -> str:
 def sbatch_options(parameters: dict[str, Any], count: int) -> list[str]:
     """As submitit writes them into its script, but for the paths of its logs."""
     wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items()}
-    wanted = {SBATCH_NAMES.get(key, key): value for key, value in wanted.items() if key not in SPLIT}
+    wanted = {SBATCH_NAMES.get(k, k): value for k, value in wanted.items() if k not in {*SPLIT, "stderr_to_stdout"}}
     wanted["signal"] = f"{PREEMPT_SIGNAL}@{wanted.pop('signal_delay_s')}"
     if "mem_gb" in parameters:
         wanted["mem"] = f"{wanted['mem']}GB"
     at_once = wanted.pop("array_parallelism", 256)  # submitit's default
     if count > 1:
         wanted["array"] = f"0-{count - 1}%{min(count, at_once)}"
-    return [f"--{key.replace('_', '-')}={value}" for key, value in sorted(wanted.items())]
+    flags = {f"--{key.replace('_', '-')}": value for key, value in sorted(wanted.items())}
+    return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]

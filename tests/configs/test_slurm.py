@@ -242,6 +242,8 @@ def test_a_dry_run_checks_the_options():
     [
         "nodes=two",
         "nodes=0",
+        "nodes=true",
+        "nodes=false",
         "gpus_per_node=x",
         "processes_per_node=0",
         "time=24:00:00",
@@ -329,6 +331,19 @@ def test_setup_and_teardown_are_lines_of_the_batch_script(tmp_path, on_path, pre
     slurm.submit("name", tmp_path, [["true"]], options)
     before, _, after = (tmp_path / "4711_submission.sh").read_text().partition("\nsrun ")
     assert "\nmodule load cuda\nulimit -n 9999\n" in before and after.endswith("\ndate")
+
+
+@pytest.mark.parametrize("prefix", ["", "slurm_"])
+def test_true_is_a_flag_and_false_none(tmp_path, on_path, prefix):
+    on_path(sbatch="echo Submitted batch job 4711", srun="true")
+    options = {"timeout_min": "60", f"{prefix}exclusive": "true", f"{prefix}overcommit": "False"}
+    options |= {"stderr_to_stdout": "false"}
+    assert "--exclusive" in slurm.sbatch_options(slurm.read_options("name", options).parameters, 1)
+    slurm.submit("name", tmp_path, [["true"]], options)
+    script = (tmp_path / "4711_submission.sh").read_text()
+    assert "\n#SBATCH --exclusive\n" in script and "overcommit" not in script and "\n#SBATCH --error=" in script
+    shown = slurm.sbatch_options(slurm.read_options("name", options | {"stderr_to_stdout": "true"}).parameters, 1)
+    assert not [word for word in shown if "stderr" in word]
 
 
 def test_a_wrong_cluster_is_one_line(tmp_path):
