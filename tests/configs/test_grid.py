@@ -87,7 +87,8 @@ def test_an_override_may_not_make_two_cells_one_run():
     with pytest.raises(grid.GridError, match=r"^\+\+seed=5: cells bf16/s0 and bf16/s1 would be the same run"):
         gridline.read([*words, "++seed=5"], {})
     assert len(gridline.read([*words, "optim.lr=1e-3"], {}).cells) == 3
-    assert len(gridline.read(["experiment=corpus_screen", "only=*/s0", "seed=5"], {}).cells) == 15
+    one_seed = gridline.read(["experiment=corpus_screen", "only=*/s0", "seed=5"], {}).cells
+    assert len(one_seed) > 5 and all(cell.endswith("/s0") for cell in one_seed)
 
 
 def test_equal_cells_of_a_file_are_reruns(tmp_path, monkeypatch):
