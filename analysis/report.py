@@ -15,6 +15,8 @@ from analysis.published import ALIASES, Points, at
 from analysis.runs import Run
 
 MANY = 40  # differing keys shown in full
+FEW = 3  # runs named for one of a key's values, beside whole recipes
+UNUSED = object()  # the value of a setting that has no effect
 
 
 def build(
@@ -48,8 +50,8 @@ def build(
         *equal_losses(groups, base),
         *overlay(rows, theirs),
         *run_list(runs),
-        *differing("Configuration", {run.name: run.info["numerics"] for run in runs}, "configuration"),
-        *differing("Environment", {run.name: flat(run.read_json("env.json")) for run in runs}, "environment"),
+        *differing("Configuration", [(run, configuration(run)) for run in runs], groups, "configuration"),
+        *differing("Environment", [(run, flat(run.read_json("env.json"))) for run in runs], groups, "environment"),
     ]
     plt.close(figure)
     return html.page(title, body)
@@ -172,24 +174,41 @@ def _step_time(run: Run) -> str:
     return f"{run.milliseconds:.1f}" + (f" ({run.company})" if run.company else "")
 
 
-def differing(title: str, values: dict[str, dict], identity: str) -> list[str]:
-    """A table of the keys that differ between runs: {run: flat dict}. The seed is in the list of runs already."""
-    keys = sorted(set().union(*values.values()) - {"seed", "command"})
+def configuration(run: Run) -> dict:
+    """What decides a run's numbers; UNUSED for settings of a quantizer that isn't there or doesn't read them."""
+    numerics = run.info["numerics"]
+    return {key: UNUSED if _is_unused(key, numerics) else value for key, value in numerics.items()}
+
+
+def _is_unused(key: str, numerics: dict) -> bool:
+    slot, _, field = key.rpartition(".")
+    is_plain = numerics.get(f"{slot}.grid") == "none" and field not in ("grid", "source")
+    return is_plain or (field.startswith("eden_") and numerics.get(f"{slot}.rounding") != "ms_eden")
+
+
+def differing(title: str, values: list[tuple[Run, dict]], groups: list[Group], identity: str) -> list[str]:
+    """A table of the keys whose values differ between runs. The seed is in the list of runs already."""
+    keys = sorted(set().union(*(value for _, value in values)) - {"seed", "command"})
     rows = []
     for key in keys:
-        found: dict[str, list[str]] = {}
-        for name, value in values.items():
-            found.setdefault(json.dumps(value.get(key)), []).append(name)
+        found: dict[str, list[Run]] = {}
+        for run, value in values:
+            if value.get(key) is not UNUSED:
+                found.setdefault(json.dumps(value.get(key)), []).append(run)
         if len(found) > 1:
-            rows.append([key, "; ".join(f"{value}: {_who(names)}" for value, names in found.items())])
+            rows.append([key, "; ".join(f"{value}: {_who(runs, groups)}" for value, runs in found.items())])
     if not rows:
         return [html.heading(f"{title} differences"), html.note("None.")]
     more = [html.note(f"and {len(rows) - MANY} more")] if len(rows) > MANY else []
     return [html.heading(f"{title} differences"), html.table(["key", "values"], rows[:MANY], identity, (1,)), *more]
 
 
-def _who(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+def _who(runs: list[Run], groups: list[Group]) -> str:
+    """Recipes all of whose runs are among these, and the other runs by name."""
+    whole = [group for group in groups if all(run in runs for run in (*group.runs, *group.cut))]
+    rest = [run.name for run in runs if not any(run in (*group.runs, *group.cut) for group in whole)]
+    more = [f"{len(rest) - FEW} more"] if rest[FEW:] else []
+    return ", ".join([*(group.label for group in whole), *rest[:FEW], *more])
 
 
 def flat(value: dict, prefix: str = "") -> dict:

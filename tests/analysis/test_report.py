@@ -10,7 +10,7 @@ import pytest
 from synthetic import write_run
 
 from analysis import report
-from analysis.compare import group_runs, pick_baseline, table
+from analysis.compare import Group, group_runs, pick_baseline, table
 from analysis.equal_loss import equal_loss, first_reach
 from analysis.pairs import pairs
 from analysis.runs import find_runs
@@ -83,7 +83,28 @@ def test_tables_of_the_report_hold_the_numbers(document):
     assert {row[0]: row[3] for row in found["published"]}["quartet2"] == "+43.0"
     assert len(found["runs"]) == 10
     assert found["environment"][1][0] == "commit" and '"other": sr-2' in found["environment"][1][1]
-    assert found["configuration"][1][0] == "recipe"
+    assert found["configuration"][1] == ["recipe", '"bf16": bf16; "quartet2": quartet2; "sr <b>&": sr <b>&']
+
+
+def test_differences_name_recipes_and_leave_out_what_has_no_effect(tmp_path):
+    plain = {"quant.dgrad.w.grid": "none", "quant.dgrad.w.source": "input", "quant.dgrad.w.rounding": "rtn"}
+    plain |= {"quant.dgrad.w.eden_block": 16, "quant.dgrad.rotation.dim": None}
+    eden = {"quant.dgrad.w.grid": "e2m1", "quant.dgrad.w.rounding": "ms_eden", "quant.dgrad.w.eden_block": "rotation"}
+    for seed in range(6):
+        write_run(tmp_path, "bf16", seed, numerics=plain | {"optim.lr": 1e-3 if seed else 2e-3})
+    write_run(tmp_path, "sr", numerics=plain | {"quant.dgrad.w.grid": "e2m1", "quant.dgrad.w.rounding": "sr"})
+    write_run(tmp_path, "quartet2", numerics=plain | eden)
+    runs = find_runs([f"{tmp_path}/*"])
+    bf16, others = [r for r in runs if "bf16" in r.name], [r for r in runs if "bf16" not in r.name]
+    groups = [Group("bf16", tuple(bf16)), *(Group(run.name.split("-")[1], (run,)) for run in others)]
+    page = "".join(report.differing("Configuration", [(r, report.configuration(r)) for r in runs], groups, "it"))
+    assert {row[0]: row[1] for row in Tables(page).tables["it"][1:]} == {
+        "optim.lr": "0.002: llama_tiny-bf16-0; 0.001: quartet2, sr, llama_tiny-bf16-1, llama_tiny-bf16-2, "
+        "llama_tiny-bf16-3, 2 more",
+        "quant.dgrad.w.grid": '"none": bf16; "e2m1": quartet2, sr',
+        "quant.dgrad.w.rounding": '"ms_eden": quartet2; "sr": sr',
+        "recipe": '"bf16": bf16; "quartet2": quartet2; "sr": sr',
+    }
 
 
 def test_tokens_and_time_to_equal_loss_by_hand(tmp_path):
