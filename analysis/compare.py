@@ -43,8 +43,12 @@ class Group:
         return dict(sorted(seeds.items()))
 
     @property
+    def members(self) -> tuple[Run, ...]:
+        return *self.runs, *self.cut
+
+    @property
     def diverged(self) -> tuple[Run, ...]:
-        return tuple(run for run in (*self.runs, *self.cut) if run.diverged_at is not None)
+        return tuple(run for run in self.members if run.diverged_at is not None)
 
     @property
     def milliseconds(self) -> float:
@@ -266,7 +270,7 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     else:
         gap, text = compare_pair(group, base, step, floor)
     base_loss = np.mean(list(losses_at(base, step).values()))
-    statuses = sorted({r.status for r in (*group.runs, *group.cut)})
+    statuses = sorted({run.status for run in group.members})
     return Row(
         label=group.label,
         seeds=len(group.by_seed()),

@@ -29,7 +29,7 @@ def build(
 ) -> str:
     """The document; `groups` in the order of `rows`. `found`: their pairs. `published` may be empty."""
     info = base.runs[0].info
-    runs = [run for group in groups for run in (*group.runs, *group.cut)]
+    runs = [run for group in groups for run in group.members]
     title = f"{info['model']}: {', '.join(g.label for g in groups)}"
     what = (
         f"{len(runs)} run{'s' * (len(runs) > 1)} of {info['model']} ({info['parameters_non_embedding']:,} "
@@ -205,8 +205,9 @@ def differing(title: str, values: list[tuple[Run, dict]], groups: list[Group], i
 
 def _who(runs: list[Run], groups: list[Group]) -> str:
     """Recipes all of whose runs are among these, and the other runs by name."""
-    whole = [group for group in groups if all(run in runs for run in (*group.runs, *group.cut))]
-    rest = [run.name for run in runs if not any(run in (*group.runs, *group.cut) for group in whole)]
+    whole = [group for group in groups if all(run in runs for run in group.members)]
+    named = [run for group in whole for run in group.members]
+    rest = [run.name for run in runs if run not in named]
     more = [f"{len(rest) - FEW} more"] if rest[FEW:] else []
     return ", ".join([*(group.label for group in whole), *rest[:FEW], *more])
 

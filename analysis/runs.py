@@ -276,9 +276,16 @@ def _read_given(path: Path) -> Run:
     """read_run; its error says how to go on without a damaged run, which may be one of a hundred."""
     try:
         return read_run(path)
-    except RunError as error:  # the dot: for globs such as runs/*
-        command = shlex.join(["mv", "-n", str(path), str(path.with_name(f".{path.name}.damaged"))])
-        raise RunError(f"{error}; put a good copy of the file there, or leave the run out; type: {command}") from None
+    except RunError as error:
+        way_out = f"put a good copy of the file there, or leave the run out; type: {set_aside(path)}"
+        raise RunError(f"{error}; {way_out}") from None
+
+
+def set_aside(damaged: Path) -> str:
+    """The command that takes a damaged file, or a run folder, out of the way; globs such as runs/* pass over a folder's
+    new name."""
+    dot = "." if damaged.is_dir() else ""
+    return shlex.join(["mv", "-n", str(damaged), str(damaged.with_name(f"{dot}{damaged.name}.damaged"))])
 
 
 def json_value(path: Path) -> Any:

@@ -3,13 +3,12 @@
 import fcntl
 import json
 import os
-import shlex
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.runs import RunError, ended_by, json_object
+from analysis.runs import RunError, ended_by, json_object, set_aside
 
 RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
 WINDOW = 1 << 16  # bytes of metrics.jsonl read at first
@@ -41,23 +40,22 @@ def state_of(runs: Path, name: str) -> State:
         try:
             content = json_object(result)
         except RunError as error:
-            return damaged(error, metrics, result, f"{result}.damaged", "it goes on from its last checkpoint")
+            return damaged(error, metrics, result, "it goes on from its last checkpoint")
         return State(DONE, content.get("step", 0), content.get("final_loss"))
     if is_locked(cell_lock(runs, name)) or is_locked(folder / RUN_LOCK):
         return State(RUNNING, last_step(metrics))
     if info.exists():
         try:
             json_object(info)
-        except RunError as error:  # the dot: for globs such as runs/*
-            return damaged(error, metrics, folder, str(runs / f".{name}.damaged"), "it starts anew")
+        except RunError as error:
+            return damaged(error, metrics, folder, "it starts anew")
         step = last_step(metrics)
         return State(STOPPED if ended_by(newest_first(metrics), step) is None else DIVERGED, step)
     return State(MISSING)
 
 
-def damaged(error: RunError, metrics: Path, path: Path, to: str, then: str) -> State:
-    command = shlex.join(["mv", "-n", str(path), to])
-    return State(DAMAGED, last_step(metrics), problem=f"{error}; type: {command} (then {then})")
+def damaged(error: RunError, metrics: Path, path: Path, then: str) -> State:
+    return State(DAMAGED, last_step(metrics), problem=f"{error}; type: {set_aside(path)} (then {then})")
 
 
 def counted(found: Iterable[State]) -> str:

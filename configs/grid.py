@@ -81,21 +81,26 @@ def load(name: str) -> dict[str, Any]:
 
 def _check_shape(grid: dict[str, Any], file: str) -> None:
     """GridError unless base, axes and cells are what this module's docstring says."""
-    axes = grid["axes"] if isinstance(grid["axes"], dict) else {}
-    rules = {axis: rule for axis, rule in axes.items() if not isinstance(rule, str)}
-    for what, is_right, need in (
-        ("base", _are(str, grid["base"]), "a list of overrides, such as [model=llama_30m, steps=100]"),
-        ("axes", axes, "axes by name, such as recipe: {bf16: [quant=bf16]}"),
-        *((f"axis {a}", isinstance(r, dict), "values by name, or one override as text") for a, r in rules.items()),
-        ("cells", grid["cells"] and _are(dict, grid["cells"]), "a list of blocks, such as - {recipe: bf16, seed: s0}"),
-    ):
-        if not is_right:
-            raise GridError(f"{file}: {what}: needs {need}")
-    for axis, value, overrides in ((a, v, o) for a, rule in rules.items() for v, o in rule.items()):
+    base, axes, cells = (grid[key] for key in KEYS)
+    if not _are(str, base):
+        raise GridError(f"{file}: base: needs a list of overrides, such as [model=llama_30m, steps=100]")
+    if not axes or not isinstance(axes, dict):
+        raise GridError(f"{file}: axes: needs axes by name, such as recipe: {{bf16: [quant=bf16]}}")
+    for axis, rule in axes.items():
+        if not isinstance(rule, str):
+            _check_values(rule, f"{file}: axis {axis}")
+    if not cells or not _are(dict, cells):
+        raise GridError(f"{file}: cells: needs a list of blocks, such as - {{recipe: bf16, seed: s0}}")
+
+
+def _check_values(rule: Any, where: str) -> None:
+    if not isinstance(rule, dict):
+        raise GridError(f"{where}: needs values by name, or one override as text")
+    for value, overrides in rule.items():
         if not isinstance(value, str):
-            raise GridError(f"{file}: axis {axis}: YAML reads {value!r} as no text; put the value's name in quotes")
+            raise GridError(f"{where}: YAML reads {value!r} as no text; put the value's name in quotes")
         if not _are(str, overrides):
-            raise GridError(f"{file}: axis {axis}, {value}: needs a list of overrides, such as [quant=bf16]")
+            raise GridError(f"{where}, {value}: needs a list of overrides, such as [quant=bf16]")
 
 
 def _are(kind: type, values: Any) -> bool:
@@ -122,10 +127,16 @@ def _check_places(cells: dict[str, list[str]]) -> None:
     folders: dict[str, str] = {}
     for cell, overrides in cells.items():
         for item in overrides:
-            if item.lstrip("+").startswith(("run.name=", "paths.runs=")):
+            if setting(item)[0] in ("run.name", "paths.runs"):
                 raise GridError(f"cell {cell} sets {item}: a cell names its run, and paths.runs=... is for the command")
         if (first := folders.setdefault(run_name("", cell), cell)) != cell:
             raise GridError(f"cells {first} and {cell} would be one run folder; change a value's name")
+
+
+def setting(override: str) -> tuple[str, str]:
+    """(key, value) of an override; ++key=value sets the same key."""
+    key, _, value = override.lstrip("+").partition("=")
+    return key, value
 
 
 def resolve(overrides: list[str]) -> Resolved:

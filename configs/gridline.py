@@ -21,8 +21,7 @@ class GridLine:
     @property
     def runs(self) -> Path:
         """Folder of the runs, from paths.runs=..., or runs/."""
-        words = [word.lstrip("+").partition("=") for word in reversed(self.extra)]
-        return Path(next((value for key, _, value in words if key == "paths.runs"), "runs"))
+        return Path(dict(map(grid.setting, self.extra)).get("paths.runs", "runs"))
 
     def is_true(self, key: str) -> bool:
         """An own key that is true or false; GridError for anything else, since a guess might start runs."""
@@ -54,7 +53,7 @@ def read(words: list[str], own: dict[str, str]) -> GridLine:
             cell = value
         elif key in own:
             own[key] = value
-        elif key.lstrip("+") == "run.name":
+        elif grid.setting(word)[0] == "run.name":
             raise grid.GridError(f"{word}: all cells would be one run; each is named after itself")
         elif near and "." not in key:
             raise grid.GridError(f"unknown key {key!r}; did you mean {near[0]}?")
@@ -92,4 +91,4 @@ def _check_told_apart(cells: dict[str, list[str]], extra: list[str]) -> None:
 
 def _settings(overrides: list[str]) -> tuple:
     """What a list of overrides comes to: the last word on each key wins."""
-    return tuple(sorted({key.lstrip("+"): value for key, _, value in (o.partition("=") for o in overrides)}.items()))
+    return tuple(sorted(dict(map(grid.setting, overrides)).items()))
