@@ -168,8 +168,8 @@ def missing(chosen: str, path: Path) -> str:
     if path.exists():
         return f"{path}: no bf16 runs; a law needs the baseline"
     return (
-        f"no {path}: the project's own collection of published losses isn't part of the repository (fits of it are "
-        "kept in results/law); give another with --published FILE, or your own runs: 'runs/*'"
+        f"no {path}: the published losses are results/published/quartet2_runs.csv in a checkout; give "
+        "--published FILE, or your own runs: 'runs/*'"
     )
 
 

@@ -116,7 +116,6 @@ def test_lengths_of_a_model_double_from_a_quarter_of_its_base(name):
     assert lengths == {size: {base * 10**9 * 2**i // 4 for i in range(n)} for size, (base, n) in bases.items()}
 
 
-@pytest.mark.skipif(not published.DEFAULT_PATH.exists(), reason=f"no published runs at {published.DEFAULT_PATH}")
 def test_published_grid_has_the_points_of_the_published_runs():
     sizes = {}
     found = {}
