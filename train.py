@@ -6,9 +6,9 @@ import sys
 # Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from analysis.cli import quiet_pipes
-from configs.cli import read_command_line
-from configs.compose import ConfigError, compose
+from base.terminal import quiet_pipes
+from launcher.cli import read_command_line
+from launcher.compose import ConfigError, compose
 
 
 def main(arguments: list[str]) -> int:
@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
             print(line.text)
             return 0
         if line.slurm is not None or line.multirun:
-            from configs.multirun import run_all, submit_all
+            from launcher.multirun import run_all, submit_all
         if line.slurm is not None:
             return submit_all(line.overrides, line.multirun, line.slurm)
         if line.multirun:
@@ -31,9 +31,9 @@ def main(arguments: list[str]) -> int:
         print(f"train.py: error: {error}", file=sys.stderr)
         return 2
     # Only now: a wrong override shall not wait for torch to be imported.
-    from training.distributed import leave
-    from training.failures import one_line_errors
-    from training.launch import Request, launch
+    from training.ranks.distributed import leave
+    from training.start.failures import one_line_errors
+    from training.start.launch import Request, launch
 
     with one_line_errors() as outcome:
         outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, " ".join(sys.argv)))

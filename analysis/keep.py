@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis.runs import ROW_KEYS, Run, read_records, read_run
-from data.files import write_json
+from base.files import write_json
 
 FILES = ("run.json", "env.json", "result.json")  # the first goes first and comes last: without it a copy is no run
 TRAIN_FIELDS = (

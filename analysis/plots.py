@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from analysis.compare import Group, Row, shared_seeds
 from analysis.runs import Run
 from analysis.tables import tokens
-from data.files import atomic_write
+from base.files import atomic_write
 
 # Okabe-Ito without yellow (unreadable on white); the baseline is black. Line styles repeat with another period, so
 # that two lines never share both.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from analysis.runs import RunError, ended_by, json_object, set_aside
 
-RUN_LOCK = ".lock"  # training/signals.py holds it while a run trains
+RUN_LOCK = ".lock"  # training/ranks/signals.py holds it while a run trains
 WINDOW = 1 << 16  # bytes of metrics.jsonl read at first
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
 DAMAGED = "damaged"
@@ -75,7 +75,7 @@ def tell_damaged(found: dict[str, State]) -> bool:
 def is_locked(path: Path) -> bool:
     """Does a living process hold `path` locked exclusively? (Locks of killed processes vanish with them.)
 
-    Asks with a shared lock: several may ask at once, and a start waits for them (training.signals.lock_file).
+    Asks with a shared lock: several may ask at once, and a start waits for them (training.ranks.signals.lock_file).
     """
     if not path.exists():
         return False

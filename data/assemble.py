@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import atomic_write, json_hash, sha256_of
+from base.files import atomic_write, json_hash, sha256_of
 from data.parts import BYTES, GROUP, INEXACT, IS_VAL, TOKENS, load_part
 from data.tokenizer import TextTokenizer, dtype_for
 

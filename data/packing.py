@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import ROOM_FOR_TOKENS, disk_full_explained, locked, say, sha256_of, write_json
+from base.files import ROOM_FOR_TOKENS, disk_full_explained, locked, say, sha256_of, write_json
 from data.tokens import Stream, TokenSet
 
 # nanochat's buffer size; a larger one crops less and mixes documents of distant parts of the stream.

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.files import atomic_write
+from base.files import atomic_write
 from data.progress import Progress
 from data.sources import Source
 from data.split import group_of

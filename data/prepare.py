@@ -14,10 +14,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from base.files import ROOM_FOR_TOKENS, disk_full_explained, json_hash, locked, make_folder, say, write_json
 from data.assemble import FORMAT, assemble
-from data.files import ROOM_FOR_TOKENS, disk_full_explained, json_hash, locked, make_folder, say, write_json
+from data.open import open_source
 from data.parts import tokenize_source
-from data.sources import Source, open_source
+from data.sources import Source
 from data.spec import DataSpec, as_list, hydra_value
 from data.split import group_of, is_val_by_hash, paper_choice
 from data.tokenizer import TextTokenizer, tokenizer_file, train_bpe

@@ -1,7 +1,7 @@
 """Where documents come from. A source is a list of units (files, or pieces of a hub data set) read row by row.
 
 Rows of a unit always come in the same order, so that (unit, row number) names a row and preparation can go on after
-a kill. Local files and the Python documentation are here; data.hub has the Hugging Face `datasets` source.
+a kill. Local files are here; data.pydocs has the Python documentation, data.hub Hugging Face's `datasets`.
 """
 
 import glob
@@ -15,8 +15,8 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from data.files import sha256_of, write_json
-from data.spec import DataSpec, as_list
+from base.files import sha256_of, write_json
+from data.spec import DataSpec
 
 # `zstd --long=27`: decoding such files needs a window of 128 MiB.
 ZSTD_MAX_WINDOW = 1 << 27
@@ -45,19 +45,6 @@ class Source(Protocol):
     def rows(self, unit: int, skip: int) -> Iterator[Row]: ...
     def row_count(self) -> int | None: ...
     def progress(self) -> float | None: ...
-
-
-def open_source(spec: DataSpec, root: Path, val: bool = False) -> Source:
-    """The source that `spec` describes (its val_files if `val`). Raises ValueError when a file is missing."""
-    if val or spec.source == "files":
-        return FileSource(as_list(spec.val_files if val else spec.files), spec, root, "val_files" if val else "files")
-    if spec.source == "pydocs":
-        from data.pydocs import PydocsSource
-
-        return PydocsSource()
-    from data.hub import HubSource
-
-    return HubSource(spec, root)
 
 
 class FileSource:

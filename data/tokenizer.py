@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.files import atomic_write, json_hash, say
+from base.files import atomic_write, json_hash, say
 
 TRAINED_BOS = "<|bos|>"
 _BOS_NAMES = (TRAINED_BOS, "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")

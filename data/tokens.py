@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from base.files import json_hash, sha256_of
 from data.assemble import FORMAT
-from data.files import json_hash, sha256_of
 
 # Open files left for everything else: libraries, sockets of other ranks, checkpoints.
 SPARE_FILES = 512

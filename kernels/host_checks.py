@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import build
-from kernels.scale_layout import swizzled_size
+from kernels.formats.scale_layout import swizzled_size
 
 # name -> the exported function that turns FP32 into codes of that format
 ENCODERS = {

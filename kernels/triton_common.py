@@ -4,14 +4,14 @@ Everything here is FP32 and 32-bit integer arithmetic without float8 casts, so t
 architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. What it can't run
 (PTX, fused multiply-add) has another branch for it, by INTERPRET; and E2M1 on Blackwell has a conversion instruction
 that replaces the arithmetic (`has_e2m1_instruction`). The definition is
-kernels/formats.py, kernels/nvfp4.py and kernels/philox.py; each function below names the one it repeats.
+kernels/formats (minifloat.py, nvfp4.py) and kernels/philox.py; each function below names the one it repeats.
 """
 
 import triton
 import triton.language as tl
 from triton.language.target_info import cuda_capability_geq
 
-# 1.5 * 2^(23 - mantissa_bits): adding and subtracting that many binades rounds to the format's step (formats.py).
+# 1.5 * 2^(23 - mantissa_bits): adding and subtracting that many binades rounds to the format's step (minifloat.py).
 E2M1_SHIFT = tl.constexpr(1.5 * 2.0**22)
 E4M3_SHIFT = tl.constexpr(1.5 * 2.0**20)
 E5M2_SHIFT = tl.constexpr(1.5 * 2.0**21)

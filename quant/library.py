@@ -1,25 +1,18 @@
 """The recipe files of configs/quant, read without Hydra: for tests, scripts, and rules that name another recipe."""
 
-from pathlib import Path
 from typing import Any
 
-import configs
-from configs import yamlfile
+from base.words import suggestion
 from kernels.spec import default_limits
+from quant import recipefile
 from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe
+from quant.recipefile import names
 from quant.schemes import SCHEMES
-from quant.suggest import suggestion
 
-FOLDER = Path(configs.__file__).parent / "quant"
 # Six operand slots, or a scheme that those can't say (quant/schemes).
 AnyRecipe = Recipe | Any
 # Keys of a recipe file that belong to the precision plan (quant/plan.py), not to the recipe.
 PLAN_KEYS = ("rules", "high_precision")
-
-
-def names() -> list[str]:
-    """The recipes in configs/quant, sorted."""
-    return sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 def mapping(name: str) -> dict[str, Any]:
@@ -29,7 +22,7 @@ def mapping(name: str) -> dict[str, Any]:
     if name not in known:
         near = suggestion(name, known, f"recipes: {', '.join(known)}")
         raise ValueError(f"no recipe {name!r} in configs/quant{near}")
-    return yamlfile.read_recipe(FOLDER / f"{name}.yaml")
+    return recipefile.read(recipefile.FOLDER / f"{name}.yaml")
 
 
 def load(name: str) -> AnyRecipe:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from kernels import gemm as gemms
 from kernels import quantize as ops
-from kernels.formats import FP8_DTYPES
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.minifloat import FP8_DTYPES
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from base.words import suggestion
 from kernels import backend
 from kernels import gemm as gemms
 from kernels.spec import NVFP4_BLOCK
@@ -16,7 +17,6 @@ from quant import library
 from quant.library import AnyRecipe
 from quant.linear import QuantLinear
 from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe, mapping_at
-from quant.suggest import suggestion
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"

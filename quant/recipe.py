@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from base.words import suggestion
 from kernels.spec import GEMMS, NVFP4_SCALES, ROTATION_DIMS, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
-from quant.suggest import suggestion
 
 OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
 SLOTS = tuple(f"{gemm}.{operand}" for gemm in GEMMS for operand in OPERANDS[gemm])

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.formats import BY_NAME
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.minifloat import BY_NAME
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 from kernels.quantize import reference_impl as reference
 from quant.linear import fixed_or

@@ -10,10 +10,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import noise, pairs, published, tables
-from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
 from analysis.runs import find_runs
-from data.files import write_text
+from base.files import write_text
+from base.terminal import existing, positive, quiet_pipes
 
 
 def arguments() -> argparse.Namespace:

@@ -20,8 +20,8 @@ from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
 from data.tokenizer import TextTokenizer
+from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, transformers_config, transformers_weights
-from training.storage import CheckpointError
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> str:

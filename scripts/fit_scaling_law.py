@@ -15,11 +15,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository 
 
 from analysis import law as laws
 from analysis import law_report, noise, published
-from analysis.cli import existing, positive, quiet_pipes
 from analysis.compare import Group, differences, group_runs, seed_means
 from analysis.published import Points
 from analysis.runs import Run, find_runs
-from data.files import write_json, write_text
+from base.files import write_json, write_text
+from base.terminal import existing, positive, quiet_pipes
 
 
 def arguments() -> argparse.Namespace:

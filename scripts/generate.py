@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, sample
-from training.storage import CheckpointError
 
 
 def is_text(words: str) -> bool:

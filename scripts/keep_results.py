@@ -10,9 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
-from analysis.cli import positive, quiet_pipes
 from analysis.keep import check_names, keep, last_evaluations
 from analysis.runs import find_runs
+from base.terminal import positive, quiet_pipes
 
 
 def main() -> int:

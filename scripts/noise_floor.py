@@ -10,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import noise
-from analysis.cli import quiet_pipes
 from analysis.runs import find_runs
-from data.files import write_json
+from base.files import write_json
+from base.terminal import quiet_pipes
 
 
 def main() -> int:

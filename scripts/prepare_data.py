@@ -11,10 +11,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from configs.compose import compose
 from data.packing import load_layout
 from data.prepare import prepare
 from data.tokens import TokenSet
+from launcher.compose import compose
 
 
 def main(overrides: list[str]) -> int:

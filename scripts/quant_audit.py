@@ -15,8 +15,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.cli import quiet_pipes
-from data.files import write_json
+from base.files import write_json
+from base.terminal import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer

@@ -27,15 +27,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from analysis import states
-from analysis.cli import quiet_pipes
 from analysis.runs import RunError
-from configs import gridline, slurm
-from configs.cli import take_launcher
-from configs.compose import ConfigError, compose
-from configs.grid import GridError
-from configs.slurm import TRAIN
-from data.files import write_text
-from training.signals import EXIT_PREEMPTED, lock_file
+from base.files import write_text
+from base.terminal import quiet_pipes
+from launcher import gridline, slurm
+from launcher.cells import GridError
+from launcher.cli import take_launcher
+from launcher.compose import ConfigError, compose
+from launcher.slurm import TRAIN
+from training.ranks.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
@@ -185,7 +185,7 @@ def report(line: gridline.GridLine, run: Running, queued: int, running: int) -> 
 
 
 def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
-    """One job array of what is missing and not in the queue; see configs/slurm.py. Locks don't tell: a waiting job has
+    """One job array of what is missing and not in the queue; see launcher/slurm.py. Locks don't tell: a waiting job has
     none, and a running one's may not be seen from this machine."""
     folder = line.runs / ".grid" / "slurm"
     with submitting(folder):

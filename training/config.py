@@ -1,6 +1,6 @@
 """Everything a run can be told, as typed dataclasses: the schema behind configs/ and the only thing the engine reads.
 
-Each class checks its own values; what needs several of them together is checked in training/derive.py. `quant`
+Each class checks its own values; what needs several of them together is checked in training/start/derive.py. `quant`
 stays a mapping here: `quant.recipe` owns its fields and checks them.
 Integers that people like to write as 3e9 are declared float and turned into int when they are whole.
 """
@@ -10,9 +10,9 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from base.words import suggestion
 from data.spec import DataSpec
 from kernels.backend import PRESETS
-from quant.suggest import suggestion
 
 SWITCH = ("auto", "true", "false")
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from base.files import atomic_write
 from data.evalset import EvalSet
-from data.files import atomic_write
-from training.distributed import Dist
+from training.ranks.distributed import Dist
 
 # Evaluation batches count from here in the random state's micro-batch field: never a training micro-batch's number.
 EVAL_MICRO_BASE = 2**24

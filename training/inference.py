@@ -10,9 +10,9 @@ from torch import Tensor
 
 from data.tokenizer import TextTokenizer
 from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
-from training.checkpoint import load_model
-from training.manifest import checkpoints, latest_good, problems, step_name, step_of
-from training.storage import CheckpointError
+from training.checkpoint.manifest import checkpoints, latest_good, problems, step_name, step_of
+from training.checkpoint.state import load_model
+from training.checkpoint.storage import CheckpointError
 
 
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:

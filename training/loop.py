@@ -1,4 +1,4 @@
-"""The training loop: step, log, checkpoint, evaluate, stop. Everything it needs arrives built (training/launch.py).
+"""The training loop: step, log, checkpoint, evaluate, stop. Everything it needs arrives built (start/launch.py).
 
 Order within a step that has several duties: the losses are read and checked, then the checkpoint is saved, then the
 model is evaluated; so a failing evaluation never costs the checkpoint, and a non-finite state is never saved.
@@ -16,20 +16,20 @@ import torch
 from torch import Tensor, nn
 
 from data.evalset import EvalSet
-from training.checkpoint import Checkpointer, SaveReport, TrainState
+from training.checkpoint.state import Checkpointer, SaveReport, TrainState
 from training.config import TrainConfig
-from training.console import Console
-from training.derive import Numbers
-from training.distributed import Dist, SharedFlag
 from training.evaluate import evaluate, save_rows
-from training.loggers import Loggers
-from training.metrics import MFU_FORMULA, StepBuffer, memory_gib, others_gib, peak_flops
 from training.microbatch import MicroBatch
 from training.nonfinite import Guard, Recovery, first_non_finite
-from training.optim import clip_gradients, set_rates
-from training.runfolder import RunFolder
-from training.signals import NAMES, StopFlag
-from training.watchdog import Watchdog
+from training.optim.groups import clip_gradients, set_rates
+from training.ranks.distributed import Dist, SharedFlag
+from training.ranks.signals import NAMES, StopFlag
+from training.ranks.watchdog import Watchdog
+from training.records.console import Console
+from training.records.loggers import Loggers
+from training.records.metrics import MFU_FORMULA, StepBuffer, memory_gib, others_gib, peak_flops
+from training.records.runfolder import RunFolder
+from training.start.derive import Numbers
 
 # A save that has been written for longer than this is not followed by another one when the job is stopped.
 LONG_SAVE_S = 2.0

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from quant.plan import changed, quant_linears
 from quant.recipe import FPROP_SLOT, GEMMS, Recipe
-from training.checkpoint import load
-from training.manifest import latest_good
+from training.checkpoint.manifest import latest_good
+from training.checkpoint.state import load
 
 if TYPE_CHECKING:
     from training.loop import Parts

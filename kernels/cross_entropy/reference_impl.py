@@ -6,7 +6,7 @@ With a soft-cap c, loss and softmax are of l' = c tanh(l / c) in FP32, and dlogi
 import torch
 from torch import Tensor
 
-from kernels.formats import to_bf16_values
+from kernels.formats.minifloat import to_bf16_values
 from kernels.gemm.reference_impl import accumulate, round_output
 
 # Tokens whose logits are held at once: 1,024 x 32,000 x 4 bytes = 131 MB in FP32.

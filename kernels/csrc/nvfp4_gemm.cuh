@@ -1,12 +1,12 @@
 // Block-scaled NVFP4 GEMM for Blackwell, one kernel per .cu file: D[M,N] = alpha * (A . SFA) (B . SFB)^T.
 //
 //   A  [M, K] e2m1, row-major, two codes a byte, the even element in the low nibble; B [N, K] the same ("TN").
-//   SFA, SFB  ue4m3, one per 16 elements along K, in the 128x4 layout that kernels/scale_layout.py defines:
+//   SFA, SFB  ue4m3, one per 16 elements along K, in the 128x4 layout that kernels/formats/scale_layout.py defines:
 //             offset(r, g) = ((r/128) * ceil(G/4) + g/4) * 512 + (r%32) * 16 + ((r%128)/32) * 4 + g%4,  G = K/16.
 //   alpha     one float in device memory (the product of both global scales); it multiplies the FP32 accumulator, once.
 //   D  [M, N] row-major, bf16 or float, rounded once from FP32. There is no C operand.
 //
-// Shape rule (TMA's 16-byte rows; kernels/gemm_nvfp4/rules.py says the same and a test compares them):
+// Shape rule (TMA's 16-byte rows; kernels/gemm/packed/rules.py says the same and a test compares them):
 //   K % 32 == 0, N % (16 / sizeof(D)) == 0, M free.
 //
 // The functions are plain C: no libtorch, so one build serves every torch and Python. Nothing here allocates, synchronizes,

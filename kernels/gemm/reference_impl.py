@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.formats import round_bf16
+from kernels.formats.minifloat import round_bf16
 from kernels.quantize import Quantized
 
 WANTS = "values"

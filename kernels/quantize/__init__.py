@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 
 

@@ -21,8 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels import nvfp4, philox
-from kernels.formats import (
+from kernels import philox
+from kernels.formats import nvfp4
+from kernels.formats.minifloat import (
     BY_NAME,
     E2M1,
     E4M3,
@@ -32,7 +33,7 @@ from kernels.formats import (
     round_nearest,
     round_stochastic,
 )
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 

@@ -9,8 +9,8 @@ that nothing rotates stays plain PyTorch, so that Inductor computes it inside th
 import torch
 from torch import Tensor
 
-from kernels.formats import FP8_DTYPES
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.minifloat import FP8_DTYPES
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.quantize import Quantized, reference_impl, triton_tiles
 from kernels.quantize.triton_ops import INTERPRET
 from kernels.spec import NVFP4_BLOCK, ROUNDINGS, QuantSpec

@@ -11,7 +11,7 @@ then owns two whole groups of 16, all group sums stay inside a thread, and per-g
 done once, not four times. The result does not depend on it: `_natural_order` undoes the permutation in the indices.
 Along axis 0 the tile is multiplied transposed, so the groups lie along the columns there too.
 Instructions, not bytes, bound such a kernel: for sm_90 its loop has 28 (MS-EDEN) or 34 (SR) an element, and it runs at
-85 to 89 % and 65 % of a copy's speed on an H100 (scripts/bench_quantize.py).
+85 to 89 % and 65 % of a copy's speed on an H100 (scripts/bench/bench_quantize.py).
 
 Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its reciprocal infinite, so the rotation
 (loaded anyway) carries a factor 2^64 and so do s_g T and v T after they were rounded: every quotient stays exact.

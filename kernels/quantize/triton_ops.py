@@ -1,6 +1,6 @@
 """Launches of the Triton quantizers and the torch operators around them, with their fake implementations.
 
-Launch shapes are fixed: what scripts/bench_quantize.py --tune found on an H100, never tuned at run time.
+Launch shapes are fixed: what scripts/bench/bench_quantize.py --tune found on an H100, never tuned at run time.
 """
 
 from dataclasses import dataclass

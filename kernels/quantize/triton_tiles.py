@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import FP8_DTYPES
+from kernels.formats.minifloat import FP8_DTYPES
 from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_kernels import load_tile, quantize_groups, tensor_scale
 from kernels.quantize.triton_ops import INTERPRET, allocate

@@ -11,7 +11,8 @@ import sys
 import torch
 
 from kernels import backend, build
-from kernels.gemm_nvfp4 import BACKENDS, cutlass_impl
+from kernels.gemm import cutlass_impl
+from kernels.gemm.nvfp4 import BACKENDS
 from kernels.selftest import gemms, host, others, quantizers, shapes, speed
 from kernels.selftest.report import WRONG, Line
 from kernels.spec import GEMMS

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import formats, nvfp4
+from kernels.formats import minifloat, nvfp4
 from kernels.selftest.probes import probes
 from kernels.selftest.report import Line, judge
 from kernels.triton_common import encode_bytes, encode_words, has_e2m1_instruction, round_e2m1
@@ -36,9 +36,9 @@ def convert(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def check(device: str) -> Line:
     """Values (bit for bit, so zeros positive) and codes (so zeros signed) of all probes against the definition."""
-    x = probes(formats.E2M1)
+    x = probes(minifloat.E2M1)
     x = F.pad(x, (0, -x.numel() % (16 * BLOCK))).view(-1, 16).to(device)
-    expected = formats.round_nearest(x, formats.E2M1)
+    expected = minifloat.round_nearest(x, minifloat.E2M1)
     codes = nvfp4.pack(nvfp4.encode(expected, x.signbit()))
     values, from_words, from_bytes = convert(x)
     pairs = {

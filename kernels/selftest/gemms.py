@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from kernels import build, sass
-from kernels.gemm_nvfp4 import BACKENDS, gemm_nvfp4, rules
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.nvfp4 import NVFP4Tensor
+from kernels.gemm.nvfp4 import BACKENDS, gemm_nvfp4
+from kernels.gemm.packed import rules
 from kernels.quantize import reference_impl
 from kernels.selftest.report import NOT_COMPILED, NOT_HERE, NOT_RUN, Line, judge
 from kernels.spec import NVFP4_BLOCK, NVFP4_SCALES, QuantSpec

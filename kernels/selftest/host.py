@@ -2,8 +2,10 @@
 
 import torch
 
-from kernels import build, formats, host_checks, nvfp4, scale_layout
-from kernels.gemm_nvfp4 import gemm_nvfp4, operands
+from kernels import build, host_checks
+from kernels.formats import minifloat, nvfp4, scale_layout
+from kernels.gemm.nvfp4 import gemm_nvfp4
+from kernels.gemm.packed import operands
 from kernels.selftest.gemms import exact_operand
 from kernels.selftest.report import NOT_COMPILED, Line, judge
 from kernels.selftest.shapes import RAGGED
@@ -34,8 +36,8 @@ def _layout() -> Line:
 
 def _formats() -> Line:
     x = torch.exp2(torch.empty(200_000).uniform_(-12, 10, generator=torch.Generator().manual_seed(0)))
-    e2m1 = nvfp4.encode(formats.round_nearest(x, formats.E2M1), x.signbit())
-    e4m3 = formats.round_nearest(x, formats.E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
+    e2m1 = nvfp4.encode(minifloat.round_nearest(x, minifloat.E2M1), x.signbit())
+    e4m3 = minifloat.round_nearest(x, minifloat.E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
     failures = [
         f"{name} by {by}: {count} of {x.numel()} codes differ"
         for name, by, ours in (("e2m1", "cutlass", e2m1), ("e2m1", "cuda", e2m1), ("ue4m3", "cutlass", e4m3))

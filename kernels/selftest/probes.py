@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.formats import MiniFloat
+from kernels.formats.minifloat import MiniFloat
 
 
 def grid(fmt: MiniFloat) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.quantize import reference_impl
 from kernels.selftest.report import NOT_HERE, Line, judge
 from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec

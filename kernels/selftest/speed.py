@@ -14,8 +14,9 @@ from torch import Tensor
 from kernels import build
 from kernels import gemm as gemms
 from kernels import quantize as ops
-from kernels.gemm_nvfp4 import cutlass_impl, rules
-from kernels.gemm_nvfp4.operands import prepare
+from kernels.gemm import cutlass_impl
+from kernels.gemm.packed import rules
+from kernels.gemm.packed.operands import prepare
 from kernels.selftest.gemms import exact_operand
 from kernels.selftest.shapes import PUBLISHED, Layers
 from kernels.selftest.shapes import gemms as gemms_of

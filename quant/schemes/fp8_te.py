@@ -23,11 +23,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from quant.suggest import suggestion
+from base.words import suggestion
 
 INSTALL = (
     "on a CUDA machine: pip install --no-build-isolation 'nibble-train[te]' "
-    "(scripts/carry_te.py carries it to one without internet)"
+    "(scripts/te/carry_te.py carries it to one without internet)"
 )
 SCALINGS = ("current", "delayed", "block")
 AMAX_HISTORY = 1024  # micro-batches; Transformer Engine's default

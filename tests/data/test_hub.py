@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from data.open import open_source
 from data.prepare import ensure, prepare
-from data.sources import open_source
 from data.spec import DataSpec
 from data.tokens import TokenSet
 

@@ -320,7 +320,7 @@ def test_the_command_packs_for_the_runs_sequence_length(spec, tmp_path, monkeypa
 
 @pytest.mark.parametrize("name", ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl"])
 def test_the_command_to_type_can_be_typed(name):
-    from configs.compose import compose
+    from launcher.compose import compose
 
     words = shlex.split(prepare_command(DataSpec(files=name, val_files=[name]), Path("/tmp") / name))[2:]
     config = compose(words).config
@@ -348,7 +348,7 @@ def test_a_full_disk_is_explained_and_leaves_no_debris(spec, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("data.files.os.fsync", full)
+        patch.setattr("base.files.os.fsync", full)
         with pytest.raises(RuntimeError, match=r"the disk that holds .* is full .*set paths\.data.*finished parts"):
             prepare(dataclasses.replace(spec, tokenizer=None), tmp_path)
     assert not list(tmp_path.rglob(".tmp-*"))

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from data.open import open_source
 from data.pydocs import PydocsSource, module_text
-from data.sources import FileSource, file_fingerprints, open_source
+from data.sources import FileSource, file_fingerprints
 from data.spec import DataSpec
 
 

@@ -4,8 +4,8 @@ import shlex
 
 import pytest
 
-from configs.compose import compose
 from data.spec import DataSpec
+from launcher.compose import compose
 
 NEEDS = {"text": ["data.files=a.txt"], "hub": ["data.hub_path=org/name"]}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from configs.compose import compose
-from training.failures import one_line_errors
-from training.launch import Request, launch
+from launcher.compose import compose
+from training.start.failures import one_line_errors
+from training.start.launch import Request, launch
 
 
 def free_port() -> int:

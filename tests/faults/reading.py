@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from training.checkpoint import read_all
+from training.checkpoint.state import read_all
 
 FIELDS = ("step", "loss", "grad_norm", "samples")
 

@@ -11,7 +11,7 @@ import pytest
 from forked import Ranks
 from reading import differing_tensors, steps_of, train_rows
 
-from training.manifest import checkpoints, latest_good, problems
+from training.checkpoint.manifest import checkpoints, latest_good, problems
 
 pytestmark = pytest.mark.faults
 
@@ -74,9 +74,9 @@ def test_disk_that_fills_up_during_a_save(overrides, small_disk, straight, tmp_p
     """The free space was there when the save began (here: the check is off); ENOSPC comes from the write itself."""
 
     def no_check(rank):
-        import training.checkpoint
+        import training.checkpoint.state
 
-        training.checkpoint.Checkpointer._check_space = lambda self, nbytes: None
+        training.checkpoint.state.Checkpointer._check_space = lambda self, nbytes: None
 
     command, log = overrides("full", runs=small_disk), tmp_path / "full.log"
     folder = small_disk / "full"

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.faults
 BODY = """
 import os, sys, time
 import torch
-from training import distributed
-from training.watchdog import Watchdog
+from training.ranks import distributed
+from training.ranks.watchdog import Watchdog
 ranks = distributed.setup("cpu")
 open(f"{sys.argv[1]}/pid-{ranks.rank}", "w").write(str(os.getpid()))
 with Watchdog(ranks, timeout_s=3) as watchdog:

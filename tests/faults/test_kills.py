@@ -11,7 +11,7 @@ import pytest
 from forked import Ranks
 from reading import differing_tensors, steps_of, train_rows
 
-from training.manifest import checkpoints, latest_good
+from training.checkpoint.manifest import checkpoints, latest_good
 
 pytestmark = pytest.mark.faults
 KILLS = int(os.environ.get("NIBBLE_FAULT_KILLS", "50"))

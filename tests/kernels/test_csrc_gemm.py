@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kernels import build, sass
-from kernels.gemm_nvfp4 import cutlass_impl, rules
+from kernels.gemm import cutlass_impl
+from kernels.gemm.packed import rules
 
 pytestmark = [
     pytest.mark.kernels_build,

@@ -4,8 +4,10 @@ import pytest
 import torch
 from support import FP4_RECIPES
 
-from kernels import backend, build, formats, host_checks, nvfp4, scale_layout
-from kernels.gemm_nvfp4 import gemm_nvfp4, operands
+from kernels import backend, build, host_checks
+from kernels.formats import minifloat, nvfp4, scale_layout
+from kernels.gemm.nvfp4 import gemm_nvfp4
+from kernels.gemm.packed import operands
 from kernels.quantize import reference_impl
 from kernels.selftest.probes import probes
 from quant import library
@@ -40,16 +42,16 @@ def test_scale_offsets_equal_the_index_map_of_cutlass(operand, shape):
 
 @pytest.mark.parametrize("by", ["cutlass", "cuda"])
 def test_e2m1_codes_equal_the_host_converters(by):
-    x = probes(formats.E2M1)
-    codes = nvfp4.encode(formats.round_nearest(x, formats.E2M1), x.signbit())
+    x = probes(minifloat.E2M1)
+    codes = nvfp4.encode(minifloat.round_nearest(x, minifloat.E2M1), x.signbit())
     assert torch.equal(codes, host_checks.encode(x, "e2m1", by))
 
 
 @pytest.mark.parametrize(("format", "by"), [("e4m3", "cutlass"), ("e4m3", "cuda"), ("ue4m3", "cutlass")])
 def test_e4m3_scales_equal_the_host_converters(format, by):
-    x = probes(formats.E4M3)
+    x = probes(minifloat.E4M3)
     x = x[x > 0]  # scales; the unsigned type has no sign to compare
-    codes = formats.round_nearest(x, formats.E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
+    codes = minifloat.round_nearest(x, minifloat.E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
     assert torch.equal(codes, host_checks.encode(x, format, by))
 
 

@@ -4,7 +4,7 @@ import pytest
 
 from kernels.selftest.shapes import PUBLISHED, Layers
 from kernels.selftest.speed import PUBLISHED_5090
-from scripts import roofline
+from scripts.bench import roofline
 
 MACHINE = roofline.Machine("unit", fp4=1.0, bf16=0.25, bandwidth=1.0, memory_gb=1, source="")
 

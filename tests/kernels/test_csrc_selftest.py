@@ -7,10 +7,12 @@ import pytest
 import torch
 import yaml
 
-from kernels import build, formats, nvfp4
+from kernels import build
 from kernels.cross_entropy import reference_impl as loss_reference
+from kernels.formats import minifloat, nvfp4
+from kernels.gemm import emulated_impl
 from kernels.gemm import reference_impl as gemm_reference
-from kernels.gemm_nvfp4 import BACKENDS, emulated_impl
+from kernels.gemm.nvfp4 import BACKENDS
 from kernels.quantize import reference_impl
 from kernels.selftest import __main__ as selftest
 from kernels.selftest import gemms, others, quantizers, report, shapes
@@ -95,7 +97,7 @@ def test_quantizer_checks_pass_the_reference_and_catch_a_shrinkage():
 
 
 def convert_by_definition(x):
-    values = formats.round_nearest(x, formats.E2M1)
+    values = minifloat.round_nearest(x, minifloat.E2M1)
     codes = nvfp4.pack(nvfp4.encode(values, x.signbit()))
     return values, codes, codes
 

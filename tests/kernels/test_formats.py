@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from kernels import nvfp4
-from kernels.formats import (
+from kernels.formats import nvfp4
+from kernels.formats.minifloat import (
     E2M1,
     E4M3,
     E5M2,
@@ -15,7 +15,7 @@ from kernels.formats import (
     round_nearest,
     round_stochastic,
 )
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.nvfp4 import NVFP4Tensor
 
 E2M1_VALUES = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 FLOAT8 = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import backend, scale_layout
-from kernels.gemm import cutlass_impl as cutlass_gemm
-from kernels.gemm import emulated_impl as emulated_gemm
-from kernels.gemm_nvfp4 import cutlass_impl, gemm_nvfp4, operands, rules, scaled_mm_impl
-from kernels.nvfp4 import NVFP4Tensor, unpack
+from kernels import backend
+from kernels.formats import scale_layout
+from kernels.formats.nvfp4 import NVFP4Tensor, unpack
+from kernels.gemm import cutlass_impl, emulated_impl, scaled_mm_impl
+from kernels.gemm.nvfp4 import gemm_nvfp4
+from kernels.gemm.packed import operands, rules
 from kernels.quantize import Quantized, reference_impl
 from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
@@ -155,10 +156,10 @@ def test_routing_of_operands():
     qa, qb = Quantized(None, a.global_scale, a), Quantized(None, b.global_scale, b)
     plain = Quantized(torch.ones(16, 32), None)
     expected = gemm_nvfp4(a, b, 1.0, torch.float32)
-    assert torch.equal(emulated_gemm.gemm(qa, qb, "fprop", 1.0, torch.float32), expected)
-    assert torch.equal(cutlass_gemm.gemm(plain, plain, "fprop", 1.0, torch.float32), torch.full((16, 16), 32.0))
+    assert torch.equal(emulated_impl.gemm(qa, qb, "fprop", 1.0, torch.float32), expected)
+    assert torch.equal(cutlass_impl.gemm(plain, plain, "fprop", 1.0, torch.float32), torch.full((16, 16), 32.0))
     with pytest.raises(ValueError, match="dgrad: the second operand is NVFP4, the first is not"):
-        cutlass_gemm.gemm(plain, qb, "dgrad", 1.0, torch.float32)
+        cutlass_impl.gemm(plain, qb, "dgrad", 1.0, torch.float32)
 
 
 def malformed() -> dict[str, tuple[NVFP4Tensor, str]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kernels import scale_layout as layout
+from kernels.formats import scale_layout as layout
 
 SHAPES = [(1, 1), (3, 2), (128, 4), (129, 5), (200, 7), (256, 8), (384, 64), (127, 3), (32, 4), (640, 40)]
 

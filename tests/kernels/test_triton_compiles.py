@@ -1,7 +1,7 @@
 """Every Triton kernel of the fast path compiles ahead of time for Hopper and both Blackwells, without a GPU.
 
-Values are checked by test_triton_interpreted.py (CPU) and by scripts/check_fast.py (GPU). Here: no spills, the layouts
-as planned, and the E2M1 conversion instruction in every quantizer for Blackwell and in none for Hopper.
+Values are checked by test_triton_interpreted.py (CPU) and by scripts/check/check_fast.py (GPU). Here: no spills,
+the layouts as planned, and the E2M1 conversion instruction in every quantizer for Blackwell and in none for Hopper.
 """
 
 import re

@@ -1,4 +1,4 @@
-"""The Triton quantizers against the reference on a CPU, in Triton's interpreter: scripts/check_fast.py --small.
+"""The Triton quantizers against the reference on a CPU, in Triton's interpreter: scripts/check/check_fast.py --small.
 
 In a process of its own: whether kernels are interpreted is fixed when they are imported. The GPU runs all cases.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels.nvfp4 import NVFP4Tensor
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.spec import NVFP4_SCALES, QuantSpec
 
 pytest.importorskip("triton")
@@ -25,7 +25,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture(scope="module")
 def comparisons(tmp_path_factory) -> list[dict]:
     out = tmp_path_factory.mktemp("check") / "rows.json"
-    command = [sys.executable, "scripts/check_fast.py", "--small", "--json", str(out)]
+    command = [sys.executable, "scripts/check/check_fast.py", "--small", "--json", str(out)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
     assert out.exists(), result.stdout + result.stderr
@@ -101,7 +101,7 @@ def test_packed_operands_with_other_scales_are_refused(scales):
 @pytest.mark.gpu
 def test_every_quantizer_agrees_with_the_reference_on_the_gpu(tmp_path):
     out = tmp_path / "rows.json"
-    command = [sys.executable, "scripts/check_fast.py", "--workers", "8", "--json", str(out)]
+    command = [sys.executable, "scripts/check/check_fast.py", "--workers", "8", "--json", str(out)]
     result = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=1200)
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from configs.compose import compose
 from kernels.pointwise.reference_impl import turn
+from launcher.compose import compose
 from models.llama import Llama, LlamaConfig, initial_value, permute_for_half_split, rope_table
 from training.config import ModelSection
 

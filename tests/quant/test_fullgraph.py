@@ -6,12 +6,12 @@ from support import SLOT_RECIPES
 
 pytest.importorskip("triton")
 
-from configs.compose import compose
 from kernels import backend
 from kernels.cross_entropy import triton_impl as cross_entropy
 from kernels.gemm import cublaslt_impl
 from kernels.pointwise import triton_impl as pointwise_triton
 from kernels.quantize import triton_impl as quantize_triton
+from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
 

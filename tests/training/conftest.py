@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.compose import compose
-from training.launch import Request, launch
+from launcher.compose import compose
 from training.loop import Trainer
-from training.signals import INTERRUPT
+from training.ranks.signals import INTERRUPT
+from training.start.launch import Request, launch
 
 SMALL = [
     "model=llama_tiny",

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from training import distributed
-from training.muon import Muon
+from training.optim.muon import Muon
+from training.ranks import distributed
 
 SHAPES = [(12, 8), (8, 12), (12, 8), (5, 4), (1, 6)]  # 5 rows and 1 row don't divide by two
 

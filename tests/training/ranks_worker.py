@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configs.compose import compose
 from kernels import backend
+from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
-from training import distributed, parallel
-from training.checkpoint import Checkpointer, TrainState, load, state_tensors
-from training.manifest import latest_good
-from training.optim import clip_gradients
+from training.checkpoint.manifest import latest_good
+from training.checkpoint.state import Checkpointer, TrainState, load, state_tensors
+from training.optim.groups import clip_gradients
+from training.ranks import distributed, parallel
 
 # Odd sizes: 97 and 3 x 33 rows don't divide by 2 or 4, so that shards are uneven.
 ODD = LlamaConfig(layers=2, width=66, heads=3, hidden=33, vocab_size=97, max_seq_len=32)

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.checkpoint import Checkpointer, TrainState, load, load_model, state_tensors
-from training.manifest import checkpoints, latest_good, problems, prune, read_meta, remove_temporary
-from training.storage import CheckpointError, StagingBuffers
+from training.checkpoint.manifest import checkpoints, latest_good, problems, prune, read_meta, remove_temporary
+from training.checkpoint.state import Checkpointer, TrainState, load, load_model, state_tensors
+from training.checkpoint.storage import CheckpointError, StagingBuffers
 
 
 def new_state(seed: int, width: int = 16, hash_: str = "abc") -> TrainState:
@@ -113,7 +113,7 @@ def test_files_are_plain_safetensors_and_json(tmp_path):
 
 
 def test_many_files_when_tensors_are_large(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.storage.FILE_BYTES", 600)
+    monkeypatch.setattr("training.checkpoint.storage.FILE_BYTES", 600)
     state = saved_run(tmp_path)
     assert len(list(latest_good(tmp_path).glob("shard_*"))) > 3
     other = new_state(1)
@@ -244,7 +244,7 @@ def test_planted_pickle_is_refused_and_never_run(tmp_path, monkeypatch, name):
     with pytest.raises(CheckpointError):
         latest_good(tmp_path, lambda text: None)
     manifest = json.loads((folder / "manifest.json").read_text())
-    from training.manifest import write_durably
+    from training.checkpoint.manifest import write_durably
 
     manifest["files"][name] = write_durably(folder / name, [pickle.dumps(Bomb())])
     (folder / "manifest.json").write_text(json.dumps(manifest))
@@ -299,7 +299,9 @@ def test_a_checkpoint_is_deleted_only_when_its_successor_has_its_name(tmp_path, 
     saved_run(tmp_path)
     final = tmp_path / "checkpoints" / "step_00000003"
     there = []
-    monkeypatch.setattr("training.commit.shutil.rmtree", lambda path: there.append((path.name, final.exists())))
+    monkeypatch.setattr(
+        "training.checkpoint.publish.shutil.rmtree", lambda path: there.append((path.name, final.exists()))
+    )
     saved_run(tmp_path)
     ((name, has_successor),) = there
     assert name.startswith(".tmp-remove-step_00000003") and has_successor
@@ -329,7 +331,7 @@ def test_temporary_folders_are_never_seen_and_removable(tmp_path):
 def test_too_little_disk_says_so_before_writing(tmp_path, monkeypatch):
     saved_run(tmp_path)
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr("training.checkpoint.shutil.disk_usage", lambda path: usage)
+    monkeypatch.setattr("training.checkpoint.state.shutil.disk_usage", lambda path: usage)
     state = new_state(0)
     state.step = 4
     with pytest.raises(CheckpointError, match=r"takes 0\.07 GB, 0\.00 GB are free.*checkpoint\.keep_last"):
@@ -343,7 +345,7 @@ def test_failed_write_is_reported_and_leaves_the_earlier_ones(tmp_path, monkeypa
     def full(path, chunks):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("training.commit.write_durably", full)
+    monkeypatch.setattr("training.checkpoint.publish.write_durably", full)
     state, saver = new_state(0), Checkpointer(tmp_path)
     state.step = 4
     saver.save(state)
@@ -354,7 +356,7 @@ def test_failed_write_is_reported_and_leaves_the_earlier_ones(tmp_path, monkeypa
 
 
 def test_verification_shares_cover_every_file(tmp_path, monkeypatch):
-    monkeypatch.setattr("training.storage.FILE_BYTES", 600)
+    monkeypatch.setattr("training.checkpoint.storage.FILE_BYTES", 600)
     saved_run(tmp_path)
     folder = latest_good(tmp_path)
     for path in folder.glob("shard_*"):
@@ -366,7 +368,7 @@ def test_verification_shares_cover_every_file(tmp_path, monkeypatch):
 
 
 def test_reserved_buffers_are_used_and_shared_by_no_two_files(monkeypatch):
-    monkeypatch.setattr("training.storage.FILE_BYTES", 600)
+    monkeypatch.setattr("training.checkpoint.storage.FILE_BYTES", 600)
     buffers = StagingBuffers()
     buffers.reserve(1500, pinned=False)  # three files' worth
     taken = [buffers.get(name, nbytes, False) for name, nbytes in (("a", 600), ("b", 500), ("c", 20), ("d", 600))]

@@ -4,7 +4,7 @@ import pytest
 
 from data.spec import DataSpec
 from training.config import BatchSection, ModelSection, OptimSection, ScheduleSection, TrainConfig
-from training.derive import derive
+from training.start.derive import derive
 
 N_30M = 30_482_560
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 BODY = """
 import atexit, sys
-from training.distributed import leave
+from training.ranks.distributed import leave
 class Late:
     def __del__(self):
         print("finalized")

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from training.distributed import Dist
 from training.evaluate import evaluate
+from training.ranks.distributed import Dist
 
 SEQUENCES, BATCH = 5, 2
 

@@ -6,11 +6,11 @@ import os
 import pytest
 import torch
 
-from data.files import disk_full_explained
+from base.files import disk_full_explained
 from training.config import choice
-from training.failures import one_line_errors
-from training.runfolder import ROOM_FOR_RUNS
-from training.signals import RunLock
+from training.ranks.signals import RunLock
+from training.records.runfolder import ROOM_FOR_RUNS
+from training.start.failures import one_line_errors
 
 
 def test_our_value_error_is_one_line_and_code_2(capsys):

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from configs import grid
-from configs.compose import compose
+from launcher import cells as grids
+from launcher.compose import compose
 from quant import library
 from training.config import TrainConfig
-from training.distributed import Dist
-from training.identity import IdentityError, hash_of, refuse_other
-from training.sketch import Request, describe
+from training.ranks.distributed import Dist
+from training.records.identity import IdentityError, hash_of, refuse_other
+from training.start.describe import Request, describe
 
 BASE = ["model=llama_tiny", "quant=quartet2", "batch.sequences=8", "batch.micro=4", "batch.seq_len=128", "steps=40"]
 CHANGES_NUMBERS = [
@@ -105,12 +105,12 @@ def test_hash_leaves_out(base_hash, override):
 @pytest.mark.parametrize("override", [item for item in CHANGES_NOTHING if not item.startswith("model.")])
 def test_a_cell_keeps_its_name_where_the_hash_stays(override):
     """Else what an error says to add, such as nonfinite=skip, would start another run from step 0."""
-    assert grid.run_name("c4_grid", "a/b", [override]) == "c4_grid-a-b"
+    assert grids.run_name("c4_grid", "a/b", [override]) == "c4_grid-a-b"
 
 
 @pytest.mark.parametrize("override", CHANGES_NUMBERS)
 def test_a_cell_gets_another_name_where_the_hash_moves(override):
-    assert grid.run_name("c4_grid", "a/b", [override]) != "c4_grid-a-b"
+    assert grids.run_name("c4_grid", "a/b", [override]) != "c4_grid-a-b"
 
 
 @pytest.mark.parametrize("key", [field.name for field in fields(TrainConfig) if field.name != "tokens"])
@@ -118,7 +118,7 @@ def test_every_key_either_moves_the_hash_or_leaves_a_cell_its_name(key):
     """`tokens` is another way to write steps. A key that is in neither list is new: decide which it is."""
     begins = (f"{key}=", f"{key}.")
     moves = any(item.startswith(begins) for item in CHANGES_NUMBERS)
-    assert moves or any(item.startswith(begins) and item.startswith(grid.HARMLESS) for item in CHANGES_NOTHING)
+    assert moves or any(item.startswith(begins) and item.startswith(grids.HARMLESS) for item in CHANGES_NOTHING)
 
 
 def test_hash_knows_which_layers_an_exception_covers():

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from data.tokenizer import TextTokenizer
+from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, sample
-from training.storage import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 

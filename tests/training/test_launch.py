@@ -10,13 +10,13 @@ import torch
 from support import SLOT_RECIPES
 
 from analysis.runs import read_run
-from configs.compose import compose
 from data.loader import Loader
 from data.tokens import TokenSet
-from training.build import is_graphed
-from training.identity import IdentityError
+from launcher.compose import compose
+from training.checkpoint.manifest import checkpoints
 from training.loop import Trainer
-from training.manifest import checkpoints
+from training.records.identity import IdentityError
+from training.start.build import is_graphed
 
 
 @pytest.mark.parametrize("recipe", SLOT_RECIPES)
@@ -54,7 +54,7 @@ def test_run_folder_holds_what_readers_need(run, rows):
 
 
 def weights(folder, step):
-    from training.checkpoint import read_all
+    from training.checkpoint.state import read_all
 
     return read_all(folder / "checkpoints" / f"step_{step:08d}")
 
@@ -271,7 +271,7 @@ def test_recomputed_activations_change_no_bit(run, rows):
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2", "nvidia"])
 def test_dry_run_of_any_preset_prints_the_plan_and_writes_nothing(run, capsys, tmp_path, preset, recipe):
     fields = ("layers", "width", "heads", "hidden")
-    from configs.compose import compose
+    from launcher.compose import compose
 
     shape = [f"model.{name}={getattr(compose([f'model={preset}']).config.model, name)}" for name in fields]
     code, _ = run(f"model={preset}", *shape, f"quant={recipe}", "dry_run=true", "batch.seq_len=128")
@@ -319,7 +319,7 @@ def test_evaluation_lists_are_fixed_and_clipped_to_the_split(run, rows, token_fo
 def test_a_failed_run_does_not_wait_for_other_ranks(run, monkeypatch):
     """Ending the process group flushes NCCL, with ranks that may be gone; after an error the process just ends."""
     ended = []
-    monkeypatch.setattr("training.launch.teardown", lambda: ended.append(True))
+    monkeypatch.setattr("training.start.launch.teardown", lambda: ended.append(True))
     with pytest.raises(ValueError, match=r"batch\.micro=3"):
         run("batch.micro=3")
     assert not ended
@@ -352,7 +352,7 @@ def test_which_runs_replay_cuda_graphs(setting, compiled, fullgraph, mode, expec
 
 def test_a_run_that_goes_on_on_another_device_says_so(run, rows, stop_after, monkeypatch, capsys):
     def on(name: str) -> None:
-        for module in ("launch", "runfolder"):
+        for module in ("start.launch", "records.runfolder"):
             monkeypatch.setattr(f"training.{module}.device_name", lambda device: name)
 
     on("NVIDIA H100")

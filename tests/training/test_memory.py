@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from configs.compose import compose
+from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import plan_of
-from training.memory import BYTES_PACKED, GIB, Kept, estimate, kept_of
-from training.shapes import shape_of
+from training.start.memory import BYTES_PACKED, GIB, Kept, estimate, kept_of
+from training.start.shapes import shape_of
 
 CONFIG = LlamaConfig(layers=2, width=1000, heads=10, hidden=3000, vocab_size=5000)
 ENDS, BLOCK = 2 * 5000 * 1000, 4 * 1000**2 + 3 * 1000 * 3000 + 2 * 1000 + 500  # the last norm is dealt to the blocks

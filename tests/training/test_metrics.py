@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from training.config import LoggerSection, WandbSection
-from training.identity import short_count
-from training.loggers import Loggers, build_sinks, numbers
 from training.loop import Trainer
-from training.metrics import MetricsFile, StepBuffer, others_gib
+from training.records.identity import short_count
+from training.records.loggers import Loggers, build_sinks, numbers
+from training.records.metrics import MetricsFile, StepBuffer, others_gib
 
 
 def row(kind: str, step: int, **fields) -> dict:
@@ -68,7 +68,7 @@ def test_truncation_is_atomic(tmp_path, monkeypatch):
     def fail(*args):
         raise OSError("killed here")
 
-    monkeypatch.setattr("data.files.os.replace", fail)
+    monkeypatch.setattr("base.files.os.replace", fail)
     with pytest.raises(OSError, match="killed here"):
         file.truncate(1)
     assert [line["step"] for line in file.rows()] == [1, 2, 3]
@@ -150,7 +150,7 @@ def test_tensorboard_gets_the_scalars(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from training.loggers import TensorBoardSink
+    from training.records.loggers import TensorBoardSink
 
     sink = TensorBoardSink(tmp_path)
     for step, loss in ((1, 3.0), (2, 2.5)):

@@ -13,9 +13,9 @@ from torch import Tensor
 from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
 from training.config import OptimSection
-from training.muon import POLAR_EXPRESS, Muon, polar, reduce_variance
-from training.optim import build_optimizers, set_rates
-from training.schedule import Schedule
+from training.optim.groups import build_optimizers, set_rates
+from training.optim.muon import POLAR_EXPRESS, Muon, polar, reduce_variance
+from training.optim.schedule import Schedule
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:

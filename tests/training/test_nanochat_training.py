@@ -6,9 +6,9 @@ from kernels import backend
 from models.nanochat import NanochatConfig
 from quant.library import mapping
 from quant.plan import plan_of
-from training.build import build_model
 from training.loss import LossModel
-from training.shapes import model_of
+from training.start.build import build_model
+from training.start.shapes import model_of
 
 SHAPE = NanochatConfig(layers=2, width=128, heads=1, hidden=256, vocab_size=300, max_seq_len=128)
 

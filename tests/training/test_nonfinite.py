@@ -10,10 +10,10 @@ from kernels import backend
 from quant import library
 from quant.linear import QuantLinear
 from quant.recipe import GEMMS, Recipe
-from training import build as building_blocks
-from training.checkpoint import read_all
-from training.manifest import checkpoints
+from training.checkpoint.manifest import checkpoints
+from training.checkpoint.state import read_all
 from training.nonfinite import Guard, NonFiniteError, only
+from training.start import build as building_blocks
 
 BAD_STEP = 7  # 1-based; checkpoint.every=5 and log.every=4 put it after a checkpoint and inside a logging window
 NAN = float("nan")

@@ -2,11 +2,11 @@
 
 import torch
 
-from configs.compose import compose
+from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
-from training.build import nudge
-from training.derive import derive
-from training.identity import hash_of, numerics
+from training.records.identity import hash_of, numerics
+from training.start.build import nudge
+from training.start.derive import derive
 
 N = 30_482_560
 

@@ -3,8 +3,8 @@ import torch
 
 from models.llama import Llama, LlamaConfig
 from training.config import OptimSection
-from training.optim import build_optimizer, clip_gradients, set_rates
-from training.schedule import Schedule
+from training.optim.groups import build_optimizer, clip_gradients, set_rates
+from training.optim.schedule import Schedule
 
 CONFIG = LlamaConfig(layers=2, width=64, heads=4, hidden=128, vocab_size=97, max_seq_len=32)
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from data.files import locked
-from training import parallel
-from training.distributed import Dist
+from base.files import locked
+from training.ranks import parallel
+from training.ranks.distributed import Dist
 
 WORKER = Path(__file__).with_name("ranks_worker.py")
 ROOT = Path(__file__).parents[2]

@@ -8,9 +8,9 @@ import pytest
 import torch
 from support import SLOT_RECIPES
 
-from training.checkpoint import read_all
+from training.checkpoint.manifest import checkpoints
+from training.checkpoint.state import read_all
 from training.loop import Trainer
-from training.manifest import checkpoints
 
 COUNT = 8
 NUMBERS = {

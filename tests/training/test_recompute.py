@@ -7,14 +7,14 @@ import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
 
-from configs.compose import compose
 from kernels import backend
+from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
-from training.build import build_loss
-from training.distributed import Dist
 from training.loss import LossModel
+from training.ranks.distributed import Dist
 from training.recompute import recompute_blocks
+from training.start.build import build_loss
 
 CONFIG = LlamaConfig(layers=3, width=64, heads=2, hidden=96, vocab_size=61, max_seq_len=16)
 
@@ -85,7 +85,7 @@ def test_blocks_share_their_compiled_graph(one_rank, monkeypatch, mode, recomput
     """Four graphs of a model of three blocks: the embedding, the first block (nothing to add yet), the others, the last
     norm. Recomputed blocks too: Dynamo doesn't look into checkpoint, so what it wraps must be compiled already."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr("training.build.choose", lambda *_: mode)
+    monkeypatch.setattr("training.start.build.choose", lambda *_: mode)
     torch.compiler.reset()
     backend.use("reference", "cpu")
     config = compose(["compile=true", f"recompute={recompute}"]).config

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from training.schedule import Schedule
+from training.optim.schedule import Schedule
 
 
 def cosine(steps: int = 100, warmup: int = 10, lr: float = 1.2e-3) -> Schedule:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from training.signals import EXIT_KILLED_BY_USER, INTERRUPT, PREEMPT, RunLock, StopFlag
+from training.ranks.signals import EXIT_KILLED_BY_USER, INTERRUPT, PREEMPT, RunLock, StopFlag
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,7 +44,7 @@ def test_handlers_are_restored():
 
 
 def child(body: str, *arguments: str) -> subprocess.Popen:
-    text = f"import sys, time\nfrom training.signals import *\n{body}"
+    text = f"import sys, time\nfrom training.ranks.signals import *\n{body}"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     process = subprocess.Popen(
         [sys.executable, "-c", text, *arguments],

@@ -6,12 +6,12 @@ import time
 import pytest
 import torch
 
-from training import commit
-from training.checkpoint import read_all
+from training.checkpoint import publish
+from training.checkpoint.manifest import checkpoints
+from training.checkpoint.state import read_all
 from training.evaluate import EVAL_MICRO_BASE
 from training.loop import Trainer
-from training.manifest import checkpoints
-from training.signals import PREEMPT
+from training.ranks.signals import PREEMPT
 
 
 def stop_at(monkeypatch, step: int, micro: int) -> None:
@@ -83,10 +83,10 @@ def test_stop_in_the_first_step_leaves_no_checkpoint_and_a_run_that_starts(run, 
 
 def test_stop_during_a_long_save_waits_for_it_and_repeats_the_steps_since(run, monkeypatch):
     _, straight = run("quant=quartet2", name="straight")
-    write = commit.commit
+    write = publish.commit
     with monkeypatch.context() as patch:
         patch.setattr("training.loop.LONG_SAVE_S", 0.0)
-        patch.setattr(commit, "commit", lambda job: (time.sleep(3.0), write(job)))
+        patch.setattr(publish, "commit", lambda job: (time.sleep(3.0), write(job)))
         stop_at(patch, 6, 0)
         code, stopped = run("quant=quartet2", "checkpoint.every=5", name="stopped")
     assert code == 75

@@ -5,11 +5,11 @@ from unittest.mock import Mock
 import pytest
 import torch
 
-from configs.compose import compose
-from training.checkpoint import TrainState
-from training.derive import derive
-from training.distributed import Dist, SharedFlag
+from launcher.compose import compose
+from training.checkpoint.state import TrainState
 from training.loop import Trainer
+from training.ranks.distributed import Dist, SharedFlag
+from training.start.derive import derive
 
 
 def test_each_step_has_its_own_rate_and_clipped_gradients(run, rows, monkeypatch):

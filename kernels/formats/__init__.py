@@ -1,0 +1,1 @@
+"""Number formats and how packed tensors lie in memory."""

@@ -1,0 +1,1 @@
+"""From a command line to runs: Hydra's composition, grids of cells, several runs, SLURM."""

@@ -1,0 +1,225 @@
+"""What an experiment grid takes: steps, tokens, FLOPs, memory, disk, GPU-hours, cost, and which cells are done.
+
+    python scripts/cost.py experiment=c4_grid [only='30M/*'] [price=2.5] [price_b200=5] [details=false]
+    python scripts/cost.py measure='runs/*'      put the speed of finished runs into results/throughput.json
+    python scripts/cost.py measure=bench.json device='NVIDIA H100'   the same from scripts/bench/bench_step.py json=...
+
+Other key=value words are overrides of train.py, as for run_grid.py. Hours come from throughput measured on the device
+that the table names; B200 hours are a prediction from H100 (analysis/costs.py says how). Prices are per GPU-hour.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
+
+from analysis import costs, states
+from analysis.costs import Cell
+from analysis.runs import find_runs, json_value
+from analysis.tables import tokens as short
+from base.files import write_json
+from base.terminal import quiet_pipes
+from launcher import gridline
+from launcher.cells import GridError
+from launcher.compose import Composed, ConfigError, compose
+from training.config import TrainConfig
+
+OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
+SPEED = ("tokens_per_second",)
+HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
+
+
+def cells_of(line: gridline.GridLine) -> list[Cell]:
+    """All chosen cells. Composing takes long, and cells share most of it: each shape and each recipe composed once."""
+    composed: dict[tuple[str, ...], Composed] = {}
+
+    def once(overrides: list[str]) -> Composed:
+        key = tuple(overrides)
+        if key not in composed:
+            composed[key] = compose([*overrides, *line.extra])
+        return composed[key]
+
+    cells = []
+    for name, overrides in line.cells.items():
+        shape = once([o for o in overrides if not o.startswith(("quant", "seed="))])
+        cells.append(cell_of(name, shape.config, once([o for o in overrides if o.startswith("quant")])))
+    return cells
+
+
+def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
+    """`config`: of the cell but for its recipe, which is that of `recipe`."""
+    import torch
+
+    from quant.plan import plan_of
+    from training.start.derive import derive
+    from training.start.memory import GIB, estimate, kept_of, state_bytes
+    from training.start.shapes import model_of, shape_of
+
+    shape = shape_of(config, config.data.vocab_size)
+    with torch.device("meta"):
+        plan = plan_of(model_of(shape), recipe.config.quant)
+    numbers = derive(config, shape.parameters_non_embedding, world=1)
+    kept = config.checkpoint.keep_last + (
+        numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
+    )
+    memory = estimate(
+        shape,
+        numbers.micro_tokens,
+        kept_of(plan),
+        accumulates=numbers.accumulation > 1,
+        optimizer=config.optim.name,
+    )
+    return Cell(
+        name=name,
+        model=config.model.name,
+        recipe=plan.recipe.name,
+        base_recipe=recipe.choices["quant"],
+        steps=numbers.steps,
+        tokens=numbers.tokens,
+        flops_per_token=shape.flops_per_token(numbers.seq_len),
+        memory_gib=memory.total,
+        disk_gib=kept * state_bytes(shape, config.optim.name) / GIB,
+    )
+
+
+def table_for(own: dict[str, str]) -> dict:
+    """The measured throughput. ValueError for a table that was named and isn't there, and for prices that are none."""
+    for key in ("price", "price_b200"):
+        try:
+            if not 0 <= float(own[key] or 0) < math.inf:
+                raise ValueError
+        except ValueError:
+            raise ValueError(f"{key}={own[key]}: give a number, such as {key}=2.5") from None
+    path = Path(own["table"])
+    if path != costs.TABLE and not path.exists():
+        raise ValueError(f"table={path}: no such file; measure='runs/*' table={path} writes it")
+    return costs.load(path)
+
+
+def row(cell: Cell, state: states.State, table: dict, peak: float | None) -> tuple[str, ...]:
+    """One line of the table. `peak` [FLOP/s]: of the device that the table measured."""
+    hours, source = costs.gpu_hours(cell, table["rows"])
+    b200 = costs.b200_hours(cell, table["rows"], peak)
+    shown = state.status if state.status in (states.DONE, states.MISSING) else f"{state.status} {state.step}"
+    return (
+        cell.name,
+        shown,
+        f"{cell.steps:,}",
+        short(cell.tokens),
+        f"{cell.flops:.2e}",
+        f"{cell.memory_gib:.1f}",
+        f"{cell.disk_gib:.1f}",
+        "-" if hours is None else f"{hours:.2f}",
+        source,
+        "-" if b200 is None else f"{b200:.2f}",
+    )
+
+
+def totals(
+    cells: list[Cell], found: dict[str, states.State], table: dict, peak: float | None, own: dict[str, str]
+) -> list[str]:
+    """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
+    over = (states.DONE, states.DIVERGED)
+    left = {c.name: 0.0 if found[c.name].status in over else 1 - found[c.name].step / c.steps for c in cells}
+    lines = [states.counted(found.values())]
+    disk = sum(c.disk_gib for c in cells)
+    lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")
+    for label, hours_of, price in (
+        (table["device"] or "measured device", lambda c: costs.gpu_hours(c, table["rows"])[0], own["price"]),
+        ("B200, predicted", lambda c: costs.b200_hours(c, table["rows"], peak), own["price_b200"]),
+    ):
+        hours = {c.name: hours_of(c) for c in cells}
+        known = {name: h for name, h in hours.items() if h is not None}
+        if not known:
+            lines.append(f"{label}: no throughput measured on an H100 yet (scripts/cost.py measure='runs/*')")
+            continue
+        total, rest = sum(known.values()), sum(h * left[name] for name, h in known.items())
+        unknown = f" ({len(hours) - len(known)} cells unknown)" if len(known) < len(hours) else ""
+        cost = f", {total * float(price):,.0f} and {rest * float(price):,.0f} at {price} a GPU-hour" if price else ""
+        lines.append(f"{label}: {total:,.1f} GPU-hours, {rest:,.1f} of them left{cost}{unknown}")
+    return lines
+
+
+def measure(given: list[str]) -> int:
+    """Write results/throughput.json; rows of other models and recipes stay. ValueError for any other key."""
+    words = dict(word.partition("=")[::2] for word in given)
+    for key in words:
+        if key not in ("measure", "device", "table"):
+            raise ValueError(f"{key} has no meaning beside measure=...; possible are device=... and table=...")
+    path = Path(words.get("table", costs.TABLE))
+    table = costs.load(path)
+    if words["measure"].endswith(".json"):
+        if not words.get("device"):
+            raise ValueError(f"{words['measure']} doesn't name its device: add device='NVIDIA H100'")
+        device, rows = words["device"], bench_rows(words["measure"])
+    else:
+        runs = [run for run in find_runs([words["measure"]]) if run.finished]
+        if not runs:
+            raise ValueError(f"measure={words['measure']}: no run there has finished")
+        device, rows = costs.measured_rows(runs)
+    if table["device"] not in (None, device):
+        raise ValueError(f"{path} is about {table['device']}, not {device}; give table=another.json")
+    new = {(r["model"], r["recipe"]) for r in rows}
+    kept = [r for r in table["rows"] if (r["model"], r["recipe"]) not in new]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {"device": device, "rows": sorted([*kept, *rows], key=str)})
+    print(f"{len(rows)} rows written, {len(kept)} kept: {path}")
+    return 0
+
+
+def bench_rows(source: str) -> list[dict]:
+    """Rows from bench_step.py's JSON; presets only, whose FLOPs are known. ValueError for another file."""
+    from training.start.shapes import shape_of
+
+    timings = json_value(Path(source))
+    if not isinstance(timings, list) or not all(costs.is_row(timing, SPEED) for timing in timings):
+        keys = ", ".join(costs.ROW_NAMES + SPEED)
+        raise ValueError(f"{source}: not what scripts/bench/bench_step.py json=... writes, a list with {keys}")
+    rows = []
+    for timing in timings:
+        try:
+            config = compose([f"model={timing['model']}"]).config
+        except ConfigError:
+            continue  # `wide`, which is no preset
+        flops = shape_of(config, 32000).flops_per_token(512)
+        keep = {key: timing[key] for key in ("model", "recipe")} | {
+            "tokens_per_second": round(timing["tokens_per_second"])
+        }
+        rows.append(keep | {"flops_per_token": flops, "source": source})
+    return rows
+
+
+def main(words: list[str]) -> int:
+    if not words or {"-h", "--help"} & {*words}:
+        print(__doc__)
+        return 0 if words else 2
+    try:
+        if any(word.startswith("measure=") for word in words):
+            return measure(words)
+        line = gridline.read(words, OWN)
+        details = line.is_true("details")
+        table = table_for(line.own)
+        cells = cells_of(line)
+        found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
+    except (GridError, ConfigError, ValueError, OSError) as error:
+        print(f"plan: {error}", file=sys.stderr)
+        return 2
+    from training.records.metrics import peak_of  # here: a wrong word shall not wait for torch to be imported
+
+    peak = peak_of(table["device"])
+    if details:
+        lines = [HEADER, *(row(cell, found[cell.name], table, peak) for cell in cells)]
+        widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]
+        print(
+            "\n".join("  ".join(part.ljust(w) for part, w in zip(entry, widths, strict=True)) for entry in lines), "\n"
+        )
+    measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
+    print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")
+    states.tell_damaged(found)
+    return 0
+
+
+if __name__ == "__main__":
+    quiet_pipes()
+    sys.exit(main(sys.argv[1:]))

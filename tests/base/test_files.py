@@ -1,0 +1,57 @@
+"""Locks, what is said where a file system has none, and what an atomic write will not replace."""
+
+import errno
+import os
+
+import pytest
+
+from base import files
+from training.ranks.signals import RunLock
+
+
+@pytest.fixture
+def no_locks(monkeypatch):
+    def flock(descriptor, how):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+
+
+def prepare(path):
+    with files.locked(path):
+        pass
+
+
+@pytest.mark.parametrize("use", [prepare, lambda path: RunLock(path.parent).acquire()])
+def test_a_file_system_without_locks_is_named_with_the_remedy(tmp_path, capsys, no_locks, use):
+    path = tmp_path / ".lock"
+    path.touch()
+    with pytest.raises(OSError, match=r"no locks \(flock\).*-o flock.*paths\.runs and paths\.data") as caught:
+        use(path)
+    assert caught.value.filename == str(path) and caught.value.errno == errno.ENOSYS
+    assert capsys.readouterr().err == ""  # nobody else is preparing
+
+
+def test_who_waits_for_another_preparation_says_so(tmp_path, monkeypatch):
+    path = tmp_path / ".lock"
+    holder = os.open(path, os.O_CREAT | os.O_RDWR)
+    files.flock(holder, files.fcntl.LOCK_EX)
+    said = []
+
+    def say(text):
+        said.append(text)
+        os.close(holder)  # done: the wait ends
+
+    monkeypatch.setattr(files, "say", say)
+    prepare(path)
+    assert len(said) == 1 and said[0].startswith("another process is preparing the same data")
+
+
+def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for path in (tmp_path / "pipe", tmp_path / "link"):
+        with pytest.raises(OSError, match="not a regular file"):
+            files.write_text(path, "x")
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+    assert len(list(tmp_path.iterdir())) == 2

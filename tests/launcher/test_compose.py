@@ -1,0 +1,280 @@
+"""The command line: every mistake is one clear error that names what is near, before any work."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from launcher import cells as grids
+from launcher.cli import read_command_line
+from launcher.compose import ConfigError, compose, groups, sweep
+from quant import library, recipefile
+from training.config import OptimSection
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# (overrides, parts of the message)
+MISTAKES = [
+    # unknown keys
+    (["optim.lrr=1"], ["'optim.lrr'", "did you mean optim.lr?"]),
+    (["lr=1e-3"], ["'lr'", "did you mean optim.lr or model.lr?"]),
+    (["optimizer.lr=1e-3"], ["did you mean optim.lr or model.lr?"]),
+    (["name=mine"], ["'name'", "did you mean run.name or "]),
+    (["scheduler.name=cosine"], ["did you mean schedule.name or "]),
+    (["epochs=2"], ["did you mean tokens?"]),
+    (["output_dir=x"], ["did you mean paths.runs?"]),
+    (["max_lr=1e-3"], ["did you mean optim.lr or model.lr?"]),
+    (["nodes=2"], ["unknown key 'nodes': write launcher=slurm slurm.nodes="]),
+    (["dropout=0.1"], ["unknown key 'dropout': no model has any"]),
+    (["launchr=slurm"], ["did you mean launcher?"]),
+    (["resume=true"], ["unknown key 'resume': the same command resumes"]),
+    (["num_gpus=4"], ["unknown key 'num_gpus': torchrun"]),
+    (["qunat=bf16"], ["'qunat'", "did you mean quant?"]),
+    (["optm.lr=1"], ["'optm.lr'", "optim.lr"]),
+    (["optim.betas.x=1"], ["'optim.betas.x'", "optim.betas"]),
+    (["evaluate.evry=3"], ["did you mean evaluate.every?"]),
+    (["data.fils=x"], ["did you mean data.files?"]),
+    (["+foo=1"], ["unknown key 'foo'"]),
+    (["+optim.foo=1"], ["unknown key 'optim.foo'"]),
+    # group choices
+    (["model=llama_3m"], ["model=llama_3m: no such choice", "did you mean llama_30m?", "llama_1b9"]),
+    (["quant=quartet"], ["did you mean quartet2?", "bf16"]),
+    (["optim=3"], ["optim=3: no such choice", "adamw"]),
+    (["quant=null"], ["quant=null: no such choice", "quartet2"]),
+    (["optim.betas=0.9"], ["optim.betas: needs a list, such as [0.9,0.95]"]),
+    (["debug=smok"], ["did you mean smoke?"]),
+    # types
+    (["optim=[1]"], ["optim=[1]: a list; give one choice, as in optim=adamw. There are: adamw, muon"]),
+    (["optim=[]"], ["optim=[]: a list; give one choice, as in optim=adamw"]),
+    (["experiment=[x]"], ["experiment=[x]: a list; give one choice, as in experiment=c4_ablations"]),
+    (["quant=[bf16,sr]"], ["quant=[bf16,sr]: a list; give one choice, as in quant=bf16"]),
+    (["batch=[]"], ["batch: a section, not a value", "batch.sequences"]),
+    (["optim.lr=abc"], ["optim.lr", "'abc'", "Float"]),
+    (["seed=a"], ["seed", "'a'", "Integer"]),
+    (["model.layers=2.5"], ["model.layers", "2.5", "Integer"]),
+    (["batch=8"], ["batch: a section", "batch.sequences"]),
+    (["logger.wandb=true"], ["logger.wandb: a section", "logger.wandb.mode"]),
+    (["evaluate.bf16=maybe"], ["evaluate.bf16", "'maybe'", "bool"]),
+    # values
+    (["backend=tritn"], ["backend=tritn", "auto, reference, triton", "did you mean triton?"]),
+    (["parallel=dpp"], ["did you mean ddp?"]),
+    (["schedule.name=cosin"], ["schedule.name=cosin", "did you mean cosine?"]),
+    (["logger.wandb.mode=onlin"], ["logger.wandb.mode=onlin", "did you mean online?"]),
+    (["tokens=0.5"], ["tokens=0.5", "whole number"]),
+    (["checkpoint.every=0"], ["checkpoint.every=0", "at least 1", "null"]),
+    (["optim.betas=[0.9]"], ["optim.betas=[0.9]", "two numbers"]),
+    (["optim.clip=-1"], ["optim.clip=-1", "null"]),
+    (["schedule.end_factor=2"], ["schedule.end_factor=2", "from 0 to 1"]),
+    (["seed=-1"], ["seed=-1"]),
+    (["rounding_seed=-5"], ["rounding_seed=-5"]),
+    (["steps=inf"], ["steps=inf", "whole number"]),
+    (["steps=nan"], ["steps=nan", "whole number"]),
+    (["optim.clip=nan"], ["optim.clip=nan", "null"]),
+    (["model.lr=-1"], ["model.lr=-1", "from 1e-12"]),
+    (["model.norm_eps=-1"], ["model.norm_eps=-1", "from 0"]),
+    (["model.rope_theta=0"], ["model.rope_theta=0", "from 1"]),
+    (["model.micro_tokens=0"], ["model.micro_tokens=0", "at least 1"]),
+    (["data.source=fils"], ["data.source='fils'", "files"]),
+    # pairs of which only one may be given
+    (["tokens=1000000", "steps=3"], ["tokens=1000000", "steps=3", "one of them"]),
+    (["batch.tokens=1024", "batch.sequences=2"], ["batch.tokens=1024", "batch.sequences=2", "one of them"]),
+    # grammar
+    (["foo"], ["'foo'", "key=value"]),
+    (["model=[a"], ["'model=[a'", "quote"]),
+    (["quant=bf16,sr"], ["quant=bf16,sr", "add -m"]),
+    (["quant=glob(*)"], ["quant=glob(*)", "list the values, as in quant=a,b,c"]),
+    (["hydra.run.dir=x"], ["hydra.run.dir=x", "paths.runs"]),
+    (["hydra.foo=1"], ["hydra.foo=1", "no effect"]),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), MISTAKES, ids=lambda value: "|".join(value))
+def test_mistake_is_one_error_line_with_a_hint(overrides, parts):
+    with pytest.raises(ConfigError) as caught:
+        compose(overrides)
+    message = str(caught.value)
+    for part in parts:
+        assert part in message
+    assert len(message.splitlines()) == 1
+
+
+def test_numbers_are_typed():
+    config = compose(["optim.lr=1e-3", "tokens=3e9", "batch.micro=4", "compile=False", "evaluate.every=null"]).config
+    assert (config.optim.lr, config.tokens, config.batch.micro) == (1e-3, 3_000_000_000, 4)
+    assert isinstance(config.tokens, int)
+    assert (config.compile, config.evaluate.every) == ("false", None)
+
+
+def test_peak_rate_is_the_presets_unless_given():
+    assert compose(["model=llama_100m"]).config.optim.lr is None
+    assert compose(["model=llama_100m"]).config.model.lr == pytest.approx(9e-4)
+
+
+def test_none_gemm_keeps_the_sources():
+    quant = compose(
+        ["quant=quartet2", "quant.dgrad=none", "quant.wgrad=none", "quant.wgrad.x.source=input"]
+    ).config.quant
+    assert quant["dgrad"] == {"dy": {"grid": "none", "source": "input"}, "w": {"grid": "none", "source": "fprop"}}
+    assert quant["wgrad"]["x"] == {"grid": "none", "source": "input"}
+    assert quant["fprop"]["x"]["grid"] == "e2m1"
+
+
+def test_one_field_of_one_operand():
+    quant = compose(
+        ["quant=quartet2", "quant.fprop.x.select=absmax", "quant.rules=[{match: 'blocks.0.*', recipe: bf16}]"]
+    )
+    assert quant.config.quant["fprop"]["x"]["select"] == "absmax"
+    assert quant.config.quant["fprop"]["w"]["select"] == "four_over_six"
+    assert quant.config.quant["rules"] == [{"match": "blocks.0.*", "recipe": "bf16"}]
+
+
+def test_choices_name_the_presets():
+    choices = compose(["quant=sr", "model=llama_50m"]).choices
+    assert (choices["quant"], choices["model"], choices.get("experiment")) == ("sr", "llama_50m", None)
+
+
+def test_the_composed_text_composes_again():
+    import yaml
+
+    composed = compose(["quant=nvidia", "optim.lr=1e-3", "tokens=1e9"])
+    assert yaml.safe_load(composed.yaml)["optim"]["lr"] == 1e-3
+    assert yaml.safe_load(composed.yaml)["quant"] == composed.config.quant
+
+
+def test_sweep_is_the_product_in_order():
+    jobs = sweep(["model=llama_30m", "quant=bf16,sr", "seed=0,1"])
+    assert jobs == [
+        ["model=llama_30m", f"quant={quant}", f"seed={seed}"] for quant in ("bf16", "sr") for seed in (0, 1)
+    ]
+
+
+def test_sweep_checks_every_choice():
+    with pytest.raises(ConfigError, match="did you mean quartet2"):
+        sweep(["quant=bf16,quartet3"])
+
+
+@pytest.mark.parametrize("override", ["quant=glob(*)", "optim.lr=interval(0,1)"])
+def test_sweep_of_what_cannot_be_listed_is_one_error_line(override):
+    with pytest.raises(ConfigError, match=r"list the values, as in \w+(\.lr)?=a,b,c"):
+        sweep([override])
+
+
+def test_flags():
+    assert read_command_line(["-m", "seed=0,1"]).multirun
+    assert "quartet2" in read_command_line(["--help"]).text
+    assert "lr: 0.5" in read_command_line(["--cfg", "job", "optim.lr=0.5"]).text
+    with pytest.raises(ConfigError, match="did you mean --multirun"):
+        read_command_line(["--multrun"])
+    for flag, near in (("--dry-run", "dry_run"), ("--steps=3", "steps"), ("--hlep", "--help")):
+        with pytest.raises(ConfigError, match=f"unknown flag {flag}; did you mean {near}\\?"):
+            read_command_line([flag])
+    with pytest.raises(ConfigError, match="--cfg job"):
+        read_command_line(["--cfg", "hydra"])
+    with pytest.raises(ConfigError, match="leave out --multirun"):
+        read_command_line(["--cfg", "job", "-m", "seed=1,2"])
+
+
+def test_every_group_choice_composes():
+    for group, options in groups().items():
+        for option in options:
+            extra = {"text": ["data.files=x.txt"], "hub": ["data.hub_path=x"]}.get(option, [])
+            if group == "experiment" and option in grids.names():
+                extra = [f"cell={next(iter(grids.expand(grids.load(option))))}"]
+            assert compose([f"{group}={option}", *extra]).choices[group] == option
+
+
+@pytest.mark.parametrize(
+    ("text", "message"), [("fprop: {x: [1\n", r"line 1.*expected"), ("x: *y\n", "undefined alias")]
+)
+def test_a_mistake_in_yaml_names_the_file(monkeypatch, tmp_path, text, message):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("launcher.compose.ROOT", tmp_path / "configs")
+    monkeypatch.setattr(grids, "FOLDER", tmp_path / "configs" / "experiment")
+    monkeypatch.setattr(recipefile, "FOLDER", tmp_path / "configs" / "quant")
+    (tmp_path / "configs" / "quant" / "sr.yaml").write_text(text)
+    for read in (lambda: compose(["quant=sr"]), lambda: library.load("sr")):
+        with pytest.raises(ValueError, match=rf"sr\.yaml.*{message}|{message}.*sr\.yaml") as caught:
+            read()
+        assert "\n" not in str(caught.value)
+    (tmp_path / "configs" / "experiment" / "c4_grid.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=r"c4_grid\.yaml"):
+        compose(["seed=1"])
+
+
+def test_a_recipe_that_inherits_is_refused_everywhere(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("launcher.compose.ROOT", tmp_path / "configs")
+    monkeypatch.setattr(recipefile, "FOLDER", tmp_path / "configs" / "quant")
+    (tmp_path / "configs" / "quant" / "mine.yaml").write_text(
+        "defaults: [tetrajet2, _self_]\nfprop: {w: {grid: none}}\n"
+    )
+    for read in (lambda: compose(["quant=mine"]), lambda: library.load("mine")):
+        with pytest.raises(ValueError, match=r"mine\.yaml: a recipe doesn't inherit; replace defaults=\['tetrajet2'"):
+            read()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("name: sr", "name: mine2", r"mine\.yaml: name='mine2' must be the file's; write name: mine$"),
+        ("name: sr", "", r"mine\.yaml: name=None must be the file's; write name: mine$"),
+        (
+            None,
+            "dgrad: none",
+            r"mine\.yaml: dgrad=none doesn't say what w is made from; write dgrad: \{dy: \{grid: none",
+        ),
+    ],
+)
+def test_a_recipe_file_says_its_own_name_and_sources(monkeypatch, tmp_path, old, new, message):
+    """Two files under one name were one recipe to a run's hash; `dgrad: none` was a traceback, or source=input."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("launcher.compose.ROOT", tmp_path / "configs")
+    monkeypatch.setattr(recipefile, "FOLDER", tmp_path / "configs" / "quant")
+    text = (ROOT / "configs" / "quant" / "sr.yaml").read_text()
+    if old is None:
+        text, old = text.replace("name: sr", "name: mine"), text[text.index("dgrad:") : text.index("wgrad:")]
+    (tmp_path / "configs" / "quant" / "mine.yaml").write_text(text.replace(old, new + "\n", 1))
+    for read in (lambda: compose(["quant=mine"]), lambda: library.load("mine")):
+        with pytest.raises(ValueError, match=message):
+            read()
+
+
+def test_an_empty_recipe_file_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(recipefile, "FOLDER", tmp_path)
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(ValueError, match=r"mine\.yaml: got None, need a mapping"):
+        library.load("mine")
+
+
+def test_a_mistake_ends_with_code_2_and_no_traceback():
+    done = subprocess.run(
+        [sys.executable, "train.py", "optim.lrr=1"], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("train.py: error: unknown key 'optim.lrr'")
+    assert len(done.stderr.splitlines()) == 1 and done.stdout == ""
+
+
+INTERRUPTED = """
+import runpy, sys
+from launcher import cli
+def interrupt(arguments): raise KeyboardInterrupt
+cli.read_command_line, sys.argv = interrupt, ["train.py"]
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_ctrl_c_before_training_is_one_line():
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and done.stderr.startswith("train.py: interrupted before training began")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_optimizers_have_the_published_values():
+    """Written out: a default of the schema and a YAML file could drift together."""
+    adamw = OptimSection("adamw", None, [0.9, 0.95], 1e-8, 0.1, 1.0, 0.3, 0.004, 0.5)
+    muon = OptimSection("muon", None, [0.8, 0.95], 1e-10, 0.2, None, 0.3, 0.004, 0.5)
+    assert compose([]).config.optim == compose(["optim=adamw"]).config.optim == adamw
+    assert compose(["optim=muon"]).config.optim == muon

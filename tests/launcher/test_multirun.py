@@ -1,0 +1,86 @@
+"""-m: every combination in its own process, one after another."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import multirun
+from launcher.compose import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def jobs(monkeypatch, tmp_path):
+    """Replace train.py by a script that writes its arguments down; exit code 3 where seed=1 is among them."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        f"with open({str(tmp_path / 'ran')!r}, 'a') as f: f.write(' '.join(sys.argv[1:]) + '\\n')\n"
+        "sys.exit(3 if 'seed=1' in sys.argv else 0)\n"
+    )
+    monkeypatch.setattr(multirun, "TRAIN", script)
+    return lambda: (tmp_path / "ran").read_text().splitlines() if (tmp_path / "ran").exists() else []
+
+
+def test_runs_every_combination_in_order_and_goes_on_after_a_failure(jobs, capfd):
+    assert multirun.run_all(["quant=bf16,sr", "seed=0,1"]) == 3
+    assert jobs() == [f"quant={quant} seed={seed}" for quant in ("bf16", "sr") for seed in (0, 1)]
+    summary = capfd.readouterr().out.splitlines()[-4:]
+    assert summary[0].split() == ["ok", "quant=bf16", "seed=0"]
+    assert summary[1].split() == ["exit", "code", "3", "quant=bf16", "seed=1"]
+
+
+def test_a_wrong_combination_is_found_before_the_first_run(jobs):
+    with pytest.raises(ConfigError, match=r"optim\.lr=-1 seed=0: optim\.lr=-1"):
+        multirun.run_all(["optim.lr=1e-3,-1", "seed=0"])
+    with pytest.raises(ConfigError, match=r"batch\.micro=3: batch of 512 sequences is not a multiple"):
+        multirun.run_all(["batch.sequences=512", "batch.micro=4,3"])
+    assert jobs() == []
+
+
+def test_two_runs_of_one_name_are_refused_before_the_first(jobs):
+    with pytest.raises(ConfigError, match=r"run\.name=same: .*seed=0.* and .*seed=1.* would share one folder"):
+        multirun.run_all(["seed=0,1", "run.name=same"])
+    assert jobs() == []
+
+
+@pytest.mark.parametrize(("word", "twin"), [("seed=0,0", "seed=0"), ("seed=0,00", "seed=00")])
+def test_the_same_run_twice_is_refused_before_the_first(jobs, word, twin):
+    with pytest.raises(
+        ConfigError, match=f"^quant=sr seed=0 and quant=sr {twin} are the same run; list each value once$"
+    ):
+        multirun.run_all(["quant=sr", word])
+    assert jobs() == []
+
+
+def test_refused_under_torchrun(jobs, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="one torchrun per run"):
+        multirun.run_all(["seed=0,1"])
+
+
+def test_a_stop_reaches_the_run_and_ends_the_sequence(tmp_path):
+    """SIGTERM to the parent: the child gets it, ends by itself with its own code, and no further run starts."""
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *a: sys.exit(75))\n"
+        "print('running', flush=True)\ntime.sleep(60)\n"
+    )
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom launcher import multirun\n"
+        f"multirun.TRAIN = Path({str(script)!r})\nsys.exit(multirun.run_all(['seed=0,1,2']))"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while parent.stdout.readline().strip() != "running":
+        time.sleep(0.01)
+    parent.send_signal(signal.SIGTERM)
+    out, err = parent.communicate(timeout=60)
+    assert parent.returncode == 75
+    assert "stopped; 2 of 3 runs not started" in err
+    assert "running" not in out

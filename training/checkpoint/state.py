@@ -1,0 +1,300 @@
+"""Save and load a run's whole state: weights, optimizer state, step. Sharded, asynchronous, atomic, checksummed.
+
+Built on torch.distributed.checkpoint's planners, so that what N ranks saved can be loaded by M, under DDP, FSDP or
+neither. Names don't depend on any wrapper: `model.<name>`, `optim.<i>.<parameter>.<state>`. Hyper-parameters (learning
+rate, decay) are not stored: they are functions of the config and of the step, and the config's hash is checked.
+There is no generator state to store (design.md 3.5). Format and what counts as damaged: storage.py and manifest.py.
+"""
+
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+
+from training.checkpoint.manifest import read_meta, step_name
+from training.checkpoint.publish import CommitThread, Job
+from training.checkpoint.storage import (
+    CheckpointError,
+    ShardReader,
+    StagingBuffers,
+    StagingWriter,
+    dtype_named,
+    read_index,
+)
+
+# What index, manifest and the file system's own records take beside the tensors.
+SPARE_BYTES = 64 * 2**20
+NAMES_SHOWN = 5
+
+
+@dataclass
+class TrainState:
+    """What a checkpoint holds. `extra` must be JSON-able; `hash` is the numerics hash of the run."""
+
+    model: nn.Module
+    optimizers: Sequence[torch.optim.Optimizer]
+    step: int = 0
+    tokens: int = 0
+    hash: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class SaveReport:
+    """A finished save: how long training stood still, how long writing took in the background, GB of all ranks."""
+
+    step: int
+    path: str
+    stall_s: float
+    write_s: float
+    gigabytes: float
+
+
+def state_tensors(state: TrainState) -> dict[str, Tensor]:
+    """Every tensor of the state by its stored name; DTensors stay DTensors. The tensors themselves, not copies."""
+    tensors = {f"model.{name}": value for name, value in state.model.state_dict(keep_vars=True).items()}
+    names = {parameter: name for name, parameter in state.model.named_parameters()}
+    for i, optimizer in enumerate(state.optimizers):
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                if not isinstance(value, Tensor):
+                    raise CheckpointError(f"optimizer {i} keeps {key!r} as {type(value).__name__}; make it a tensor")
+                tensors[f"optim.{i}.{names[parameter]}.{key}"] = value
+    return tensors
+
+
+def _create_optimizer_state(state: TrainState) -> None:
+    """Let every optimizer allocate its state by one step with zero gradients. The weights that this may change are
+    overwritten by the load that follows."""
+    for optimizer in state.optimizers:
+        if optimizer.state:
+            continue
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.requires_grad:
+                    parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@contextmanager
+def _one_process_notice_hidden() -> Any:
+    """DCP warns at each call that it runs without a process group; that is how we run at world size 1."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*torch.distributed is.*")
+        yield
+
+
+def _describe(error: CheckpointException) -> CheckpointError:
+    """The first rank's own error, in place of DCP's list of formatted tracebacks."""
+    rank, failure = next(iter(error.failures.items()))
+    inner = failure[0] if isinstance(failure, tuple) else failure
+    where = f"rank {rank}: " if len(error.failures) > 1 or rank else ""
+    return CheckpointError(f"{where}{inner}")
+
+
+class Checkpointer:
+    """Saves a run's checkpoints into run_dir/checkpoints, keeping the last `keep_last` and every `keep_every`-th step.
+
+    Every method is collective: all ranks call it at the same step. `group` is a CPU (gloo) process group; None at
+    world size 1. `on_saved` gets a SaveReport on every rank, from the thread that calls `save` or `wait`. `before_save`
+    may raise, to keep a state from being saved. `newest`: a step that is on disk already, just loaded.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        keep_last: int = 2,
+        keep_every: int = 0,
+        asynchronous: bool = True,
+        group: dist.ProcessGroup | None = None,
+        on_saved: Callable[[SaveReport], None] = lambda report: None,
+        before_save: Callable[[], None] = lambda: None,
+        newest: int | None = None,
+    ) -> None:
+        if keep_last < 1:
+            raise ValueError(f"checkpoint.keep_last={keep_last}: at least 1, or nothing could be resumed")
+        if keep_every < 0:
+            raise ValueError(f"checkpoint.keep_every={keep_every}: a number of steps, or 0 for none")
+        self.root = Path(run_dir) / "checkpoints"
+        self.keep_last, self.keep_every = keep_last, keep_every
+        self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
+        self._buffers = StagingBuffers()
+        self._pending: tuple[CommitThread, SaveReport] | None = None
+        self._newest = newest
+
+    def reserve(self, state: TrainState) -> None:
+        """Allocate this rank's host buffers in the background: a third of the state are weights, AdamW's moments the
+        rest, shared out evenly over the ranks. Only for tensors on a GPU, whose buffers are pinned."""
+        weights = [p for p in state.model.parameters() if p.is_cuda]
+        world = 1 if self.group is None else dist.get_world_size(self.group)
+        if weights and self.asynchronous:
+            self._buffers.reserve(3 * sum(p.numel() * p.element_size() for p in weights) // world)
+
+    def save(self, state: TrainState, *, wait: bool = False) -> None:
+        """Save `state` as step state.step. Returns once the state is copied; writing goes on in a thread, unless
+        `wait` or the Checkpointer isn't asynchronous. The previous save is waited for first.
+
+        Raises CheckpointError (disk full, folder not writable, a rank's failure), for the previous save or this one.
+        """
+        self.wait()
+        if state.step == self._newest:
+            return  # written by us already; to replace it would leave a moment without it
+        self.before_save()
+        begin = time.perf_counter()
+        writer = StagingWriter(self.root, step_name(state.step), self._buffers, self._check_space)
+        try:
+            with _one_process_notice_hidden():
+                dcp.save(
+                    state_tensors(state),
+                    storage_writer=writer,
+                    planner=DefaultSavePlanner(flatten_state_dict=False),
+                    process_group=self.group,
+                    no_dist=self.group is None,
+                )
+        except CheckpointException as error:
+            raise _describe(error) from error
+        stall_s = time.perf_counter() - begin
+        thread = CommitThread(self._job(state, writer))
+        report = SaveReport(state.step, str(thread.job.final), stall_s, 0.0, writer.total_bytes / 1e9)
+        self._pending = (thread, report)
+        thread.start()
+        if wait or not self.asynchronous:
+            self.wait()
+
+    def writing_s(self) -> float:
+        """Seconds since the save in progress on this rank began to be written; 0 without one."""
+        if self._pending is None or not self._pending[0].is_alive():
+            return 0.0
+        return time.perf_counter() - self._pending[0].begin
+
+    def wait(self) -> None:
+        """Wait until the save in progress, if any, is on disk. Raises CheckpointError on every rank if it failed on
+        one."""
+        if self._pending is None:
+            return
+        (thread, report), self._pending = self._pending, None
+        error, write_s = None, 0.0
+        try:
+            write_s = thread.result()
+        except CheckpointError as failure:
+            error = failure
+        if self.group is not None:
+            errors: list[str | None] = [None] * dist.get_world_size(self.group)
+            dist.all_gather_object(errors, None if error is None else str(error), group=self.group)
+            error = error or next((CheckpointError(e) for e in errors if e), None)
+        if error is not None:
+            raise error
+        self._newest = report.step
+        self.on_saved(SaveReport(report.step, report.path, report.stall_s, write_s, report.gigabytes))
+
+    def _job(self, state: TrainState, writer: StagingWriter) -> Job:
+        world = 1 if self.group is None else dist.get_world_size(self.group)
+        meta = {
+            "step": state.step,
+            "tokens": state.tokens,
+            "hash": state.hash,
+            "world_size": world,
+            "torch": torch.__version__,
+            "saved_at": time.time(),
+            "extra": state.extra,
+        }
+        return Job(
+            folder=writer.folder,
+            final=self.root / step_name(state.step),
+            files=writer.files,
+            rank=0 if self.group is None else dist.get_rank(self.group),
+            world=world,
+            index=writer.index,
+            meta=meta,
+            keep_last=self.keep_last,
+            keep_every=self.keep_every,
+        )
+
+    def _check_space(self, nbytes: int) -> None:
+        free = shutil.disk_usage(self.root).free
+        if free < nbytes + SPARE_BYTES:
+            raise CheckpointError(
+                f"{self.root}: a checkpoint takes {(nbytes + SPARE_BYTES) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free. "
+                "Free some space, lower checkpoint.keep_last, or move the run and set paths.runs; then run the same "
+                "command again to resume"
+            )
+
+
+def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = None) -> None:
+    """Fill `state` in place from the checkpoint folder `path` (verify it first: manifest.latest_good). Collective.
+
+    Works for any world size and wrapper, whatever they were at the save. Raises CheckpointError if the checkpoint is of
+    another run (hash), or its tensors aren't exactly the state's (names, shapes, dtypes); nothing is loaded then.
+    """
+    path = Path(path)
+    meta = read_meta(path)
+    if state.hash and meta["hash"] != state.hash:
+        raise CheckpointError(
+            f"{path} belongs to a run with numerics hash {meta['hash']}, this one has {state.hash}. Give this run "
+            "another run.name, or move that folder away"
+        )
+    weights = {f"model.{name}": value for name, value in state.model.state_dict().items()}
+    index = read_index(path)
+    _check_same(path, {k: v for k, v in index.items() if k.startswith("model.")}, weights)
+    _create_optimizer_state(state)
+    tensors = state_tensors(state)
+    _check_same(path, index, tensors)
+    read_tensors(path, tensors, group)
+    state.step, state.tokens, state.extra = meta["step"], meta["tokens"], meta["extra"]
+
+
+def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:
+    """Fill only the weights, for evaluation, export and generation. Returns the checkpoint's meta."""
+    path = Path(path)
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    _check_same(path, {k: v for k, v in read_index(path).items() if k.startswith("model.")}, tensors)
+    read_tensors(path, tensors)
+    return read_meta(path)
+
+
+def read_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    """Fill the given tensors (a subset of the checkpoint's, by stored name) in place."""
+    try:
+        with _one_process_notice_hidden(), torch.no_grad():
+            dcp.load(
+                {name: value.detach() for name, value in tensors.items()},
+                storage_reader=ShardReader(path),
+                planner=DefaultLoadPlanner(flatten_state_dict=False),
+                process_group=group,
+                no_dist=group is None,
+            )
+    except CheckpointException as error:
+        raise _describe(error) from error
+
+
+def _check_same(path: Path, index: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    stored = {name: (tuple(entry["shape"]), entry["dtype"]) for name, entry in index.items()}
+    wanted = {name: (tuple(t.shape), str(t.dtype).removeprefix("torch.")) for name, t in tensors.items()}
+    faults = [f"{name} is missing" for name in sorted(wanted.keys() - stored.keys())]
+    faults += [f"{name} is not in the model" for name in sorted(stored.keys() - wanted.keys())]
+    both = sorted(wanted.keys() & stored.keys())
+    faults += [f"{n}: stored {stored[n]}, needed {wanted[n]}" for n in both if stored[n] != wanted[n]]
+    if faults:
+        more = f" and {len(faults) - NAMES_SHOWN} more" if len(faults) > NAMES_SHOWN else ""
+        raise CheckpointError(f"{path} is not of this model or optimizer: {'; '.join(faults[:NAMES_SHOWN])}{more}")
+
+
+def read_all(path: str | Path) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, on the CPU, in one process."""
+    index = read_index(Path(path))
+    tensors = {name: torch.empty(entry["shape"], dtype=dtype_named(entry["dtype"])) for name, entry in index.items()}
+    read_tensors(Path(path), tensors)
+    return tensors

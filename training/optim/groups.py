@@ -1,0 +1,94 @@
+"""AdamW with the published runs' groups, or Muon beside it, and gradient clipping that never waits for the device."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.config import OptimSection
+from training.optim.muon import Muon
+from training.optim.schedule import Schedule
+from training.start.derive import MUON_IS_FOR
+
+# nanochat: the stream's scales act on everything after them and get a hundredth of the other scalars' rate.
+RESIDUAL_SCALE_FACTOR = 0.01
+# The model that its rates and weight decay were tuned on.
+REFERENCE_WIDTH, REFERENCE_LAYERS = 768, 12
+
+
+def decays(name: str) -> bool:
+    """Weight decay applies to the linear weights of the blocks: not to the embedding, lm_head and norms."""
+    return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
+
+
+def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> torch.optim.AdamW:
+    """AdamW over the FP32 master weights."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+    ]
+    return adamw([group for group in groups if group["params"]], config, lr)
+
+
+def adamw(groups: list[dict[str, Any]], config: OptimSection, lr: float) -> torch.optim.AdamW:
+    """One fused kernel per group where torch has one for the device."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    beta1, beta2 = config.betas
+    fused = devices <= {"cuda", "cpu"}
+    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, weight_decay=0.0, fused=fused)
+
+
+def build_optimizers(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
+    """[AdamW] or [AdamW, Muon]; `lr` is the peak. A group's `lr_scale` multiplies the schedule's rate."""
+    if config.name == "adamw":
+        return [build_optimizer(model, config, lr)]
+    return build_muon(model, config, lr)
+
+
+def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW without decay for the rest, with nanochat's rates.
+
+    Rates of embedding and head fall as width^-1/2 from 768, Muon's weight decay as (12 / layers)^2.
+    """
+    named = dict(model.named_parameters())
+    matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
+    by_width = (model.config.width / REFERENCE_WIDTH) ** -0.5
+    rates = {
+        "embed.weight": config.embed_lr * by_width,
+        "lm_head.weight": config.head_lr * by_width,
+        "residual_scales": config.scalar_lr * RESIDUAL_SCALE_FACTOR,
+        "embedding_scales": config.scalar_lr,
+    }
+    others = {name for name, p in named.items() if not any(p is matrix for matrix in matrices)}
+    if others != set(rates):
+        raise ValueError(MUON_IS_FOR)  # a parameter without a rate would stay as it is, without a word
+    groups = [{"params": [named[name]], "lr_scale": rate / lr} for name, rate in rates.items()]
+    return [
+        adamw(groups, config, lr),
+        Muon(matrices, lr, config.weight_decay * (REFERENCE_LAYERS / model.config.layers) ** 2),
+    ]
+
+
+def set_rates(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step: int) -> None:
+    """Everything that follows a schedule, before step number `step` (from 0)."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.lr(step) * group.get("lr_scale", 1.0)
+        if isinstance(optimizer, Muon):
+            optimizer.set_progress(step, schedule.steps)
+
+
+@torch.no_grad()
+def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before, FP32 [].
+
+    No device synchronization. A sharded model (DTensor gradients) gives the norm over all shards.
+    """
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
+    if hasattr(norm, "full_tensor"):
+        norm = norm.full_tensor()
+    if max_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm

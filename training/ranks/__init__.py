@@ -1,0 +1,1 @@
+"""Processes: distribution, parallelism, the watchdog, signals."""

@@ -1,0 +1,1 @@
+"""What a run writes about itself: its folder, its identity, metrics, loggers, the console."""

@@ -1,0 +1,109 @@
+"""Who a run is: a hash over everything that changes its numbers, and its default name."""
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from quant import library
+from quant.library import AnyRecipe
+from quant.plan import HEAD, Plan
+from quant.recipe import GEMMS, Recipe, Rotation
+from training.config import FOLDER_NAME, MUON_ONLY, TrainConfig
+from training.start.derive import Numbers
+
+SHOWN = 12  # differing keys that an error lists
+
+
+class IdentityError(ValueError):
+    """The folder belongs to a run with other numerics."""
+
+
+def numerics(
+    config: TrainConfig, numbers: Numbers, plan: dict[str, Any], vocab_size: int, data: dict[str, str]
+) -> dict[str, Any]:
+    """The flat dict that is hashed. `plan`: what each layer does; `data`: fingerprints of token set and tokenizer.
+
+    Left out on purpose: world size, parallel mode, back end, compile, logging, evaluation and checkpoint intervals,
+    paths. They may change the last bits of a sum, never what is computed.
+    """
+    model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "lr", "micro_tokens")}
+    optim = {key: value for key, value in asdict(config.optim).items() if key != "lr"}
+    # Fields that came later appear only where they are used, so that older runs keep their hash.
+    if config.model.family == "llama":
+        del model["family"]
+    if config.optim.name == "adamw":
+        optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
+    nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
+    nudges |= {"perturb": config.perturb} if config.perturb else {}
+    return library.flatten(
+        {
+            "model": {**model, "vocab_size": vocab_size},
+            "dtypes": {"compute": "bfloat16", "master": "float32", "gradients": "float32"},
+            "quant": plan,
+            "data": data,
+            "seed": config.seed,
+            **nudges,
+            "optim": optim,
+            "schedule": asdict(numbers.schedule),
+            "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},
+        }
+    )
+
+
+def plan_numerics(plan: Plan) -> dict[str, Any]:
+    """The precision plan for `numerics`: the base recipe's fields, then every layer that has another recipe.
+
+    Names of recipes don't count: two ways to write the same six slots are the same run.
+    """
+    slots = slots_of(plan.recipe)
+    others = {e.name: e.recipe for e in plan.entries if e.name != HEAD and slots_of(e.recipe) != slots}
+    used = {library.label(recipe): slots_of(recipe) for recipe in others.values()}
+    layers = {name.replace(".", "/"): library.label(recipe) for name, recipe in others.items()}
+    return {**slots, "recipes": used, "layers": layers}
+
+
+def slots_of(recipe: AnyRecipe) -> dict[str, Any]:
+    """A recipe's fields without its name, and without rotations that don't run: no operand of theirs is quantized."""
+    slots = {key: value for key, value in recipe.to_dict().items() if key != "name"}
+    if isinstance(recipe, Recipe):
+        idle = [gemm for gemm in GEMMS if not recipe.gemm(gemm).is_quantized]
+        slots |= {gemm: slots[gemm] | {"rotation": asdict(Rotation())} for gemm in idle}
+    return slots
+
+
+def hash_of(numerics: dict[str, Any]) -> str:
+    """16 hex digits over the sorted dict."""
+    return hashlib.sha256(json.dumps(numerics, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def default_name(model: str, recipe: str, tokens: int, seed: int, digest: str) -> str:
+    """llama_30m-quartet2-0.1B-s0-1a2b3c4d. ValueError for names that make no folder beside the others."""
+    for option, word in (("model.name", model), ("quant.name", recipe)):
+        if not FOLDER_NAME.fullmatch(word):
+            raise ValueError(f"{option}={word}: part of a folder's name; letters, digits and . _ + - are possible")
+    return f"{model}-{recipe}-{short_count(tokens)}-s{seed}-{digest[:8]}"
+
+
+def short_count(number: int) -> str:
+    """750_000_000 -> '0.75B', 153_600 -> '154K': three significant digits."""
+    for limit, unit, scale in ((10**8, "B", 10**9), (10**6, "M", 10**6), (10**3, "K", 10**3)):
+        if number >= limit:
+            return f"{number / scale:.3g}{unit}"
+    return str(number)
+
+
+def refuse_other(stored: dict[str, Any], wanted: dict[str, Any], folder: str, name: str) -> None:
+    """Raise IdentityError if the folder's numerics differ, with the differing keys and what to type."""
+    old, new = stored["numerics"], wanted["numerics"]
+    differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key, "-") != new.get(key, "-")]
+    if not differing:
+        return
+    lines = [f"  {key}: {old.get(key, '-')} (stored) -> {new.get(key, '-')} (now)" for key in differing[:SHOWN]]
+    if len(differing) > SHOWN:
+        lines.append(f"  and {len(differing) - SHOWN} more")
+    raise IdentityError(
+        f"{folder} holds a run with other numerics:\n" + "\n".join(lines) + "\n"
+        f"To resume it, type its own values again (stored in {folder}/config.yaml); to start a new run, leave out "
+        f"run.name or give another one, such as run.name={name}-2"
+    )

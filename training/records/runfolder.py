@@ -1,0 +1,121 @@
+"""The folder of a run: what is written at its start and end, and whether it may be continued.
+
+config.yaml run.json plan.json env.json start.txt   at start
+metrics.jsonl eval/<step>.npz checkpoints/          while it goes
+result.json                                         at the end
+"""
+
+import json
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from base.files import write_json, write_text
+from training.records.identity import refuse_other
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "tokenizers", "transformer-engine")
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def read(self, name: str) -> dict[str, Any] | None:
+        """A JSON file of the folder, or None if it isn't there. Raises ValueError, naming it, if it can't be read."""
+        file = self.path / name
+        if not file.exists():
+            return None
+        try:
+            return json.loads(file.read_text())
+        except ValueError as error:
+            remedy = f"restore it, or move {self.path} away"
+            if name == "result.json":
+                remedy = "delete it: the run goes on from its last checkpoint and writes it anew"
+            raise ValueError(f"{file} is not JSON ({error}); {remedy}") from error
+
+    def write(self, name: str, value: Any) -> None:
+        """Write text or JSON atomically."""
+        (write_text if isinstance(value, str) else write_json)(self.path / name, value)
+
+    def result(self) -> dict[str, Any] | None:
+        return self.read("result.json")
+
+    def check_identity(self, run: dict[str, Any]) -> None:
+        """Raise identity.IdentityError if the folder holds a run with other numerics."""
+        stored = self.read("run.json")
+        if stored is not None:
+            refuse_other(stored, run, str(self.path), run["name"])
+
+    def write_start(self, run: dict[str, Any], config_yaml: str, plan: Any, env: dict[str, Any], screen: str) -> None:
+        """What a run says about itself. A resume rewrites it: the newest start is the one that is described."""
+        self.write("config.yaml", config_yaml)
+        self.write("plan.json", plan)
+        self.write("env.json", env)
+        self.write("start.txt", screen + "\n")
+        self.write("run.json", run)  # last: a folder with run.json has everything
+
+
+ROOM_FOR_RUNS = (
+    "Free some space, or move the folder to another disk and set paths.runs; then run the same command again: it "
+    "resumes from the last checkpoint"
+)
+
+
+def environment(device: torch.device, world: int, backends: dict[str, str]) -> dict[str, Any]:
+    """Commit, versions, device and the torch switches that can move the last bits."""
+    return {
+        "commit": git("rev-parse", "HEAD"),
+        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: version for name in PACKAGES if (version := installed(name))},
+        "device": device_name(device),
+        "device_count": world,
+        "backends": backends,
+        "torch_flags": {
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "matmul_precision": torch.get_float32_matmul_precision(),
+            "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+            "threads": torch.get_num_threads(),
+        },
+        "command": " ".join(sys.argv),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU as its maker calls it, or the processor."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+
+
+def moved(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
+    """A warning where a run goes on on another kind of device than its last start, whose env.json is `before`."""
+    if before is None or before.get("device") == now["device"]:
+        return None
+    return (
+        f"warning: this run was on {before.get('device')} and goes on on {now['device']}: losses differ in their last "
+        "bits from there on, and its speed is that of neither"
+    )
+
+
+def installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git(*arguments: str) -> str | None:
+    """Output of a git command in our repository, or None where there is no git or no repository."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,214 @@
+"""The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data.evalset import EvalSet, available
+from data.loader import Loader
+from data.tokens import TokenSet
+from models.llama import Llama
+from models.nanochat import Nanochat
+from models.shape import DecoderShape
+from quant.plan import Plan, convert
+from quant.recipe import Recipe
+from quant.stats import slot_stats
+from training.checkpoint.manifest import latest_good, problems, remove_temporary
+from training.checkpoint.state import Checkpointer, TrainState, load
+from training.config import TrainConfig
+from training.loss import LossModel
+from training.microbatch import GraphedMicroBatch, MicroBatch
+from training.ranks.distributed import Dist
+from training.ranks.parallel import Parallel, choose, parallelize
+from training.recompute import recompute_blocks
+from training.records.loggers import Loggers, build_sinks
+from training.records.metrics import MetricsFile
+from training.records.runfolder import RunFolder
+from training.start.derive import Numbers
+from training.start.shapes import model_of
+
+# Graphs of one method: training, evaluation and its odd last batch, for the first and the other blocks of each recipe
+# in the plan, and all of evaluation again in BF16. Dynamo's own limit of 8 ends runs at their last evaluation.
+GRAPHS_PER_METHOD = 64
+
+
+def set_torch_flags(config: TrainConfig) -> None:
+    """Exact FP32 (no TF32), no reduced-precision sums (design.md 3.2), and the same bits in every run."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # we never read what we didn't write
+
+
+def build_model(
+    shape: DecoderShape, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0
+) -> tuple[Llama | Nanochat, str]:
+    """The initialized and converted model on rng's device, and the init hash (before `perturb`)."""
+    with rng.device:
+        model = model_of(shape)
+    init_hash = model.init_weights(seed)
+    if perturb:
+        nudge(model, perturb, seed)
+    convert(model, plan, rng)
+    return model, init_hash
+
+
+@torch.no_grad()
+def nudge(model: torch.nn.Module, relative: float, seed: int) -> None:
+    """Multiply every weight by 1 + relative * N(0, 1), drawn on the CPU: the same nudge on every device."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    for parameter in model.parameters():
+        noise = torch.empty(parameter.shape, device="cpu").normal_(generator=generator)
+        parameter.mul_(1.0 + relative * noise.to(parameter.device))
+
+
+def build_loss(
+    config: TrainConfig, shape: DecoderShape, plan: Plan, rng: Tensor, ranks: Dist
+) -> tuple[LossModel, Parallel, str]:
+    """The loss around the model, compiled and distributed as the configuration says, and the init hash."""
+    model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb)
+    loss = LossModel(model)
+    mode = choose(config.parallel, ranks, shape.parameters)
+    compile_loss(loss, config, ranks.device, plan.fullgraph)
+    if config.recompute:
+        recompute_blocks(model)
+    return loss, parallelize(loss, mode, ranks, regather=config.recompute), init_hash
+
+
+def check_schemes(plan: Plan, recompute: bool) -> None:
+    """For recipes that are no six slots (quant/schemes): RuntimeError where this machine lacks what they need,
+    ValueError for recomputation, whose second forward would move the amax history of fp8_te's delayed scaling."""
+    for scheme in {entry.recipe for entry in plan.entries if not isinstance(entry.recipe, Recipe)}:
+        scheme.require()
+        if recompute:
+            raise ValueError(f"recompute=true isn't possible with recipe {scheme.label}; set recompute=false")
+
+
+def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, fullgraph: bool = True) -> None:
+    """Compile the model's regions in place. `fullgraph`: no break allowed (plan.fullgraph). Methods, not modules:
+    checkpointing, which Dynamo doesn't enter there, and FSDP's hooks stay outside; the loss is one operator."""
+    if not is_compiled(config, device):
+        return
+    torch._dynamo.config.recompile_limit = GRAPHS_PER_METHOD
+    for module, method in loss.model.regions():
+        setattr(module, method, torch.compile(getattr(module, method), fullgraph=fullgraph, dynamic=False))
+
+
+def build_micro_batch(
+    loss: LossModel, config: TrainConfig, plan: Plan, parallel: Parallel, tokens_per_step: int, device: torch.device
+) -> MicroBatch:
+    """Forward and backward of one micro-batch, replayed as a CUDA graph where is_graphed says so."""
+    arguments = (loss, tokens_per_step, parallel.accumulate)
+    if is_graphed(config, plan.fullgraph, parallel.mode, device):
+        return GraphedMicroBatch(*arguments, loss.parameters())
+    return MicroBatch(*arguments)
+
+
+def is_graphed(config: TrainConfig, fullgraph: bool, mode: str, device: torch.device) -> bool:
+    """Whether micro-batches are CUDA graphs. FSDP's gathers and Transformer Engine's Python state can't be in one."""
+    possible = device.type == "cuda" and fullgraph and mode in ("none", "ddp")
+    if config.cuda_graphs == "true" and not possible:
+        raise ValueError(
+            "cuda_graphs=true needs a GPU, parallel=ddp or one process, and a recipe other than fp8_te; "
+            f"here: {device.type}, parallel={mode}; use cuda_graphs=auto"
+        )
+    return possible and (config.cuda_graphs == "true" or (config.cuda_graphs == "auto" and is_compiled(config, device)))
+
+
+def is_compiled(config: TrainConfig, device: torch.device) -> bool:
+    """Whether compile=auto, true or false means torch.compile here."""
+    if config.compile == "auto":
+        # The reference quantizers compile, but for minutes: their graphs are as long as their definitions.
+        return device.type == "cuda" and config.backend != "reference"
+    return config.compile == "true"
+
+
+def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
+    """Load the newest good checkpoint, if there is one. True if the run goes on rather than starts."""
+
+    def check(path: Path) -> list[str]:
+        """Every rank reads its share of the files: 25 GB of checksums are worth splitting."""
+        return [problem for found in ranks.gather(problems(path, ranks.rank, ranks.world)) for problem in found]
+
+    ranks.on_main(lambda: remove_temporary(folder.path / "checkpoints"))
+    path = latest_good(folder.path, say=print if ranks.is_main else lambda text: None, check=check)
+    if path is None:
+        return False
+    load(path, state, ranks.group)
+    if ranks.is_main:
+        print(f"resuming from {path}: step {state.step}, {state.tokens:,} tokens", flush=True)
+    return True
+
+
+def open_checkpointer(
+    folder: RunFolder, config: TrainConfig, ranks: Dist, tokens: TokenSet, newest: int | None
+) -> Checkpointer:
+    """Saves into the run folder as config.checkpoint says; altered token shards are noticed before each save. `newest`:
+    the step that was just loaded."""
+    section = config.checkpoint
+    return Checkpointer(
+        folder.path,
+        keep_last=section.keep_last,
+        keep_every=section.keep_every or 0,
+        asynchronous=section.asynchronous,
+        group=ranks.group,
+        before_save=tokens.check_unchanged,
+        newest=newest,
+    )
+
+
+def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ranks: Dist, step: int) -> Loggers:
+    """Cut the metrics back to the resumed step, then open the sinks (rank 0 only)."""
+    file = MetricsFile(folder.path)
+    if not ranks.is_main:
+        return Loggers(file, {})
+    file.truncate(step)
+    return Loggers(file, build_sinks(config.logger, folder.path, run, run["numerics"]))
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What is trained on, and the fixed lists of the evaluations during training and at the end."""
+
+    train: Loader
+    evaluation: EvalSet
+    final: EvalSet
+
+
+def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
+    """A list longer than val means all of val. ValueError where a split or a list is too short for one sequence."""
+    seq_len, packing = config.batch.seq_len, config.data.packing
+    there = available(tokens, seq_len, packing)
+
+    @cache
+    def fixed_list(count: int | None) -> EvalSet:
+        return EvalSet(tokens, seq_len, count, packing)
+
+    def listed(count: int | None) -> EvalSet:
+        return fixed_list(None if count is None or count >= there else count)
+
+    train = Loader(tokens, "train", seq_len, config.seed, packing)
+    return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))
+
+
+def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int) -> Iterator[Tensor]:
+    """This rank's micro-batches from `first_step` to the end, read ahead and copied to the device."""
+    ranges = (
+        (step * numbers.sequences + micro * numbers.micro, numbers.micro)
+        for step in range(first_step, numbers.steps)
+        for micro in numbers.micro_batches_of(ranks.rank)
+    )
+    for tokens in loader.prefetch(ranges):
+        yield tokens.to(ranks.device, non_blocking=True)
+
+
+def slot_counter(model: nn.Module, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
+    """Counts clipping and underflow per slot while a given step runs, outside of the compiled graph."""
+    if not any(isinstance(entry.recipe, Recipe) and entry.recipe.is_quantized for entry in plan.entries):
+        return None
+    return partial(slot_stats, model)

@@ -1,0 +1,145 @@
+"""What is known about a run before any memory is allocated: shapes, plan, derived numbers, identity, start screen."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.tokens import TokenSet
+from models.shape import DecoderShape
+from quant.plan import Plan, plan_of
+from training.config import TrainConfig
+from training.ranks.distributed import Dist
+from training.ranks.parallel import choose
+from training.records.identity import default_name, hash_of, numerics, plan_numerics
+from training.start.build import is_compiled, is_graphed
+from training.start.derive import Numbers, derive
+from training.start.memory import estimate, kept_of
+from training.start.screen import StartScreen
+from training.start.shapes import model_of, shape_of
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run as asked for. `yaml`: the composed text; `choices`: {group: option}; `command`: how it was typed."""
+
+    config: TrainConfig
+    yaml: str
+    choices: dict[str, str]
+    command: str
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
+
+    shape: DecoderShape
+    plan: Plan
+    numbers: Numbers
+    tokens: TokenSet | None
+    run: dict[str, Any]
+
+
+def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> tuple[DecoderShape, Plan, Numbers]:
+    """Check and derive, on the meta device, all that follows without the text. What is legal doesn't depend on the
+    vocabulary: any `vocab_size` will do to find mistakes."""
+    shape = shape_of(config, vocab_size)
+    with torch.device("meta"):
+        model = model_of(shape)
+    numbers = derive(config, shape.parameters_non_embedding, ranks.world)
+    plan = plan_of(model, config.quant)
+    plan.check_tokens(numbers.micro_tokens)
+    return shape, plan, numbers
+
+
+def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
+    """What run it is and will compute."""
+    config = request.config
+    vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
+    shape, plan, numbers = check(config, ranks, vocab_size)
+    fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
+    fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
+    flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
+    run = run_info(request, shape, plan, numbers, flat) | {
+        "vocab_size": vocab_size,
+        "data_path": str(tokens.path.resolve()) if tokens else None,
+        "data_fingerprint": fingerprints["fingerprint"],
+        "tokenizer_hash": fingerprints["tokenizer"],
+    }
+    return Sketch(shape, plan, numbers, tokens, run)
+
+
+def run_info(
+    request: Request, shape: DecoderShape, plan: Plan, numbers: Numbers, flat: dict[str, Any]
+) -> dict[str, Any]:
+    """run.json, but for what it says of the data. `flat`: what the hash covers; without the data's fingerprint a name
+    of ours ends with <hash>."""
+    config, digest = request.config, hash_of(flat)
+    shown = digest if flat["data.fingerprint"] else "<hash>"
+    return {
+        "name": config.run.name
+        or default_name(config.model.name, plan.recipe.name, numbers.tokens, config.seed, shown),
+        "hash": digest,
+        "numerics": flat,
+        "model": config.model.name,
+        "parameters": shape.parameters,
+        "parameters_non_embedding": shape.parameters_non_embedding,
+        "recipe": plan.recipe.name,
+        "recipe_label": plan.label,
+        "seed": config.seed,
+        "tokens": numbers.tokens,
+        "steps": numbers.steps,
+        "tokens_per_step": numbers.tokens_per_step,
+        "seq_len": numbers.seq_len,
+        "experiment": request.choices.get("experiment"),
+        "cell": request.choices.get("cell"),
+        "command": request.command,
+    }
+
+
+def expected_vocab_size(config: TrainConfig) -> int:
+    """What the tokenizer will have, without preparing any text."""
+    if config.data.tokenizer:
+        from data.tokenizer import TextTokenizer, tokenizer_file  # needs the tokenizers package; training doesn't
+
+        return TextTokenizer(tokenizer_file(config.data.tokenizer), config.data.bos).vocab_size
+    return config.data.vocab_size
+
+
+def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, str] | None = None) -> str:
+    """The start screen; a dry run names the back end that was asked for."""
+    config = request.config
+    mode = choose(config.parallel, ranks, sketch.shape.parameters)
+    on_gpu = ranks.device.type == "cuda"
+    train_tokens = sketch.tokens.split("train").length if sketch.tokens else None
+    name = sketch.run["name"]
+    return str(
+        StartScreen(
+            name=name,
+            folder=str(Path(config.paths.runs) / name),
+            device=torch.cuda.get_device_name(ranks.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads)",
+            backends=backends or {"asked for": config.backend},
+            compiled=is_compiled(config, ranks.device),
+            graphed=is_graphed(config, sketch.plan.fullgraph, mode, ranks.device),
+            fullgraph=sketch.plan.fullgraph,
+            parallel=mode,
+            model=config.model.name,
+            shape=sketch.shape,
+            recipe=sketch.plan.label,
+            plan_lines=sketch.plan.table().splitlines(),
+            numbers=sketch.numbers,
+            data=config.data.name if sketch.tokens is None else sketch.tokens.path.name,
+            train_tokens=train_tokens,
+            memory=estimate(
+                sketch.shape,
+                sketch.numbers.micro_tokens,
+                kept_of(sketch.plan),
+                shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
+                recompute=config.recompute,
+                accumulates=sketch.numbers.accumulation > 1,
+                replicated=mode == "ddp",
+                optimizer=config.optim.name,
+            ),
+        )
+    )

@@ -1,0 +1,54 @@
+"""What a person sees when a run can't start or go on: one line where we know the reason, a traceback where we don't."""
+
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+WRONG_COMMAND, FAILED = 2, 1
+
+
+@dataclass
+class Outcome:
+    code: int = FAILED
+
+
+@contextmanager
+def one_line_errors() -> Iterator[Outcome]:
+    """Turn errors whose text was written for the user into that text and an exit code; let others pass.
+
+    Ours are the ValueErrors and RuntimeErrors raised by our own files, and every OSError (it names the file).
+    """
+    outcome = Outcome()
+    try:
+        yield outcome
+    except torch.OutOfMemoryError as error:
+        say(
+            f"out of GPU memory ({str(error).splitlines()[0]}). Add recompute=true, or parallel=fsdp on several GPUs: "
+            "this very run can go on with either. A smaller batch.micro is another run (the micro-batch is part of the "
+            "numerics). dry_run=true prints the expected memory"
+        )
+    except OSError as error:
+        say(str(error))
+    except (ValueError, RuntimeError) as error:
+        if not raised_by_us(error):
+            raise
+        outcome.code = WRONG_COMMAND if isinstance(error, ValueError) else FAILED
+        say(str(error))
+
+
+def raised_by_us(error: BaseException) -> bool:
+    """Whether a `raise` statement of this repository made it: then the message is deliberate and complete."""
+    frames = traceback.extract_tb(error.__traceback__)
+    if not frames or not frames[-1].line.startswith("raise"):
+        return False
+    return Path(frames[-1].filename).resolve().is_relative_to(ROOT)
+
+
+def say(text: str) -> None:
+    print(f"train.py: error: {text}", file=sys.stderr)

@@ -1,0 +1,168 @@
+"""From a typed configuration to a running trainer: what is checked, built and written, and in which order.
+
+Nothing is written before everything that can be known in advance has been checked: the numbers divide, the recipe is
+legal on every layer, the data exists, the folder is ours.
+"""
+
+from pathlib import Path
+
+import torch
+
+from base.files import disk_full_explained, make_folder
+from data.prepare import ensure
+from data.tokens import TokenSet
+from kernels import backend
+from quant.plan import unquantized
+from training.checkpoint.state import TrainState
+from training.config import TrainConfig
+from training.loop import Parts, Trainer
+from training.optim.groups import build_optimizers
+from training.ranks.distributed import Dist, setup, teardown
+from training.ranks.signals import RunLock, StopFlag
+from training.ranks.watchdog import Watchdog
+from training.records.console import Console
+from training.records.runfolder import ROOM_FOR_RUNS, RunFolder, device_name, environment, moved
+from training.start.build import (
+    Texts,
+    build_loss,
+    build_micro_batch,
+    check_schemes,
+    micro_batches,
+    open_checkpointer,
+    open_loggers,
+    open_texts,
+    resume,
+    set_torch_flags,
+    slot_counter,
+)
+from training.start.describe import Request, Sketch, check, describe, screen
+
+
+def launch(request: Request) -> int:
+    """Run, resume or describe one training run. Returns the process's exit code.
+
+    Raises ValueError for mistakes in the configuration, RuntimeError for what the machine can't do, OSError for files.
+    """
+    ranks = setup()
+    if request.config.dry_run:
+        text = plan(request, ranks)
+        if ranks.is_main:
+            print(text)
+        code = 0
+    else:
+        code = train(request, ranks)
+    # Not after an error: NCCL would flush what was started, and wait for ranks that are gone or wait for this one. The
+    # end of the process aborts it instead.
+    teardown()
+    return code
+
+
+def plan(request: Request, ranks: Dist) -> str:
+    """The start screen of a run that isn't started."""
+    path = request.config.data.path  # other text may not be prepared yet, and a dry run does nothing
+    return screen(request, describe(request, ranks, TokenSet(path) if path else None), ranks)
+
+
+def train(request: Request, ranks: Dist) -> int:
+    config = request.config
+    set_torch_flags(config)
+    backends = backend.use(config.backend, ranks.device.type)
+    _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
+    check_schemes(plan, config.recompute)
+    tokens = TokenSet(
+        ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len))),
+        verify=config.data.verify,
+    )
+    sketch = describe(request, ranks, tokens)
+    texts = open_texts(config, tokens)
+    folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
+    text = screen(request, sketch, ranks, backends)
+    lock = RunLock(folder.path)
+
+    def open_folder() -> bool:
+        """True if there is something left to do. Only rank 0 touches the folder."""
+        make_folder("paths.runs", folder.path)
+        lock.acquire()
+        folder.check_identity(sketch.run)
+        if finished := folder.result():
+            loss = f"final loss {finished['final_loss']:.4f}"
+            print(f"this run is finished (step {finished['step']}, {loss}): {folder.path}")
+            return False
+        print(text, flush=True)
+        env = environment(ranks.device, ranks.world, backends)
+        if warning := moved(folder.read("env.json"), env):
+            print(warning, flush=True)
+        folder.write_start(sketch.run, request.yaml, sketch.plan.to_dict(), env, text)
+        return True
+
+    try:
+        with disk_full_explained(folder.path, ROOM_FOR_RUNS):
+            if not ranks.on_main(open_folder):
+                return 0
+            return run_in(folder, config, sketch, texts, ranks, backends)
+    finally:
+        lock.release()
+
+
+def run_in(
+    folder: RunFolder, config: TrainConfig, sketch: Sketch, texts: Texts, ranks: Dist, backends: dict[str, str]
+) -> int:
+    """Build, resume, train. The folder is locked and is this run's."""
+    stop, watchdog = StopFlag(), Watchdog(ranks, config.watchdog_s)
+    rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
+    rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
+    loss, parallel, init_hash = build_loss(config, sketch.shape, sketch.plan, rng, ranks)
+    model = loss.model
+    optimizers = build_optimizers(model, config.optim, sketch.numbers.schedule.lr_peak)
+    state = TrainState(model, optimizers, hash=sketch.run["hash"])
+    resumed = resume(folder, state, ranks)
+    loggers = open_loggers(folder, config, sketch.run, ranks, state.step)
+    console = Console(ranks.is_main, sketch.numbers.steps, state.step)
+    checkpointer = open_checkpointer(folder, config, ranks, sketch.tokens, state.step if resumed else None)
+    if config.checkpoint.every is not None:
+        checkpointer.reserve(state)
+    trainer = Trainer(
+        Parts(
+            config=config,
+            numbers=sketch.numbers,
+            ranks=ranks,
+            folder=folder,
+            state=state,
+            loss=loss,
+            accumulate=parallel.accumulate,
+            micro_batch=build_micro_batch(
+                loss, config, sketch.plan, parallel, sketch.numbers.tokens_per_step, ranks.device
+            ),
+            rng=rng,
+            batches=lambda first_step: micro_batches(texts.train, sketch.numbers, ranks, first_step),
+            sample_hashes=lambda step, count: texts.train.sample_hashes(
+                step * sketch.numbers.sequences, sketch.numbers.sequences, count
+            ),
+            evalset=texts.evaluation,
+            final_evalset=texts.final,
+            flops_per_token=sketch.shape.flops_per_token(config.batch.seq_len),
+            count_slots=slot_counter(model, sketch.plan) if config.evaluate.slots else None,
+            unquantized=(lambda: unquantized(model)) if config.evaluate.bf16 else None,
+            checkpointer=checkpointer,
+            loggers=loggers,
+            console=console,
+            stop=stop,
+            watchdog=watchdog,
+        )
+    )
+    trainer.event(
+        "resume" if resumed else "start",
+        init_hash=init_hash,
+        backends=backends,
+        world=ranks.world,
+        parallel=parallel.mode,
+        device=str(ranks.device),
+        device_name=device_name(ranks.device),  # env.json has the newest start's only
+    )
+    try:
+        with watchdog:
+            return trainer.run()
+    finally:
+        console.close()
+        loggers.close()
+        stop.restore()

@@ -1,0 +1,83 @@
+"""The start screen: what will run, on what, in which precision, how long, in how much memory."""
+
+from dataclasses import dataclass
+
+from models.shape import DecoderShape
+from training.records.metrics import MFU_FORMULA
+from training.start.derive import Numbers
+from training.start.memory import MemoryEstimate
+
+
+@dataclass(frozen=True)
+class StartScreen:
+    """Everything the screen shows. `train_tokens` is None where the data isn't prepared yet."""
+
+    name: str
+    folder: str
+    device: str
+    backends: dict[str, str]
+    compiled: bool
+    graphed: bool
+    fullgraph: bool
+    parallel: str
+    model: str
+    shape: DecoderShape
+    recipe: str
+    plan_lines: list[str]
+    numbers: Numbers
+    data: str
+    train_tokens: int | None
+    memory: MemoryEstimate
+
+    def __str__(self) -> str:
+        n, shape = self.numbers, self.shape
+        ends = 2 * shape.vocab_size * shape.width
+        count = f"{shape.parameters_non_embedding:,} parameters + {ends:,} in embedding and lm_head"
+        lines = [
+            ("run", f"{self.name} -> {self.folder}"),
+            ("device", f"{self.device}, {n.world} process{'es' if n.world > 1 else ''}, parallel={self.parallel}"),
+            ("back ends", ", ".join(f"{op}: {name}" for op, name in self.backends.items())),
+            ("compile", self._compile()),
+            (
+                "model",
+                f"{self.model}: {shape.layers} x {shape.width}, {shape.heads} heads, hidden {shape.hidden}; {count}",
+            ),
+            ("recipe", self.recipe),
+            *(("", line) for line in self.plan_lines),
+            ("data", f"{self.data}, vocabulary {shape.vocab_size:,}{self._epochs()}"),
+            ("length", f"{n.steps:,} steps x {n.tokens_per_step:,} tokens = {n.tokens:,} tokens"),
+            ("batch", self._batch()),
+            ("schedule", self._schedule()),
+            ("memory", f"{self.memory.total:.1f} GiB a GPU expected ({self._parts()})"),
+            ("MFU", MFU_FORMULA),
+        ]
+        return "\n".join(f"{label:<10} {text}" for label, text in lines)
+
+    def _compile(self) -> str:
+        if not self.compiled:
+            return "off" + (", CUDA graphs" if self.graphed else "")
+        if not self.fullgraph:
+            return "torch.compile, a graph break at each fp8_te layer"
+        return "torch.compile, full graph" + (", CUDA graphs" if self.graphed else "")
+
+    def _epochs(self) -> str:
+        if self.train_tokens is None:
+            return " (not counted here)"
+        return f", {self.train_tokens:,} train tokens ({self.numbers.tokens / self.train_tokens:.2f} epochs)"
+
+    def _batch(self) -> str:
+        n = self.numbers
+        return (
+            f"{n.sequences} sequences of {n.seq_len} = {n.micro_batches} micro-batches of {n.micro} "
+            f"({n.world} processes x {n.accumulation} accumulated)"
+        )
+
+    def _schedule(self) -> str:
+        s = self.numbers.schedule
+        decay = f", {s.decay_steps} decay steps" if s.decay_steps else ""
+        return (
+            f"{s.name}, peak {s.lr_peak:.3g}, {s.warmup_steps} warm-up steps{decay}, end {s.lr_peak * s.end_factor:.3g}"
+        )
+
+    def _parts(self) -> str:
+        return ", ".join(f"{name} {size:.1f}" for name, size in self.memory.parts.items())
