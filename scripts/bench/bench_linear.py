@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-from scripts.roofline import AGAIN, FPROP_W, FPROP_X, GRADIENT, MACHINES
+from scripts.bench.roofline import AGAIN, FPROP_W, FPROP_X, GRADIENT, MACHINES
 from triton.testing import do_bench_cudagraph
 
 from base.files import write_json
