@@ -207,9 +207,11 @@ class Run:
 
 def ended_by(newest_first: Iterable[dict], last_step: int) -> int | None:
     """The non-finite step that ended a run, from its records: it was neither skipped nor rolled back, and no training
-    step came after it. (Records of training/nonfinite.py.)"""
+    step came after it. Of a step with finite losses whose state couldn't be saved (`loss` null) the row is there, too.
+    (Records of training/nonfinite.py.)"""
     last = next((r for r in newest_first if r.get("event") in ("nonfinite", "skip", "rollback")), None)
-    ended = last is not None and last["event"] == "nonfinite" and last["bad_step"] > last_step
+    ended = last is not None and last["event"] == "nonfinite"
+    ended = ended and last["bad_step"] >= last_step + (last.get("loss", "") is not None)
     return last["bad_step"] if ended else None
 
 

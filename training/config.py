@@ -73,6 +73,8 @@ class ModelSection:
         self.micro_tokens = whole("model.micro_tokens", self.micro_tokens)
 
 
+# Above zero in FP32, with room: a row of the embedding without a gradient gets 0 / (0 + eps), and eps=0 makes it NaN.
+SMALLEST_EPS = 1e-30
 MUON_ONLY = ("embed_lr", "head_lr", "scalar_lr")  # fields of OptimSection
 
 
@@ -99,7 +101,7 @@ class OptimSection:
             in_range("optim.lr", self.lr, 1e-12, 1e3)
         for name in MUON_ONLY:
             in_range(f"optim.{name}", getattr(self, name), 0.0, 1e3)
-        in_range("optim.eps", self.eps, 0.0, 1.0)
+        in_range("optim.eps", self.eps, SMALLEST_EPS, 1.0)
         in_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"optim.clip={self.clip:g}: needs a positive number, or null for no clipping")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from data.evalset import EvalSet
 from training.checkpoint.state import Checkpointer, SaveReport, TrainState
+from training.checkpoint.storage import NonFiniteState
 from training.config import TrainConfig
 from training.evaluate import evaluate, save_rows
 from training.microbatch import MicroBatch
@@ -227,7 +228,12 @@ class Trainer:
 
     def _save(self, wait: bool = False) -> None:
         self.state.extra["wall_s"] = self._wall_s()
-        self.p.checkpointer.save(self.state, wait=wait)
+        try:
+            self.p.checkpointer.save(self.state, wait=wait)
+        except NonFiniteState as error:
+            self._recovery.unsavable(error)
+            self._batches = self.p.batches(self.state.step)
+            self.p.checkpointer.save(self.state, wait=wait)
 
     def _saved(self, report: SaveReport) -> None:
         self.event("checkpoint", **{("saved_step" if k == "step" else k): v for k, v in asdict(report).items()})

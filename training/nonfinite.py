@@ -8,11 +8,15 @@ one after step b - 1: the step can be replayed, skipped, or saved for a look at 
     stop      save the state of step b - 1 and end with the culprit's name (default)
     skip      go on with step b + 1; the batch of step b is left out
     rollback  load the last good checkpoint, of step c, and go on with step b + 1: batches c + 1 to b are left out
+
+An update can make a state non-finite while losses and gradients stay finite: rows of an embedding that no text uses,
+moments that overflow. Saves notice it (checkpoint.non_finite), and nothing of it reaches a disk.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,14 +24,16 @@ from torch import Tensor, nn
 
 from quant.plan import changed, quant_linears
 from quant.recipe import FPROP_SLOT, GEMMS, Recipe
-from training.checkpoint.manifest import latest_good
-from training.checkpoint.state import load
+from training.checkpoint.manifest import latest_good, step_of
+from training.checkpoint.state import load, non_finite, state_tensors
+from training.checkpoint.storage import NonFiniteState, first_names
 
 if TYPE_CHECKING:
     from training.loop import Parts
 
 # A batch that can't be trained on is bad luck; more of them one after the other are a broken run.
 MOST_IN_A_ROW = 3
+SMALLER_STEPS = "start another run with a lower optim.lr, with optim.clip=1 or a larger optim.eps"
 
 
 class NonFiniteError(RuntimeError):
@@ -72,48 +78,78 @@ class Recovery:
     def __init__(self, policy: str, parts: "Parts", event: Callable[..., None]) -> None:
         self._policy, self._p, self._event = policy, parts, event
         self._in_a_row, self._last = 0, -1
+        self._rolled_back_at = -1  # the step whose state couldn't be saved
 
     def handle(self, step: int, loss: float, grad_norm: float) -> None:
         """Set the state to where training goes on. Collective. Raises NonFiniteError to stop."""
         state, numbers = self._p.state, self._p.numbers
         self._set_step(step - 1)
         findings = [found for rank in self._p.ranks.gather(self._diagnose(step)) for found in rank]
-        weights = [name for rank in self._p.ranks.gather(bad_weights(state.model)) for name in rank]
-        cause = describe(findings, weights)
+        bad = non_finite(state_tensors(state), self._p.ranks.group)
+        cause = describe(findings, bad)
         what = f"step {step}: loss {loss}, gradient norm {grad_norm}. {cause}"
         self._event("nonfinite", bad_step=step, loss=str(loss), grad_norm=str(grad_norm), cause=cause)
         self._in_a_row = self._in_a_row + 1 if step == self._last + 1 else 1
         self._last = step
         if self._policy == "stop":
-            self._stop(what, weights)
+            self._stop(what, bad)
         if self._in_a_row > MOST_IN_A_ROW:
             raise NonFiniteError(f"{what} Stopped: {self._in_a_row} such steps in a row, in spite of {self._policy}")
-        if self._policy == "skip" and weights:
-            raise NonFiniteError(f"{what} Stopped: skipping doesn't mend a weight; use nonfinite=rollback")
+        if self._policy == "skip" and bad:
+            raise NonFiniteError(f"{what} Stopped: skipping a batch doesn't mend the state. {self._way_out(step)}")
         if self._policy == "rollback":
             self._roll_back(what, step)
         self._set_step(step)
         self._event(self._policy, bad_step=step)
         self._p.console.say(f"{what} Policy {self._policy}: going on with step {step + 1} of {numbers.steps}")
 
+    def unsavable(self, error: NonFiniteState) -> None:
+        """A save met a state that isn't finite, and wrote nothing: roll back, or end the run. Collective.
+
+        Raises NonFiniteError to stop; at the second time without a whole save in between, too.
+        """
+        step, what = self._p.state.step, f"step {self._p.state.step}: {describe([], error.names)}"
+        self._event("nonfinite", bad_step=step, loss=None, grad_norm=None, cause=what)
+        if self._policy != "rollback":
+            raise NonFiniteError(f"{what} Stopped; nothing was saved. {self._way_out(step)}")
+        found = self._roll_back(what, step)
+        if step_of(found) == self._rolled_back_at:
+            raise NonFiniteError(f"{what} Stopped: it came back after a rollback; {SMALLER_STEPS}")
+        self._rolled_back_at = step
+        self._set_step(step)
+        self._event("rollback", bad_step=step)
+        self._p.console.say(f"{what} Policy rollback: going on with {found.name}'s state at step {step}")
+
+    def _way_out(self, step: int) -> str:
+        """What to type where the state itself isn't finite: a rollback needs a checkpoint to go back to."""
+        found = self._last_good(step)
+        if found is None:
+            return SMALLER_STEPS.capitalize()
+        return f"Add nonfinite=rollback to go on from {found.name} without the batches since, or {SMALLER_STEPS}"
+
+    def _last_good(self, step: int) -> Path | None:
+        self._p.checkpointer.wait()
+        return self._p.ranks.on_main(lambda: latest_good(self._p.folder.path, before=step))
+
     def _set_step(self, step: int) -> None:
         self._p.state.step, self._p.state.tokens = step, step * self._p.numbers.tokens_per_step
 
-    def _stop(self, what: str, weights: list[str]) -> None:
-        where = "; the weights were bad already, so nothing was saved"
-        if not weights:
-            self._p.checkpointer.save(self._p.state, wait=True)
-            where = f"; the state before it is saved as step {self._p.state.step}"
+    def _stop(self, what: str, bad: list[str]) -> None:
+        if bad:
+            way_out = self._way_out(self._p.state.step + 1)
+            raise NonFiniteError(f"{what} Stopped (nonfinite=stop); nothing was saved. {way_out}")
+        self._p.checkpointer.save(self._p.state, wait=True)
         raise NonFiniteError(
-            f"{what} Stopped (nonfinite=stop){where}. To go on without this batch, add nonfinite=skip to the command"
+            f"{what} Stopped (nonfinite=stop); the state before it is saved as step {self._p.state.step}. To go on "
+            "without this batch, add nonfinite=skip to the command"
         )
 
-    def _roll_back(self, what: str, step: int) -> None:
-        self._p.checkpointer.wait()
-        found = self._p.ranks.on_main(lambda: latest_good(self._p.folder.path, before=step))
+    def _roll_back(self, what: str, step: int) -> Path:
+        found = self._last_good(step)
         if found is None:
             raise NonFiniteError(f"{what} Stopped: no checkpoint to roll back to yet; lower checkpoint.every")
         load(found, self._p.state, self._p.ranks.group)
+        return found
 
     def _diagnose(self, step: int) -> list[Finding]:
         """Replay this rank's micro-batches of the bad step, eagerly."""
@@ -199,16 +235,12 @@ def _observe(layer: str, module: nn.Module, look: Callable, handles: list[Any]) 
     handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
 
-def bad_weights(model: nn.Module) -> list[str]:
-    """Names of parameters with a non-finite element in this rank's part."""
-    parts = ((name, p.to_local() if hasattr(p, "to_local") else p) for name, p in model.named_parameters())
-    return [name for name, part in parts if not bool(torch.isfinite(part).all())]
-
-
-def describe(findings: list[Finding], weights: list[str]) -> str:
-    """One sentence or two for a person."""
-    if weights:
-        return f"Weights that are not finite: {', '.join(sorted(set(weights))[:5])}."
+def describe(findings: list[Finding], state: list[str]) -> str:
+    """One sentence or two for a person. `state`: stored names of its tensors that are not finite."""
+    if weights := [name.removeprefix("model.") for name in state if name.startswith("model.")]:
+        return f"Weights that are not finite: {first_names(weights)}."
+    if state:
+        return f"Optimizer state that is not finite: {first_names(state)}."
     bad = [finding for finding in findings if finding.first is not None]
     if not bad:
         return "The replay is finite: not a property of the data or the recipe (a hardware fault, or a transient one)."

@@ -6,17 +6,22 @@ import pytest
 import torch
 from support import SLOT_RECIPES
 
+from analysis.runs import read_run
 from kernels import backend
+from launcher.compose import ConfigError, compose
 from quant import library
 from quant.linear import QuantLinear
 from quant.recipe import GEMMS, Recipe
 from training.checkpoint.manifest import checkpoints
-from training.checkpoint.state import read_all
+from training.checkpoint.state import non_finite, read_all
+from training.checkpoint.storage import CheckpointError
+from training.inference import load_trained
 from training.nonfinite import Guard, NonFiniteError, only
 from training.start import build as building_blocks
 
 BAD_STEP = 7  # 1-based; checkpoint.every=5 and log.every=4 put it after a checkpoint and inside a logging window
 NAN = float("nan")
+UNUSED = 3  # the token of "#", which the test's text doesn't have: no loss and no gradient ever sees its row
 
 
 @pytest.fixture
@@ -45,6 +50,9 @@ def plant(monkeypatch):
                 if kind == "weight" and due():
                     with torch.no_grad():
                         module.weight[1, 1] = NAN
+                if kind == "unused row" and due():
+                    with torch.no_grad():
+                        model.embed.weight[UNUSED] = NAN
 
             module.register_forward_hook(forward)
             module.register_forward_pre_hook(before)
@@ -156,7 +164,7 @@ def test_rollback_takes_the_checkpoint_and_goes_on_after_the_batch(run, plant):
 
 def test_skipping_a_broken_weight_is_refused(run, plant):
     plant("blocks.0.mlp.down", "weight")
-    with pytest.raises(NonFiniteError, match="skipping doesn't mend a weight; use nonfinite=rollback"):
+    with pytest.raises(NonFiniteError, match=r"doesn't mend the state\. Add nonfinite=rollback"):
         run("nonfinite=skip")
 
 
@@ -188,6 +196,72 @@ def test_metrics_stay_valid_json(run, plant):
 
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=refuse)
+
+
+def finite_on_disk(folder) -> bool:
+    saved = [read_all(path) for path in checkpoints(folder / "checkpoints")]
+    return all(torch.isfinite(tensor).all() for tensors in saved for tensor in tensors.values())
+
+
+def test_a_state_that_no_loss_shows_is_not_saved_and_the_advice_works(run, plant, tmp_path):
+    plant("blocks.0.attn.qkv", "unused row")
+    with pytest.raises(NonFiniteError, match=r"step 10: .*embed\.weight.*nothing was saved\. Add nonfinite=rollback"):
+        run()
+    folder = tmp_path / "runs" / "test"
+    assert [path.name for path in checkpoints(folder / "checkpoints")] == ["step_00000005"] and finite_on_disk(folder)
+    assert not (folder / "result.json").exists() and read_run(folder).status == "diverged (10/10)"
+    with pytest.raises(NonFiniteError, match=r"nothing was saved\. Add nonfinite=rollback"):
+        run("nonfinite=skip")
+    assert run("nonfinite=rollback")[0] == 0
+    assert (folder / "result.json").exists() and finite_on_disk(folder)
+
+
+def test_without_a_checkpoint_the_advice_is_another_run(run, plant, tmp_path):
+    plant("blocks.0.attn.qkv", "unused row", steps=(2,))
+    for policy in ("stop", "rollback"):
+        with pytest.raises(NonFiniteError, match=r"optim\.lr|checkpoint\.every"):
+            run(f"nonfinite={policy}")
+    assert not checkpoints(tmp_path / "runs" / "test" / "checkpoints")
+
+
+def test_a_state_that_goes_bad_after_each_rollback_ends_the_run(run, plant):
+    plant("blocks.0.attn.qkv", "unused row", steps=range(3, 99))
+    with pytest.raises(NonFiniteError, match=r"step 6: .*came back after a rollback; .*optim\.lr"):
+        run("nonfinite=rollback", "checkpoint.every=2")
+
+
+@pytest.mark.parametrize("eps", ["0", "1e-46"])
+def test_an_eps_that_is_zero_in_fp32_is_refused(eps):
+    """A row of the embedding without a gradient would be 0 / 0 at the first step."""
+    with pytest.raises(ConfigError, match=rf"optim\.eps={eps}: needs"):
+        compose([f"optim.eps={eps}"])
+
+
+def test_the_check_of_a_state_is_exact():
+    tensors = {"weight": torch.full((4, 4), 3e38), "count": torch.tensor([1, 2]), "empty": torch.empty(0)}
+    assert non_finite(tensors) == []  # its sum overflows, its values don't
+    for bad in (NAN, float("inf"), -float("inf")):
+        tensors["weight"][2, 1] = bad
+        assert non_finite(tensors | {"fine": torch.zeros(3)}) == ["weight"]
+
+
+def test_a_checkpoint_written_before_saves_were_checked_is_refused(run, monkeypatch):
+    monkeypatch.setattr("training.checkpoint.state.non_finite", lambda *_: [])
+    build = building_blocks.build_model
+    monkeypatch.setattr(building_blocks, "build_model", lambda *a, **k: spoiled(*build(*a, **k)))
+    _, folder = run()
+    monkeypatch.undo()
+    with pytest.raises(CheckpointError, match=r"not finite \(model\.embed\.weight"):
+        load_trained(folder)
+    (folder / "result.json").unlink()
+    with pytest.raises(CheckpointError, match="not finite"):
+        run()
+
+
+def spoiled(model, init_hash):
+    with torch.no_grad():
+        model.embed.weight[UNUSED] = NAN
+    return model, init_hash
 
 
 def test_guard_freezes_until_lowered():

@@ -25,17 +25,19 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from training.checkpoint.manifest import read_meta, step_name
 from training.checkpoint.publish import CommitThread, Job
 from training.checkpoint.storage import (
+    NAMES_SHOWN,
     CheckpointError,
+    NonFiniteState,
     ShardReader,
     StagingBuffers,
     StagingWriter,
     dtype_named,
+    first_names,
     read_index,
 )
 
 # What index, manifest and the file system's own records take beside the tensors.
 SPARE_BYTES = 64 * 2**20
-NAMES_SHOWN = 5
 
 
 @dataclass
@@ -72,6 +74,29 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
                     raise CheckpointError(f"optimizer {i} keeps {key!r} as {type(value).__name__}; make it a tensor")
                 tensors[f"optim.{i}.{names[parameter]}.{key}"] = value
     return tensors
+
+
+def non_finite(tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> list[str]:
+    """Names of the tensors with a NaN or an infinity, in any rank's part where a group is given (collective)."""
+    bad = _non_finite_here(tensors)
+    if group is None:
+        return bad
+    found: list[list[str]] = [[] for _ in range(dist.get_world_size(group))]
+    dist.all_gather_object(found, bad, group=group)
+    return sorted({name for names in found for name in names})
+
+
+@torch.no_grad()
+def _non_finite_here(tensors: dict[str, Tensor]) -> list[str]:
+    """One fused pass and one wait for the device: a finite sum of magnitudes has finite terms only. Where it isn't
+    finite (large values overflow it, too), each tensor is looked at exactly."""
+    parts = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in tensors.items() if t.is_floating_point()}
+    parts = {name: part for name, part in parts.items() if part.numel()}
+    for device in {part.device for part in parts.values()}:
+        sums = torch._foreach_norm([part for part in parts.values() if part.device == device], 1)
+        if not bool(torch.stack([s.float() for s in sums]).isfinite().all()):
+            return [name for name, part in parts.items() if not bool(torch.isfinite(part).all())]
+    return []
 
 
 def _create_optimizer_state(state: TrainState) -> None:
@@ -147,12 +172,15 @@ class Checkpointer:
         """Save `state` as step state.step. Returns once the state is copied; writing goes on in a thread, unless
         `wait` or the Checkpointer isn't asynchronous. The previous save is waited for first.
 
-        Raises CheckpointError (disk full, folder not writable, a rank's failure), for the previous save or this one.
+        Raises CheckpointError (disk full, folder not writable, a rank's failure), for the previous save or this one,
+        and NonFiniteState, on every rank, where a value isn't finite: such a state never reaches the disk.
         """
         self.wait()
         if state.step == self._newest:
             return  # written by us already; to replace it would leave a moment without it
         self.before_save()
+        if bad := non_finite(state_tensors(state), self.group):
+            raise NonFiniteState(state.step, bad)
         begin = time.perf_counter()
         writer = StagingWriter(self.root, step_name(state.step), self._buffers, self._check_space)
         try:
@@ -237,7 +265,8 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
     """Fill `state` in place from the checkpoint folder `path` (verify it first: manifest.latest_good). Collective.
 
     Works for any world size and wrapper, whatever they were at the save. Raises CheckpointError if the checkpoint is of
-    another run (hash), or its tensors aren't exactly the state's (names, shapes, dtypes); nothing is loaded then.
+    another run (hash), or its tensors aren't exactly the state's (names, shapes, dtypes), and nothing is loaded then;
+    or if it holds a value that isn't finite (written before saves were checked).
     """
     path = Path(path)
     meta = read_meta(path)
@@ -253,6 +282,7 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
     tensors = state_tensors(state)
     _check_same(path, index, tensors)
     read_tensors(path, tensors, group)
+    _refuse_bad(path, tensors, group)
     state.step, state.tokens, state.extra = meta["step"], meta["tokens"], meta["extra"]
 
 
@@ -262,7 +292,16 @@ def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     _check_same(path, {k: v for k, v in read_index(path).items() if k.startswith("model.")}, tensors)
     read_tensors(path, tensors)
+    _refuse_bad(path, tensors)
     return read_meta(path)
+
+
+def _refuse_bad(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:
+    if bad := non_finite(tensors, group):
+        raise CheckpointError(
+            f"{path} holds values that are not finite ({first_names(bad)}). Move that folder away, or give an earlier "
+            "step: an earlier checkpoint may be whole"
+        )
 
 
 def read_tensors(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

@@ -44,6 +44,7 @@ TEMPORARY = ".tmp-"  # how the names of folders begin that are being written or 
 # A power of two, because the pinned-memory allocator rounds a request up to one.
 FILE_BYTES = 2**30
 IO_THREADS = 4
+NAMES_SHOWN = 5
 SAFETENSORS_DTYPES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -62,6 +63,20 @@ SAFETENSORS_DTYPES = {
 
 class CheckpointError(RuntimeError):
     """A checkpoint can't be written, isn't whole, or doesn't fit the run; the message says which and what to do."""
+
+
+class NonFiniteState(CheckpointError):
+    """A NaN or infinity in weights or optimizer state; `names`: the stored names of the tensors. Nothing was saved."""
+
+    def __init__(self, step: int, names: list[str]) -> None:
+        super().__init__(f"step {step} was not saved: values that are not finite in {first_names(names)}")
+        self.step, self.names = step, names
+
+
+def first_names(names: list[str]) -> str:
+    """The first few of them, and how many more."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(sorted(names)[:NAMES_SHOWN]) + more
 
 
 @dataclass(frozen=True)
