@@ -1,6 +1,7 @@
 """Train a language model with 4-bit recipes: python train.py [key=value ...]; python train.py --help."""
 
 import os
+import shlex
 import sys
 
 # Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> int:
     from training.start.launch import Request, launch
 
     with one_line_errors() as outcome:
-        outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, " ".join(sys.argv)))
+        outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, shlex.join(sys.argv)))
     leave(outcome.code)
     return outcome.code
 

@@ -7,6 +7,7 @@ stored compressed, nats in FP32: a loss moves by less than 1e-8.
 """
 
 import json
+import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -69,9 +70,17 @@ def without_paths(content: dict) -> dict:
     """Where text and runs lay is nobody's business, and the command begins with the script's name alone."""
     content = {key: value for key, value in content.items() if key != "data_path"}
     if content.get("command"):
-        script, *words = content["command"].split(" ")
-        content["command"] = " ".join([Path(script).name, *(word for word in words if not word.startswith(PLACES))])
+        script, *words = words_of(content["command"])
+        content["command"] = shlex.join([Path(script).name, *(word for word in words if not word.startswith(PLACES))])
     return content
+
+
+def words_of(command: str) -> list[str]:
+    """The words of a recorded command; older runs joined them by spaces, without the shell's quotes."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return command.split(" ")
 
 
 def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) -> dict | None:

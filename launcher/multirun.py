@@ -1,6 +1,7 @@
 """Several runs from one command, one after another, each in its own process: nothing leaks from one to the next."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -22,14 +23,14 @@ def run_all(overrides: list[str]) -> int:
     checked(jobs)
     codes = []
     for number, job in enumerate(jobs, 1):
-        print(f"\n[{number}/{len(jobs)}] train.py {' '.join(job)}", flush=True)
+        print(f"\n[{number}/{len(jobs)}] train.py {shlex.join(job)}", flush=True)
         code, stopped = run_one(job)
         codes.append(code)
         if stopped:
             print(f"stopped; {len(jobs) - number} of {len(jobs)} runs not started", file=sys.stderr)
             break
     for job, code in zip(jobs, codes, strict=False):
-        print(f"{'ok' if code == 0 else f'exit code {code}':<14} {' '.join(job)}")
+        print(f"{'ok' if code == 0 else f'exit code {code}':<14} {shlex.join(job)}")
     return next((code for code in codes if code), 0)
 
 
@@ -46,14 +47,14 @@ def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
 
             derive(config, shape_of(config, config.data.vocab_size).parameters_non_embedding, world)
         except ValueError as error:
-            raise ConfigError(f"in {' '.join(job)}: {error}") from error
+            raise ConfigError(f"in {shlex.join(job)}: {error}") from error
         twin = seen.setdefault(found[-1].yaml, job)
         if twin is not job:
-            raise ConfigError(f"{' '.join(twin)} and {' '.join(job)} are the same run; list each value once")
+            raise ConfigError(f"{shlex.join(twin)} and {shlex.join(job)} are the same run; list each value once")
         name = config.run.name
         if name is not None and named.setdefault(name, job) != job:
             raise ConfigError(
-                f"run.name={name}: {' '.join(named[name])} and {' '.join(job)} would share one folder; leave "
+                f"run.name={name}: {shlex.join(named[name])} and {shlex.join(job)} would share one folder; leave "
                 "run.name out, and each run gets a name of its own"
             )
     return found
@@ -70,7 +71,7 @@ def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) ->
             print(slurm.described(len(jobs), options))
             return show_plans(jobs, composed, nodes, processes)
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
-            print(f"job {number}: train.py {' '.join(job)}")
+            print(f"job {number}: train.py {shlex.join(job)}")
     except slurm.GridError as error:
         raise ConfigError(str(error)) from error
     return 0
@@ -85,7 +86,7 @@ def show_plans(jobs: list[list[str]], composed: list[Composed], nodes: int, proc
     with one_line_errors() as outcome:
         ranks = Dist(0, nodes * processes, 0, setup().device, local_world=processes)
         for job, one in zip(jobs, composed, strict=True):
-            command = f"train.py {' '.join(job)}"
+            command = shlex.join(["train.py", *job])
             request = Request(one.config, one.yaml, one.choices, command)
             print(f"\n{command}", plan(request, ranks), sep="\n")
         outcome.code = 0

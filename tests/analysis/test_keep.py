@@ -1,4 +1,5 @@
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -73,15 +74,21 @@ def test_a_run_that_lacks_a_file_leaves_nothing(tmp_path):
     assert not (tmp_path / "kept").exists()
 
 
-COMMAND = "/home/me/nibble/train.py quant=sr data.path=/home/me/t data.files=/home/me/*.txt paths.runs=/home/me seed=1"
+WORDS = ["/home/me/nibble/train.py", "quant=sr", "data.path=/home/me/t", "data.files=/home/me/a b.txt", "seed=1"]
+WORDS += ["paths.runs=/home/me", "run.name='a b'"]
 
 
 def test_paths_of_this_machine_stay_here(tmp_path):
-    path = write_run(tmp_path / "runs", data_path="/home/me/tokens", command=COMMAND)
+    path = write_run(tmp_path / "runs", data_path="/home/me/tokens", command=shlex.join(WORDS))
     with open(path / "metrics.jsonl", "a") as file:
         file.write('{"kind": "event", "event": "checkpoint", "step": 100, "path": "/home/me/runs/x"}\n')
     kept = read_run(keep(read_run(path), tmp_path / "kept"))
-    assert kept.events[-1]["event"] == "checkpoint" and kept.info["command"] == "train.py quant=sr seed=1"
+    assert kept.events[-1]["event"] == "checkpoint" and shlex.split(kept.info["command"]) == [
+        "train.py",
+        "quant=sr",
+        "seed=1",
+        "run.name='a b'",
+    ]
     assert not any("/home/me" in file.read_text() for file in kept.path.glob("*.json*"))
 
 

@@ -6,9 +6,12 @@ result.json                                         at the end
 """
 
 import json
+import os
 import platform
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,9 @@ from base.files import write_json, write_text
 from training.records.identity import refuse_other
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "numpy", "hydra-core", "omegaconf", "tokenizers", "transformer-engine")
+THIS_FILE = str(Path(__file__).resolve().relative_to(ROOT))
+UNKNOWN = "unknown"
+PACKAGES = ("nibble-train", "torch", "triton", "numpy", "hydra-core", "omegaconf", "tokenizers", "transformer-engine")
 
 
 class RunFolder:
@@ -69,11 +74,12 @@ ROOM_FOR_RUNS = (
 )
 
 
-def environment(device: torch.device, world: int, backends: dict[str, str]) -> dict[str, Any]:
-    """Commit, versions, device and the torch switches that can move the last bits."""
+def environment(
+    device: torch.device, world: int, backends: dict[str, str], configs: Iterable[Path] = ()
+) -> dict[str, Any]:
+    """Code, versions, device and the torch switches that can move the last bits. `configs`: the YAML files in use."""
     return {
-        "commit": git("rev-parse", "HEAD"),
-        "dirty": bool(git("status", "--porcelain", "--untracked-files=no")),
+        **code_state(configs),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {name: version for name in PACKAGES if (version := installed(name))},
@@ -86,8 +92,38 @@ def environment(device: torch.device, world: int, backends: dict[str, str]) -> d
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
             "threads": torch.get_num_threads(),
         },
-        "command": " ".join(sys.argv),
+        "command": shlex.join(sys.argv),
     }
+
+
+def code_state(configs: Iterable[Path] = ()) -> dict[str, Any]:
+    """{commit, dirty, untracked} of our own repository; commit and dirty are "unknown" where there is none or no git.
+
+    Another repository around an installed copy isn't ours: its commit says nothing about this code. `untracked`: files
+    of ours in use, imported or among `configs`, that the commit doesn't have; they make it dirty as changes do.
+    """
+    top, tracked = git("rev-parse", "--show-toplevel"), git("ls-files", "-z")
+    names = set((tracked or "").split("\0"))
+    if top is None or Path(top).resolve() != ROOT or THIS_FILE not in names:
+        return {"commit": UNKNOWN, "dirty": UNKNOWN, "untracked": []}
+    untracked = sorted({relative(path) for path in [*imported_files(), *configs]} - names)
+    changes = git("status", "--porcelain", "--untracked-files=no")
+    dirty = UNKNOWN if changes is None else bool(changes or untracked)
+    return {"commit": git("rev-parse", "HEAD") or UNKNOWN, "dirty": dirty, "untracked": untracked}
+
+
+def imported_files() -> list[Path]:
+    """Modules under our root that this process has imported; not an environment that lies there."""
+    prefix = Path(sys.prefix).resolve()
+    found = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    paths = [Path(file).resolve() for file in found if file]
+    return [path for path in paths if path.is_relative_to(ROOT) and not path.is_relative_to(prefix)]
+
+
+def relative(path: str | Path) -> str:
+    """As git names it; outside of our root the name alone: where it lies is nobody's business."""
+    path = Path(path).resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def device_name(device: torch.device) -> str:
@@ -113,9 +149,12 @@ def installed(name: str) -> str | None:
 
 
 def git(*arguments: str) -> str | None:
-    """Output of a git command in our repository, or None where there is no git or no repository."""
+    """Output of a git command in our root, or None where there is no git or no repository. GIT_DIR and its like, which
+    hooks set, would name another one."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    command = ["git", "-C", str(ROOT), *arguments]
     try:
-        done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, timeout=10)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, env=environment)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

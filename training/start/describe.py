@@ -8,6 +8,7 @@ import torch
 
 from data.tokens import TokenSet
 from models.shape import DecoderShape
+from quant import recipefile
 from quant.plan import Plan, plan_of
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
@@ -96,6 +97,13 @@ def run_info(
         "cell": request.choices.get("cell"),
         "command": request.command,
     }
+
+
+def config_files(choices: dict[str, str], plan: Plan) -> list[Path]:
+    """The YAML files that a run comes from: the options chosen, and the recipes that rules name."""
+    chosen = [recipefile.FOLDER.parent / group / f"{option}.yaml" for group, option in choices.items()]
+    recipes = [recipefile.FOLDER / f"{entry.recipe.name}.yaml" for entry in plan.entries]
+    return [path for path in dict.fromkeys([*chosen, *recipes]) if path.exists()]
 
 
 def expected_vocab_size(config: TrainConfig) -> int:

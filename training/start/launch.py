@@ -35,7 +35,7 @@ from training.start.build import (
     set_torch_flags,
     slot_counter,
 )
-from training.start.describe import Request, Sketch, check, describe, screen
+from training.start.describe import Request, Sketch, check, config_files, describe, screen
 
 
 def launch(request: Request) -> int:
@@ -89,7 +89,7 @@ def train(request: Request, ranks: Dist) -> int:
             print(f"this run is finished (step {finished['step']}, {loss}): {folder.path}")
             return False
         print(text, flush=True)
-        env = environment(ranks.device, ranks.world, backends)
+        env = environment(ranks.device, ranks.world, backends, config_files(request.choices, sketch.plan))
         if warning := moved(folder.read("env.json"), env):
             print(warning, flush=True)
         folder.write_start(sketch.run, request.yaml, sketch.plan.to_dict(), env, text)
