@@ -1,26 +1,14 @@
-"""Group runs by recipe, refuse to mix what can't be compared, and work out the rows of the comparison table."""
+"""Group runs by recipe and work out the rows of the comparison table."""
 
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
-from analysis.pairing import Floor, Gap, SeedGap, align, paired_gap, seed_gap
-from analysis.runs import EvalRows, Run, RunError
-
-# What two runs must share for their losses to mean the same thing: (field of run.json, what to call it).
-COMPARABLE = (
-    ("data_fingerprint", "data"),
-    ("tokenizer_hash", "tokenizer"),
-    ("vocab_size", "vocabulary"),
-    ("seq_len", "sequence length"),
-    ("tokens_per_step", "batch (tokens per step)"),
-    ("model", "model"),
-    ("parameters", "parameter count"),
-    ("steps", "steps"),
-)
+from analysis.alike import same_rows, some
+from analysis.pairing import Floor, Gap, SeedGap, paired_gap, seed_gap
+from analysis.runs import Run, RunError
 
 
 @dataclass(frozen=True)
@@ -85,18 +73,6 @@ class Row:
     percent: float
     tokens_per_second: float
     ratio: float
-
-
-def differences(runs: list[Run]) -> list[str]:
-    """Human-readable list of what the runs do not share but would have to; empty when they can be compared."""
-    found = []
-    for field, name in COMPARABLE:
-        values: dict[str, list[str]] = {}
-        for run in runs:
-            values.setdefault(str(run.info[field]), []).append(run.name)
-        if len(values) > 1:
-            found.append(f"{name} differs: " + "; ".join(f"{v} in {_some(names)}" for v, names in values.items()))
-    return found
 
 
 def group_runs(runs: list[Run], step: int | None = None) -> list[Group]:
@@ -204,7 +180,7 @@ def compare_pair(group: Group, base: Group, step: int, floor: Floor | None) -> t
     the same validation tokens.
     """
     runs = (*base.runs, *group.runs)
-    rows = same_text(runs, step)
+    rows = same_rows((run, step) for run in runs)
     ours, theirs = group.by_seed(), base.by_seed()
     pairs = shared_seeds(group, base)
     couples = [(ours[s][0], theirs[s][0]) for s in pairs] if pairs else [(group.runs[0], base.runs[0])]
@@ -217,31 +193,6 @@ def _judges(floor: Floor | None, runs: Iterable[Run], step: int) -> bool:
     """Is `step` these runs' end, and were they trained as those were whose ends the floor is about?"""
     ends = all(run.info["steps"] == step for run in runs)
     return floor is not None and ends and all(floor.conditions in (None, run.conditions) for run in runs)
-
-
-def same_text(runs: Iterable[Run], step: int) -> dict[Path, EvalRows]:
-    """{run folder: its rows at `step`}. RunError unless all are of the same validation tokens and give the logged loss.
-
-    How much text an evaluation takes is in no hash: only the rows tell that losses of two seeds mean the same thing.
-    """
-    rows: dict[Path, EvalRows] = {}
-    for run in runs:
-        rows[run.path] = run.rows_at(step)
-        first = next(iter(rows))
-        try:
-            align(rows[first], rows[run.path])
-        except ValueError as error:
-            raise RunError(f"{first} and {run.path}, step {step}: {error}") from None
-        _check_sum(run, step, rows[run.path])
-    return rows
-
-
-def _check_sum(run: Run, step: int, rows: EvalRows) -> None:
-    logged, summed = run.loss_at(step), rows.nats.sum() / rows.tokens.sum()
-    if math.isfinite(logged) and not abs(logged - summed) <= 1e-6 * max(1.0, abs(logged)):  # NaN rows are stale, too
-        raise RunError(
-            f"{run.path}: metrics.jsonl says {logged:.8f}, eval rows give {summed:.8f}; one of them is stale"
-        )
 
 
 def table(groups: list[Group], base: Group, floor: Floor | None = None) -> list[Row]:
@@ -266,7 +217,7 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
     losses = np.array(list(losses_at(group, step).values()))
     gap = text = None
     if group is base:
-        same_text(base.runs, step)  # compare_pair looks at both sides
+        same_rows((run, step) for run in base.runs)  # compare_pair looks at both sides
     else:
         gap, text = compare_pair(group, base, step, floor)
     base_loss = np.mean(list(losses_at(base, step).values()))
@@ -294,14 +245,8 @@ def _nothing_in_common(group: Group, base: Group) -> str:
     runs = base.runs if group is base else (*group.runs, *base.runs)
     empty = [run for run in runs if not len(run.evals["step"])]
     if ended := [f"{run.name} ({run.status})" for run in empty if run.diverged_at is not None]:
-        return (
-            f"diverged before any evaluation, so no figure is there to compare: {_some(ended)}; leave out, and say so"
-        )
+        return f"diverged before any evaluation, so no figure is there to compare: {some(ended)}; leave out, and say so"
     if empty:
-        return f"no evaluation yet in {_some([r.name for r in empty])}: leave out such runs, or wait for their first"
+        return f"no evaluation yet in {some([r.name for r in empty])}: leave out such runs, or wait for their first"
     who = f"the runs of {base.label}" if group is base else f"{group.label} and {base.label}"
     return f"{who} have no evaluation step in common; set the same evaluation interval"
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

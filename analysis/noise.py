@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from scipy.special import fdtri, stdtrit
 
+from analysis.alike import require_like_text
 from analysis.compare import group_runs, seed_means
 from analysis.pairing import CONFIDENCE, Floor, t_quantile
 from analysis.runs import Run, RunError, json_object
@@ -42,13 +43,17 @@ class Spread:
 
 
 def measure(runs: list[Run]) -> dict[str, dict]:
-    """{key: {kind: Spread fields, recipes: {label: {mean, sd, seeds}}}} of finished runs; empty kinds left out."""
+    """{key: {kind: Spread fields, recipes: {label: {mean, sd, seeds}}}} of finished runs; empty kinds left out.
+
+    ValueError for runs of one key that were scored on unlike text: equal amounts of it may be other documents.
+    """
     found: dict[str, dict] = {}
     keyed: dict[str, list[Run]] = {}
     for run in runs:
         if run.finished and math.isfinite(final_loss(run)):
             keyed.setdefault(run.conditions, []).append(run)
     for key, members in keyed.items():
+        require_like_text(members, "a noise floor")
         losses = seed_losses(members)
         spreads = {"rerun": pooled(reruns(members)), "nudge": pooled(nudges(members))}
         left = paired(losses)

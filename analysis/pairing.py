@@ -81,8 +81,7 @@ def align(a: EvalRows, b: EvalRows) -> tuple[np.ndarray, np.ndarray]:
     for key in ("sequence", "document", "tokens"):
         left, right = getattr(a, key)[order[0]], getattr(b, key)[order[1]]
         if left.shape != right.shape or not np.array_equal(left, right):
-            what = f"evaluations differ in {key}: not the same validation tokens, so no paired gap"
-            raise ValueError(f"{what}; compare.py --step N takes those of another step")
+            raise ValueError(f"evaluations differ in {key}: not the same validation tokens, so no paired gap")
     return order[0], order[1]
 
 

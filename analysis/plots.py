@@ -48,20 +48,32 @@ def figure(
     fig, axes = plt.subplots(
         1, panels, figsize=(13 if panels > 1 else 7, 5.2), dpi=120, layout="constrained", squeeze=False
     )
-    draw_losses(axes[0, 0], groups, style)
+    draw_losses(axes[0, 0], groups, style, unlike_text(groups, base))
     intervals = [row for row in rows if row.gap is not None and np.isfinite(row.gap.half_width)]
     if panels > 1:
         draw_gaps(axes[0, 1], groups, base, style, intervals, published or {})
     return fig
 
 
-def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]) -> None:
+def unlike_text(groups: list[Group], base: Group) -> list[str]:
+    """Labels of groups whose validation curves are of more or less text than the baseline's, or of several kinds."""
+
+    def scored(group: Group) -> set[float]:
+        return {float(count) for run in group.runs for count in run.targets[:1]}
+
+    return [group.label for group in groups if len(scored(group) | scored(base)) > 1]
+
+
+def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]], unlike: list[str]) -> None:
+    """`unlike`: groups whose validation curve is named instead of drawn: it is of other text than the baseline's."""
     ends, squares = [], ""
     for group in groups:
         colour, dash = style[group.label]
         for run in group.runs:
             x, y = smoothed(run)
             ax.plot(x, y, color=colour, linewidth=0.7, alpha=0.3)
+        if group.label in unlike:
+            continue
         per_step = group.runs[0].info["tokens_per_step"]
         steps, mean, _ = group_curve(group)
         ax.plot(steps * per_step, mean, color=colour, linestyle=dash, linewidth=1.6, marker="o", markersize=3)
@@ -71,7 +83,9 @@ def draw_losses(ax: Axes, groups: list[Group], style: dict[str, tuple[str, str]]
             squares = ", ■ on the final validation text"
         if len(every):
             ends.append((every[-1] * per_step, losses[-1], group.caption, colour))
-    style_axes(ax, "loss [nats/token]", f"Loss: validation (thick, mean over seeds{squares}), training (thin)")
+    left_out = f"; scored on other text, so not drawn: {', '.join(unlike)}" if unlike else ""
+    title = f"Loss: validation (thick, mean over seeds{squares}), training (thin){left_out}"
+    style_axes(ax, "loss [nats/token]", title)
     _zoom(ax, groups)
     end_labels(ax, ends)
 

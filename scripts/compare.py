@@ -9,8 +9,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("compare")
+
 from analysis import noise, pairs, published, tables
-from analysis.compare import Group, Row, differences, group_runs, pick_baseline, table
+from analysis.alike import differences
+from analysis.compare import Group, Row, group_runs, pick_baseline, table
 from analysis.runs import find_runs
 from base.files import write_text
 from base.terminal import existing, positive, quiet_pipes

@@ -14,6 +14,11 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("export_hf")
+
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer

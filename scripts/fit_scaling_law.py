@@ -13,9 +13,15 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("fit_scaling_law")
+
 from analysis import law as laws
 from analysis import law_report, noise, published
-from analysis.compare import Group, differences, group_runs, seed_means
+from analysis.alike import differences, require_like_text
+from analysis.compare import Group, group_runs, seed_means
 from analysis.published import Points
 from analysis.runs import Run, find_runs
 from base.files import write_json, write_text
@@ -40,14 +46,16 @@ def arguments() -> argparse.Namespace:
 def our_points(patterns: list[str]) -> dict[str, Points]:
     """{recipe label: {(N, D): final loss by on_baselines_seeds}} of finished runs; reruns of a seed are averaged first.
 
-    Left out: nudged runs, and cells of a recipe with a seed that diverged. ValueError for a cell whose runs can't be
-    compared, or that has a recipe in two variants (two learning rates, say).
+    Left out: nudged runs, and cells of a recipe with a seed that diverged. ValueError for runs of unlike text, a cell
+    whose runs can't be compared, or that has a recipe in two variants (two learning rates, say).
     """
+    runs = [run for run in (find_runs(patterns) if patterns else []) if not noise.is_nudged(run)]
+    runs = [run for run in runs if run.finished or run.diverged_at is not None]
+    require_like_text(runs, "a law")
     cells: dict[tuple[int, int], list[Run]] = {}
-    for run in find_runs(patterns) if patterns else []:
-        if not noise.is_nudged(run) and (run.finished or run.diverged_at is not None):
-            cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
-            cells.setdefault(cell, []).append(run)
+    for run in runs:
+        cell = (run.info["parameters_non_embedding"], run.info["steps"] * run.info["tokens_per_step"])
+        cells.setdefault(cell, []).append(run)
     points: dict[str, Points] = {}
     for cell, runs in cells.items():
         for label, loss in cell_losses(cell, runs).items():

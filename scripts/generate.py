@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("generate")
+
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, sample
 

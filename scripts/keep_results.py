@@ -10,6 +10,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("keep_results")
+
 from analysis.keep import check_names, keep, last_evaluations
 from analysis.runs import find_runs
 from base.terminal import positive, quiet_pipes

@@ -3,6 +3,7 @@
     python scripts/quant_audit.py                  # all recipes
     python scripts/quant_audit.py quartet2 sr --check --json audit.json
 
+Without names a recipe whose file is broken is named and left out, and the exit code is 1.
 --check exits with 1 if a published figure is missed by more than 1 %, a stochastic quantizer of a recipe is biased on
 dense data, SR with Four-over-Six is not, or MS-EDEN's GEMM gains less than 2.4 over SR's.
 """
@@ -15,11 +16,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("quant_audit")
+
 from base.files import write_json
 from base.terminal import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
+from quant.library import AnyRecipe
 from quant.plan import Precision
 from quant.recipe import Recipe
 
@@ -91,6 +98,19 @@ def curve_line(r: dict[str, Any], name: str) -> str:
     return f"{r['quantizer']:36}{name:10}{points}   {'stops at ' if part['is_biased'] else 'falls as 1/n; bias '}{size}"
 
 
+def load(names: list[str]) -> tuple[list[AnyRecipe], list[str]]:
+    """(recipes, what is wrong with the files of others). ValueError for a broken one that was asked for by name."""
+    loaded, broken = [], []
+    for name in names or library.names():
+        try:
+            loaded.append(Precision.from_dict(library.mapping(name)).recipe)
+        except (ValueError, OSError) as error:
+            if names:
+                raise
+            broken.append(str(error))
+    return loaded, broken
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipes", nargs="*", help=f"default: all ({', '.join(library.names())})")
@@ -99,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     backend.use("reference")
     try:
-        loaded = [Precision.from_dict(library.mapping(name)).recipe for name in args.recipes or library.names()]
+        loaded, broken = load(args.recipes)
         if args.json not in (None, "-"):
             Path(args.json).touch()  # what can't be written is found before a minute's work
     except (ValueError, OSError) as error:
@@ -121,7 +141,9 @@ def main(argv: list[str] | None = None) -> int:
         print("\nUsed by\n" + "\n".join(f"  {r['quantizer']:36}{', '.join(r['used_by'])}" for r in rows))
         print(f"\nGEMM with both operands quantized: SR's squared error is {ratio:.3f} times MS-EDEN's\n")
         print("\n".join(f"{'ok    ' if passed else 'FAILED'} {name}" for name, passed in verdicts.items()))
-    return 1 if args.check and not all(verdicts.values()) else 0
+    for error in broken:
+        print(f"quant_audit: left out: {error}", file=sys.stderr)
+    return 1 if broken or (args.check and not all(verdicts.values())) else 0
 
 
 if __name__ == "__main__":

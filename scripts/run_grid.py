@@ -26,6 +26,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("run_grid")
+
 from analysis import states
 from analysis.runs import RunError
 from base.files import write_text

@@ -18,18 +18,11 @@ from kernels.gemm import cutlass_impl
 from kernels.gemm.packed import rules
 from kernels.gemm.packed.operands import prepare
 from kernels.selftest.gemms import exact_operand
-from kernels.selftest.shapes import PUBLISHED, Layers
+from kernels.selftest.shapes import PUBLISHED, PUBLISHED_5090, Layers
 from kernels.selftest.shapes import gemms as gemms_of
 from kernels.spec import NVFP4_SCALES, QuantSpec
 
 TOKENS = 16 * 2048
-# Size -> (forward, forward + backward) speed-up over BF16 of Quartet II on an RTX 5090, and its milliseconds.
-PUBLISHED_5090 = {
-    "800M": ((4.15, 3.12), (1.80, 7.71)),
-    "3B": ((4.65, 3.64), (3.54, 14.01)),
-    "7B": ((4.75, 3.89), (5.94, 22.66)),
-    "22B": ((4.89, 4.19), (12.78, 46.22)),
-}
 PUBLISHED_B200 = "gains start at 3B, up to 2.5x forward + backward at 22B"
 FOUR_OVER_SIX = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six")
 MS_EDEN = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden")

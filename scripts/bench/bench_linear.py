@@ -14,9 +14,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("bench_linear")
+
 import torch
-from scripts.bench.roofline import AGAIN, FPROP_W, FPROP_X, GRADIENT, MACHINES
-from triton.testing import do_bench_cudagraph
 
 from base.files import write_json
 from kernels import backend
@@ -24,6 +27,7 @@ from kernels.selftest.shapes import PRESETS, Layers
 from kernels.spec import GEMMS
 from quant import library
 from quant import linear as layer_code
+from scripts.bench.roofline import AGAIN, FPROP_W, FPROP_X, GRADIENT, MACHINES
 
 PARTS = ("x, w", "fprop", "dy", "w again", "dgrad", "x again", "wgrad")
 RECIPES = "bf16,fp8,quartet2,nvidia,tetrajet2"
@@ -91,6 +95,8 @@ def tensors(made) -> list[torch.Tensor]:
 
 def measure(recipe_name: str, tokens: int, out_features: int, in_features: int) -> dict[str, float]:
     """Median microseconds of each part; a recipe that does nothing in a part leaves its graph empty."""
+    from triton.testing import do_bench_cudagraph  # here: --help needs no Triton
+
     warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
     torch.compiler.reset()
     times = {}

@@ -5,6 +5,8 @@ a share of a device-to-device copy measured in the same run. --tune times all la
 kernel, to be copied into triton_ops.CONFIGS. Bits are checked by scripts/check/check_fast.py, not here.
 """
 
+from __future__ import annotations  # Launch: without Triton there is none
+
 import argparse
 import itertools
 import multiprocessing
@@ -16,14 +18,25 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("bench_quantize")
+
 import torch
 from torch import Tensor
-from triton.testing import do_bench
 
 from base.files import write_json
-from kernels.quantize import triton_impl, triton_ops, triton_tiles
-from kernels.quantize.triton_ops import CONFIGS, Launch
 from kernels.spec import TABLE_A1
+
+try:
+    from triton.testing import do_bench
+
+    from kernels.quantize import triton_impl, triton_ops, triton_tiles
+    from kernels.quantize.triton_ops import CONFIGS, Launch
+except ModuleNotFoundError as error:  # --help needs no Triton
+    if error.name.partition(".")[0] != "triton":
+        raise
 
 PACKED_BYTES = 0.5 + 1 / 16
 

@@ -13,9 +13,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this repository first, whatever is installed
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("roofline")
+
 from base.terminal import positive, quiet_pipes
-from kernels.selftest.shapes import PRESETS, PUBLISHED, Layers
-from kernels.selftest.speed import PUBLISHED_5090
+from kernels.selftest.shapes import PRESETS, PUBLISHED, PUBLISHED_5090, Layers
 
 FP4_BYTES = 0.5 + 1 / 16  # of one element: half a byte of code, a sixteenth of an E4M3 scale
 SWIZZLE_BYTES = 2 / 16  # row-major scales read and written in the 128x4 layout

@@ -18,13 +18,25 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("check_fast")
+
 import torch
 from torch import Tensor
 
 from base.files import write_json
 from kernels.formats import nvfp4
-from kernels.quantize import Quantized, reference_impl, triton_impl
+from kernels.quantize import Quantized, reference_impl
 from kernels.spec import FP8_SCALES, NO_CLIP_MAX, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+
+try:
+    from kernels.quantize import triton_impl
+except ModuleNotFoundError as error:  # --help needs no Triton
+    if error.name.partition(".")[0] != "triton":
+        raise
+    triton_impl = None
 
 SPECS = {
     "rtn": QuantSpec.resolve("e2m1", NVFP4_SCALES),
@@ -234,7 +246,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write every comparison here")
     parser.add_argument("--verbose", action="store_true", help="print every comparison, not only the summary")
     args = parser.parse_args()
-    if reason := triton_impl.unavailable():
+    if reason := "no module triton: pip install triton" if triton_impl is None else triton_impl.unavailable():
         print(f"the Triton back end can't run here: {reason} (or set TRITON_INTERPRET=1)")
         return 2
     kernels: dict[tuple, list[Case]] = {}

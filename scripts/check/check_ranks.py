@@ -27,6 +27,13 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("check_ranks")
+
 import torch
 from verify_resume import REPOSITORY, TINY_MODEL, last_step, train_lines, wait_for
 

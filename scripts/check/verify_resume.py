@@ -12,6 +12,7 @@ samples consumed must still be the same at every step. Exit code 1 if anything d
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -26,8 +27,13 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
+from base.terminal import one_line_on_ctrl_c  # noqa: E402
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("verify_resume")
+
 from base.processes import kill_tree  # noqa: E402
-from base.terminal import positive  # noqa: E402
+from base.terminal import between, positive  # noqa: E402
 from training.checkpoint.manifest import checkpoints, latest_good  # noqa: E402
 from training.checkpoint.state import read_all  # noqa: E402
 
@@ -129,6 +135,16 @@ def damage_newest(folder: Path, draw: random.Random) -> str:
     return f"  {found[-1].name}/{file.name} {how}"
 
 
+@contextlib.contextmanager
+def ended_with_us(process: subprocess.Popen):
+    """No run goes on after Ctrl-C: it has a session of its own, which the keyboard doesn't reach."""
+    try:
+        yield
+    except BaseException:
+        kill_tree(process, signal.SIGKILL)
+        raise
+
+
 def wait_for(process: subprocess.Popen, condition, limit_s: float) -> bool:
     deadline = time.monotonic() + limit_s
     while process.poll() is None and time.monotonic() < deadline:
@@ -142,16 +158,17 @@ def killed_start(arguments, folder: Path, world: int, parallel: str, moment: str
     """Start the run and kill it at `moment`; None if it finished first."""
     begin, first = time.monotonic(), last_step(folder)
     process = start(arguments, folder, world, parallel)
-    if moment == "start-up":
-        wait_s = draw.uniform(0.5, 8)
-        process_ended = not wait_for(process, lambda: time.monotonic() - begin > wait_s, STALL_S)
-    elif moment == "save":
-        process_ended = not wait_for(process, lambda: is_saving(folder), STALL_S)
-        time.sleep(draw.uniform(0, 0.02))
-    else:
-        target = first + draw.randint(1, max(2, 2 * arguments.every))
-        process_ended = not wait_for(process, lambda: last_step(folder) >= target, STALL_S)
-        time.sleep(draw.uniform(0, arguments.step_seconds))
+    with ended_with_us(process):
+        if moment == "start-up":
+            wait_s = draw.uniform(0.5, 8)
+            process_ended = not wait_for(process, lambda: time.monotonic() - begin > wait_s, STALL_S)
+        elif moment == "save":
+            process_ended = not wait_for(process, lambda: is_saving(folder), STALL_S)
+            time.sleep(draw.uniform(0, 0.02))
+        else:
+            target = first + draw.randint(1, max(2, 2 * arguments.every))
+            process_ended = not wait_for(process, lambda: last_step(folder) >= target, STALL_S)
+            time.sleep(draw.uniform(0, arguments.step_seconds))
     if process_ended and process.poll() is not None:
         if process.returncode:
             raise SystemExit(f"the run failed by itself (exit code {process.returncode}); see {folder}.log")
@@ -163,8 +180,10 @@ def killed_start(arguments, folder: Path, world: int, parallel: str, moment: str
 
 def run_to_end(arguments: argparse.Namespace, folder: Path, world: int, parallel: str) -> None:
     process = start(arguments, folder, world, parallel)
-    if process.wait():
-        raise SystemExit(f"the run failed (exit code {process.returncode}); see {folder}.log")
+    with ended_with_us(process):
+        code = process.wait()
+    if code:
+        raise SystemExit(f"the run failed (exit code {code}); see {folder}.log")
 
 
 def differing_tensors(left: Path, right: Path) -> list[str]:
@@ -236,16 +255,20 @@ def worlds(text: str) -> str:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="config overrides as for train.py")
-    parser.add_argument("--steps", type=int, default=120, help="length of the run")
-    parser.add_argument("--every", type=int, default=4, help="steps between checkpoints")
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--damage", type=float, default=0.0, help="share of kills that also damage a checkpoint")
+    parser.add_argument("--steps", type=positive, default=120, help="length of the run")
+    parser.add_argument("--every", type=positive, default=4, help="steps between checkpoints")
+    parser.add_argument("--kills", type=positive, default=20)
+    parser.add_argument(
+        "--damage", type=between(0, 1), default=0.0, help="share of kills that also damage a checkpoint"
+    )
     parser.add_argument("--signal", default="KILL", choices=["KILL", "TERM", "USR1", "INT"])
     parser.add_argument("--worlds", type=worlds, default="1", help="numbers of processes to choose from, such as 1,2")
     parser.add_argument("--parallel", default="auto", help="parallel modes to choose from, such as ddp,fsdp")
-    parser.add_argument("--tolerance", type=float, help="nats; default 0 (bitwise), 1e-3 if worlds or modes vary")
+    parser.add_argument(
+        "--tolerance", type=between(0, 1), help="nats; default 0 (bitwise), 1e-3 if worlds or modes vary"
+    )
     parser.add_argument("--random", type=int, default=0, help="seed of the random moments")
-    parser.add_argument("--step-seconds", type=float, default=1.0, help="spread of a kill within a step")
+    parser.add_argument("--step-seconds", type=between(0, 3600), default=1.0, help="spread of a kill within a step")
     parser.add_argument("--folder", help="where the runs go; default a new temporary folder")
     return parser.parse_args()
 
@@ -266,7 +289,9 @@ def main() -> int:
     inside = sum(kill.saving for kill in kills)
     print(f"{len(kills)} kills ({arguments.signal}), {inside} of them in a save; compared {how}: ", end="")
     print("equal" if not faults else f"{len(faults)} differences\n  " + "\n  ".join(faults[:20]))
-    return 1 if faults else 0
+    if not kills:
+        print("no start was killed before its end, so nothing is proved: give more --steps")
+    return 1 if faults or not kills else 0
 
 
 if __name__ == "__main__":

@@ -23,6 +23,13 @@ import tempfile
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("carry_te")
+
 FATBIN_MAGIC = 0xBA55ED50
 ARCH_OFFSET = 28  # of the 32-bit architecture number in a fatbin entry's header
 

@@ -23,6 +23,13 @@ import time
 import zipfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("install_te")
+
 LIBRARY = "transformer_engine/wheel_lib/libtransformer_engine.so"
 
 # Largest relative error (Frobenius) of Y, dX, dW against FP32 on Gaussian operands. An E4M3 operand with one scale

@@ -264,3 +264,37 @@ def test_runs_that_make_no_one_point_are_refused(tmp_path, change, message):
     write_run(tmp_path, "bf16", 1, 2.9, name="other", **change)
     with pytest.raises(ValueError, match=message):
         our_points(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data_fingerprint": "x"}, "a law needs runs of like text: data differs: .*x in large"),
+        ({"tokenizer_hash": "x"}, "tokenizer differs"),
+        ({"vocab_size": 7}, "vocabulary differs"),
+        ({"seq_len": 64}, "sequence length differs"),
+        ({"rows_seed": 8}, "large and .*small, step 100: .*not the same validation tokens"),
+    ],
+)
+def test_all_cells_of_a_law_are_of_like_text(tmp_path, change, message):
+    """Another corpus for one size gave other parameters without a word; so did other validation text."""
+    write_run(tmp_path, "bf16", 0, 3.0, name="small")
+    write_run(tmp_path, "bf16", 0, 2.9, name="large", parameters_non_embedding=10**8, **change)
+    with pytest.raises(ValueError, match=message):
+        our_points(tmp_path)
+
+
+def test_a_batch_of_its_own_for_each_size_is_like_text(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0, name="small")
+    write_run(tmp_path, "bf16", 0, 2.9, name="large", parameters_non_embedding=10**8, tokens_per_step=2048)
+    assert len(our_points(tmp_path)["bf16"]) == 2
+
+
+def test_losses_on_our_text_are_not_drawn_among_published_ones():
+    from analysis import law_plots
+
+    fitted, factors = {"q": law.Factors(0.8, 0.93, 0.0, 20)}, {"q": ((0.7, 0.9), (0.9, 1.0))}
+    ours = {"bf16": {CELLS[7]: 2.0}, "q": {CELLS[7]: 2.1}}
+    figure = law_plots.figure(TRUE, points(), {"q": points(0.8)}, fitted, factors, ours)
+    stars = [ax for ax in figure.axes if any(line.get_marker() == "*" for line in ax.lines)]
+    assert len(stars) == 1 and "gap" in stars[0].get_title(loc="left")

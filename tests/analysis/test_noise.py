@@ -252,3 +252,10 @@ def test_runs_scored_on_more_text_at_the_end_have_their_own_floor(tmp_path):
     (path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     (entry,) = noise.measure(find_runs([f"{tmp_path}/*"])).values()
     assert entry["recipes"]["bf16"]["seeds"] == 2 and entry["seed"]["df"] == 1
+
+
+def test_runs_scored_on_equally_much_other_text_make_no_floor(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    write_run(tmp_path, "bf16", 1, 3.1, rows_seed=8)
+    with pytest.raises(ValueError, match=r"not the same validation tokens.*a noise floor needs"):
+        noise.measure(find_runs([f"{tmp_path}/*"]))

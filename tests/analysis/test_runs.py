@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from synthetic import non_finite, write_run
 
-from analysis.compare import same_text
+from analysis.alike import same_rows
 from analysis.runs import ROW_KEYS, RunError, find_runs, read_run
 
 
@@ -76,7 +76,7 @@ def test_rows_of_unequal_lengths_and_not_a_number_are_errors(tmp_path):
     rows["nats"][3] = np.nan
     np.savez(path / "eval" / "100.npz", **rows)
     with pytest.raises(RunError, match="eval rows give nan; one of them is stale"):
-        same_text([read_run(path)], 100)
+        same_rows([(read_run(path), 100)])
 
 
 def test_a_steps_time_is_the_median_after_the_first_tenth(tmp_path):

@@ -2,8 +2,7 @@
 
 import pytest
 
-from kernels.selftest.shapes import PUBLISHED, Layers
-from kernels.selftest.speed import PUBLISHED_5090
+from kernels.selftest.shapes import PUBLISHED, PUBLISHED_5090, Layers
 from scripts.bench import roofline
 
 MACHINE = roofline.Machine("unit", fp4=1.0, bf16=0.25, bandwidth=1.0, memory_gb=1, source="")

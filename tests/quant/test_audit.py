@@ -134,3 +134,20 @@ def test_unknown_recipe_is_one_clear_error(script, capsys):
     with pytest.raises(SystemExit, match="2"):
         script.main(["nvfp4_rtn", "--json", "/proc/x/y"])
     assert "/proc/x/y" in capsys.readouterr().err
+
+
+def test_a_broken_recipe_file_is_named_and_the_others_are_audited(script, monkeypatch, tmp_path, capsys):
+    for name, text in (("broken", "fprop: {x: [1\n"), ("unknown", "name: unknown\nfprop: {x: {grid: e9}}\n")):
+        (tmp_path / f"{name}.yaml").write_text(text)
+    (tmp_path / "fp8.yaml").write_text((library.FOLDER / "fp8.yaml").read_text())
+    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    loaded, broken = script.load([])
+    assert [recipe.name for recipe in loaded] == ["fp8"] and len(broken) == 2 and "broken.yaml" in broken[0]
+    with pytest.raises(SystemExit):
+        script.main(["fp8", "broken"])
+    assert "broken.yaml" in capsys.readouterr().err
+    monkeypatch.setattr(script.audit, "quantizers", lambda recipes: {})
+    monkeypatch.setattr(script, "row", lambda *_: {})
+    monkeypatch.setattr(script, "checks", lambda *_: {})
+    assert script.main(["--json", "-"]) == 1
+    assert capsys.readouterr().err.count("quant_audit: left out: ") == 2
