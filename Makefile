@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 # The CPU wheel of torch where pip offers one; the constraints pin what CI tests.
 CONSTRAINTS := requirements/ci.txt
 
-.PHONY: help quickstart test lint kernels-check faults clean
+.PHONY: help quickstart test lint kernels-check faults net clean
 
 help:
 	@echo "make quickstart     install, train bf16 and quartet2 on the Python documentation, compare (CPU, no download)"
 	@echo "make test           install what the tests need and run them (what CI runs)"
 	@echo "make lint           ruff format --check and ruff check"
 	@echo "make kernels-check  compile the CUDA kernels with nvcc and check them on the host (minutes; needs nvcc)"
+	@echo "make net BASE=REV   compare every result with that of commit REV, bit for bit (minutes)"
 	@echo "make faults         kills, full disks, damaged checkpoints, with counts (minutes)"
 
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -55,6 +56,11 @@ kernels-check: $(VENV)/.installed-dev
 
 faults: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -m faults tests/faults -s
+
+# The last commit before the code was opened to new formats, products and hooks.
+BASE ?= 8e55133
+net: $(VENV)/.installed-dev
+	$(BIN)/python scripts/check/net.py --base $(BASE)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
