@@ -53,6 +53,7 @@ QUANTIZERS = {
     "e5m2": {"grid": "e5m2", "scales": ["tensor fp32"], "tensor_scale": "pow2"},
 }
 POINTWISE = ("swiglu", "rope", "add_norm")
+PACKED_FAMILIES = ("normal", "dead_blocks", "huge", "inf")
 ROTATIONS = (None, 16, 128)
 RANDOM_RECIPES = 1500  # mappings drawn; about one in ten is legal
 
@@ -161,25 +162,23 @@ def one_quantizer(name: str, rotation: int | None) -> Recipe | None:
 
 
 def problem(family: str, m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    x, dy = families(m, k, 1)[family], families(m, n, 2)[family] if family == "huge" else None
-    dy = families(m, n, 2)[family] * 2.0**-10 if dy is None else dy
-    w = families(n, k, 3)[family].float()
-    return x, w * (1 + 2.0**-11) if family != "huge" else w, dy  # an FP32 master that BF16 rounds
+    """X [M,K], W [N,K] and dY [M,N] of a family: dY small, W an FP32 master that BF16 rounds; huge as it is."""
+    x, w, dy = families(m, k, 1)[family], families(n, k, 3)[family].float(), families(m, n, 2)[family]
+    return (x, w, dy) if family == "huge" else (x, w * (1 + 2.0**-11), dy * 2.0**-10)
 
 
-def quantizers(
-    names: tuple = tuple(QUANTIZERS), rotations: tuple = ROTATIONS, size: tuple = (128, 128, 256)
-) -> Results:
-    """Every quantizer in all slots, over all families, rotated and not, as values and as packed codes."""
+def quantizers() -> Results:
+    """Every quantizer in all slots over all families, rotated and not, as values; over some of them as packed codes."""
     out: Results = {}
-    problems = {family: problem(family, *size) for family in families(16, 16, 0)}
+    problems = {family: problem(family, 128, 128, 256) for family in families(16, 16, 0)}
     for preset in PRESETS:
         backend.use(preset)
-        for name in names:
-            for rotation in rotations:
+        for name in QUANTIZERS:
+            for rotation in ROTATIONS:
                 recipe = one_quantizer(name, rotation)
                 for family, tensors in problems.items() if recipe else ():
-                    out |= named(f"{name}/{rotation}/{family}/{preset}", layer_results(recipe, *tensors))
+                    if preset == "reference" or family in PACKED_FAMILIES:
+                        out |= named(f"{name}/{rotation}/{family}/{preset}", layer_results(recipe, *tensors))
     return out
 
 
