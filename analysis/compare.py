@@ -66,6 +66,7 @@ class Row:
     tokens: int
     final: float
     bpb: float
+    bpb_is_approximate: bool
     sd: float
     best: float
     gap: SeedGap | None
@@ -231,6 +232,7 @@ def _row(group: Group, base: Group, floor: Floor | None) -> Row:
         tokens=step * group.runs[0].info["tokens_per_step"],
         final=float(losses.mean()),
         bpb=mean_over_seeds(group, lambda run: run.loss_at(step, "bpb")),
+        bpb_is_approximate=any(run.bpb_is_approximate for run in group.runs),
         sd=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
         best=mean_over_seeds(group, lambda run: run.best_loss),
         gap=gap,

@@ -4,7 +4,6 @@ Unfinished runs are normal (no result, the last line half written, evaluations m
 Anything else out of format is an error that names the file and the line: a silently skipped line would change a figure.
 """
 
-import glob
 import json
 import shlex
 import zipfile
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from base.files import glob_paths
 
 RUN_KEYS = (
     "name",
@@ -157,6 +158,11 @@ class Run:
             raise KeyError(f"{self.path}: no evaluation at step {step}")
         return float(self.evals[field][where[-1]])
 
+    @property
+    def bpb_is_approximate(self) -> bool:
+        """True where the tokenizer lost part of the validation text (EvalSet.summary)."""
+        return bool(np.nansum(self.evals["bpb_approximate"]))
+
     @cached_property
     def targets(self) -> np.ndarray:
         """Tokens scored at each evaluation [evaluations]: the last one often covers more text than the others.
@@ -232,7 +238,7 @@ def read_run(path: str | Path, records: list[dict] | None = None) -> Run:
         path=path,
         info=info,
         train=_columns(path, records, "train", TRAIN_KEYS, optional=("others_gib",)),
-        evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets",)),
+        evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets", "bpb_approximate")),
         events=[r for r in records if r["kind"] == "event"],
         result=result,
     )
@@ -253,8 +259,8 @@ def find_runs(patterns: list[str]) -> list[Run]:
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
-        is_glob = any(c in pattern for c in "*?[")
-        found = [Path(p) for p in sorted(glob.glob(pattern))] if is_glob else [Path(pattern)]
+        is_glob = any(c in pattern for c in "*?[") and not Path(pattern).exists()
+        found = glob_paths(pattern) if is_glob else [Path(pattern)]
         if is_glob:
             found = [p for p in found if (p / "run.json").exists()]
         elif not found[0].exists():

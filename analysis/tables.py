@@ -14,6 +14,7 @@ NOTE = (
     "95 %, over training seeds. Text SE: standard error of the same gap over validation documents (jackknife), for "
     "these trained models only. Intervals are not corrected for the number of recipes compared."
 )
+APPROXIMATE = "~: bits per byte are approximate, since the tokenizer doesn't give the validation text back unchanged."
 HEADER = (
     "recipe",
     "seeds",
@@ -60,7 +61,8 @@ def methods(rows: list[Row]) -> str:
     """How the intervals were made, each way once, and on how much text."""
     found = dict.fromkeys(row.gap.method for row in rows if row.gap)
     texts = dict.fromkeys(_documents(row.text) for row in rows if row.text)
-    return f"Intervals by: {'; '.join(found)}. {' '.join(texts)}" if found else "One recipe: no gap to judge."
+    note = f"Intervals by: {'; '.join(found)}. {' '.join(texts)}" if found else "One recipe: no gap to judge."
+    return f"{note} {APPROXIMATE}" if any(row.bpb_is_approximate for row in rows) else note
 
 
 def _text_se(row: Row) -> float:
@@ -83,7 +85,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.seeds}" if row.runs == row.seeds else f"{row.seeds} ({row.runs} runs)",
         tokens(row.tokens),
         _number(row.final, "{:.4f}"),
-        _number(row.bpb, "{:.4f}"),
+        _number(row.bpb, "~{:.4f}" if row.bpb_is_approximate else "{:.4f}"),
         _number(row.sd * 1e3, "{:.2f}"),
         _number(row.best, "{:.4f}"),
         signed(gap.mean * 1e3 if gap else math.nan),
@@ -132,6 +134,9 @@ def to_csv(rows: list[Row]) -> str:
         values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", _text_se(row)]
         values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
         lines.append(values)
+    if any(row.bpb_is_approximate for row in rows):  # a column more only where it says something
+        header = (*CSV_HEADER, "final_bpb_approximate")
+        return csv_text(header, [[*line, row.bpb_is_approximate] for line, row in zip(lines, rows, strict=True)])
     return csv_text(CSV_HEADER, lines)
 
 

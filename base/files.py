@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -61,6 +62,20 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON-able value atomically, one key a line."""
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def shown(name: Any) -> str:
+    """A path or another name as one printable line: a line feed or an escape in it would steer the terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
+def glob_paths(pattern: str) -> list[Path]:
+    """The files and folders that a pattern means, sorted. What exists is itself, also with * ? or [ in its name."""
+    if os.path.lexists(pattern):
+        return [Path(pattern)]
+    known = next(folder for folder in Path(pattern).parents if os.path.exists(folder))
+    found = glob.glob(str(Path(pattern).relative_to(known)), root_dir=known, recursive=True)
+    return [known / name for name in sorted(found)]
 
 
 def flock(descriptor: int, how: int) -> None:

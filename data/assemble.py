@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from base.files import atomic_write, json_hash, sha256_of
-from data.parts import BYTES, GROUP, INEXACT, IS_VAL, TOKENS, load_part
+from data.parts import BAD_ROWS, BYTES, GROUP, INEXACT, IS_VAL, LOSSY, TEXT, TOKENS, load_part
 from data.tokenizer import TextTokenizer, dtype_for
 
 FORMAT = 1
@@ -17,22 +17,28 @@ _WRITE_BYTES = 1 << 22
 
 
 def assemble(
-    folder: Path, parts: dict[str, list[Path]], tokenizer: TextTokenizer, shard_tokens: int, has_val_files: bool
+    folder: Path,
+    parts: dict[str, list[Path]],
+    tokenizer: TextTokenizer,
+    shard_tokens: int,
+    has_val_files: bool,
+    drop_copies: bool = False,
 ) -> dict[str, Any]:
-    """Write train-*.bin, val-*.bin, their document indices and token_bytes.npy into `folder`; returns the manifest.
+    """Write train-*.bin, val-*.bin, their document indices and the bytes of tokens into `folder`; returns the manifest.
 
-    Raises ValueError when a side is empty or when a document of val_files is also a train document (same
-    source and id; rows without an id are not compared).
+    Train rows with the text of a validation row are counted, and left out if `drop_copies`. Raises ValueError when a
+    side is empty or when a document of val_files is also a train document (same source and id; rows without an id are
+    not compared).
     """
-    splits: dict[str, Any] = {}
-    val_groups = np.zeros(0, np.int64)
-    for split in ("val", "train"):
-        role = split if has_val_files else "train"
-        documents = _Documents(parts[role], None if has_val_files else split == "val", val_groups)
-        splits[split] = _write_split(folder, split, documents, tokenizer, shard_tokens)
-        if split == "val":
-            val_groups = np.unique(np.concatenate(documents.groups)) if documents.groups else val_groups
-    _check_split(splits, documents.shared, len(val_groups))
+    val = _Documents(parts["val" if has_val_files else "train"], None if has_val_files else True)
+    splits: dict[str, Any] = {"val": _write_split(folder, "val", val, tokenizer, shard_tokens)}
+    if splits["val"]["inexact_documents"]:
+        splits["val"] |= _write_sizes(folder, val, tokenizer)
+    train = _Documents(parts["train"], None if has_val_files else False, val.groups(), val.texts(), drop_copies)
+    splits["train"] = _write_split(folder, "train", train, tokenizer, shard_tokens)
+    splits["train"] |= {"copies_of_val": train.copies, "copies_of_val_bytes": train.copied_bytes}
+    splits["train"]["copies_dropped"] = drop_copies
+    _check_split(splits, train.shared, len(val.groups()))
     with atomic_write(folder / "token_bytes.npy") as handle:
         np.save(handle, tokenizer.token_bytes)
     manifest = {
@@ -47,6 +53,7 @@ def assemble(
             "token_bytes_sha256": sha256_of(folder / "token_bytes.npy"),
         },
         "splits": splits,
+        "bad_rows": {role: sum(_totals(path)[BAD_ROWS] for path in paths) for role, paths in parts.items()},
     }
     manifest["fingerprint"] = content_fingerprint(manifest)
     return manifest
@@ -58,46 +65,110 @@ def content_fingerprint(manifest: dict[str, Any]) -> str:
     return json_hash([manifest["tokenizer"]["hash"], manifest["dtype"], splits])
 
 
+def _totals(path: Path) -> list[int]:
+    return _loaded(path, ("totals",))["totals"].tolist()
+
+
+def _loaded(path: Path, *names: tuple[str, ...]) -> dict[str, np.ndarray]:
+    part = load_part(path, *names)
+    if part is None:
+        raise RuntimeError(f"{path} is broken: delete it and run the same command again")
+    return part
+
+
 class _Documents:
     """The documents of one side, part by part; `wanted` selects them by their validation flag (None: all).
 
-    Keeps the groups only while there are none to compare with, for val: train can have a hundred million.
+    Of val all names are kept, of groups and of texts; train, which can have a hundred million, is compared with them.
     """
 
-    def __init__(self, paths: list[Path], wanted: bool | None, val_groups: np.ndarray):
-        self.paths, self.wanted, self.val_groups = paths, wanted, val_groups
-        self.groups: list[np.ndarray] = []
-        self.shared = 0
+    def __init__(
+        self,
+        paths: list[Path],
+        wanted: bool | None,
+        val_groups: np.ndarray | None = None,
+        val_texts: np.ndarray | None = None,
+        drop_copies: bool = False,
+    ):
+        self.paths, self.wanted, self.drop_copies = paths, wanted, drop_copies
+        self.val_groups, self.val_texts = val_groups, val_texts
+        self.names: list[np.ndarray] = []  # [n, 2]: group and text
+        self.shared = self.copies = self.copied_bytes = 0
 
     def __iter__(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """(tokens, documents [n, 5]) of each part."""
+        """(tokens, documents) of each part."""
         for path in self.paths:
-            part = load_part(path)
-            if part is None:
-                raise RuntimeError(f"{path} is broken: delete it and run the same command again")
+            part = _loaded(path)
             tokens, documents = part["tokens"], part["documents"]
             if self.wanted is not None:
-                mask = documents[:, IS_VAL] == self.wanted
-                tokens, documents = tokens[np.repeat(mask, documents[:, TOKENS])], documents[mask]
-            if len(self.val_groups):
-                self.shared += _count_in(documents[:, GROUP], self.val_groups)
+                tokens, documents = _kept(tokens, documents, documents[:, IS_VAL] == self.wanted)
+            if self.val_groups is None:
+                self.names.append(documents[:, [GROUP, TEXT]])
             else:
-                self.groups.append(documents[:, GROUP])
+                tokens, documents = self._compared(tokens, documents)
             yield tokens, documents
 
+    def sizes(self, tokenizer: TextTokenizer) -> Iterator[np.ndarray]:
+        """Bytes of text that each token of the validation documents stands for, part by part."""
+        for path in self.paths:
+            part = _loaded(path)
+            tokens, documents = _kept(part["tokens"], part["documents"], part["documents"][:, IS_VAL] == 1)
+            yield part["sizes"] if len(part["sizes"]) else _table_sizes(tokens, documents, tokenizer)
 
-def _count_in(values: np.ndarray, names: np.ndarray) -> int:
-    """How many of `values` are among the sorted `names`. np.isin would sort the names again for every part: 0.2 s for
-    half a million, hours over the 112,000 parts of 450 GB of text."""
+    def groups(self) -> np.ndarray:
+        """Sorted names of the documents, each once."""
+        return self._sorted(0)
+
+    def texts(self) -> np.ndarray:
+        """Sorted names of the texts, each once."""
+        return self._sorted(1)
+
+    def _sorted(self, column: int) -> np.ndarray:
+        return np.unique(np.concatenate([names[:, column] for names in self.names] or [np.zeros(0, np.int64)]))
+
+    def _compared(self, tokens: np.ndarray, documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Count what is also in val; the documents without copies of it, where they are to be dropped."""
+        is_copy = _is_among(documents[:, TEXT], self.val_texts)
+        self.copies += int(is_copy.sum())
+        self.copied_bytes += int(documents[is_copy, BYTES].sum())
+        if self.drop_copies:
+            tokens, documents = _kept(tokens, documents, ~is_copy)
+        self.shared += int(_is_among(documents[:, GROUP], self.val_groups).sum())
+        return tokens, documents
+
+
+def _kept(tokens: np.ndarray, documents: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return tokens[np.repeat(mask, documents[:, TOKENS])], documents[mask]
+
+
+def _table_sizes(tokens: np.ndarray, documents: np.ndarray, tokenizer: TextTokenizer) -> np.ndarray:
+    cuts = np.cumsum(documents[:, TOKENS])[:-1]
+    return np.concatenate([tokenizer.table_sizes(ids) for ids in np.split(tokens, cuts)]).astype("<u4")
+
+
+def _is_among(values: np.ndarray, names: np.ndarray) -> np.ndarray:
+    """Which of `values` are among the sorted `names`, bool. np.isin would sort the names again for every part:
+    0.2 s for half a million, hours over the 112,000 parts of 450 GB of text."""
+    if not len(names):
+        return np.zeros(len(values), bool)
     nearest = np.searchsorted(names, values).clip(max=len(names) - 1)
-    return int((names[nearest] == values).sum())
+    return names[nearest] == values
+
+
+def _write_sizes(folder: Path, val: _Documents, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Write the bytes of each validation token, where the tokenizer's table doesn't know them; returns the entries."""
+    path = folder / "val-token-bytes.bin"
+    with atomic_write(path) as handle:
+        for sizes in val.sizes(tokenizer):
+            handle.write(sizes.astype("<u4").tobytes())
+    return {"token_bytes": {"file": path.name, "sha256": sha256_of(path)}}
 
 
 def _write_split(
     folder: Path, split: str, parts: _Documents, tokenizer: TextTokenizer, shard_tokens: int
 ) -> dict[str, Any]:
     """Write the shards and the document index of one side; returns its entry in the manifest."""
-    totals = {"tokens": 0, "documents": 0, "bytes": 0, "inexact_documents": 0}
+    totals = {"tokens": 0, "documents": 0, "bytes": 0, "inexact_documents": 0, "lossy_documents": 0}
     index_path = folder / f"{split}-documents.bin"
     shards = _Shards(folder, split, shard_tokens * dtype_for(tokenizer.vocab_size).itemsize)
     with atomic_write(index_path) as index, shards:
@@ -111,6 +182,7 @@ def _write_split(
             totals["documents"] += len(documents)
             totals["bytes"] += int(documents[:, BYTES].sum())
             totals["inexact_documents"] += int(documents[:, INEXACT].sum())
+            totals["lossy_documents"] += int(documents[:, LOSSY].sum())
     checksums = {"stream_sha256": shards.stream_sha256, "documents_sha256": sha256_of(index_path)}
     return {**totals, "shards": shards.entries, **checksums}
 
@@ -125,7 +197,8 @@ def _check_split(splits: dict[str, Any], shared: int, val_groups: int) -> None:
     if shared:
         raise ValueError(
             f"{shared} rows of the train files belong to one of the {val_groups} validation documents (same source and "
-            "id): remove them from data.files or data.val_files"
+            "id): remove them from data.files or data.val_files; if ids begin anew in each file and name no document, "
+            "type data.id_key=null"
         )
 
 

@@ -3,7 +3,7 @@
 The list depends on the token set, the sequence length and the number of tokens only: not on batch size or ranks.
 Per (sequence, document) there is one segment of ordinary targets; a BOS target (the end of the previous document) is a
 segment of its own with 0 bytes. So: nats per token = all nats / all tokens; bits per byte = nats of the segments
-with bytes / (ln 2 * bytes), special tokens left out; errors cluster by document.
+of text / (ln 2 * their bytes), special tokens left out; errors cluster by document.
 """
 
 from dataclasses import dataclass
@@ -21,13 +21,15 @@ _CHUNK = 256  # sequences at a time: bounds the memory that building the list ta
 
 @dataclass(frozen=True)
 class Segments:
-    """Arrays of equal length, int64: targets begin .. end (positions 0 .. seq_len) of `sequence` lie in `document`."""
+    """Arrays of equal length, int64 but for is_text: targets begin .. end (positions 0 .. seq_len) of `sequence`
+    lie in `document`."""
 
     sequence: np.ndarray
     document: np.ndarray  # number of the document in val, by first appearance; rows of one document share it
     begin: np.ndarray
     end: np.ndarray
     bytes: np.ndarray  # of the targets' text
+    is_text: np.ndarray  # bool: not a BOS
 
     @property
     def tokens(self) -> np.ndarray:
@@ -74,15 +76,16 @@ class EvalSet:
         return slice(int(low), int(high))
 
     def summary(self, nats: np.ndarray) -> dict[str, float | None]:
-        """FP64 nats of all segments -> loss (nats per target, BOS included), bpb (BOS excluded), se of the loss.
+        """FP64 nats of all segments -> loss (nats per target, BOS included), bpb (BOS excluded), se of the loss; and
+        bpb_approximate, true where the tokens don't spell the text whose bytes are counted.
 
         The standard error takes documents as the independent units (a ratio estimate); with one document it is None.
         """
         part = self.segments
-        has_text = part.bytes > 0
         loss = nats.sum() / part.tokens.sum()
-        bpb = nats[has_text].sum() / (log(2) * part.bytes.sum())
-        return {"loss": float(loss), "bpb": float(bpb), "se": self._standard_error(nats, loss)}
+        bpb = nats[part.is_text].sum() / (log(2) * part.bytes.sum())
+        marks = {} if self.stream.bytes_are_exact else {"bpb_approximate": True}
+        return {"loss": float(loss), "bpb": float(bpb), "se": self._standard_error(nats, loss), **marks}
 
     def _standard_error(self, nats: np.ndarray, loss: float) -> float | None:
         part = self.segments
@@ -118,17 +121,15 @@ class EvalSet:
 
     def _segments(self) -> Segments:
         pieces = [self._segments_of(i, min(_CHUNK, self.sequences - i)) for i in range(0, self.sequences, _CHUNK)]
-        sequence, row, begin, end, size = (np.concatenate(column) for column in zip(*pieces, strict=True))
-        return Segments(sequence, _numbered(self.stream.documents[row, 2]), begin, end, size)
+        sequence, row, *others = (np.concatenate(column) for column in zip(*pieces, strict=True))
+        return Segments(sequence, _numbered(self.stream.documents[row, 2]), *others)
 
     def _segments_of(self, first: int, count: int) -> tuple[np.ndarray, ...]:
-        """(sequence, row of the document index, begin, end, bytes) of the segments of some sequences."""
+        """(sequence, row of the document index, begin, end, bytes, is text?) of the segments of some sequences."""
         positions = np.stack([_positions(spans) for spans in self._spans[first : first + count]])[:, 1:]
-        sizes = self.tokens.token_bytes[self._read(first, count)[:, 1:]]
-        starts = self.stream.documents[:, 0]
-        row = np.searchsorted(starts, positions, "right") - 1
-        since_bos = positions - starts[row]
-        sizes -= self.tokens.manifest["tokenizer"]["prefix_bytes"] * (since_bos == 1)
+        sizes = self.stream.sizes(positions, self._read(first, count)[:, 1:])
+        row = self.stream.rows(positions)
+        since_bos = positions - self.stream.documents[row, 0]
         counted = np.ones_like(row, bool)
         if first + count == self.sequences:
             counted[-1, : self._tail] = False
@@ -144,6 +145,7 @@ class EvalSet:
             begin,
             begin + length,
             np.add.reduceat(sizes.ravel(), at),
+            since_bos.ravel()[at] > 0,
         )
         return tuple(column[counted.ravel()[at]] for column in columns)
 

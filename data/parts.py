@@ -17,28 +17,33 @@ from pathlib import Path
 
 import numpy as np
 
-from base.files import atomic_write
+from base.files import atomic_write, say, shown
 from data.progress import Progress
-from data.sources import Source
-from data.split import group_of
+from data.sources import Row, Source
+from data.split import group_of, text_name
 from data.tokenizer import TextTokenizer, dtype_for
 
 PART_CHARACTERS = 4 << 20
 # Columns of a part's `documents`: tokens with BOS, bytes of text, name of the document's group, 1 if validation, 1 if
-# the bytes of its tokens don't add up to those of its text (the tokenizer changes text).
-TOKENS, BYTES, GROUP, IS_VAL, INEXACT = range(5)
+# the table's bytes of its tokens don't add up to those of its text, 1 if they don't spell it (asked of inexact
+# validation documents only), name of its text.
+TOKENS, BYTES, GROUP, IS_VAL, INEXACT, LOSSY, TEXT = range(7)
+ROWS, IS_LAST, BAD_ROWS = range(3)  # of a part's `totals`
+SHOWN_BAD_ROWS = 5
 _worker_tokenizer: list[TextTokenizer] = []  # filled once per worker process
 
 
 @dataclass
 class Part:
-    """Rows of one unit on their way to a worker; `rows` counts empty texts too, which are dropped."""
+    """Rows of one unit on their way to a worker; `rows` counts those without text too, which are dropped, and
+    `bad_rows` those left out because they can't be read."""
 
     path: Path
     texts: list[str] = field(default_factory=list)
     groups: list[int] = field(default_factory=list)
     is_val: list[bool] = field(default_factory=list)
     rows: int = 0
+    bad_rows: int = 0
     characters: int = 0
     is_last: bool = False
 
@@ -68,7 +73,8 @@ def read_parts(
     source: Source, role: str, is_val: Callable[[int, int], bool], folder: Path, max_rows: int, parts: list[Path]
 ) -> Iterator[Part]:
     """Yield the parts that are still to be made; append the path of every part, made or not, to `parts`."""
-    ordinal = 0
+    ordinal, bad_rows = 0, 0
+    first_rows: set[int] = set()  # names of the documents that units begin with
     for unit in range(source.units):
         if max_rows and ordinal == max_rows:
             return
@@ -88,24 +94,47 @@ def read_parts(
                 yield part
                 index += 1
                 part = Part(_part_path(folder, role, unit, index))
-            _add(part, row.text, group_of(row, role, ordinal), is_val, ordinal)
+            group = group_of(row, role, ordinal)
+            if row.bad and (bad_rows := bad_rows + 1) <= SHOWN_BAD_ROWS:
+                say(f"left out: {row.bad}" + (" (more are only counted)" if bad_rows == SHOWN_BAD_ROWS else ""))
+            if part.rows == index == 0 and row.id is not None:
+                _warn_of_repeated_ids(row, group, first_rows)
+            _add(part, row, group, is_val, ordinal)
             ordinal += 1
         part.is_last = True
         parts.append(part.path)
         yield part
 
 
-def _add(part: Part, text: str, group: int, is_val: Callable[[int, int], bool], ordinal: int) -> None:
+def _warn_of_repeated_ids(row: Row, group: int, first_rows: set[int]) -> None:
+    """Say, once, that two files begin with the same document: line numbers are no ids."""
+    if group in first_rows and -1 not in first_rows:
+        first_rows.add(-1)
+        say(
+            f"two files begin with the id {shown(row.id)!r}: their rows of equal ids are taken for one document; if "
+            "these ids begin anew in each file, type data.id_key=null"
+        )
+    first_rows.add(group)
+
+
+def _add(part: Part, row: Row, group: int, is_val: Callable[[int, int], bool], ordinal: int) -> None:
     part.rows += 1
-    part.characters += len(text)
-    if text:
-        part.texts.append(text)
+    part.bad_rows += bool(row.bad)
+    part.characters += len(row.text)
+    if row.text:
+        part.texts.append(row.text)
         part.groups.append(group)
         part.is_val.append(is_val(group, ordinal))
 
 
-def load_part(path: Path, names: tuple[str, ...] = ("tokens", "documents", "counts")) -> dict[str, np.ndarray] | None:
-    """A finished part's arrays (documents: [n, 5]), or None if it is missing or broken; only what is named is read."""
+def load_part(
+    path: Path, names: tuple[str, ...] = ("tokens", "sizes", "documents", "totals")
+) -> dict[str, np.ndarray] | None:
+    """A finished part's arrays, or None if it is missing or broken; only what is named is read.
+
+    tokens [t]; sizes: uint32, bytes of text of each token of the validation documents, empty where the
+    tokenizer's table has them right; documents int64 [n, 7]; totals [3].
+    """
     try:
         with np.load(path) as arrays:
             return {name: arrays[name] for name in names}
@@ -115,20 +144,39 @@ def load_part(path: Path, names: tuple[str, ...] = ("tokens", "documents", "coun
 
 def tokenize_part(part: Part, tokenizer: TextTokenizer) -> int:
     """Write one part atomically; returns the bytes of text in it."""
-    if load_part(part.path, ("counts",)) is not None:  # made before a kill, after a part that was not
+    if load_part(part.path, ("totals",)) is not None:  # made before a kill, after a part that was not
         return 0
-    documents = np.zeros((len(part.texts), 5), np.int64)
+    documents = np.zeros((len(part.texts), 7), np.int64)
     documents[:, GROUP], documents[:, IS_VAL] = part.groups, part.is_val
-    pieces = []
+    tokens = []
     for row, (text, ids) in enumerate(zip(part.texts, tokenizer.encode(part.texts), strict=True)):
-        size = len(text.encode())
-        documents[row, TOKENS], documents[row, BYTES] = len(ids), size
-        documents[row, INEXACT] = int(tokenizer.token_bytes[ids].sum()) - tokenizer.prefix_bytes != size
-        pieces.append(ids.astype(dtype_for(tokenizer.vocab_size)))
-    tokens = np.concatenate(pieces) if pieces else np.zeros(0, dtype_for(tokenizer.vocab_size))
+        documents[row, TOKENS], documents[row, BYTES] = len(ids), len(text.encode())
+        documents[row, TEXT] = text_name(text)
+        documents[row, INEXACT] = not tokenizer.is_exact(text, ids)
+        tokens.append(ids.astype(dtype_for(tokenizer.vocab_size)))
+    sizes = _true_sizes(part.texts, tokens, documents, tokenizer)
+    stream = np.concatenate(tokens) if tokens else np.zeros(0, dtype_for(tokenizer.vocab_size))
     with atomic_write(part.path) as handle:
-        np.savez(handle, tokens=tokens, documents=documents, counts=np.array([part.rows, part.is_last]))
+        totals = np.array([part.rows, part.is_last, part.bad_rows])
+        np.savez(handle, tokens=stream, sizes=sizes, documents=documents, totals=totals)
     return int(documents[:, BYTES].sum())
+
+
+def _true_sizes(
+    texts: list[str], tokens: list[np.ndarray], documents: np.ndarray, tokenizer: TextTokenizer
+) -> np.ndarray:
+    """`sizes` of a part; fills in the LOSSY column."""
+    val = np.flatnonzero(documents[:, IS_VAL])
+    if not documents[val, INEXACT].any():
+        return np.zeros(0, "<u4")
+    pieces = []
+    for row in val:
+        if documents[row, INEXACT]:
+            documents[row, LOSSY] = not tokenizer.is_lossless(texts[row], tokens[row])
+            pieces.append(tokenizer.true_sizes(texts[row]))
+        else:
+            pieces.append(tokenizer.table_sizes(tokens[row]))
+    return np.concatenate(pieces).astype("<u4")
 
 
 def _part_path(folder: Path, role: str, unit: int, index: int) -> Path:
@@ -138,10 +186,10 @@ def _part_path(folder: Path, role: str, unit: int, index: int) -> Path:
 def _finished(folder: Path, role: str, unit: int) -> tuple[int, int, bool]:
     """(parts finished without a gap, rows in them, is the unit complete?)"""
     index = rows = 0
-    while (arrays := load_part(_part_path(folder, role, unit, index), ("counts",))) is not None:
+    while (arrays := load_part(_part_path(folder, role, unit, index), ("totals",))) is not None:
         index += 1
-        rows += int(arrays["counts"][0])
-        if arrays["counts"][1]:
+        rows += int(arrays["totals"][ROWS])
+        if arrays["totals"][IS_LAST]:
             return index, rows, True
     return index, rows, False
 

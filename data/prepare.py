@@ -112,6 +112,9 @@ def _plan(spec: DataSpec, root: Path) -> _Plan:
         _check_disjoint(sources["train"], sources["val"])
     if not val and spec.val_rule == "hash":
         sources["val"]["fraction"] = spec.val_fraction
+    # Options that came later are named only where they are used, so that older folders keep their names.
+    sources |= {"bad_rows": spec.bad_rows} if spec.bad_rows != "error" else {}
+    sources |= {"val_copies": spec.val_copies} if spec.val_copies != "keep" else {}
     tokenizer = _tokenizer_identity(spec, sources)
     key = json_hash([FORMAT, sources, tokenizer, spec.shard_tokens])[:12]
     return _Plan(spec, root, train, val, sources, tokenizer, key)
@@ -157,7 +160,9 @@ def _make(plan: _Plan) -> None:
     if plan.val:
         parts["val"] = _tokenize(plan, "val", lambda group, ordinal: True, tokenizer, work)
     _check_unchanged(plan, work)
-    manifest = assemble(work, parts, tokenizer, plan.spec.shard_tokens, plan.val is not None)
+    manifest = assemble(
+        work, parts, tokenizer, plan.spec.shard_tokens, plan.val is not None, plan.spec.val_copies == "drop"
+    )
     manifest["source"] = plan.sources
     manifest["tokenizer"]["made_by"] = plan.tokenizer
     write_json(work / "manifest.json", manifest)
@@ -240,9 +245,25 @@ def _report(folder: Path, manifest: dict[str, Any]) -> None:
             f"{name}: {split['tokens']:,} tokens, {split['documents']:,} documents, {split['bytes']:,} bytes of text "
             f"({split['bytes'] / split['tokens']:.3f} a token), {len(split['shards'])} shards"
         )
-        if split["inexact_documents"]:
-            say(
-                f"  {split['inexact_documents']} documents don't survive the tokenizer unchanged: "
-                "their bits per byte are approximate"
-            )
+    for line in _remarks(manifest):
+        say(f"  {line}")
     say(f"tokenizer {manifest['tokenizer']['hash'][:12]}, data {manifest['fingerprint'][:12]}: {folder}")
+
+
+def _remarks(manifest: dict[str, Any]) -> Iterator[str]:
+    """What a reader of results should know of the text."""
+    train, val = manifest["splits"]["train"], manifest["splits"]["val"]
+    if lossy := val.get("lossy_documents", val["inexact_documents"]):
+        yield (
+            f"{lossy:,} validation documents don't survive the tokenizer unchanged: bits per byte are approximate, and "
+            "are marked with ~"
+        )
+    if copies := train.get("copies_of_val"):
+        what = f"{copies:,} train rows ({train['copies_of_val_bytes']:,} bytes) have the text of a validation row"
+        if train["copies_dropped"]:
+            yield f"{what} and were left out"
+        else:
+            yield f"{what}: the validation loss will look too good; data.val_copies=drop leaves them out"
+    for role, count in manifest.get("bad_rows", {}).items():
+        if count:
+            yield f"{count:,} rows of the {role} text could not be read and were left out"

@@ -4,18 +4,19 @@ Rows of a unit always come in the same order, so that (unit, row number) names a
 a kill. Local files are here; data.pydocs has the Python documentation, data.hub Hugging Face's `datasets`.
 """
 
-import glob
+import codecs
 import gzip
 import io
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from base.files import sha256_of, write_json
+from base.files import glob_paths, sha256_of, shown, write_json
 from data.spec import DataSpec
 
 # `zstd --long=27`: decoding such files needs a window of 128 MiB.
@@ -24,15 +25,22 @@ ZSTD_MAX_WINDOW = 1 << 27
 _ZSTD_READ_BYTES = 1 << 17
 # A plain text file is one document; one longer than this is cut at line ends, so that memory stays bounded.
 TXT_ROW_CHARACTERS = 1 << 20
+_BOM = codecs.BOM_UTF8  # at the beginning of a file, and of each of several that were put into one
 _TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
 
 
 class Row(NamedTuple):
-    """One text; (source, id) names its document, id None means that the row is its own document."""
+    """One text; (source, id) names its document, id None means that the row is its own document. `bad`: why a row that
+    was left out (data.bad_rows=skip) has no text."""
 
     text: str
     source: str = ""
     id: str | None = None
+    bad: str = ""
+
+
+class BadRowError(ValueError):
+    """A row that can't be read, in a file that can be read on."""
 
 
 class Source(Protocol):
@@ -85,51 +93,129 @@ class FileSource:
         kind = _kind(path)
         if kind == ".parquet":
             return self._parquet(path, handle, skip)
-        lines = _decoded(path, handle)
+        lines = _lines(path, handle)
         return islice(_txt(path, lines, self.root), skip, None) if kind == ".txt" else self._json(path, lines, skip)
 
-    def _json(self, path: Path, lines: Iterator[str], skip: int) -> Iterator[Row]:
-        for number, line in enumerate(islice(lines, skip, None), skip + 1):
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, too deep
-                raise ValueError(f"{path}, line {number}: not JSON ({error}); is the file cut off?") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}, line {number}: a {type(row).__name__}, not an object with a text")
-            yield make_row(row, self.spec, f"{path}, line {number}")
+    def _json(self, path: Path, lines: Iterator[bytes], skip: int) -> Iterator[Row]:
+        # Empty lines are no rows: an editor or a script leaves one at the end, concatenated files have some within.
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip().removeprefix(_BOM))
+        for number, line in islice(numbered, skip, None):
+            where = f"{shown(path)}, line {number}"
+            yield checked_row(partial(_json_row, line.removeprefix(_BOM), self.spec, where), self.spec)
 
     def _parquet(self, path: Path, handle: IO[bytes], skip: int) -> Iterator[Row]:
         try:
             import pyarrow.parquet
         except ImportError as error:
-            raise RuntimeError(f"{path}: Parquet needs pyarrow: pip install 'nibble-train[hub]'") from error
-        keys = {self.spec.text_key, self.spec.source_key, self.spec.id_key}
+            raise RuntimeError(f"{shown(path)}: Parquet needs pyarrow: pip install 'nibble-train[hub]'") from error
         number = 0
         try:
-            table = pyarrow.parquet.ParquetFile(handle)
-            names = table.schema_arrow.names
-            if self.spec.text_key not in names:
-                raise ValueError(f"{path}: no column data.text_key={self.spec.text_key}; it has {', '.join(names)}")
-            columns = [name for name in names if name in keys]
-            for batch in table.iter_batches(batch_size=1024, columns=columns):
-                for row in batch.to_pylist():
+            file = pyarrow.parquet.ParquetFile(handle)
+            columns = _columns(path, file.schema_arrow.names, self.spec)
+            for batch in file.iter_batches(batch_size=1024, columns=columns):
+                for values in _values(batch):
                     number += 1
                     if number > skip:
-                        yield make_row(row, self.spec, f"{path}, row {number}")
+                        where = f"{shown(path)}, row {number}"
+                        yield checked_row(partial(_parquet_row, values, self.spec, where), self.spec)
         except (pyarrow.ArrowException, OSError) as error:
-            raise ValueError(f"{path}: {error}; is the file cut off or damaged? ({number} rows were read)") from error
+            raise ValueError(
+                f"{shown(path)}: {error}; is the file cut off or damaged? ({number} rows were read)"
+            ) from error
+
+
+def _columns(path: Path, names: list[str], spec: DataSpec) -> list[str]:
+    """The columns to read. Raises ValueError where the text's is missing or one is there twice."""
+    if spec.text_key not in names:
+        there = ", ".join(shown(name) for name in names)
+        raise ValueError(f"{shown(path)}: no column data.text_key={shown(spec.text_key)}; it has {there}")
+    wanted = [name for name in (spec.text_key, spec.source_key, spec.id_key) if name in names]
+    for name in wanted:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"{shown(path)}: {names.count(name)} columns are called {shown(name)}; rename or remove all but one"
+            )
+    return list(dict.fromkeys(wanted))
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow batch; a value that is not UTF-8 comes as the error, the others of its batch as they are."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except UnicodeDecodeError:
+        pass
+    for i in range(batch.num_rows):
+        yield {name: _value(column[i]) for name, column in zip(batch.schema.names, batch.columns, strict=True)}
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError as error:
+        return error
+
+
+def _parquet_row(values: dict[str, Any], spec: DataSpec, where: str) -> Row:
+    for name, value in values.items():
+        if isinstance(value, UnicodeDecodeError):
+            raise BadRowError(f"{where}: the value of {shown(name)} is not UTF-8 ({_bad_byte(value)} into it)")
+    return make_row(values, spec, where)
+
+
+def _json_row(line: bytes, spec: DataSpec, where: str) -> Row:
+    text = _utf8(line, where)
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, a number of thousands of digits, too deep
+        cut = "" if line.endswith(b"\n") else "; is the file cut off?"
+        raise BadRowError(f"{where}: not JSON ({error}){cut}{_whole_json(line)}") from error
+    if not isinstance(row, dict):
+        raise BadRowError(f"{where}: a {type(row).__name__}, not an object with a text{_whole_json(line)}")
+    for key in (spec.text_key, spec.source_key, spec.id_key):
+        if key and text.count(f'"{key}"') > 1 and json.loads(text, object_pairs_hook=_keys).count(key) > 1:
+            raise BadRowError(f"{where}: the key {shown(key)} is there twice")
+    return make_row(row, spec, where)
+
+
+def _keys(pairs: list[tuple[str, Any]]) -> list[str]:
+    return [key for key, _ in pairs]
+
+
+def _whole_json(line: bytes) -> str:
+    """The way out for a file that is one JSON value, and not one a line."""
+    is_whole = line.lstrip()[:1] == b"[" or line.strip() == b"{"
+    return "; one object a line is needed: jq -c '.[]' turns a list into that" if is_whole else ""
+
+
+def checked_row(make: Callable[[], Row], spec: DataSpec) -> Row:
+    """make(), or a row without text where that raises BadRowError and data.bad_rows=skip."""
+    try:
+        return make()
+    except BadRowError as error:
+        if spec.bad_rows == "skip":
+            return Row("", bad=str(error))
+        raise BadRowError(f"{error} (data.bad_rows=skip leaves such rows out and counts them)") from error
 
 
 def make_row(row: dict[str, Any], spec: DataSpec, where: str) -> Row:
-    """A mapping with the spec's keys -> Row. Raises ValueError when the text is missing or no string."""
+    """A mapping with the spec's keys -> Row. Raises BadRowError when the text is missing or no string."""
     text = row.get(spec.text_key)
     if not isinstance(text, str):
-        found = f"the row's keys are {', '.join(row)}" if spec.text_key not in row else f"found {_kind_of(text)}"
-        raise ValueError(f"{where}: no text under data.text_key={spec.text_key}; {found}")
-    identity = row.get(spec.id_key) if spec.id_key else None
-    source = row.get(spec.source_key) if spec.source_key else None
-    identity = None if identity is None else _valid_utf8(str(identity))
-    return Row(_valid_utf8(text), "" if source is None else _valid_utf8(str(source)), identity)
+        keys = ", ".join(shown(key) for key in row)
+        found = f"the row's keys are {keys}" if spec.text_key not in row else f"found {_kind_of(text)}"
+        raise BadRowError(f"{where}: no text under data.text_key={shown(spec.text_key)}; {found}")
+    identity = _name(row.get(spec.id_key)) if spec.id_key else None
+    source = _name(row.get(spec.source_key)) if spec.source_key else None
+    return Row(_valid_utf8(text), source or "", identity)
+
+
+def _name(value: Any) -> str | None:
+    """An id or a source as text; None where there is none: null, NaN (an empty cell of a table), an empty string."""
+    if value is None or value != value:
+        return None
+    name = _valid_utf8(str(value))
+    return name if name.strip() else None
 
 
 def _kind_of(value: Any) -> str:
@@ -157,10 +243,10 @@ def expand_any(patterns: list[str], option: str) -> list[Path]:
     """Globs and paths -> files, each glob sorted. Raises ValueError when a pattern matches nothing."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = sorted(glob.glob(os.path.expanduser(pattern), recursive=True))
+        found = glob_paths(os.path.expanduser(pattern))
         if not found:
             raise ValueError(f"{option}: no file matches {pattern!r} (current folder: {os.getcwd()})")
-        paths += [Path(p) for p in found]
+        paths += found
     return paths
 
 
@@ -195,29 +281,40 @@ def _kind(path: Path) -> str:
     kind = suffixes[-1] if suffixes else ""
     if kind in _TEXT_SUFFIXES or (kind == ".parquet" and path.suffix == ".parquet"):
         return kind
-    raise ValueError(f"{path}: unknown file type; possible are .txt .jsonl .json (each also .gz, .zst) and .parquet")
+    if path.is_dir():
+        raise ValueError(f"{shown(path)} is a folder; name its files, such as '{shown(path)}/*.jsonl'")
+    raise ValueError(
+        f"{shown(path)}: unknown file type; possible are .txt .jsonl .json (each also .gz, .zst) and .parquet"
+    )
 
 
-def _decoded(path: Path, handle: IO[bytes]) -> Iterator[str]:
+def _lines(path: Path, handle: IO[bytes]) -> Iterator[bytes]:
+    """Lines of bytes, which end at "\\n" alone: decoding first would split at a bare carriage return and change the
+    text."""
     stream: Any = handle
     if path.suffix == ".gz":
         stream = gzip.GzipFile(fileobj=handle)
     elif path.suffix == ".zst":
         stream = io.BufferedReader(_ZstdFile(handle), 1 << 20)
     try:
-        # Lines of bytes end at "\n" alone: decoding first would split at a bare carriage return and change the text.
-        for number, line in enumerate(stream, 1):
-            yield _utf8(line, f"{path}, line {number}")
+        yield from stream
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: {error}; is the file cut off or damaged?") from error
+        raise ValueError(f"{shown(path)}: {error}; is the file cut off or damaged?") from error
 
 
 def _utf8(line: bytes, where: str) -> str:
     try:
         return line.decode()
     except UnicodeDecodeError as error:
-        bad = f"byte 0x{line[error.start]:02x}, {error.start + 1} bytes into the line"
-        raise ValueError(f"{where}: not UTF-8 ({bad}); is the file damaged or in another encoding?") from error
+        if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            reason = "it begins as UTF-16; convert the file: iconv -f UTF-16 -t UTF-8"
+        else:
+            reason = f"{_bad_byte(error)} into the line; is the file damaged or in another encoding?"
+        raise BadRowError(f"{where}: not UTF-8 ({reason})") from error
+
+
+def _bad_byte(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x}, {error.start + 1} bytes"
 
 
 class _ZstdFile(io.RawIOBase):
@@ -257,14 +354,15 @@ class _ZstdFile(io.RawIOBase):
         return size
 
 
-def _txt(path: Path, lines: Iterator[str], root: Path) -> Iterator[Row]:
+def _txt(path: Path, lines: Iterator[bytes], root: Path) -> Iterator[Row]:
     # The contents' hash is the document's source, so that equal names in two folders stay two documents.
     source = file_fingerprints([path], root)[0]["sha256"]
     kept: list[str] = []
     size = 0
-    for line in lines:
-        kept.append(line)
-        size += len(line)
+    for number, line in enumerate(lines, 1):
+        text = _utf8(line.removeprefix(_BOM) if number == 1 else line, f"{shown(path)}, line {number}")
+        kept.append(text)
+        size += len(text)
         if size >= TXT_ROW_CHARACTERS:
             yield Row("".join(kept), source, path.name)
             kept, size = [], 0

@@ -7,10 +7,13 @@ from typing import Any
 
 # What Hydra's grammar takes without quotation marks.
 _PLAIN = re.compile(r"[\w/.*?@%$+-]+", re.ASCII)
+_BEFORE_QUOTE = re.compile(r'(\\*)("|\Z)')
 _WORDS = ("null", "true", "false", "nan", "inf")
 SOURCES = ("files", "hub", "pydocs")
 VAL_RULES = ("hash", "paper")
 PACKINGS = ("stream", "bos_bestfit")
+BAD_ROWS = ("error", "skip")
+VAL_COPIES = ("keep", "drop")
 # 25M tokens of two bytes: no shard is over 50 MB, so that shards travel in small pieces.
 SHARD_TOKENS = 25_000_000
 # The published runs cut 0.05 % of the C4 train documents with this seed (quartet2.md, section c).
@@ -43,6 +46,8 @@ class DataSpec:
     hub_data_files: Any = None
     hub_streaming: bool = True
     max_documents: int = 0  # take only the first so many rows; 0 takes all
+    bad_rows: str = "error"  # rows that can't be read: error | skip (left out, counted)
+    val_copies: str = "keep"  # train rows with the text of a validation row: keep (counted) | drop (left out)
 
     tokenizer: str | None = None  # a tokenizer.json; null trains a byte-level BPE
     vocab_size: int = 32_000  # of the trained BPE, BOS included
@@ -63,6 +68,8 @@ class DataSpec:
         _one_of("data.source", self.source, SOURCES)
         _one_of("data.val_rule", self.val_rule, VAL_RULES)
         _one_of("data.packing", self.packing, PACKINGS)
+        _one_of("data.bad_rows", self.bad_rows, BAD_ROWS)
+        _one_of("data.val_copies", self.val_copies, VAL_COPIES)
         if not self.path:
             self._check_unread()
         if self.source == "files" and not self.path and not as_list(self.files):
@@ -123,8 +130,14 @@ def hydra_value(value: Any) -> str:
     if isinstance(value, (int, float)):
         return str(value)
     if isinstance(value, str):
-        return value if _reads_as_text(value) else '"' + value.replace('"', '\\"') + '"'
+        return value if _reads_as_text(value) else f'"{_BEFORE_QUOTE.sub(_escaped, value)}"'
     return "[" + ",".join(hydra_value(v) for v in value) + "]"
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """Backslashes are doubled before a quotation mark, the closing one too, and nowhere else."""
+    slashes, mark = found.groups()
+    return 2 * slashes + ('\\"' if mark else "")
 
 
 def _reads_as_text(value: str) -> bool:

@@ -18,6 +18,11 @@ def group_of(row: Row, role: str, ordinal: int) -> int:
     return _hash64("\0".join(parts)) & _SIXTY_THREE_BITS
 
 
+def text_name(text: str) -> int:
+    """63-bit name of a text, to find copies of it; spaces and line ends around it don't count."""
+    return _hash64(text.strip()) & _SIXTY_THREE_BITS
+
+
 def is_val_by_hash(spec: DataSpec, group: int) -> bool:
     """The hash rule: a seeded hash of the document below val_fraction.
 

@@ -84,6 +84,8 @@ class TokenSet:
         for name, split in self.manifest["splits"].items():
             files.append((self.path / f"{name}-documents.bin", 24 * split["documents"], split["documents_sha256"]))
             files += [(self.path / s["file"], s["size"], s["sha256"]) for s in split["shards"]]
+            if own := split.get("token_bytes"):
+                files.append((self.path / own["file"], 4 * split["tokens"], own["sha256"]))
         for file, size, sha256 in files:
             if not file.is_file():
                 raise RuntimeError(f"{file} is missing: {_REMEDY}")
@@ -151,6 +153,10 @@ class Stream:
         self._starts = list(accumulate((len(shard) for shard in self._shards), initial=0))
         shape = (int(entry["documents"]), 3)
         self.documents = np.asarray(np.memmap(tokens.path / f"{name}-documents.bin", "<i8", "r", shape=shape))
+        own = entry.get("token_bytes")
+        self._sizes = _mapped(tokens.path / own["file"], np.dtype("<u4"), in_order=True) if own else None
+        # Tokens of an inexact document stand for other bytes than the table says; of a lossy one, for other text.
+        self.bytes_are_exact = not entry["inexact_documents"] or (bool(own) and not entry["lossy_documents"])
 
     def read(self, start: int, out: np.ndarray) -> None:
         """Copy tokens start .. start + len(out) into `out`, across shards; check() them afterwards."""
@@ -162,6 +168,18 @@ class Stream:
             out[done : done + len(piece)] = piece
             done += len(piece)
             shard += 1
+
+    def sizes(self, positions: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Bytes of text that the tokens `ids` at these positions stand for, int64; 0 for a BOS."""
+        if self._sizes is not None:
+            return self._sizes[positions].astype(np.int64)
+        since_bos = positions - self.documents[self.rows(positions), 0]
+        prefix = self.tokens.manifest["tokenizer"]["prefix_bytes"]
+        return self.tokens.token_bytes[ids] - prefix * (since_bos == 1)
+
+    def rows(self, positions: np.ndarray) -> np.ndarray:
+        """The row of the document index that each position lies in."""
+        return np.searchsorted(self.documents[:, 0], positions, "right") - 1
 
     def check(self, tokens: np.ndarray) -> None:
         """Raise RuntimeError, naming the shard, if tokens that were read hold an id beyond the vocabulary."""

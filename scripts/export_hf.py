@@ -11,6 +11,7 @@ import json
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -22,7 +23,6 @@ if __name__ == "__main__":
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from data.tokenizer import TextTokenizer
 from training.checkpoint.storage import CheckpointError
@@ -53,13 +53,25 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
 
 def export_tokenizer(tokenizer: TextTokenizer, out: Path, max_length: int) -> None:
     """Made to put BOS before every text, as each document of the training data had it."""
-    name, exported = tokenizer.bos, Tokenizer.from_file(str(tokenizer.path))
-    exported.post_processor = TemplateProcessing(
-        single=f"{name} $A", pair=f"{name} $A {name} $B", special_tokens=[(name, tokenizer.bos_id)]
-    )
-    exported.save(str(out / "tokenizer.json"))
+    name, exported = tokenizer.bos, json.loads(Tokenizer.from_file(str(tokenizer.path)).to_str())
+    exported["post_processor"] = bos_first(name, tokenizer.bos_id)
+    text = Tokenizer.from_str(json.dumps(exported)).to_str(pretty=True)
+    (out / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "bos_token": name}
     (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def bos_first(name: str, number: int) -> dict[str, Any]:
+    """The template "BOS, text" and "BOS, text, BOS, second text". As JSON: the library's own notation, a string, takes
+    spaces and colons of the name for its own."""
+    bos = {"SpecialToken": {"id": name, "type_id": 0}}
+    first, second = ({"Sequence": {"id": part, "type_id": 0}} for part in "AB")
+    return {
+        "type": "TemplateProcessing",
+        "single": [bos, first],
+        "pair": [bos, first, bos, second],
+        "special_tokens": {name: {"id": name, "ids": [number], "tokens": [name]}},
+    }
 
 
 def main() -> int:

@@ -267,10 +267,11 @@ class Trainer:
         self._log({"kind": "eval", "step": step, **scored, **summary, "time": time.time()})
         self._count_slots(evalset)
         beside = f" (unquantized {summary['loss_bf16']:.4f})" if "loss_bf16" in summary else ""
+        about = "~" if summary.get("bpb_approximate") else ""
         error = "" if summary["se"] is None else f" +- {summary['se']:.4f}"
         self.p.console.say(
             f"eval at step {step}: {summary['loss']:.4f}{error} nats/token{beside}, "
-            f"{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
+            f"{about}{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
         )
         return summary
 
@@ -323,6 +324,7 @@ class Trainer:
             "tokens": self.state.tokens,
             "final_loss": final["loss"],
             "final_bpb": final["bpb"],
+            **({"final_bpb_approximate": True} if final.get("bpb_approximate") else {}),
             "final_se": final["se"],
             "wall_s": self._wall_s(),
             "train_loss_last": train[-1]["loss"] if train else None,

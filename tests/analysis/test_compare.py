@@ -464,3 +464,20 @@ def test_a_diverged_baseline_judges_nothing(tmp_path):
     non_finite(write_run(tmp_path, "bf16", 3, 9.0, steps_done=60), 61)
     groups = group_runs(find_runs([f"{tmp_path}/*"]))
     assert [row.gap and row.gap.verdict for row in table(groups, groups[0])] == [None, DIVERGED]
+
+
+def test_approximate_bits_per_byte_are_marked_in_every_table(tmp_path):
+    for recipe in ("bf16", "sr"):
+        path = write_run(tmp_path / "runs", recipe, 0, 3.0) / "metrics.jsonl"
+        if recipe == "sr":  # as the trainer writes them where the tokenizer loses text
+            path.write_text(path.read_text().replace('"kind": "eval"', '"kind": "eval", "bpb_approximate": true'))
+    done = compare(f"{tmp_path}/runs/*", "--baseline", "bf16", "--out", tmp_path / "out")
+    out = tmp_path / "out"
+    for text in (done.stdout, (out / "compare.md").read_text(), (out / "compare.html").read_text()):
+        assert text.count("~1.0714") == 1 and text.count("1.0714") == 2
+    assert "bits per byte are approximate" in done.stdout and "~: bits" in (out / "compare.html").read_text()
+    with open(out / "compare.csv") as file:
+        assert [r["final_bpb_approximate"] for r in csv.DictReader(file)] == ["False", "True"]
+    write_run(tmp_path / "exact", "bf16", 0, 3.0)
+    assert "~" not in compare(f"{tmp_path}/exact/*", "--out", out).stdout
+    assert "final_bpb_approximate" not in (out / "compare.csv").read_text()

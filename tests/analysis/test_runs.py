@@ -213,3 +213,11 @@ def test_an_evaluation_is_that_of_its_step_and_no_other(tmp_path):
     (path / "eval" / "100.npz").rename(path / "eval" / "x_100.npz")
     with pytest.raises(RunError, match="missing"):
         read_run(path).rows_at(100)
+
+
+def test_a_folder_that_exists_is_itself_whatever_its_name(tmp_path):
+    for folder in ("a[1]", "a1"):
+        write_run(tmp_path / folder, "bf16", 0, 3.0)
+    for pattern in ("a[1]/*", "a[1]/llama*", "a[1]/llama_tiny-bf16-0"):
+        assert [run.path.parent.name for run in find_runs([f"{tmp_path}/{pattern}"])] == ["a[1]"]
+    assert [run.path.parent.name for run in find_runs([f"{tmp_path}/a[0-9]/*"])] == ["a1"]

@@ -87,3 +87,21 @@ def llama_like(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("llama") / "tokenizer.json"
     tokenizer.save(str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def byte_level(tmp_path_factory) -> Path:
+    """A byte-level BPE of a few merges, as given text: not trained, so no version of the library changes it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    vocab = {"<|bos|>": 0, **{c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()), 1)}}
+    merges = [("b", "a"), ("k", "o"), ("t", "i"), ("\u0120", "ba"), ("\u00c3", "\u00a9")]
+    for pair in merges:
+        vocab["".join(pair)] = len(vocab)
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|bos|>"])
+    path = tmp_path_factory.mktemp("byte_level") / "tokenizer.json"
+    tokenizer.save(str(path))
+    return path

@@ -27,7 +27,7 @@ def rows(make_rows):
 
 def read(spec: DataSpec, root) -> list[tuple]:
     source = open_source(spec, root)
-    return [tuple(row) for unit in range(source.units) for row in source.rows(unit, 0)]
+    return [tuple(row)[:3] for unit in range(source.units) for row in source.rows(unit, 0)]
 
 
 def expected(rows):
@@ -42,7 +42,7 @@ def test_json_files_of_several_shards(tmp_path, rows, jsonl, streaming):
     source = open_source(spec, tmp_path)
     if streaming:
         assert source.units == 3
-        assert [tuple(row) for row in source.rows(1, 5)] == expected(rows[21:32])
+        assert [tuple(row)[:3] for row in source.rows(1, 5)] == expected(rows[21:32])
 
 
 def test_a_folder_of_parquet_files(tmp_path, rows):
@@ -155,7 +155,7 @@ def test_a_broken_connection_says_that_it_can_go_on(tmp_path, rows, jsonl, monke
         match=r"reading json failed \(TimeoutError: the hub went away\); where it was the network, run the",
     ):
         received += [received.append(row) for row in source.rows(0, 0)]
-    assert [tuple(row) for row in received] == expected(rows[:3])
+    assert [tuple(row)[:3] for row in received] == expected(rows[:3])
 
 
 def test_wrong_text_key_names_the_columns(tmp_path, rows, jsonl):

@@ -104,7 +104,7 @@ def test_many_files_of_less_than_a_part_are_tokenized_by_processes(tmp_path, mak
 def test_documents_of_both_sides_are_counted():
     names = np.unique(np.random.default_rng(0).integers(0, 2**62, 485_000))  # val_fraction of FineWeb-Edu's 97M
     groups = np.concatenate([names[[0, 7, -1]], np.random.default_rng(1).integers(0, 2**62, 900), [2**63 - 1, 0]])
-    assert data.assemble._count_in(groups, names) == np.isin(groups, names).sum() == 3
+    assert data.assemble._is_among(groups, names).sum() == np.isin(groups, names).sum() == 3
 
 
 def test_a_rerun_changes_nothing_and_compares_checksums(spec, folder):
@@ -185,6 +185,69 @@ def test_a_file_on_both_sides_is_an_error_without_ids(tmp_path, make_rows, jsonl
     train, val = jsonl(tmp_path / "t.jsonl", texts), jsonl(tmp_path / "v.jsonl", texts)
     with pytest.raises(ValueError, match=r"v\.jsonl of data\.val_files has the contents of t\.jsonl of data\.files"):
         prepare(DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1), tmp_path / "out")
+
+
+def test_copies_of_validation_text_are_counted_and_dropped_on_request(tmp_path, make_rows, jsonl, capsys):
+    """Under other ids, without ids, with other spaces around them; also where the split is ours."""
+    rows = make_rows(40)
+    texts = [row["text"] for row in rows]
+    copies = [{"text": texts[3], "id": "new"}, {"text": f"{texts[7]}\n"}, {"text": texts[3]}]
+    train = jsonl(tmp_path / "t.jsonl", rows[12:] + copies)
+    val = jsonl(tmp_path / "v.jsonl", rows[:12])
+    spec = DataSpec(files=str(train), val_files=str(val), vocab_size=300, workers=1)
+    keep, drop = (prepare(dataclasses.replace(spec, val_copies=how), tmp_path / "out") for how in ("keep", "drop"))
+    counted = [TokenSet(folder).manifest["splits"]["train"] for folder in (keep, drop)]
+    size = sum(len(row["text"].encode()) for row in copies)
+    assert [(c["copies_of_val"], c["copies_of_val_bytes"]) for c in counted] == [(3, size), (3, size)]
+    assert decoded(keep, "train") == texts[12:] + [row["text"] for row in copies]
+    assert decoded(drop, "train") == texts[12:] and decoded(drop, "val") == texts[:12]
+    said = capsys.readouterr().err
+    assert "3 train rows" in said and "data.val_copies=drop" in said and "were left out" in said
+    file = jsonl(tmp_path / "twice.jsonl", [{"text": text} for text in texts + texts])
+    alone = DataSpec(files=str(file), vocab_size=300, val_fraction=0.2, workers=1)
+    assert TokenSet(prepare(alone, tmp_path / "out")).manifest["splits"]["train"]["copies_of_val"] > 3
+
+
+def test_bad_rows_are_counted_through_a_kill(tmp_path, make_rows, jsonl, capsys, monkeypatch):
+    lines = [json.dumps(row) if i % 9 else "{" for i, row in enumerate(make_rows(80))]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    spec = DataSpec(files=f"{tmp_path}/t.jsonl", vocab_size=300, val_fraction=0.2, workers=1, bad_rows="skip")
+    with pytest.raises(ValueError, match=r"line 1: not JSON .*data\.bad_rows=skip"):
+        prepare(dataclasses.replace(spec, bad_rows="error"), tmp_path / "out")
+    straight = prepare(spec, tmp_path / "straight")
+    said = capsys.readouterr().err
+    bad = sum(line == "{" for line in lines)
+    assert f"{bad} rows of the train text could not be read" in said and said.count("left out: ") == 5
+    assert TokenSet(straight).manifest["bad_rows"] == {"train": bad}
+    monkeypatch.setattr(data.parts, "PART_CHARACTERS", 6000)
+    tokenize, done = data.parts.tokenize_part, []
+
+    def killed(part, tokenizer):
+        if len(done) == 4:
+            raise KeyboardInterrupt
+        done.append(part.path)
+        return tokenize(part, tokenizer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(data.parts, "tokenize_part", killed)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(spec, tmp_path / "killed")
+    resumed = prepare(spec, tmp_path / "killed")
+    assert contents(resumed) == contents(straight) and len(done) == 4
+
+
+def test_ids_that_begin_anew_in_each_file_are_named_with_the_way_out(tmp_path, make_rows, jsonl, capsys):
+    def numbered(name, first, count):
+        rows = make_rows(count, first=first)
+        return str(jsonl(tmp_path / name, [{"text": row["text"], "id": i} for i, row in enumerate(rows)]))
+
+    files = [numbered("a.jsonl", 0, 20), numbered("b.jsonl", 30, 20)]
+    spec = DataSpec(files=files, val_files=numbered("v.jsonl", 60, 9), vocab_size=300, workers=1)
+    with pytest.raises(ValueError, match=r"same source and id.*data\.id_key=null"):
+        prepare(spec, tmp_path / "out")
+    assert "data.id_key=null" in capsys.readouterr().err
+    prepare(dataclasses.replace(spec, id_key=None), tmp_path / "out")
+    assert "id_key" not in capsys.readouterr().err
 
 
 def test_a_text_given_twice_is_an_error(tmp_path, make_rows, jsonl):
@@ -318,7 +381,10 @@ def test_the_command_packs_for_the_runs_sequence_length(spec, tmp_path, monkeypa
     assert "seq_len" not in str(caught.value)  # a stream of tokens is cut to any length
 
 
-@pytest.mark.parametrize("name", ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl"])
+@pytest.mark.parametrize(
+    "name",
+    ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl", "a[1].jsonl", "b\\.jsonl", "c\\", 'd"e', "$f{g}"],
+)
 def test_the_command_to_type_can_be_typed(name):
     from launcher.compose import compose
 

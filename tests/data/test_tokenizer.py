@@ -109,6 +109,97 @@ def test_bos_is_a_special_token_and_no_word_of_the_text(tmp_path, make_rows):
         TextTokenizer(tmp_path / "tokenizer.json", "<s>")
 
 
+def unigram():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    pieces = ["<unk>", "<s>", "</s>", "\u2581", *"abcs<>/", "\u2581a"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(i)) for i, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    return tokenizer, ["<unk>", "<s>", "</s>"]
+
+
+def words(kind, **options):
+    from tokenizers import Tokenizer, pre_tokenizers
+
+    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2, "a": 3, "b": 4}
+    tokenizer = Tokenizer(kind(vocab, unk_token="<unk>", **options))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer, ["<unk>", "<s>", "</s>"]
+
+
+def word_level():
+    from tokenizers import models
+
+    return words(models.WordLevel)
+
+
+def word_piece():
+    from tokenizers import models
+
+    return words(models.WordPiece, max_input_chars_per_word=50)
+
+
+def bpe_with_merges(**options):
+    """Merges make "<s>"; and "<s>x", of which it is a part."""
+    from tokenizers import Tokenizer, models
+
+    vocab = {"</s>": 0, **{c: i for i, c in enumerate("<s>xab /", 1)}, "s>": 9, "<s>": 10, "<s>x": 11}
+    tokenizer = Tokenizer(models.BPE(vocab, [("s", ">"), ("<", "s>"), ("<s>", "x")], **options))
+    return tokenizer, ["<s>", "</s>"]
+
+
+def whole_words_first():
+    from tokenizers import pre_tokenizers
+
+    tokenizer, special = bpe_with_merges(ignore_merges=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return tokenizer, special
+
+
+def normalized():
+    from tokenizers import normalizers
+
+    tokenizer, special = unigram()
+    tokenizer.normalizer = normalizers.NFKC()
+    return tokenizer, special
+
+
+MODELS = [unigram, word_level, word_piece, bpe_with_merges, whole_words_first, normalized]
+QUOTES = ["a <s> b", "<s>", "a<s>b</s>", "<s><s> <s>", "a \uff1cs\uff1e b", " <s>x", "</s> a"]
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_a_quoted_special_token_is_text_whatever_the_model(make, tmp_path):
+    tokenizer, special = make()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    found = TextTokenizer(tmp_path / "tokenizer.json")
+    end = found.vocab["</s>"]
+    for text, ids in zip(QUOTES, found.encode(QUOTES), strict=True):
+        assert ids[0] == found.bos_id and not {found.bos_id, end} & set(ids[1:].tolist()), text
+        assert found.true_sizes(text).shape == ids.shape
+    (plain,) = found.encode(["a b a"])  # what quotes nothing is encoded as the library does
+    assert plain[1:].tolist() == tokenizer.encode("a b a", add_special_tokens=False).ids
+
+
+@pytest.mark.parametrize("make", [unigram, word_level, word_piece])
+def test_a_bos_that_is_also_the_unknown_token_is_refused(make, tmp_path):
+    tokenizer, special = make()
+    tokenizer.add_special_tokens(special)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"gives its BOS '<unk>' for text.*data\.bos="):
+        TextTokenizer(tmp_path / "tokenizer.json", "<unk>")
+
+
+def test_a_byte_level_bos_that_no_text_gives_may_be_the_unknown_token_too(byte_level, tmp_path):
+    """As GPT-2's files say of <|endoftext|>."""
+    description = json.loads(byte_level.read_text())
+    description["model"]["unk_token"] = "<|bos|>"
+    (tmp_path / "tokenizer.json").write_text(json.dumps(description))
+    for text, ids in zip(HARD, TextTokenizer(tmp_path / "tokenizer.json").encode(HARD), strict=True):
+        assert (ids[1:] != 0).all(), text
+
+
 def test_a_tokenizer_that_truncates_is_stopped_from_it(bpe, tmp_path):
     description = json.loads(bpe.read_text())
     description["truncation"] = {"direction": "Right", "max_length": 16, "strategy": "LongestFirst", "stride": 0}
