@@ -50,7 +50,7 @@ lint: $(VENV)/.installed-dev
 
 kernels-check: $(VENV)/.installed-dev
 	$(CUTLASS)
-	$(BIN)/python -m kernels.build --arch host,100a,120a --jobs 2
+	$(BIN)/python -m kernels.build --arch host,100f,120f --jobs 2
 	$(BIN)/python -m pytest -m "not gpu and not slow" tests/kernels/test_csrc_*.py tests/kernels/test_gemm_nvfp4.py \
 		tests/kernels/test_scale_layout.py
 

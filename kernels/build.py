@@ -1,7 +1,7 @@
 """Compiles kernels/csrc with nvcc into small libraries with a C interface, cached by content.
 
     python -m kernels.build --list                   what there is, what is built, what is missing
-    python -m kernels.build --arch 100a,120a         build ahead (no GPU needed; a minute and 4 to 5 GB of memory each)
+    python -m kernels.build --arch 100f,120f         build ahead (no GPU needed; a minute and 4 to 5 GB of memory each)
 
 A library's name carries a hash of its sources and flags, so an edit rebuilds it and nothing else. The cache is
 $XDG_CACHE_HOME/nibble/kernels (~/.cache/nibble/kernels); copy that folder to move built kernels to a machine without
@@ -67,12 +67,12 @@ UNITS = {
     unit.name: unit
     for unit in (
         Unit("host_checks", "host"),
-        Unit("nvfp4_sm100_1sm_bf16", "100a"),
-        Unit("nvfp4_sm100_1sm_f32", "100a"),
-        Unit("nvfp4_sm100_2sm_bf16", "100a"),
-        Unit("nvfp4_sm100_2sm_f32", "100a"),
-        Unit("nvfp4_sm120_bf16", "120a"),
-        Unit("nvfp4_sm120_f32", "120a"),
+        Unit("nvfp4_sm100_1sm_bf16", "100f"),
+        Unit("nvfp4_sm100_1sm_f32", "100f"),
+        Unit("nvfp4_sm100_2sm_bf16", "100f"),
+        Unit("nvfp4_sm100_2sm_f32", "100f"),
+        Unit("nvfp4_sm120_bf16", "120f"),
+        Unit("nvfp4_sm120_f32", "120f"),
     )
 }
 
@@ -200,7 +200,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m kernels.build", description="Compile the CUDA kernels ahead of use."
     )
     parser.add_argument(
-        "--arch", default="100a,120a", help=f"comma-separated, from {', '.join(archs)} (default: %(default)s)"
+        "--arch", default="100f,120f", help=f"comma-separated, from {', '.join(archs)} (default: %(default)s)"
     )
     parser.add_argument("--jobs", type=int, default=1, help="compilations at a time; 5 GB of memory each (default: 1)")
     parser.add_argument("--list", action="store_true", help="show what is built and stop")

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 # The block-scaled tensor-core instruction of each architecture: a kernel without it does not compute in 4 bits.
-BLOCK_SCALED = {"100a": "UTCOMMA", "120a": "OMMA.SF"}
+BLOCK_SCALED = {"100f": "UTCOMMA", "120f": "OMMA.SF"}
 
 
 def _tools() -> Path:
@@ -39,5 +39,5 @@ def opcodes(library: Path) -> Counter[str]:
 
 
 def block_scaled_count(library: Path, arch: str) -> int:
-    """How many block-scaled tensor-core instructions of `arch` ("100a" or "120a") the library holds."""
+    """How many block-scaled tensor-core instructions of `arch` ("100f" or "120f") the library holds."""
     return sum(count for name, count in opcodes(library).items() if name.startswith(BLOCK_SCALED[arch]))

@@ -1,4 +1,4 @@
-// B200 (sm_100a), one SM a tile, 128x128x256, FP32 out: for outputs too small to fill the GPU with 2-SM tiles.
+// B200, B300 (sm_100f), one SM a tile, 128x128x256, FP32 out: for outputs too small to fill the GPU with 2-SM tiles.
 #include "nvfp4_gemm.cuh"
 
 using Instance = nibble::Nvfp4Gemm<cutlass::arch::Sm100, cute::Shape<cute::_128, cute::_128, cute::_256>, cute::Shape<cute::_1, cute::_1, cute::_1>,

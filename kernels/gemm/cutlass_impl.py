@@ -1,8 +1,8 @@
-"""NVFP4 GEMMs on the 4-bit tensor cores of a B200 or RTX 5090, by the CUTLASS kernels of csrc; others as by cublaslt.
+"""NVFP4 GEMMs on Blackwell's 4-bit tensor cores (compute capability 10.0, 10.3, 12.0, 12.1), by csrc's CUTLASS kernels.
 
-The call is one custom operator (opaque to torch.compile, with a fake implementation); its library is found, or built,
-at the first call. Kernels run on the current stream, their workspace comes from torch's allocator, nothing
-synchronizes.
+Other GEMMs as by cublaslt. The call is one custom operator (opaque to torch.compile, with a fake implementation); its
+library is found, or built, at the first call. Kernels run on the current stream, their workspace comes from torch's
+allocator, nothing synchronizes.
 """
 
 import ctypes
@@ -29,7 +29,8 @@ def unavailable() -> str | None:
     capability = torch.cuda.get_device_capability()
     arch = rules.ARCHS.get(capability)
     if arch is None:
-        return f"needs sm_100a (B200) or sm_120a (RTX 5090); this is sm_{capability[0]}{capability[1]}"
+        known = ", ".join(f"{major}.{minor}" for major, minor in rules.ARCHS)
+        return f"needs compute capability {known} (Blackwell); this is {capability[0]}.{capability[1]}"
     missing = [unit.name for unit in build.UNITS.values() if unit.arch == arch and not build.is_built(unit)]
     if missing and (reason := build.cannot_build()):
         return f"{', '.join(missing)} not built, and can't be built here: {reason}"

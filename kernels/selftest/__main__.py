@@ -7,13 +7,14 @@ any is WRONG. On a Blackwell GPU the first call compiles what is missing (minute
 import argparse
 import platform
 import sys
+from pathlib import Path
 
 import torch
 
 from kernels import backend, build
 from kernels.gemm import cutlass_impl
 from kernels.gemm.nvfp4 import BACKENDS
-from kernels.selftest import gemms, host, others, quantizers, shapes, speed
+from kernels.selftest import gemms, host, others, quantizers, report, shapes, speed
 from kernels.selftest.report import WRONG, Line
 from kernels.spec import GEMMS
 
@@ -51,26 +52,59 @@ def lines(device: str) -> list[Line]:
     return out + gemms.compiled_kernels()
 
 
+def speed_lines(device: str) -> list[str]:
+    """The tables of linear layers and, where they run, of the packed kernels; nothing without a GPU."""
+    if device != "cuda":
+        return []
+    chosen = backend.use("auto", device)
+    gemm = speed.gemm_lines() if cutlass_impl.unavailable() is None else []
+    return [f"back ends: {chosen}", *speed.table(), *gemm]
+
+
+def compare(path: Path, device: str) -> int:
+    """Print a report from another machine beside the checks of this one; 1 if anything in it is WRONG."""
+    there, theirs, their_speed = report.read(path)
+    print("\n".join(there))
+    print("\n".join(report.compared(lines(device), theirs)))
+    print("\n".join(their_speed))
+    wrong = sum(line.state == WRONG for line in theirs)
+    print(f"{len(theirs)} checks there, {wrong} wrong")
+    return 1 if wrong else 0
+
+
+def check(options: argparse.Namespace, device: str) -> int:
+    """Run every check, print it, write the report if asked for; 1 if anything is WRONG."""
+    print("\n".join(machine()), flush=True)
+    found = lines(device)
+    print("\n".join(map(str, found)), flush=True)
+    tables = [] if options.no_speed else speed_lines(device)
+    print("\n".join(tables), end="\n" if tables else "", flush=True)
+    if options.report:
+        report.write(options.report, machine(), found, tables)
+    wrong = sum(line.state == WRONG for line in found)
+    print(f"{len(found)} checks, {wrong} wrong")
+    return 1 if wrong else 0
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kernels.selftest", description="Check every kernel of this machine."
     )
     parser.add_argument("--no-speed", action="store_true", help="do not time the linear layers")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="write everything into one file to send")
+    parser.add_argument("--compare", type=Path, metavar="FILE", help="read such a file, beside this machine's checks")
     options = parser.parse_args(arguments)
+    if options.report and options.compare:
+        parser.error("--report writes a file of this machine, --compare reads one of another; give one of them")
+    if options.report and not options.report.absolute().parent.is_dir():
+        parser.error(f"--report: no folder {options.report.absolute().parent}; make it first")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print("\n".join(machine()), flush=True)
-    report = lines(device)
-    print("\n".join(map(str, report)), flush=True)
-    if device == "cuda" and not options.no_speed:
-        chosen = backend.use("auto", device)
-        print(f"back ends: {chosen}")
-        print("\n".join(speed.table()), flush=True)
-        if cutlass_impl.unavailable() is None:
-            print("\n".join(speed.gemm_lines()))
-    wrong = sum(line.state == WRONG for line in report)
-    print(f"{len(report)} checks, {wrong} wrong")
-    return 1 if wrong else 0
+    try:
+        return compare(options.compare, device) if options.compare else check(options, device)
+    except (OSError, ValueError) as error:
+        print(f"selftest: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

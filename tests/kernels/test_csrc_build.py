@@ -15,7 +15,7 @@ while [ "$1" != -o ]; do shift; done
 grep -q 'syntax error' "$3" && { echo "x.cu(1): error: expected a ;" >&2; exit 2; }
 sleep 0.2; echo library > "$2"
 """
-UNIT = build.Unit("nvfp4_sm120_bf16", "120a")
+UNIT = build.Unit("nvfp4_sm120_bf16", "120f")
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_a_built_library_is_compiled_once_even_by_concurrent_processes(sandbox):
         thread.join()
     assert build.build(UNIT).read_text() == "library\n"
     assert len(calls(sandbox)) == 1
-    assert "-DNDEBUG" in calls(sandbox)[0] and "arch=compute_120a,code=sm_120a" in calls(sandbox)[0]
+    assert "-DNDEBUG" in calls(sandbox)[0] and "arch=compute_120f,code=sm_120f" in calls(sandbox)[0]
     facts = build.record(UNIT)
     assert (facts["cutlass"], facts["nvcc"]) == ("4.2.0", "fake_13.0") and facts["seconds"] >= 0.2
 
@@ -66,7 +66,7 @@ def test_a_failed_compilation_shows_the_messages_and_leaves_nothing_behind(sandb
         build.build(UNIT)
     assert not build.is_built(UNIT)
     assert [p.suffix for p in build.cache_dir().iterdir()] == [".lock"]
-    assert build.main(["--arch", "120a"]) == 1
+    assert build.main(["--arch", "120f"]) == 1
     assert "kernels.build: nvfp4_sm120_bf16: nvcc failed (2)" in capsys.readouterr().err
 
 
@@ -82,7 +82,7 @@ def test_missing_tools_are_named_with_what_to_do(sandbox, monkeypatch, capsys):
         build.build(UNIT)
     monkeypatch.setattr(shutil, "which", lambda _: None)
     assert "nvcc not found: install the CUDA toolkit" in build.cannot_build()
-    assert build.main(["--arch", "120a"]) == 1
+    assert build.main(["--arch", "120f"]) == 1
     assert "nvcc not found" in capsys.readouterr().err
     monkeypatch.delenv("CUTLASS_PATH")
     monkeypatch.setattr(build.importlib.util, "find_spec", lambda _: None)
@@ -93,11 +93,11 @@ def test_missing_tools_are_named_with_what_to_do(sandbox, monkeypatch, capsys):
 def test_command_line_builds_the_architectures_asked_for_and_lists(sandbox, capsys):
     with pytest.raises(SystemExit):
         build.main(["--arch", "90a"])
-    assert "no kernels for 90a; there are kernels for 100a, 120a" in capsys.readouterr().err
+    assert "no kernels for 90a; there are kernels for 100f, 120f" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        build.main(["--arch", "120a", "--jobs", "0"])
+        build.main(["--arch", "120f", "--jobs", "0"])
     assert "--jobs: a whole number of at least 1" in capsys.readouterr().err
-    assert build.main(["--arch", "120a", "--jobs", "2"]) == 0
+    assert build.main(["--arch", "120f", "--jobs", "2"]) == 0
     assert len(calls(sandbox)) == 2
     assert build.main(["--list"]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -177,6 +177,31 @@ def test_a_wrong_line_fails_the_command(monkeypatch, capsys):
     assert "1 wrong" in capsys.readouterr().out
 
 
+def test_a_report_travels_and_is_set_beside_this_machine(monkeypatch, capsys, tmp_path):
+    theirs = [report.judge("gemm cutlass", ["3 of 4 bytes differ"], ""), report.judge("triton", [], "12 slots")]
+    ours = [report.Line("gemm cutlass", report.NOT_HERE, "needs a GPU"), report.judge("host", [], "")]
+    file = tmp_path / "b200.json"
+    monkeypatch.setattr(selftest, "lines", lambda _: theirs)
+    assert selftest.main(["--no-speed", "--report", str(file)]) == 1
+    capsys.readouterr()
+    monkeypatch.setattr(selftest, "lines", lambda _: ours)
+    assert selftest.main(["--compare", str(file)]) == 1
+    out = capsys.readouterr().out
+    assert f"{'gemm cutlass':34} {'WRONG':24} {'not here':24} 3 of 4 bytes differ" in out
+    assert f"{'triton':34} {'runs and right':24} {'not checked':24} 12 slots" in out
+    assert f"{'host':34} {'not checked':24} {'runs and right':24}" in out
+    assert "machine: Python" in out and "2 checks there, 1 wrong" in out
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"machine": []}', '{"machine": [], "checks": [{}], "speed": []}'])
+def test_a_file_that_is_no_report_is_one_line(content, capsys, tmp_path):
+    file = tmp_path / "other.json"
+    file.write_text(content)
+    assert selftest.main(["--compare", str(file)]) == 2
+    err = capsys.readouterr().err
+    assert str(file) in err and "--report FILE" in err and len(err.splitlines()) == 1
+
+
 def test_shapes_are_those_of_the_model_presets():
     folder = Path(__file__).parents[2] / "configs" / "model"
     for layers in shapes.PRESETS:

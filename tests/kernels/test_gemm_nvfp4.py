@@ -1,12 +1,11 @@
 """gemm_nvfp4 where no GPU is needed: the emulated product, preparation of operands, routing, rules, fakes, errors."""
 
-import re
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernels import backend
+from kernels import backend, build
 from kernels.formats import scale_layout
 from kernels.formats.nvfp4 import NVFP4Tensor, unpack
 from kernels.gemm import cutlass_impl, emulated_impl, scaled_mm_impl
@@ -64,15 +63,15 @@ def test_shape_rule_of_the_kernels():
 
 def test_tile_choice():
     # 148 SMs = 74 pairs. Llama 7B, 32768 tokens: 128 x 16 tiles of 256: every pair has work.
-    assert rules.kernel_name("100a", 32768, 4096, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
-    assert rules.kernel_name("100a", 2048, 2304, "f32", 148) == "nvfp4_sm100_1sm_f32"  # 72 tiles < 74 pairs
-    assert rules.kernel_name("100a", 2304, 2304, "f32", 148) == "nvfp4_sm100_2sm_f32"  # 81 tiles
+    assert rules.kernel_name("100f", 32768, 4096, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
+    assert rules.kernel_name("100f", 2048, 2304, "f32", 148) == "nvfp4_sm100_1sm_f32"  # 72 tiles < 74 pairs
+    assert rules.kernel_name("100f", 2304, 2304, "f32", 148) == "nvfp4_sm100_2sm_f32"  # 81 tiles
     # The rule turns where the last pair of 148 SMs gets its tile; a ragged tile counts as one.
-    assert rules.kernel_name("100a", 74 * 256, 256, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
-    assert rules.kernel_name("100a", 73 * 256 + 1, 248, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
-    assert rules.kernel_name("100a", 73 * 256, 256, "bf16", 148) == "nvfp4_sm100_1sm_bf16"
-    assert rules.kernel_name("100a", 1, 8, "bf16", 148) == "nvfp4_sm100_1sm_bf16"
-    assert rules.kernel_name("120a", 32768, 4096, "bf16", 170) == "nvfp4_sm120_bf16"
+    assert rules.kernel_name("100f", 74 * 256, 256, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
+    assert rules.kernel_name("100f", 73 * 256 + 1, 248, "bf16", 148) == "nvfp4_sm100_2sm_bf16"
+    assert rules.kernel_name("100f", 73 * 256, 256, "bf16", 148) == "nvfp4_sm100_1sm_bf16"
+    assert rules.kernel_name("100f", 1, 8, "bf16", 148) == "nvfp4_sm100_1sm_bf16"
+    assert rules.kernel_name("120f", 32768, 4096, "bf16", 170) == "nvfp4_sm120_bf16"
 
 
 def fake_cuda(operand: NVFP4Tensor) -> NVFP4Tensor:
@@ -141,14 +140,28 @@ def test_reasons_for_unavailability_without_a_gpu():
         backend.use({"gemm": "cutlass"})
 
 
-@pytest.mark.parametrize(
-    ("capability", "reason"),
-    [((9, 0), "needs sm_100a .* this is sm_90"), ((10, 3), "this is sm_103"), ((12, 1), "this is sm_121")],
-)
-def test_architectures_without_a_kernel_say_so(monkeypatch, capability, reason):
+def reason_on(monkeypatch, capability, built=True):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    assert re.search(reason, cutlass_impl.unavailable())
+    monkeypatch.setattr(build, "is_built", lambda _: built)
+    return cutlass_impl.unavailable()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (11, 0), (10, 1), (13, 0)])
+def test_architectures_without_a_kernel_say_so(monkeypatch, capability):
+    reason = reason_on(monkeypatch, capability)
+    assert "needs compute capability 10.0, 10.3, 12.0, 12.1" in reason
+    assert "this is {}.{}".format(*capability) in reason
+
+
+@pytest.mark.parametrize("capability", [(10, 0), (10, 3), (12, 0), (12, 1)])
+def test_every_blackwell_capability_runs_the_packed_kernels(monkeypatch, capability):
+    """B200, B300, RTX 5090 and RTX PRO, GB10: the code of their family, not a fallback."""
+    reason = reason_on(monkeypatch, capability)
+    assert reason is None or "capability" not in reason
+    family = {10: "100f", 12: "120f"}[capability[0]]
+    name = rules.kernel_name(rules.ARCHS[capability], 4096, 4096, "bf16", 148)
+    assert build.UNITS[name].arch == family
 
 
 def test_routing_of_operands():

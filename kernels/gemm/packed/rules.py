@@ -5,8 +5,9 @@ No torch. tests/kernels/test_csrc_gemm.py compares `shape_error` with what the c
 
 from kernels.formats.scale_layout import CONTRACTION_MULTIPLE, round_up
 
-# Compute capability -> the architecture whose machine code runs there. The "a" code is not portable to 10.3 or 12.1.
-ARCHS = {(10, 0): "100a", (12, 0): "120a"}
+# Compute capability -> the family target whose machine code runs there. "f" code runs on the later members of its
+# family too (CUDA 13.0: 100f on B200 and B300, 120f on RTX 5090, RTX PRO and GB10), "a" code on one alone.
+ARCHS = {(10, 0): "100f", (10, 3): "100f", (12, 0): "120f", (12, 1): "120f"}
 OUTPUT_BYTES = {"bf16": 2, "f32": 4}
 TMA_BYTES = 16  # rows of every matrix that TMA moves are multiples of this
 TWO_SM_TILE = 256  # the 2-SM kernel computes 256 x 256 of the result on a pair of SMs
@@ -30,7 +31,7 @@ def kernel_name(arch: str, m: int, n: int, output: str, sm_count: int) -> str:
     spread the work over four times as many units. (A rule, not a measurement: nobody here has a B200. selftest times
     both.)
     """
-    if arch == "120a":
+    if arch == "120f":
         return f"nvfp4_sm120_{output}"
     pairs_of_work = (round_up(m, TWO_SM_TILE) // TWO_SM_TILE) * (round_up(n, TWO_SM_TILE) // TWO_SM_TILE)
     sms = "2sm" if pairs_of_work >= sm_count // 2 else "1sm"
