@@ -28,7 +28,7 @@ from training.ranks.signals import NAMES, StopFlag
 from training.ranks.watchdog import Watchdog
 from training.records.console import Console
 from training.records.loggers import Loggers
-from training.records.metrics import MFU_FORMULA, StepBuffer, memory_gib, others_gib, peak_flops
+from training.records.metrics import StepBuffer, memory_gib, mfu_formula, others_gib, peak_flops
 from training.records.runfolder import RunFolder
 from training.start.derive import Numbers
 
@@ -205,7 +205,7 @@ class Trainer:
         return {
             "tokens_per_second": tokens_per_second,
             "mfu": flops / self._peak if self._peak else None,
-            "mfu_formula": MFU_FORMULA if self._peak else None,
+            "mfu_formula": mfu_formula(self._peak) if self._peak else None,
         }
 
     def _train_row(self, step: int, nats: float, grad_norm: float) -> dict[str, Any]:

@@ -39,7 +39,7 @@ from training.config import TrainConfig
 from training.microbatch import MicroBatch
 from training.optim.groups import build_optimizers, clip_gradients
 from training.ranks.distributed import Dist, setup
-from training.records.metrics import MFU_FORMULA, peak_flops
+from training.records.metrics import mfu_note, peak_flops
 from training.start.build import build_loss, build_micro_batch, set_torch_flags
 from training.start.describe import check
 from training.start.memory import GIB, Kept, estimate, kept_of
@@ -219,9 +219,8 @@ def main(arguments: list[str]) -> int:
         print("error: bench_step times a GPU and there is none here", file=sys.stderr)
         return 1
     ranks = setup()
-    print(
-        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, overrides {extra}; MFU = {MFU_FORMULA}", flush=True
-    )
+    gpu = torch.cuda.get_device_name()
+    print(f"{gpu}, torch {torch.__version__}, overrides {extra}; MFU: {mfu_note(gpu)}", flush=True)
     timings: list[Timing] = []
     for model in options["models"].split(","):
         for recipe in options["recipes"].split(","):

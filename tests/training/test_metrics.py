@@ -9,7 +9,7 @@ from training.config import LoggerSection, WandbSection
 from training.loop import Trainer
 from training.records.identity import short_count
 from training.records.loggers import Loggers, build_sinks, numbers
-from training.records.metrics import MetricsFile, StepBuffer, others_gib
+from training.records.metrics import MetricsFile, StepBuffer, mfu_formula, mfu_note, others_gib, peak_of
 
 
 def row(kind: str, step: int, **fields) -> dict:
@@ -20,6 +20,32 @@ def test_memory_of_others_is_what_is_taken_and_not_ours(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (50 * 2**30, 80 * 2**30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 12 * 2**30)
     assert others_gib(torch.device("cuda")) == 18.0 and others_gib(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("gpu", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA H100 PCIe", 756.5e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200 NVL", 835.5e12),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+        ("NVIDIA H200 MIG 1g.18gb", None),
+        ("GRID H100-80C", None),
+        ("NVIDIA H1000", None),
+        ("NVIDIA A100-SXM4-80GB", None),
+        (None, None),
+    ],
+)
+def test_the_peak_is_that_of_the_very_part(gpu, peak):
+    assert peak_of(gpu) == peak
+    assert (mfu_note(gpu) == mfu_formula(peak)) if peak else mfu_note(gpu).startswith("none")
+    assert gpu is None or peak or gpu in mfu_note(gpu)
+
+
+def test_the_formula_of_kept_runs_is_what_it_was():
+    assert mfu_formula(989e12) == "(6 N + 12 L d s) per token / 989 TFLOP/s; N with lm_head, without embedding"
 
 
 def test_speed_is_the_jobs_and_mfu_a_gpus():

@@ -15,8 +15,15 @@ from base.files import atomic_write
 from training.start.memory import GIB
 
 FILE = "metrics.jsonl"
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12}  # dense BF16, SXM, as NVIDIA states it
-MFU_FORMULA = "(6 N + 12 L d s) per token / 989 TFLOP/s; N with lm_head, without embedding"
+# Dense BF16 in FLOP/s by the exact name that the driver gives: half of what NVIDIA's data sheets of H100 and H200 state
+# "with sparsity". Parts of one name in common differ by a quarter, and a MIG slice has a part's name and a share of it.
+PEAK_FLOPS = {
+    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
+    "NVIDIA H100 PCIe": 756.5e12,
+    "NVIDIA H100 NVL": 835.5e12,
+    "NVIDIA H200": 989e12,  # SXM
+    "NVIDIA H200 NVL": 835.5e12,
+}
 
 
 class MetricsFile:
@@ -91,8 +98,22 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def peak_of(name: str | None) -> float | None:
-    """The same by the device's name, as NVIDIA writes it; None without one."""
-    return next((flops for key, flops in PEAK_FLOPS.items() if name and key in name), None)
+    """The same by the device's name, as the driver writes it; None without one, and of a part that we don't know."""
+    return PEAK_FLOPS.get(name)
+
+
+def mfu_formula(peak: float) -> str:
+    """What MFU means, at this peak."""
+    return f"(6 N + 12 L d s) per token / {peak / 1e12:g} TFLOP/s; N with lm_head, without embedding"
+
+
+def mfu_note(gpu: str | None) -> str:
+    """For a person: the formula on this GPU (its name; None: a CPU), or why there is no MFU."""
+    if gpu is None:
+        return "none on a CPU"
+    if peak := peak_of(gpu):
+        return mfu_formula(peak)
+    return f"none: {gpu} is {'a slice' if ' MIG ' in gpu else 'a part'} whose BF16 peak isn't known here"
 
 
 def others_gib(device: torch.device) -> float | None:

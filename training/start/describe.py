@@ -119,14 +119,15 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
     """The start screen; a dry run names the back end that was asked for."""
     config = request.config
     mode = choose(config.parallel, ranks, sketch.shape.parameters)
-    on_gpu = ranks.device.type == "cuda"
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
     train_tokens = sketch.tokens.split("train").length if sketch.tokens else None
     name = sketch.run["name"]
     return str(
         StartScreen(
             name=name,
             folder=str(Path(config.paths.runs) / name),
-            device=torch.cuda.get_device_name(ranks.device) if on_gpu else f"CPU ({torch.get_num_threads()} threads)",
+            device=gpu or f"CPU ({torch.get_num_threads()} threads)",
+            gpu=gpu,
             backends=backends or {"asked for": config.backend},
             compiled=is_compiled(config, ranks.device),
             graphed=is_graphed(config, sketch.plan.fullgraph, mode, ranks.device),

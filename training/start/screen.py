@@ -3,18 +3,20 @@
 from dataclasses import dataclass
 
 from models.shape import DecoderShape
-from training.records.metrics import MFU_FORMULA
+from training.records.metrics import mfu_note
 from training.start.derive import Numbers
 from training.start.memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
 class StartScreen:
-    """Everything the screen shows. `train_tokens` is None where the data isn't prepared yet."""
+    """Everything the screen shows. `gpu`: its name, None on a CPU; `train_tokens` is None where the data isn't
+    prepared yet."""
 
     name: str
     folder: str
     device: str
+    gpu: str | None
     backends: dict[str, str]
     compiled: bool
     graphed: bool
@@ -48,8 +50,8 @@ class StartScreen:
             ("length", f"{n.steps:,} steps x {n.tokens_per_step:,} tokens = {n.tokens:,} tokens"),
             ("batch", self._batch()),
             ("schedule", self._schedule()),
-            ("memory", f"{self.memory.total:.1f} GiB a GPU expected ({self._parts()})"),
-            ("MFU", MFU_FORMULA),
+            ("memory", f"{self.memory.total:.1f} GiB{' a GPU' * bool(self.gpu)} expected ({self._parts()})"),
+            ("MFU", mfu_note(self.gpu)),
         ]
         return "\n".join(f"{label:<10} {text}" for label, text in lines)
 
