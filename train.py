@@ -7,7 +7,7 @@ import sys
 # Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-from base.terminal import quiet_pipes
+from base.terminal import outlive_readers, quiet_pipes
 from launcher.cli import read_command_line
 from launcher.compose import ConfigError, compose
 
@@ -18,9 +18,10 @@ def main(arguments: list[str]) -> int:
     try:
         line = read_command_line(arguments)
         if line.text is not None:
-            quiet_pipes()  # only here: training has sockets of its own
+            quiet_pipes()  # only here: training has sockets of its own, and goes on
             print(line.text)
             return 0
+        outlive_readers()
         if line.slurm is not None or line.multirun:
             from launcher.multirun import run_all, submit_all
         if line.slurm is not None:

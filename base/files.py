@@ -54,9 +54,9 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically. Bytes of a path that an ASCII locale couldn't decode are written as they came."""
     with atomic_write(path) as handle:
-        handle.write(text.encode())
+        handle.write(text.encode(errors="surrogateescape"))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -7,6 +7,13 @@ import subprocess
 from pathlib import Path
 
 
+def stop_signals() -> tuple[int, ...]:
+    """What asks a program to save and stop: Ctrl-C, SIGTERM, SIGUSR1 and, unless nohup has it ignored, the SIGHUP of a
+    closed terminal."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    return numbers if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (*numbers, signal.SIGHUP)
+
+
 def descendants(pid: int) -> list[int]:
     """All processes below `pid`, from /proc."""
     children: dict[int, list[int]] = {}

@@ -1,12 +1,14 @@
-"""What the command lines share: argument types, and quiet ends of pipes."""
+"""What the command lines share: argument types, and output whose reader is gone or knows fewer letters."""
 
 import argparse
+import contextlib
 import math
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, TextIO
 
 
 def quiet_pipes() -> None:
@@ -15,6 +17,58 @@ def quiet_pipes() -> None:
     Not for programs that write to pipes or sockets of their own: those would end there, too.
     """
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    any_letters()
+
+
+def any_letters() -> None:
+    """Print letters that a terminal's encoding (ASCII, Latin-1) lacks as escapes, rather than end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # not what a test or a notebook put in its place
+            stream.reconfigure(errors="backslashreplace")
+
+
+def outlive_readers() -> None:
+    """Let the program go on when the reader of its output has gone: `train.py | head`, a closed terminal, a full disk
+    under a log. What is printed from then on is dropped, with one note on the other stream."""
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    any_letters()
+    out, err = Lasting(sys.stdout, "standard output"), Lasting(sys.stderr, "standard error")
+    out.other, err.other = err, out
+    sys.stdout, sys.stderr = out, err
+
+
+class Lasting:
+    """A text stream that is dropped at its first failing write. Everything else is the stream's own."""
+
+    def __init__(self, stream: TextIO, name: str) -> None:
+        self._stream, self._name = stream, name
+        self.other: Lasting | None = None
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        """Point the descriptor at nothing: what is still buffered goes there at the end, as do our children's words."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, self._stream.fileno())
+        os.close(nothing)
+        if self.other is not None:
+            with contextlib.suppress(ValueError):  # closed
+                print(f"note: {self._name} is dropped ({error.strerror}); the program goes on", file=self.other)
+                self.other.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def positive(text: str) -> int:

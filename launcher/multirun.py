@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+from base.processes import stop_signals
 from launcher import slurm
 from launcher.compose import Composed, ConfigError, compose, sweep
 from launcher.slurm import TRAIN
@@ -103,7 +104,7 @@ def run_one(job: list[str]) -> tuple[int, bool]:
         if number != signal.SIGINT:  # Ctrl-C reaches the whole foreground group already
             child.send_signal(number)
 
-    previous = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
         return child.wait(), bool(asked)
     finally:

@@ -7,10 +7,10 @@
 Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (say what would run, and stop), slurm.*.
 Everything else is passed to train.py. On a CPU one run at a time. Output of each run: <runs>/.grid/<run>.log.
 A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
-second one started beside it or after it takes only what nobody runs. Ctrl-C and SIGTERM stop the runs after their
-current step, saved; the same command goes on. On SLURM a cell whose job waits or runs is not submitted again. A cell
-that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given. A damaged one is
-named, left alone, and makes the exit code 1.
+second one started beside it or after it takes only what nobody runs. Ctrl-C, SIGTERM and a closed terminal stop the
+runs after their current step, saved; the same command goes on. On SLURM a cell whose job waits or runs is not submitted
+again. A cell that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given. A
+damaged one is named, left alone, and makes the exit code 1.
 """
 
 import os
@@ -34,7 +34,8 @@ if __name__ == "__main__":
 from analysis import states
 from analysis.runs import RunError
 from base.files import write_text
-from base.terminal import quiet_pipes
+from base.processes import stop_signals
+from base.terminal import outlive_readers, quiet_pipes
 from launcher import gridline, slurm
 from launcher.cells import GridError
 from launcher.cli import take_launcher
@@ -123,6 +124,7 @@ def run_local(line: gridline.GridLine) -> int:
     if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
         raise GridError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
     slots = gpu_slots(line.own["gpus"], int(line.own["per_gpu"]))
+    outlive_readers()  # `| head` ends no grid
     found = look(line)
     is_damaged = states.tell_damaged(found)
     queue, running, failed = pending(line, found), [], []
@@ -136,7 +138,7 @@ def run_local(line: gridline.GridLine) -> int:
         stopping.append(number)
         pass_on()
 
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    previous = {number: signal.signal(number, stop) for number in stop_signals()}
     counts = states.counted(found.values())
     print(
         f"{line.experiment}: {len(found)} cells, {len(queue)} to run on {len(slots)} slot(s); so far {counts}",

@@ -55,3 +55,8 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
             files.write_text(path, "x")
     assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_path_from_an_ascii_locale_is_written_as_it_came(tmp_path):
+    files.write_text(tmp_path / "config.yaml", "files: m\udcc3\udcbc")
+    assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "files: mü"

@@ -22,7 +22,12 @@ def stop():
 
 @pytest.mark.parametrize(
     ("number", "level", "code"),
-    [(signal.SIGINT, INTERRUPT, 0), (signal.SIGTERM, PREEMPT, 75), (signal.SIGUSR1, PREEMPT, 75)],
+    [
+        (signal.SIGINT, INTERRUPT, 0),
+        (signal.SIGTERM, PREEMPT, 75),
+        (signal.SIGUSR1, PREEMPT, 75),
+        (signal.SIGHUP, PREEMPT, 75),
+    ],
 )
 def test_signal_sets_the_level_and_the_exit_code(stop, number, level, code):
     assert stop.level == 0
@@ -35,6 +40,14 @@ def test_preemption_outranks_an_interrupt_in_any_order(stop):
     os.kill(os.getpid(), signal.SIGTERM)
     os.kill(os.getpid(), signal.SIGINT)
     assert stop.level == PREEMPT
+
+
+def test_a_closed_terminal_is_not_heard_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    flag = StopFlag()
+    os.kill(os.getpid(), signal.SIGHUP)
+    flag.restore()
+    assert flag.level == 0 and signal.signal(signal.SIGHUP, before) == signal.SIG_IGN
 
 
 def test_handlers_are_restored():

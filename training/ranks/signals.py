@@ -1,15 +1,17 @@
 """Signals that ask a run to stop, and the lock that keeps two processes out of one run folder.
 
-SIGINT (Ctrl-C), SIGTERM and SIGUSR1 set a flag; the loop looks at it before each batch of training and
-evaluation, saves, and ends with `StopFlag.exit_code`. A second Ctrl-C ends at once, without saving. Exit codes:
+SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGHUP (a closed terminal, unless nohup ignores it) set a flag; the loop looks at
+it before each batch of training and evaluation, saves, and ends with `StopFlag.exit_code`. A second Ctrl-C ends at
+once, without saving. Exit codes:
 
     0    finished, or stopped by Ctrl-C after saving
-    75   stopped by SIGTERM or SIGUSR1 (preemption) after saving: start the same command again. EX_TEMPFAIL of
+    75   stopped by SIGTERM, SIGUSR1 or SIGHUP (preemption) after saving: start the same command again. EX_TEMPFAIL of
          sysexits.h, so that a requeue script can tell it from a failure
     74   a rank hung, 71: torchrun is gone (training/ranks/watchdog.py). EX_IOERR and EX_OSERR
     130  second Ctrl-C
 """
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -18,6 +20,7 @@ from pathlib import Path
 from types import FrameType
 
 from base.files import flock
+from base.processes import stop_signals
 
 EXIT_PREEMPTED = 75
 EXIT_HUNG = 74
@@ -27,26 +30,24 @@ LOCK = ".lock"
 LOCK_WAIT_S = 0.2
 # Larger is more urgent: what one rank got decides for all (distributed.SharedFlag takes the maximum).
 INTERRUPT, PREEMPT = 1, 2
-NAMES = {INTERRUPT: "interrupt (Ctrl-C)", PREEMPT: "preemption (SIGTERM or SIGUSR1)"}
+NAMES = {INTERRUPT: "interrupt (Ctrl-C)", PREEMPT: "preemption (SIGTERM, SIGUSR1 or SIGHUP)"}
 
 
 class StopFlag:
     """Level of the stop asked for: 0, INTERRUPT or PREEMPT. Installs its handlers until `restore`."""
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
     def __init__(self) -> None:
         self.level = 0
         self._interrupted = False
-        self._previous = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
+        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self._interrupted:
-            os.write(2, b"\nstopped at once by a second Ctrl-C; the same command resumes from the last checkpoint\n")
+            tell(b"\nstopped at once by a second Ctrl-C; the same command resumes from the last checkpoint\n")
             os._exit(EXIT_KILLED_BY_USER)
         if number == signal.SIGINT:
             self._interrupted = True
-            os.write(2, b"\nCtrl-C: saving after this batch (again to stop at once, without saving)\n")
+            tell(b"\nCtrl-C: saving after this batch (again to stop at once, without saving)\n")
         self.level = max(self.level, INTERRUPT if number == signal.SIGINT else PREEMPT)
 
     def restore(self) -> None:
@@ -56,6 +57,12 @@ class StopFlag:
     @staticmethod
     def exit_code(level: int) -> int:
         return EXIT_PREEMPTED if level == PREEMPT else 0
+
+
+def tell(text: bytes) -> None:
+    """Write to standard error from a signal handler; nobody may be there to read it."""
+    with contextlib.suppress(OSError):
+        os.write(2, text)
 
 
 def lock_file(descriptor: int) -> None:
