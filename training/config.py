@@ -193,7 +193,7 @@ class LoggerSection:
 
 @dataclass
 class LogSection:
-    every: int = 10  # steps between two reads of the device; every step's loss is logged nevertheless
+    every: float = 10  # steps between two reads of the device; every step's loss is logged nevertheless
 
     def __post_init__(self) -> None:
         self.every = whole("log.every", self.every)

@@ -34,6 +34,8 @@ from training.start.derive import Numbers
 
 # A save that has been written for longer than this is not followed by another one when the job is stopped.
 LONG_SAVE_S = 2.0
+# Steps between two reads of the device at most, whatever log.every says: the buffer has a row for each.
+BUFFERED_STEPS = 10_000
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Trainer:
         self.state = parts.state
         self.optimizers = parts.state.optimizers
         device = parts.ranks.device
-        self._buffer = StepBuffer(parts.config.log.every, device)
+        self._buffer = StepBuffer(min(parts.config.log.every, BUFFERED_STEPS), device)
         self._peak = peak_flops(device)
         self._stop = SharedFlag(parts.ranks)
         self._guard = Guard(parts.state.optimizers, device)
@@ -108,7 +110,7 @@ class Trainer:
             save = bool(level) or self._due(self.p.config.checkpoint.every)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
             last = self.state.step == self.numbers.steps
-            if save or first or last or self._due(self.p.config.log.every) or self._evaluation_due():
+            if save or first or last or self._log_due() or self._evaluation_due():
                 self._flush()
             if level:
                 return self._stop_early(level)
@@ -155,6 +157,9 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.state.step % every == 0
+
+    def _log_due(self) -> bool:
+        return self._due(self.p.config.log.every) or self._buffer.count == BUFFERED_STEPS
 
     def _evaluation_due(self) -> bool:
         return 0 < self.state.step < self.numbers.steps and self._due(self.p.config.evaluate.every)

@@ -18,3 +18,11 @@ def test_nanochat_with_muon_learns_and_resumes_bitwise(run, rows, stop_after):
         run(*words, name="stopped")
     _, stopped = run(*words, name="stopped")
     assert [row["loss"] for row in rows(stopped, "train")] == losses
+
+
+def test_a_window_without_end_is_read_in_pieces(run, rows, monkeypatch):
+    """log.every=1e12 allocated 16 TB; now each step is logged once, whatever it says."""
+    monkeypatch.setattr("training.loop.BUFFERED_STEPS", 3)
+    _, folder = run("quant=bf16", "steps=8", "log.every=1e12", "checkpoint.every=null", "evaluate.every=null")
+    assert [row["step"] for row in rows(folder, "train")] == list(range(1, 9))
+    assert len({row["ms_per_step"] for row in rows(folder, "train")}) == 4  # windows of 1, 3, 3 and 1 steps
