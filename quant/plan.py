@@ -84,15 +84,17 @@ class Plan:
     def check_tokens(self, micro_tokens: int) -> None:
         """Raise ValueError where blocks or rotation don't divide the tokens of a micro-batch."""
         for entry in self.entries:
-            if not isinstance(entry.recipe, Recipe):
-                continue
-            squares = [_square(entry.recipe, slot) for slot in ("fprop.x", "dgrad.dy")]
-            for needed in (_divisor(entry.recipe.wgrad), *squares):
+            for needed in _training_divisors(entry.recipe):
                 if micro_tokens % needed:
                     raise ValueError(
                         f"{entry.name}: the {micro_tokens} tokens of a micro-batch are no multiple of {needed} "
                         "(rotation or block); choose batch.micro or batch.seq_len so that they are"
                     )
+
+    @property
+    def forward_divisor(self) -> int:
+        """What must divide the tokens of a batch that only goes forward, as evaluation's do: a power of two."""
+        return max((_forward_divisor(entry.recipe) for entry in self.entries), default=1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for plan.json: the recipes used, resolved, and each layer's."""
@@ -270,6 +272,17 @@ def _check_shape(entry: Entry) -> None:
 def _divisor(gemm: Gemm) -> int:
     """What must divide the contraction of a GEMM: its rotation, or NVFP4's block."""
     return gemm.rotation_dim or (NVFP4_BLOCK if any(operand.spec.is_nvfp4 for operand in gemm.operands) else 1)
+
+
+def _training_divisors(recipe: AnyRecipe) -> list[int]:
+    """What must divide the tokens of a micro-batch, forward and backward."""
+    if not isinstance(recipe, Recipe):
+        return [_forward_divisor(recipe)]
+    return [_divisor(recipe.wgrad), _forward_divisor(recipe), _square(recipe, "dgrad.dy")]
+
+
+def _forward_divisor(recipe: AnyRecipe) -> int:
+    return _square(recipe, "fprop.x") if isinstance(recipe, Recipe) else recipe.tokens_multiple
 
 
 def _square(recipe: Recipe, slot: str) -> int:

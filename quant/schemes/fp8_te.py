@@ -46,6 +46,7 @@ class Fp8TE:
 
     is_quantized: ClassVar[bool] = True
     fullgraph: ClassVar[bool] = False
+    tokens_multiple: ClassVar[int] = 8  # of the tokens of a batch; Transformer Engine raises otherwise
 
     def __post_init__(self):
         if self.scaling not in SCALINGS:

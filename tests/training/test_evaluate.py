@@ -1,8 +1,10 @@
 """What an evaluation asks of the model, without one."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 from training.evaluate import evaluate
@@ -47,3 +49,28 @@ def test_evaluation_draws_by_batch_and_never_what_training_draws():
     assert parts == [[whole[0], whole[2]], [whole[1], whole[0]]]  # rank 1 has no second batch and repeats the first
     assert scored[0].tolist() == [0.0, 3.0, 6.0, 9.0, 12.0]
     assert (scored[1] + scored[2]).tolist() == scored[0].tolist()
+
+
+SQUARE_X = ["quant=nvfp4_rtn", "quant.fprop.x.scales=[tensor fp32,16x16 e4m3]", "quant.wgrad=none", "steps=2"]
+ODD = [*SQUARE_X, "batch.seq_len=24", "batch.micro=2", "batch.sequences=4"]  # 48 tokens divide, one sequence's 24 don't
+
+
+def test_what_only_an_evaluation_meets_is_refused_before_training(run, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"evaluate\.final_tokens=null: the last batch of 1 .*evaluate\.final_tokens=\d+"
+    ):
+        run(*ODD, "evaluate.every=null")
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("key", ["tokens", "final_tokens"])
+def test_the_remedy_against_an_odd_batch_works(run, key):
+    whole = ["evaluate.tokens=96", "evaluate.final_tokens=96"]
+    with pytest.raises(ValueError, match=rf"evaluate\.{key}=120: .*set evaluate\.{key}=96") as refused:
+        run(*ODD, *whole, f"evaluate.{key}=120", "evaluate.every=1")
+    remedy = re.search(r"set (evaluate\.\w+=\d+)", str(refused.value))[1]
+    assert run(*ODD, *whole, remedy, "evaluate.every=1")[0] == 0
+
+
+def test_a_recipe_without_square_activations_takes_odd_batches(run):
+    assert run("quant=nvidia", "batch.seq_len=24", "batch.micro=2", "batch.sequences=4", "steps=1")[0] == 0

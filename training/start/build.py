@@ -196,6 +196,22 @@ def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
     return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))
 
 
+def check_evaluations(config: TrainConfig, texts: Texts, plan: Plan, numbers: Numbers) -> None:
+    """ValueError, with what to type, where an evaluation's last batch has a number of tokens that the recipe can't
+    take: training would go well until then."""
+    during = {} if config.evaluate.every is None else {"tokens": texts.evaluation}
+    for key, evalset in {**during, "final_tokens": texts.final}.items():
+        odd = evalset.sequences % numbers.micro
+        if odd * numbers.seq_len % plan.forward_divisor:
+            fitting = evalset.sequences - odd
+            remedy = f"evaluate.{key}={fitting * numbers.seq_len}" if fitting else "a smaller batch.micro"
+            raise ValueError(
+                f"evaluate.{key}={getattr(config.evaluate, key) or 'null'}: the last batch of {odd} sequences of "
+                f"{numbers.seq_len} tokens can't be quantized, recipe {plan.label} needs a multiple of "
+                f"{plan.forward_divisor}; set {remedy}, or another batch.seq_len"
+            )
+
+
 def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int) -> Iterator[Tensor]:
     """This rank's micro-batches from `first_step` to the end, read ahead and copied to the device."""
     ranges = (

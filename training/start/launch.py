@@ -26,6 +26,7 @@ from training.start.build import (
     Texts,
     build_loss,
     build_micro_batch,
+    check_evaluations,
     check_schemes,
     micro_batches,
     open_checkpointer,
@@ -75,6 +76,7 @@ def train(request: Request, ranks: Dist) -> int:
     )
     sketch = describe(request, ranks, tokens)
     texts = open_texts(config, tokens)
+    check_evaluations(config, texts, sketch.plan, sketch.numbers)
     folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
     text = screen(request, sketch, ranks, backends)
     lock = RunLock(folder.path)
