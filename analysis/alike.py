@@ -9,7 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from analysis.pairing import align
-from analysis.runs import EvalRows, Run, RunError
+from analysis.runs import EvalRows, Run
+from base.runfolder import RunError
 
 # (field of run.json, what to call it)
 TEXT = (

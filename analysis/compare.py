@@ -8,7 +8,8 @@ import numpy as np
 
 from analysis.alike import same_rows, some
 from analysis.pairing import Floor, Gap, SeedGap, paired_gap, seed_gap
-from analysis.runs import Run, RunError
+from analysis.runs import Run
+from base.runfolder import RunError
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from analysis.runs import Run, RunError, json_object
+from analysis.runs import Run, json_object
+from base import runfolder
+from base.flops import flops_per_token
+from base.runfolder import RunError
 
 TABLE = Path(__file__).resolve().parents[1] / "results" / "throughput.json"
 ROW_NAMES, ROW_NUMBERS = ("model", "recipe"), ("flops_per_token", "tokens_per_second")
@@ -107,8 +110,8 @@ def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:
     runs = [run for run in runs if not run.company]
     if not runs:
         raise ValueError("no run had its GPU to itself, as far as others_gib in metrics.jsonl tells; use bench_step.py")
-    devices = {run.read_json("env.json").get("device", "unknown") for run in runs}
-    if len(devices) != 1 or any(run.read_json("env.json").get("device_count", 1) != 1 for run in runs):
+    devices = {run.read_json(runfolder.ENV).get("device", "unknown") for run in runs}
+    if len(devices) != 1 or any(run.read_json(runfolder.ENV).get("device_count", 1) != 1 for run in runs):
         raise ValueError(f"throughput needs single-GPU runs of one kind of device, got {', '.join(sorted(devices))}")
     best: dict[tuple[str, str], dict] = {}
     for run in runs:
@@ -118,14 +121,14 @@ def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:
                 "model": key[0],
                 "recipe": key[1],
                 "tokens_per_second": round(run.tokens_per_second),
-                "flops_per_token": flops_per_token(run),
+                "flops_per_token": run_flops(run),
                 "source": f"{run.name}, median of {len(run.train['step'])} steps",
             }
     return devices.pop(), [best[key] for key in sorted(best)]
 
 
-def flops_per_token(run: Run) -> int:
-    """(6 N + 12 L d s), N with lm_head and without the embedding, from the run's numerics."""
-    shape = {key: run.info["numerics"][f"model.{key}"] for key in ("layers", "width")}
-    counted = run.info["parameters_non_embedding"] + run.info["vocab_size"] * shape["width"]
-    return 6 * counted + 12 * shape["layers"] * shape["width"] * run.info["seq_len"]
+def run_flops(run: Run) -> int:
+    """Of one token, from the run's numerics."""
+    layers, width = (run.info["numerics"][f"model.{key}"] for key in ("layers", "width"))
+    sizes = (run.info["parameters_non_embedding"], run.info["vocab_size"], layers, width)
+    return flops_per_token(*sizes, run.info["seq_len"])

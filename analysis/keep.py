@@ -13,14 +13,22 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.runs import ROW_KEYS, Run, read_records, read_run
+from analysis.runs import Run, read_run
 from base.files import write_json
-
-FILES = ("run.json", "env.json", "result.json")  # the first goes first and comes last: without it a copy is no run
-TRAIN_FIELDS = (
-    *("kind", "step", "tokens", "loss", "grad_norm", "lr"),
-    *("ms_per_step", "tokens_per_second", "mfu", "others_gib", "time"),
+from base.runfolder import (
+    CONFIG,
+    ENV,
+    EVAL,
+    METRICS,
+    RESULT,
+    RUN,
+    SEGMENT_KEYS,
+    kept_fields,
+    read_metrics,
+    segments_file,
 )
+
+FILES = (RUN, ENV, RESULT)  # the first goes first and comes last: without it a copy is no run
 PLACES = ("data.path=", "data.files=", "data.val_files=", "data.tokenizer=", "paths.")
 SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
 
@@ -45,21 +53,21 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     target = folder / run.name
     if target.resolve() == run.path.resolve():
         raise ValueError(f"{target}: the copy would replace the run itself; give another folder")
-    if (target / "config.yaml").exists():  # which copies lack
+    if (target / CONFIG).exists():  # which copies lack
         raise ValueError(f"{target}: the copy would replace a run, not an older copy; give another folder")
     is_finished = run.finished  # then all records are there
-    records = read_records(run.path)
+    records = read_metrics(run.path)
     run = read_run(run.path, records)  # as of these records: it may be going on
     targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
     records = [thin(record, every, run.train["step"][-1:], targets) for record in records]
-    (target / "eval").mkdir(parents=True, exist_ok=True)
-    for old in (*(target / name for name in FILES), *(target / "eval").glob("*.npz")):
+    (target / EVAL).mkdir(parents=True, exist_ok=True)
+    for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz")):
         old.unlink(missing_ok=True)
-    (target / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records if r))
+    (target / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records if r))
     for step, rows in evaluations.items():
-        small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in ROW_KEYS}
-        np.savez_compressed(target / "eval" / f"{step}.npz", **small)
+        small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in SEGMENT_KEYS}
+        np.savez_compressed(segments_file(target, step), **small)
     for name in reversed(FILES if is_finished else FILES[:-1]):
         if (run.path / name).exists():
             write_json(target / name, without_paths(run.read_json(name)))
@@ -88,7 +96,7 @@ def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) ->
     if record["kind"] == "train":
         if record["step"] % every and record["step"] not in last:
             return None
-        return {key: rounded(record[key]) for key in TRAIN_FIELDS if key in record}
+        return {key: rounded(record[key]) for key in kept_fields("train") if key in record}
     if record["kind"] == "eval":
         return record | {"targets": int(targets[record["step"]])}
     return {key: value for key, value in record.items() if key != "path"}

@@ -18,7 +18,8 @@ from scipy.special import fdtri, stdtrit
 from analysis.alike import require_like_text
 from analysis.compare import group_runs, seed_means
 from analysis.pairing import CONFIDENCE, Floor, t_quantile
-from analysis.runs import Run, RunError, json_object
+from analysis.runs import Run, json_object
+from base.runfolder import RunError
 
 CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
 NUDGES = ("rounding_seed", "perturb")

@@ -15,7 +15,7 @@ import numpy as np
 from analysis import tables
 from analysis.compare import Group, common_step, compare_pair
 from analysis.pairing import CONFIDENCE, NOT_RESOLVED, RESOLVED, Floor, SeedGap, own_half_width, t_quantile
-from analysis.runs import RunError
+from base.runfolder import RunError
 
 CSV_HEADER = (
     "recipe",

@@ -13,6 +13,8 @@ from analysis.pairing import RESOLVED
 from analysis.pairs import Pair
 from analysis.published import ALIASES, Points, at
 from analysis.runs import Run
+from base.runfolder import ENV
+from base.tree import flatten
 
 MANY = 40  # differing keys shown in full
 FEW = 3  # runs named for one of a key's values, beside whole recipes
@@ -51,7 +53,7 @@ def build(
         *overlay(rows, theirs),
         *run_list(runs),
         *differing("Configuration", [(run, configuration(run)) for run in runs], groups, "configuration"),
-        *differing("Environment", [(run, flat(run.read_json("env.json"))) for run in runs], groups, "environment"),
+        *differing("Environment", [(run, flatten(run.read_json(ENV))) for run in runs], groups, "environment"),
     ]
     plt.close(figure)
     return html.page(title, body)
@@ -210,14 +212,6 @@ def _who(runs: list[Run], groups: list[Group]) -> str:
     rest = [run.name for run in runs if run not in named]
     more = [f"{len(rest) - FEW} more"] if rest[FEW:] else []
     return ", ".join([*(group.label for group in whole), *rest[:FEW], *more])
-
-
-def flat(value: dict, prefix: str = "") -> dict:
-    """{'a': {'b': 1}} -> {'a.b': 1}."""
-    out: dict = {}
-    for key, item in value.items():
-        out |= flat(item, f"{prefix}{key}.") if isinstance(item, dict) else {prefix + key: item}
-    return out
 
 
 def duration(seconds: float) -> str:

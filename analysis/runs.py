@@ -1,10 +1,9 @@
-"""Read run folders: `run.json`, `metrics.jsonl`, `eval/<step>.npz`, `result.json`. No torch.
+"""Runs as base/runfolder.py reads their folders, for comparisons. No torch.
 
 Unfinished runs are normal (no result, the last line half written, evaluations missing) and are read as far as they go.
 Anything else out of format is an error that names the file and the line: a silently skipped line would change a figure.
 """
 
-import json
 import shlex
 import zipfile
 import zlib
@@ -12,38 +11,25 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from base.files import glob_paths
-
-RUN_KEYS = (
-    "name",
-    "hash",
-    "numerics",
-    "model",
-    "parameters",
-    "parameters_non_embedding",
-    "recipe",
-    "recipe_label",
-    "seed",
-    "tokens",
-    "steps",
-    "tokens_per_step",
-    "seq_len",
-    "vocab_size",
-    "data_fingerprint",
-    "tokenizer_hash",
+from base.runfolder import (
+    ENV,
+    METRICS,
+    RESULT,
+    RUN,
+    RUN_KEYS,
+    SEGMENT_KEYS,
+    RunError,
+    read_json,
+    read_metrics,
+    segments_file,
 )
-TRAIN_KEYS = ("step", "tokens", "loss", "ms_per_step", "tokens_per_second", "time")
-EVAL_KEYS = ("step", "tokens", "loss", "bpb", "se", "time")
-ROW_KEYS = ("sequence", "document", "nats", "tokens", "bytes")
+from base.runfolder import columns as columns_of
+
 SHARED_GIB = 4.0  # our own CUDA context, libraries and NCCL's buffers stay below
-
-
-class RunError(ValueError):
-    """A run folder that can't be read; the message says which file, what was found and what to do."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +110,7 @@ class Run:
         """Why its speed means nothing: other processes held memory of its GPU for most of the run, or nobody looked
         (before others_gib was logged). Empty for a run alone on its GPU, or on a CPU."""
         others = self.train["others_gib"]
-        if "NVIDIA" not in str(self.read_json("env.json").get("device")):
+        if "NVIDIA" not in str(self.read_json(ENV).get("device")):
             return ""
         if np.isnan(others).all():
             return "alone? not logged"
@@ -222,23 +208,23 @@ def ended_by(newest_first: Iterable[dict], last_step: int) -> int | None:
 
 
 def read_run(path: str | Path, records: list[dict] | None = None) -> Run:
-    """Read one run folder. RunError for a malformed one; unfinished runs are fine. `records`: its read_records, where
+    """Read one run folder. RunError for a malformed one; unfinished runs are fine. `records`: its read_metrics, where
     they are wanted for more."""
     path = Path(path)
-    info = json_object(path / "run.json")
+    info = json_object(path / RUN)
     missing = [key for key in RUN_KEYS if key not in info]
     if missing:
         raise RunError(f"{path}/run.json: lacks {missing}")
     for key, kind in (("numerics", dict), ("seed", int), ("steps", int), ("tokens_per_step", int)):
         if not isinstance(info[key], kind):
             raise RunError(f"{path}/run.json: {key} must be of type {kind.__name__}, got {info[key]!r}")
-    result = _result(path / "result.json") if (path / "result.json").exists() else None  # before the records it ends
-    records = read_records(path) if records is None else records
+    result = _result(path / RESULT) if (path / RESULT).exists() else None  # before the records it ends
+    records = read_metrics(path) if records is None else records
     return Run(
         path=path,
         info=info,
-        train=_columns(path, records, "train", TRAIN_KEYS, optional=("others_gib",)),
-        evals=_columns(path, records, "eval", EVAL_KEYS, optional=("targets", "bpb_approximate")),
+        train=_columns(path, records, "train"),
+        evals=_columns(path, records, "eval"),
         events=[r for r in records if r["kind"] == "event"],
         result=result,
     )
@@ -262,10 +248,10 @@ def find_runs(patterns: list[str]) -> list[Run]:
         is_glob = any(c in pattern for c in "*?[") and not Path(pattern).exists()
         found = glob_paths(pattern) if is_glob else [Path(pattern)]
         if is_glob:
-            found = [p for p in found if (p / "run.json").exists()]
+            found = [p for p in found if (p / RUN).exists()]
         elif not found[0].exists():
             raise RunError(f"{pattern}: no such folder")
-        elif not (found[0] / "run.json").exists():
+        elif not (found[0] / RUN).exists():
             raise RunError(f"{pattern}: no run.json there; give run folders, for example runs/*")
         if not found:
             raise RunError(f"{pattern}: no run folder matches")
@@ -296,45 +282,17 @@ def set_aside(damaged: Path) -> str:
     return shlex.join(["mv", "-n", str(damaged), str(damaged.with_name(f"{dot}{damaged.name}.damaged"))])
 
 
-def json_value(path: Path) -> Any:
-    """What a JSON file holds; RunError names the file that is none."""
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:  # not JSON, or not even text
-        raise RunError(f"{path}: not JSON ({error})") from None
-
-
 def json_object(path: Path) -> dict:
     """The object in a JSON file; RunError names the file that holds something else."""
-    value = json_value(path)
+    value = read_json(path)
     if not isinstance(value, dict):
         raise RunError(f"{path}: a JSON object is needed, got {type(value).__name__}")
     return value
 
 
-def read_records(run: Path) -> list[dict]:
-    """All records of metrics.jsonl. Only an unterminated last line (being written, or cut by a kill) is passed over."""
-    path = run / "metrics.jsonl"
-    if not path.exists():
-        return []
-    try:
-        lines = path.read_text().split("\n")
-    except UnicodeDecodeError as error:
-        raise RunError(f"{path}: not text ({error})") from None
-    records = []
-    for number, line in enumerate(lines[:-1], 1):
-        try:
-            record = json.loads(line)
-            record["event" if record["kind"] == "event" else "kind"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise RunError(f"{path}:{number}: malformed record ({error!r}): {line[:80]!r}") from None
-        records.append(record)
-    return records
-
-
 def read_rows(run: Path, step: int) -> EvalRows:
     """The per-segment rows of a run folder's evaluation. RunError when the file is missing, damaged or malformed."""
-    path = run / "eval" / f"{step}.npz"
+    path = segments_file(run, step)
     if not path.exists():
         raise RunError(
             f"{path}: missing, but metrics.jsonl reports an evaluation at step {step} (a small copy made by "
@@ -342,30 +300,27 @@ def read_rows(run: Path, step: int) -> EvalRows:
         )
     try:
         with np.load(path, allow_pickle=False) as file:
-            rows = {key: file[key] for key in ROW_KEYS}
+            rows = {key: file[key] for key in SEGMENT_KEYS}
         if len({(values.ndim, values.shape) for values in rows.values()}) > 1 or rows["nats"].ndim != 1:
             raise ValueError(f"columns of shapes {[values.shape for values in rows.values()]}")
         return EvalRows(**rows)
     except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as error:
-        raise RunError(f"{path}: can't be read ({error}); needs {list(ROW_KEYS)}") from None
+        raise RunError(f"{path}: can't be read ({error}); needs {list(SEGMENT_KEYS)}") from None
 
 
-def _columns(
-    path: Path, records: list[dict], kind: str, keys: tuple[str, ...], optional: tuple[str, ...] = ()
-) -> dict[str, np.ndarray]:
-    """Fields of all records of a kind as FP64 arrays; a missing optional one is NaN."""
+def _columns(path: Path, records: list[dict], kind: str) -> dict[str, np.ndarray]:
+    """Fields of all records of a kind as FP64 arrays; one that came later is NaN where it is missing."""
+    keys, later = columns_of(kind, later=False), columns_of(kind, later=True)
     chosen = [r for r in records if r["kind"] == kind]
     try:
         columns = {key: np.array([r[key] for r in chosen], dtype=np.float64) for key in keys}
-        columns |= {key: np.array([r.get(key) for r in chosen], dtype=np.float64) for key in optional}
+        columns |= {key: np.array([r.get(key) for r in chosen], dtype=np.float64) for key in later}
     except (KeyError, TypeError, ValueError) as error:
-        raise RunError(
-            f"{path}/metrics.jsonl: a {kind!r} record lacks or garbles {error}; needs {list(keys)}"
-        ) from None
+        raise RunError(f"{path / METRICS}: a {kind!r} record lacks or garbles {error}; needs {list(keys)}") from None
     steps = columns["step"]
     if np.any(np.diff(steps) <= 0):
         where = int(np.flatnonzero(np.diff(steps) <= 0)[0])
         raise RunError(
-            f"{path}/metrics.jsonl: {kind} steps must increase, got {steps[where]:.0f} then {steps[where + 1]:.0f}"
+            f"{path / METRICS}: {kind} steps must increase, got {steps[where]:.0f} then {steps[where + 1]:.0f}"
         )
     return columns

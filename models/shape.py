@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from base.flops import flops_per_token
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -46,10 +48,8 @@ class DecoderShape:
         return self.parameters_non_embedding + 2 * self.vocab_size * self.width
 
     def flops_per_token(self, seq_len: int) -> int:
-        """6 N + 12 L d s: N with lm_head, without the embedding; attention counted over all positions, causal or
-        windowed as it may be (PaLM's convention)."""
-        counted = self.parameters_non_embedding + self.vocab_size * self.width
-        return 6 * counted + 12 * self.layers * self.width * seq_len
+        """Operations of forward and backward (base/flops.py)."""
+        return flops_per_token(self.parameters_non_embedding, self.vocab_size, self.layers, self.width, seq_len)
 
 
 def _other_heads(width: int) -> str:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from base.tree import flatten
 from base.words import suggestion
 from kernels.spec import default_limits
 from quant import recipefile
@@ -103,11 +104,3 @@ def _scheme(name: str) -> Any:
 
 def _recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key not in PLAN_KEYS}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} -> {'a.b': 1}; lists are leaves."""
-    out = {}
-    for key, value in tree.items():
-        out |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out

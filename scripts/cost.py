@@ -21,9 +21,11 @@ if __name__ == "__main__":
 
 from analysis import costs, states
 from analysis.costs import Cell
-from analysis.runs import find_runs, json_value
+from analysis.runs import find_runs
 from analysis.tables import tokens as short
 from base.files import write_json
+from base.flops import peak_of
+from base.runfolder import read_json
 from base.terminal import quiet_pipes
 from launcher import gridline
 from launcher.cells import GridError
@@ -177,7 +179,7 @@ def bench_rows(source: str) -> list[dict]:
     """Rows from bench_step.py's JSON; presets only, whose FLOPs are known. ValueError for another file."""
     from training.start.shapes import shape_of
 
-    timings = json_value(Path(source))
+    timings = read_json(Path(source))
     if not isinstance(timings, list) or not all(costs.is_row(timing, SPEED) for timing in timings):
         keys = ", ".join(costs.ROW_NAMES + SPEED)
         raise ValueError(f"{source}: not what scripts/bench/bench_step.py json=... writes, a list with {keys}")
@@ -210,8 +212,6 @@ def main(words: list[str]) -> int:
     except (GridError, ConfigError, ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
-    from training.records.metrics import peak_of  # here: a wrong word shall not wait for torch to be imported
-
     peak = peak_of(table["device"])
     if details:
         lines = [HEADER, *(row(cell, found[cell.name], table, peak) for cell in cells)]

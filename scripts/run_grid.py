@@ -32,9 +32,9 @@ if __name__ == "__main__":
     one_line_on_ctrl_c("run_grid")
 
 from analysis import states
-from analysis.runs import RunError
 from base.files import write_text
 from base.processes import stop_signals
+from base.runfolder import RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
 from launcher import gridline, slurm
 from launcher.cells import GridError
@@ -82,7 +82,7 @@ def start(line: gridline.GridLine, cell: str, slot: str | None) -> Running | Non
     descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         lock_file(descriptor)
-        if (line.runs / name / "result.json").exists():
+        if (line.runs / name / RESULT).exists():
             return None
         environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
         with open(lock.with_suffix(".log"), "ab") as log:

@@ -16,7 +16,7 @@ MAY = {
     "configs": (set(), set()),
     "kernels": (set(), {"torch", "triton"}),
     "quant": ({"base", "configs", "kernels"}, {"torch"}),
-    "models": ({"kernels"}, {"torch"}),  # kernels.pointwise alone: test_models_know_nothing_of_quantization
+    "models": ({"base", "kernels"}, {"torch"}),  # kernels.pointwise alone: test_models_know_nothing_of_quantization
     "data": ({"base"}, {"torch", "numpy"}),
     "analysis": ({"base"}, {"numpy", "scipy", "matplotlib"}),
     "training": ({"base", "kernels", "quant", "models", "data"}, {"torch", "numpy", "rich", "safetensors"}),

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from base.files import atomic_write
+from base.runfolder import SEGMENT_KEYS
 from data.evalset import EvalSet
 from training.ranks.distributed import Dist
 
@@ -48,6 +49,6 @@ def evaluate(
 def save_rows(path: Path, evalset: EvalSet, nats: np.ndarray) -> None:
     """Write eval/<step>.npz atomically: one row per segment, its ids, FP64 nats, target tokens and bytes."""
     path.parent.mkdir(exist_ok=True)
-    part = evalset.segments
+    part = {key: nats if key == "nats" else getattr(evalset.segments, key) for key in SEGMENT_KEYS}
     with atomic_write(path) as file:
-        np.savez(file, sequence=part.sequence, document=part.document, nats=nats, tokens=part.tokens, bytes=part.bytes)
+        np.savez(file, **part)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from base.runfolder import CHECKPOINTS, RUN, read_json
 from data.tokenizer import TextTokenizer
 from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
 from training.checkpoint.manifest import checkpoints, latest_good, problems, step_name, step_of
@@ -22,7 +23,7 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
         if found is None:
             raise CheckpointError(f"{run_dir} has no checkpoint; is it a run folder, such as runs/<name>?")
         return found
-    path = run_dir / "checkpoints" / step_name(step)
+    path = run_dir / CHECKPOINTS / step_name(step)
     there = checkpoints(path.parent)
     if path not in there:
         steps = ", ".join(str(step_of(one)) for one in there) or "none"
@@ -37,7 +38,7 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[Llama, d
     """(model on the CPU in FP32 with the master weights, run.json, step). Computes without any recipe."""
     run_dir = Path(run_dir)
     path = find_checkpoint(run_dir, step)
-    run = json.loads((run_dir / "run.json").read_text())
+    run = read_json(run_dir / RUN)
     shape = {key.removeprefix("model."): value for key, value in run["numerics"].items() if key.startswith("model.")}
     if "family" in shape:
         raise ValueError(f"{run_dir} is a {shape['family']} run; export and generation know the llama family only")

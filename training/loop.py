@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from base.flops import mfu_formula
+from base.runfolder import RESULT, segments_file
 from data.evalset import EvalSet
 from training.checkpoint.state import Checkpointer, SaveReport, TrainState
 from training.checkpoint.storage import NonFiniteState
@@ -28,7 +30,7 @@ from training.ranks.signals import NAMES, StopFlag
 from training.ranks.watchdog import Watchdog
 from training.records.console import Console
 from training.records.loggers import Loggers
-from training.records.metrics import StepBuffer, memory_gib, mfu_formula, others_gib, peak_flops
+from training.records.metrics import StepBuffer, memory_gib, others_gib, peak_flops
 from training.records.runfolder import RunFolder
 from training.start.derive import Numbers
 
@@ -266,7 +268,7 @@ class Trainer:
             with self.p.unquantized():
                 summary["loss_bf16"] = evalset.summary(self._score(evalset))["loss"]
         if self.p.ranks.is_main:
-            save_rows(self.p.folder.path / "eval" / f"{step}.npz", evalset, nats)
+            save_rows(segments_file(self.p.folder.path, step), evalset, nats)
         # `targets`: how much was scored, so that no reader has to open the rows of every evaluation to know it.
         scored = {"tokens": self.state.tokens, "targets": evalset.targets}
         self._log({"kind": "eval", "step": step, **scored, **summary, "time": time.time()})
@@ -316,7 +318,7 @@ class Trainer:
         final = self._evaluated() or self._evaluate(self.p.final_evalset)
         self.event("finish")
         if self.p.ranks.is_main:
-            self.p.folder.write("result.json", self._result(final))
+            self.p.folder.write(RESULT, self._result(final))
         self.p.console.say(f"finished: {self.p.folder.path}")
         return 0
 

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from base.files import write_json
+from base.flops import mfu_note
 from kernels import backend
 from launcher.compose import compose
 from models.shape import DecoderShape
@@ -39,7 +40,7 @@ from training.config import TrainConfig
 from training.microbatch import MicroBatch
 from training.optim.groups import build_optimizers, clip_gradients
 from training.ranks.distributed import Dist, setup
-from training.records.metrics import mfu_note, peak_flops
+from training.records.metrics import peak_flops
 from training.start.build import build_loss, build_micro_batch, set_torch_flags
 from training.start.describe import check
 from training.start.memory import GIB, Kept, estimate, kept_of

@@ -14,7 +14,6 @@ other samples or losses beyond --tolerance (equal), a resumed run that differs (
 """
 
 import argparse
-import json
 import os
 import re
 import signal
@@ -39,6 +38,7 @@ from verify_resume import REPOSITORY, TINY_MODEL, last_step, train_lines, wait_f
 
 from base.files import write_json
 from base.processes import descendants, kill_tree, send
+from base.runfolder import CHECKPOINTS, read_metrics
 
 QUIET = ["evaluate.every=null", "evaluate.final_tokens=8192", "evaluate.slots=false"]
 RECIPES = ("bf16", "quartet2")
@@ -108,8 +108,7 @@ def log_end(arguments: argparse.Namespace, name: str) -> str:
 
 
 def rows(folder: Path, kind: str) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    return [row for row in read_metrics(folder) if row["kind"] == kind]
 
 
 def worlds(arguments: argparse.Namespace) -> list[int]:
@@ -270,7 +269,7 @@ def faults(arguments: argparse.Namespace) -> Iterator[Case]:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    return sorted(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
+    return sorted(int(path.name.removeprefix("step_")) for path in (folder / CHECKPOINTS).glob("step_*"))
 
 
 def speed(folder: Path) -> dict[str, Any]:
@@ -355,7 +354,7 @@ def saved_and_resumed(arguments: argparse.Namespace, recipe: str, world: int, gp
     resumed = [row for row in rows(folder, "event") if row["event"] == "resume"][-1]
     first = next(row for row in train_lines(folder) if row["step"] == before + 1)
     kill_tree(again, signal.SIGKILL)
-    subprocess.run(["rm", "-rf", str(folder / "checkpoints")])  # 25 GB
+    subprocess.run(["rm", "-rf", str(folder / CHECKPOINTS)])  # 25 GB
     found |= {"resumed_at": resumed["step"], "restart_to_resumed_s": resumed["time"] - begin}
     return found | {"restart_to_next_step_s": first["time"] - begin}
 

@@ -13,7 +13,6 @@ samples consumed must still be the same at every step. Exit code 1 if anything d
 
 import argparse
 import contextlib
-import json
 import os
 import random
 import signal
@@ -33,6 +32,7 @@ if __name__ == "__main__":
     one_line_on_ctrl_c("verify_resume")
 
 from base.processes import kill_tree  # noqa: E402
+from base.runfolder import CHECKPOINTS, read_metrics  # noqa: E402
 from base.terminal import between, positive  # noqa: E402
 from training.checkpoint.manifest import checkpoints, latest_good  # noqa: E402
 from training.checkpoint.state import read_all  # noqa: E402
@@ -96,16 +96,7 @@ def start(arguments: argparse.Namespace, folder: Path, world: int, parallel: str
 
 
 def train_lines(folder: Path) -> list[dict]:
-    path = folder / "metrics.jsonl"
-    if not path.exists():
-        return []
-    lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            continue  # a line being written right now
-    return [line for line in lines if line["kind"] == "train"]
+    return [row for row in read_metrics(folder) if row["kind"] == "train"]
 
 
 def last_step(folder: Path) -> int:
@@ -113,13 +104,13 @@ def last_step(folder: Path) -> int:
 
 
 def is_saving(folder: Path) -> bool:
-    root = folder / "checkpoints"
+    root = folder / CHECKPOINTS
     return root.is_dir() and any(path.name.startswith(".tmp-step") for path in root.iterdir())
 
 
 def damage_newest(folder: Path, draw: random.Random) -> str:
     """Cut, alter or remove one file of the newest checkpoint; says which. Only where an older one can step in."""
-    found = checkpoints(folder / "checkpoints")
+    found = checkpoints(folder / CHECKPOINTS)
     if len(found) < 2:
         return ""
     file = draw.choice(sorted(found[-1].iterdir()))
@@ -206,7 +197,7 @@ def compare(straight: Path, broken: Path, steps: int, tolerance: float) -> list[
         elif abs(x["loss"] - y["loss"]) > tolerance or (exact and x["grad_norm"] != y["grad_norm"]):
             faults.append(f"step {x['step']}: loss {x['loss']!r} and {y['loss']!r}")
     if exact:
-        ends = [checkpoints(folder / "checkpoints")[-1] for folder in (straight, broken)]
+        ends = [checkpoints(folder / CHECKPOINTS)[-1] for folder in (straight, broken)]
         faults += [f"{name}: differs in the last checkpoint" for name in differing_tensors(*ends)]
     return faults
 

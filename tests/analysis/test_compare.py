@@ -18,7 +18,8 @@ from analysis.alike import differences, same_rows
 from analysis.compare import common_step, group_runs, pick_baseline, table
 from analysis.equal_loss import equal_loss
 from analysis.pairing import DIVERGED, Floor
-from analysis.runs import RunError, find_runs
+from analysis.runs import find_runs
+from base.runfolder import RunError
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare.py"
 

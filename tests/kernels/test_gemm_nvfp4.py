@@ -1,6 +1,5 @@
 """gemm_nvfp4 where no GPU is needed: the emulated product, preparation of operands, routing, rules, fakes, errors."""
 
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode

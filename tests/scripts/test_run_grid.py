@@ -167,7 +167,7 @@ def test_the_last_step_stands_before_an_evaluations_slots(tmp_path, size):
 def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
     held = hold(tmp_path)
     script = start_script(tmp_path)
-    wait_until(lambda: states.last_step(held.with_name("metrics.jsonl")) == 3)
+    wait_until(lambda: states.last_step(held.parent) == 3)
     script.send_signal(signal.SIGTERM)
     assert script.wait(timeout=60) == 75
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0") == states.State("stopped", 3)
@@ -206,7 +206,7 @@ def test_ctrl_c_before_the_first_run_is_one_line(run_grid, tmp_path, monkeypatch
 def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_path):
     held = hold(tmp_path)
     script = start_script(tmp_path)
-    wait_until(lambda: states.last_step(held.with_name("metrics.jsonl")) == 3)
+    wait_until(lambda: states.last_step(held.parent) == 3)
     script.kill()
     script.wait()
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "running"

@@ -1,12 +1,12 @@
 """A run small enough to train within a test: one block of width 128 on a few kilobytes of made-up text."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from base.runfolder import read_metrics
 from launcher.compose import compose
 from training.loop import Trainer
 from training.ranks.signals import INTERRUPT
@@ -80,7 +80,6 @@ def rows():
     """rows(folder, kind): what metrics.jsonl has of that kind, in order."""
 
     def read(folder: Path, kind: str) -> list[dict]:
-        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        return [line for line in lines if line["kind"] == kind]
+        return [row for row in read_metrics(folder) if row["kind"] == kind]
 
     return read

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from base.tree import flatten
 from launcher import cells as grids
 from launcher.compose import compose
-from quant import library
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.records.identity import IdentityError, hash_of, refuse_other
@@ -141,7 +141,7 @@ def test_ways_to_write_the_same_numbers_are_the_same_run(base_hash):
 
 
 def test_flatten():
-    assert library.flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}) == {"a.b": 1, "a.c": [2, 3], "d": None}
+    assert flatten({"a": {"b": 1, "c": [2, 3]}, "d": None}) == {"a.b": 1, "a.c": [2, 3], "d": None}
 
 
 def test_refusal_lists_old_and_new_values_and_shortens_long_lists():

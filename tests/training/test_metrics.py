@@ -5,11 +5,12 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from base.flops import mfu_formula, mfu_note, peak_of
 from training.config import LoggerSection, WandbSection
 from training.loop import Trainer
 from training.records.identity import short_count
 from training.records.loggers import Loggers, build_sinks, numbers
-from training.records.metrics import MetricsFile, StepBuffer, mfu_formula, mfu_note, others_gib, peak_of
+from training.records.metrics import MetricsFile, StepBuffer, others_gib
 
 
 def row(kind: str, step: int, **fields) -> dict:
@@ -82,7 +83,7 @@ def test_a_damaged_line_elsewhere_is_an_error_and_nothing_is_cut(tmp_path, line)
         handle.write(line)
     file.append([row("train", 2)])
     before = file.path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a record .* delete"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: malformed record .* delete"):
         file.truncate(1)
     assert file.path.read_bytes() == before
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from base.files import sha256_of
+from base.runfolder import CHECKPOINTS
 from training.checkpoint.storage import INDEX, IO_THREADS, TEMPORARY, CheckpointError
 
 FORMAT = "nibble-checkpoint/1"
@@ -126,7 +127,7 @@ def latest_good(
     Damaged ones are skipped, each with a message that names file and reason. If there are checkpoints and none is
     whole, raises CheckpointError: starting again from step 0 without a word would lose the run.
     """
-    root = Path(run_dir) / "checkpoints"
+    root = Path(run_dir) / CHECKPOINTS
     found = [path for path in checkpoints(root) if before is None or step_of(path) < before]
     for path in reversed(found):
         reasons = check(path)

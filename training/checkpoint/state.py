@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
+from base.runfolder import CHECKPOINTS
 from training.checkpoint.manifest import read_meta, step_name
 from training.checkpoint.publish import CommitThread, Job
 from training.checkpoint.storage import (
@@ -153,7 +154,7 @@ class Checkpointer:
             raise ValueError(f"checkpoint.keep_last={keep_last}: at least 1, or nothing could be resumed")
         if keep_every < 0:
             raise ValueError(f"checkpoint.keep_every={keep_every}: a number of steps, or 0 for none")
-        self.root = Path(run_dir) / "checkpoints"
+        self.root = Path(run_dir) / CHECKPOINTS
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
         self._buffers = StagingBuffers()

@@ -21,12 +21,12 @@ from types import FrameType
 
 from base.files import flock
 from base.processes import stop_signals
+from base.runfolder import LOCK
 
 EXIT_PREEMPTED = 75
 EXIT_HUNG = 74
 EXIT_ORPHAN = 71
 EXIT_KILLED_BY_USER = 130
-LOCK = ".lock"
 LOCK_WAIT_S = 0.2
 # Larger is more urgent: what one rank got decides for all (distributed.SharedFlag takes the maximum).
 INTERRUPT, PREEMPT = 1, 2

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict
 from typing import Any
 
+from base.tree import flatten
 from quant import library
 from quant.library import AnyRecipe
 from quant.plan import HEAD, Plan
@@ -36,7 +37,7 @@ def numerics(
         optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
     nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}
-    return library.flatten(
+    return flatten(
         {
             "model": {**model, "vocab_size": vocab_size},
             "dtypes": {"compute": "bfloat16", "master": "float32", "gradients": "float32"},

@@ -1,7 +1,7 @@
 """metrics.jsonl, the truth about a run, and the device-side buffer that lets every step be logged without waiting.
 
-One JSON object a line; `kind` is train, eval, slots or event (fields: README, "A run folder"). Append-only, except that
-a resume cuts what lies after the resumed step, so that no step appears twice.
+One JSON object a line, its kinds and fields declared in base/runfolder.py. Append-only, except that a resume cuts what
+lies after the resumed step, so that no step appears twice.
 """
 
 import json
@@ -12,25 +12,17 @@ import torch
 from torch import Tensor
 
 from base.files import atomic_write
+from base.flops import peak_of
+from base.runfolder import METRICS, read_metrics
 from training.start.memory import GIB
-
-FILE = "metrics.jsonl"
-# Dense BF16 in FLOP/s by the exact name that the driver gives: half of what NVIDIA's data sheets of H100 and H200 state
-# "with sparsity". Parts of one name in common differ by a quarter, and a MIG slice has a part's name and a share of it.
-PEAK_FLOPS = {
-    "NVIDIA H100 80GB HBM3": 989e12,  # SXM
-    "NVIDIA H100 PCIe": 756.5e12,
-    "NVIDIA H100 NVL": 835.5e12,
-    "NVIDIA H200": 989e12,  # SXM
-    "NVIDIA H200 NVL": 835.5e12,
-}
 
 
 class MetricsFile:
     """Appends rows to run_dir/metrics.jsonl; each call writes whole lines and flushes them to the system."""
 
     def __init__(self, run_dir: Path):
-        self.path = Path(run_dir) / FILE
+        self.run_dir = Path(run_dir)
+        self.path = self.run_dir / METRICS
 
     def append(self, rows: list[dict[str, Any]]) -> None:
         text = "".join(json.dumps(row) + "\n" for row in rows)
@@ -38,22 +30,8 @@ class MetricsFile:
             file.write(text)
 
     def rows(self) -> list[dict[str, Any]]:
-        """All whole rows; an unterminated last line (torn by a kill) is left out. ValueError for any other bad line."""
-        if not self.path.exists():
-            return []
-        *lines, _torn = self.path.read_bytes().split(b"\n")
-        return [self._row(number, line) for number, line in enumerate(lines, 1)]
-
-    def _row(self, number: int, line: bytes) -> dict[str, Any]:
-        try:
-            row = json.loads(line)
-            row["kind"], row["step"]
-        except (ValueError, KeyError, TypeError) as error:  # not JSON, not even text, or no object with these fields
-            raise ValueError(
-                f"{self.path}:{number}: not a record ({error!r}): {line[:60]!r}. Repair or delete this line; nothing "
-                "was changed"
-            ) from None
-        return row
+        """All whole rows. RunError for a line that is none."""
+        return read_metrics(self.run_dir)
 
     def truncate(self, step: int) -> int:
         """Drop measurements after `step` (events stay: they are history); atomic. Returns how many rows went. Warns
@@ -95,25 +73,6 @@ class StepBuffer:
 def peak_flops(device: torch.device) -> float | None:
     """Dense BF16 peak of the GPU that MFU is measured against; None where we know no honest figure (CPUs too)."""
     return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def peak_of(name: str | None) -> float | None:
-    """The same by the device's name, as the driver writes it; None without one, and of a part that we don't know."""
-    return PEAK_FLOPS.get(name)
-
-
-def mfu_formula(peak: float) -> str:
-    """What MFU means, at this peak."""
-    return f"(6 N + 12 L d s) per token / {peak / 1e12:g} TFLOP/s; N with lm_head, without embedding"
-
-
-def mfu_note(gpu: str | None) -> str:
-    """For a person: the formula on this GPU (its name; None: a CPU), or why there is no MFU."""
-    if gpu is None:
-        return "none on a CPU"
-    if peak := peak_of(gpu):
-        return mfu_formula(peak)
-    return f"none: {gpu} is {'a slice' if ' MIG ' in gpu else 'a part'} whose BF16 peak isn't known here"
 
 
 def others_gib(device: torch.device) -> float | None:

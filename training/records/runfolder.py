@@ -1,11 +1,5 @@
-"""The folder of a run: what is written at its start and end, and whether it may be continued.
+"""The folder of a run (base/runfolder.py): what is written at its start, and whether it may be continued."""
 
-config.yaml run.json plan.json env.json start.txt   at start
-metrics.jsonl eval/<step>.npz checkpoints/          while it goes
-result.json                                         at the end
-"""
-
-import json
 import os
 import platform
 import shlex
@@ -18,6 +12,7 @@ from typing import Any
 
 import torch
 
+from base import runfolder
 from base.files import write_json, write_text
 from training.records.identity import refuse_other
 
@@ -34,38 +29,38 @@ class RunFolder:
         self.path = Path(path)
 
     def read(self, name: str) -> dict[str, Any] | None:
-        """A JSON file of the folder, or None if it isn't there. Raises ValueError, naming it, if it can't be read."""
+        """A JSON file of the folder, or None if it isn't there. Raises RunError, naming it, if it can't be read."""
         file = self.path / name
         if not file.exists():
             return None
         try:
-            return json.loads(file.read_text())
-        except ValueError as error:
+            return runfolder.read_json(file)
+        except runfolder.RunError as error:
             remedy = f"restore it, or move {self.path} away"
-            if name == "result.json":
+            if name == runfolder.RESULT:
                 remedy = "delete it: the run goes on from its last checkpoint and writes it anew"
-            raise ValueError(f"{file} is not JSON ({error}); {remedy}") from error
+            raise runfolder.RunError(f"{error}; {remedy}") from error
 
     def write(self, name: str, value: Any) -> None:
         """Write text or JSON atomically."""
         (write_text if isinstance(value, str) else write_json)(self.path / name, value)
 
     def result(self) -> dict[str, Any] | None:
-        return self.read("result.json")
+        return self.read(runfolder.RESULT)
 
     def check_identity(self, run: dict[str, Any]) -> None:
         """Raise identity.IdentityError if the folder holds a run with other numerics."""
-        stored = self.read("run.json")
+        stored = self.read(runfolder.RUN)
         if stored is not None:
             refuse_other(stored, run, str(self.path), run["name"])
 
     def write_start(self, run: dict[str, Any], config_yaml: str, plan: Any, env: dict[str, Any], screen: str) -> None:
         """What a run says about itself. A resume rewrites it: the newest start is the one that is described."""
-        self.write("config.yaml", config_yaml)
-        self.write("plan.json", plan)
-        self.write("env.json", env)
-        self.write("start.txt", screen + "\n")
-        self.write("run.json", run)  # last: a folder with run.json has everything
+        self.write(runfolder.CONFIG, config_yaml)
+        self.write(runfolder.PLAN, plan)
+        self.write(runfolder.ENV, env)
+        self.write(runfolder.START, screen + "\n")
+        self.write(runfolder.RUN, run)  # last: a folder with run.json has everything
 
 
 ROOM_FOR_RUNS = (

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from base.runfolder import CHECKPOINTS
 from data.evalset import EvalSet, available
 from data.loader import Loader
 from data.tokens import TokenSet
@@ -135,7 +136,7 @@ def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
         """Every rank reads its share of the files: 25 GB of checksums are worth splitting."""
         return [problem for found in ranks.gather(problems(path, ranks.rank, ranks.world)) for problem in found]
 
-    ranks.on_main(lambda: remove_temporary(folder.path / "checkpoints"))
+    ranks.on_main(lambda: remove_temporary(folder.path / CHECKPOINTS))
     path = latest_good(folder.path, say=print if ranks.is_main else lambda text: None, check=check)
     if path is None:
         return False

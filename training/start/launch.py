@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from base.files import disk_full_explained, make_folder
+from base.runfolder import ENV
 from data.prepare import ensure
 from data.tokens import TokenSet
 from kernels import backend
@@ -92,7 +93,7 @@ def train(request: Request, ranks: Dist) -> int:
             return False
         print(text, flush=True)
         env = environment(ranks.device, ranks.world, backends, config_files(request.choices, sketch.plan))
-        if warning := moved(folder.read("env.json"), env):
+        if warning := moved(folder.read(ENV), env):
             print(warning, flush=True)
         folder.write_start(sketch.run, request.yaml, sketch.plan.to_dict(), env, text)
         return True

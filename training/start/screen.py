@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from base.flops import mfu_note
 from models.shape import DecoderShape
-from training.records.metrics import mfu_note
 from training.start.derive import Numbers
 from training.start.memory import MemoryEstimate
 

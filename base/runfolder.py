@@ -1,0 +1,204 @@
+"""The folder of a run: its files, the rows of metrics.jsonl and their fields, and how both are read. No third party.
+
+Training writes by this module and analysis reads by it. A new metric is produced (training), declared here, and shown
+(analysis): three files; tests/training/test_declared.py holds that nothing undeclared is written.
+
+    config.yaml run.json plan.json env.json start.txt   at start
+    metrics.jsonl eval/<step>.npz checkpoints/          while it goes, .lock held
+    result.json                                         at the end
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
+METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
+RESULT = "result.json"
+# What every run.json has; later fields are beside these.
+RUN_KEYS = (
+    *("name", "hash", "numerics", "model", "parameters", "parameters_non_embedding"),
+    *("recipe", "recipe_label", "seed", "tokens", "steps", "tokens_per_step", "seq_len"),
+    *("vocab_size", "data_fingerprint", "tokenizer_hash"),
+)
+# Arrays of eval/<step>.npz, one element a (sequence, document) segment; nats are summed over its tokens.
+SEGMENT_KEYS = ("sequence", "document", "nats", "tokens", "bytes")
+WINDOW = 1 << 16  # bytes that newest_rows reads at a time
+
+
+class RunError(ValueError):
+    """A run folder that can't be read; the message says which file, what was found and what to do."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """`meaning`, with its unit.
+
+    column: analysis reads it from every row of its kind as a number; later: runs made before it was declared lack it
+    (then NaN); kept: it stays in the small copies under results/.
+    """
+
+    meaning: str
+    column: bool = False
+    later: bool = False
+    kept: bool = True
+
+
+KIND = Field("train, eval, slots or event")
+STEP = Field("completed optimizer steps", column=True)
+TOKENS = Field("tokens trained on so far", column=True)
+TIME = Field("seconds since 1970 when the row was written", column=True)
+# kind -> its fields, in the order in which small copies keep them.
+ROWS: dict[str, dict[str, Field]] = {
+    "train": {
+        "kind": KIND,
+        "step": STEP,
+        "tokens": TOKENS,
+        "loss": Field("mean nats per token of the step's batch", column=True),
+        "grad_norm": Field("2-norm of the gradient before clipping"),
+        "lr": Field("peak group's learning rate in this step"),
+        "ms_per_step": Field("mean milliseconds of the steps logged together", column=True),
+        "tokens_per_second": Field("of the whole job", column=True),
+        "mfu": Field("share of the BF16 peak that the model's operations take; null where no peak is known"),
+        "others_gib": Field("GPU memory that is not this process's tensors, GiB; null on a CPU", True, later=True),
+        "time": TIME,
+        "mfu_formula": Field("what mfu counts", kept=False),
+        "memory_gib": Field("most memory taken since the start, GiB", kept=False),
+        "samples": Field("hash of the step's samples over all ranks", kept=False),
+    },
+    "eval": {
+        "kind": KIND,
+        "step": STEP,
+        "tokens": TOKENS,
+        "targets": Field("tokens scored", column=True, later=True),
+        "loss": Field("mean nats per token", column=True),
+        "bpb": Field("bits per byte", column=True),
+        "bpb_approximate": Field(
+            "true where the tokens do not spell the text whose bytes are counted, else absent", column=True, later=True
+        ),
+        "se": Field("standard error of loss over documents; null for fewer than two", column=True),
+        "loss_bf16": Field("loss of the same weights with every GEMM in BF16"),
+        "time": TIME,
+    },
+    "slots": {
+        "kind": KIND,
+        "step": STEP,
+        "slots": Field("layer -> operand slot -> counters of its quantizer"),
+        "time": TIME,
+    },
+}
+_START = {
+    "init_hash": "hash of the initial weights",
+    "backends": "operation -> back end",
+    "world": "processes",
+    "parallel": "none, ddp, fsdp or hsdp",
+    "device": "torch's name of it",
+    "device_name": "its maker's",
+}
+_BAD_STEP = "the step whose loss or gradient is not finite"
+# event -> its fields beside kind, event, step, tokens and time.
+EVENTS: dict[str, dict[str, str]] = {
+    "start": _START,
+    "resume": _START,
+    "checkpoint": {
+        "saved_step": "the step that was saved",
+        "path": "its folder",
+        "stall_s": "seconds that training stood still",
+        "write_s": "seconds of writing in the background",
+        "gigabytes": "of all ranks",
+    },
+    "nonfinite": {
+        "bad_step": _BAD_STEP,
+        "loss": "as text: nan and inf are no JSON; null where a save met the state",
+        "grad_norm": "as text",
+        "cause": "what the replay found",
+    },
+    "skip": {"bad_step": _BAD_STEP},
+    "rollback": {"bad_step": _BAD_STEP},
+    "interrupt": {"reason": "which signal"},
+    "finish": {},
+}
+
+
+def segments_file(folder: Path, step: int) -> Path:
+    """eval/<step>.npz, an evaluation's arrays (SEGMENT_KEYS)."""
+    return folder / EVAL / f"{step}.npz"
+
+
+def columns(kind: str, later: bool) -> tuple[str, ...]:
+    """Fields of a kind that analysis reads as numbers: those of every run, or the `later` ones."""
+    return tuple(name for name, field in ROWS[kind].items() if field.column and field.later == later)
+
+
+def kept_fields(kind: str) -> tuple[str, ...]:
+    return tuple(name for name, field in ROWS[kind].items() if field.kept)
+
+
+def undeclared(row: dict[str, Any]) -> set[str]:
+    """What a row has that isn't declared above: field names, or "kind X", "event X"."""
+    kind = row["kind"]
+    if kind != "event":
+        return set(row) - set(ROWS[kind]) if kind in ROWS else {f"kind {kind}"}
+    if row["event"] not in EVENTS:
+        return {f"event {row['event']}"}
+    return set(row) - {"kind", "event", "step", "tokens", "time", *EVENTS[row["event"]]}
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; RunError names the file that is none."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # not JSON, or not even text
+        raise RunError(f"{path}: not JSON ({error})") from None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """All rows of a run's metrics.jsonl, [] without the file. Only an unterminated last line (being written, or cut by
+    a kill) is left out; RunError, which names the line, for any other that is no row."""
+    path = folder / METRICS
+    if not path.exists():
+        return []
+    *lines, _unterminated = path.read_bytes().split(b"\n")
+    return [_row(path, number, line) for number, line in enumerate(lines, 1)]
+
+
+def _row(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        row["step"], row["event" if row["kind"] == "event" else "kind"]
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, not even text, or no object with these fields
+        raise RunError(
+            f"{path}:{number}: malformed record ({error!r}): {line[:80]!r}; repair or delete this line"
+        ) from None
+    return row
+
+
+def newest_rows(folder: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a run that may be going on or damaged, the newest first, read backwards as far as they are asked for.
+    Lines that are no row are passed over."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    with open(path, "rb") as file:
+        begin, cut, is_end = file.seek(0, os.SEEK_END), b"", True
+        while begin:
+            size = min(WINDOW, begin)
+            begin -= size
+            file.seek(begin)
+            cut, *lines = (file.read(size) + cut).split(b"\n")  # the first piece may begin further ahead
+            if is_end and lines:
+                lines.pop()  # unterminated
+                is_end = False
+            yield from (row for line in reversed(lines) if (row := _row_or_none(line)))
+    if not is_end and (row := _row_or_none(cut)):
+        yield row
+
+
+def _row_or_none(line: bytes) -> dict[str, Any] | None:
+    try:
+        return _row(Path(), 0, line)
+    except RunError:
+        return None
