@@ -169,7 +169,13 @@ def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ra
     if not ranks.is_main:
         return Loggers(file, {})
     file.truncate(step)
-    return Loggers(file, build_sinks(config.logger, folder.path, run, run["numerics"]))
+    commit = (folder.read("env.json") or {}).get("commit", "unknown")
+
+    def past() -> list[dict[str, Any]]:
+        """In the order of steps, without events: those of later steps stay in the file as history."""
+        return sorted((r for r in file.rows() if r["kind"] != "event"), key=lambda r: r["step"])
+
+    return Loggers(file, build_sinks(config.logger, folder.path, run, commit, step, past))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from training.ranks.distributed import Dist, setup, teardown
 from training.ranks.signals import RunLock, StopFlag
 from training.ranks.watchdog import Watchdog
 from training.records.console import Console
+from training.records.loggers import check_asked_for
 from training.records.runfolder import ROOM_FOR_RUNS, RunFolder, device_name, environment, moved
 from training.start.build import (
     Texts,
@@ -71,6 +72,7 @@ def train(request: Request, ranks: Dist) -> int:
     backends = backend.use(config.backend, ranks.device.type)
     _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
     check_schemes(plan, config.recompute)
+    ranks.on_main(lambda: check_asked_for(config.logger))
     tokens = TokenSet(
         ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len))),
         verify=config.data.verify,
