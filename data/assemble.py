@@ -76,6 +76,10 @@ def _loaded(path: Path, *names: tuple[str, ...]) -> dict[str, np.ndarray]:
     return part
 
 
+class EmptySideError(ValueError):
+    """No document for train, or none for val."""
+
+
 class _Documents:
     """The documents of one side, part by part; `wanted` selects them by their validation flag (None: all).
 
@@ -190,10 +194,7 @@ def _write_split(
 def _check_split(splits: dict[str, Any], shared: int, val_groups: int) -> None:
     for split, other in (("train", "val"), ("val", "train")):
         if splits[split]["documents"] == 0:
-            raise ValueError(
-                f"the {split} side has no document ({splits[other]['documents']} are {other}): give "
-                "data.val_files=..., another data.val_fraction, or more text"
-            )
+            raise EmptySideError(f"the {split} side has no document ({splits[other]['documents']} are {other})")
     if shared:
         raise ValueError(
             f"{shared} rows of the train files belong to one of the {val_groups} validation documents (same source and "

@@ -3,12 +3,16 @@
 Never runs code from the hub (`trust_remote_code` is not passed, and current `datasets` versions refuse scripts).
 """
 
+import glob
+import os
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from data.sources import Row, expand_any, file_fingerprints, make_row
+from base.files import shown
+from data.schemas import cause_of, first_difference, is_of_the_data, unit_file
+from data.sources import Row, checked_row, expand_any, file_fingerprints, make_row
 from data.spec import DataSpec, as_list
 
 _PACKAGED = ("json", "parquet", "text", "csv", "arrow")
@@ -58,23 +62,33 @@ class HubSource:
         """Rows of one file of the data set after the first `skip`."""
         self._unit = unit
         part = self._dataset.shard(num_shards=self.units, index=unit) if self.units > 1 else self._dataset
-        for number, row in enumerate(_unbroken(part.skip(skip) if skip else part, self.spec), skip + 1):
-            yield make_row(row, self.spec, f"{self.spec.hub_path}, unit {unit}, row {number}")
+        where = shown(unit_file(part) or f"{self.spec.hub_path}, unit {unit}")
+        for number, row in enumerate(_unbroken(part.skip(skip) if skip else part, self.spec, where), skip + 1):
+            yield checked_row(partial(make_row, row, self.spec, f"{where}, row {number}"), self.spec)
 
 
-def _unbroken(rows: Any, spec: DataSpec) -> Iterator[dict[str, Any]]:
+def _unbroken(rows: Any, spec: DataSpec, where: str) -> Iterator[dict[str, Any]]:
     iterator = iter(rows)
     while True:
         try:
             row = next(iterator)
         except StopIteration:
             return
-        except Exception as error:  # which classes mean "network" differs between versions of the hub's client
+        except Exception as error:
+            if is_of_the_data(cause_of(error)):
+                raise ValueError(_unreadable(error, spec, where)) from error
             raise RuntimeError(
                 f"reading {spec.hub_path} failed ({type(error).__name__}: {error}); where it was the network, run the "
                 "same command again to go on: finished parts are kept"
             ) from error
         yield row
+
+
+def _unreadable(error: BaseException, spec: DataSpec, where: str) -> str:
+    """One line that names the file and, where files differ, the column."""
+    reason = " ".join(str(cause_of(error)).split()) or repr(cause_of(error))
+    differing = first_difference(_local_files(spec))
+    return f"{where}: {type(cause_of(error)).__name__}: {reason}" + (f"; {differing}" if differing else "")
 
 
 def _load(spec: DataSpec) -> Any:
@@ -89,7 +103,7 @@ def _load(spec: DataSpec) -> Any:
                 "data.hub_name, data.hub_split and data.hub_data_files, or name the folder of another split"
             )
         return datasets.load_from_disk(spec.hub_path).to_iterable_dataset()
-    options = {"data_files": as_list(spec.hub_data_files)} if spec.hub_data_files else {}
+    options = {"data_files": _data_files(spec)} if spec.hub_data_files else {}
     try:
         loaded = datasets.load_dataset(
             spec.hub_path,
@@ -100,11 +114,17 @@ def _load(spec: DataSpec) -> Any:
             **options,
         )
     except Exception as error:  # it looks into the first file: a cut off one gives EOFError, and so on
-        raise ValueError(
+        what = (
             f"datasets could not open data.hub_path={spec.hub_path} (hub_name={spec.hub_name}, "
-            f"hub_split={spec.hub_split}, hub_data_files={spec.hub_data_files}): {type(error).__name__}: {error}"
-        ) from error
+            f"hub_split={spec.hub_split}, hub_data_files={spec.hub_data_files})"
+        )
+        raise ValueError(_unreadable(error, spec, what)) from error
     return loaded if spec.hub_streaming else loaded.to_iterable_dataset()
+
+
+def _data_files(spec: DataSpec) -> list[str]:
+    """The names for `datasets`, which takes them for globs: what exists is named as it is."""
+    return [glob.escape(name) if os.path.exists(name) else name for name in as_list(spec.hub_data_files)]
 
 
 def _local_files(spec: DataSpec) -> list[Path]:

@@ -10,8 +10,11 @@ the same ever after, so a resumed run reads what it would have read.
 """
 
 import bisect
+import errno
 import json
+import os
 import shutil
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -30,11 +33,17 @@ def load_layout(tokens: TokenSet, split: str, row_tokens: int) -> tuple[np.ndarr
 
     Computes and stores the layout on first use. Raises RuntimeError when a stored one is damaged.
     """
-    folder = tokens.path / f"packed-{split}-{row_tokens}"
+    name = f"packed-{split}-{row_tokens}"
+    folder = tokens.path / name
     if not folder.is_dir():
-        with disk_full_explained(tokens.path, ROOM_FOR_TOKENS), locked(tokens.path / ".lock-packing"):
-            if not folder.is_dir():
-                _store(tokens.split(split), row_tokens, folder)
+        try:
+            _make(tokens, split, row_tokens, folder)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES, errno.EPERM):
+                raise
+            folder = _own_folder(tokens.manifest["splits"][split]["documents_sha256"]) / name
+            say(f"{tokens.path} can't be written, so its packed rows are kept in {folder}")
+            _make(tokens, split, row_tokens, folder)
     try:
         info = json.loads((folder / "info.json").read_text())
         damaged = [name for name in ("rows", "pieces") if sha256_of(folder / f"{name}.bin") != info[f"{name}_sha256"]]
@@ -49,6 +58,25 @@ def load_layout(tokens: TokenSet, split: str, row_tokens: int) -> tuple[np.ndarr
     if len(rows) == 1:  # not one row: there is no empty memory map
         return rows, np.zeros((0, 2), "<i8")
     return rows, np.asarray(np.memmap(folder / "pieces.bin", "<i8", "r", shape=(int(rows[-1]), 2)))
+
+
+def _make(tokens: TokenSet, split: str, row_tokens: int, folder: Path) -> None:
+    """Compute and store the layout in `folder`, if no other process has."""
+    with disk_full_explained(folder.parent, ROOM_FOR_TOKENS), locked(folder.parent / ".lock-packing"):
+        if not folder.is_dir():
+            _store(tokens.split(split), row_tokens, folder)
+
+
+def _own_folder(documents: str) -> Path:
+    """This user's folder for layouts of these documents, where temporary files lie: for token folders that many read
+    and few may write. Raises RuntimeError if somebody else has it."""
+    mine = Path(tempfile.gettempdir()) / f"nibble-packed-{os.getuid()}"
+    mine.mkdir(mode=0o700, exist_ok=True)
+    if mine.is_symlink() or mine.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{mine} belongs to somebody else: set TMPDIR to a folder of yours")
+    folder = mine / documents[:16]
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 def pack(documents: Iterator[tuple[int, int]], row_tokens: int) -> Iterator[list[tuple[int, int]]]:

@@ -9,18 +9,21 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from base.files import ROOM_FOR_TOKENS, disk_full_explained, json_hash, locked, make_folder, say, write_json
-from data.assemble import FORMAT, assemble
+from data.assemble import FORMAT, EmptySideError, assemble
 from data.open import open_source
 from data.parts import tokenize_source
 from data.sources import Source
 from data.spec import DataSpec, as_list, hydra_value
-from data.split import group_of, is_val_by_hash, paper_choice
+from data.split import group_of, is_val_by_hash, least_val_fraction, paper_choice
+from data.tail import CutSource, cut_of
 from data.tokenizer import TextTokenizer, tokenizer_file, train_bpe
 
 # A training run prepares sources of up to this size on disk by itself: some ten seconds of one core. Above it the
@@ -154,21 +157,36 @@ def _make(plan: _Plan) -> None:
     say(f"preparing {plan.folder}")
     work = plan.root / f".{plan.folder.name}"
     (work / "parts").mkdir(parents=True, exist_ok=True)
+    plan = _cut_if_one_document(plan)
     is_val = (lambda group, ordinal: False) if plan.val else _val_rule(plan, work)
     tokenizer = _tokenizer(plan, work, is_val)
     parts = {"train": _tokenize(plan, "train", is_val, tokenizer, work)}
     if plan.val:
         parts["val"] = _tokenize(plan, "val", lambda group, ordinal: True, tokenizer, work)
     _check_unchanged(plan, work)
-    manifest = assemble(
-        work, parts, tokenizer, plan.spec.shard_tokens, plan.val is not None, plan.spec.val_copies == "drop"
-    )
+    manifest = _assembled(plan, work, parts, tokenizer)
     manifest["source"] = plan.sources
     manifest["tokenizer"]["made_by"] = plan.tokenizer
     write_json(work / "manifest.json", manifest)
     shutil.rmtree(work / "parts")
     work.rename(plan.folder)
     _report(plan.folder, manifest)
+
+
+def _assembled(plan: _Plan, work: Path, parts: dict[str, list[Path]], tokenizer: TextTokenizer) -> dict[str, Any]:
+    """assemble(), and what to type where a side is empty."""
+    spec = plan.spec
+    try:
+        return assemble(work, parts, tokenizer, spec.shard_tokens, plan.val is not None, spec.val_copies == "drop")
+    except EmptySideError as error:
+        remedy = "give data.val_files=..., another data.val_fraction, or more text"
+        documents = np.fromfile(work / "train-documents.bin", "<i8").reshape(-1, 3)
+        groups = set(documents[:, 2].tolist())
+        if groups and plan.val is None and spec.val_rule == "hash":
+            remedy = f"type data.val_fraction={least_val_fraction(spec, groups)}, or give data.val_files=..."
+        if len(groups) < len(documents):
+            remedy += f"; its {len(documents)} rows have {len(groups)} ids (data.id_key=null: each is its own document)"
+        raise ValueError(f"{error}: {remedy}") from None
 
 
 def _check_unchanged(plan: _Plan, work: Path) -> None:
@@ -188,9 +206,24 @@ def _tokenize(plan: _Plan, role: str, is_val: IsVal, tokenizer: TextTokenizer, w
     return tokenize_source(source, role, is_val, tokenizer, work / "parts", plan.spec.workers, limit)
 
 
+def _cut_if_one_document(plan: _Plan) -> _Plan:
+    """The plan of a text that can't be split by documents, with a source that cuts it; else the plan as it is."""
+    spec = plan.spec
+    if plan.val or spec.val_rule != "hash" or spec.max_documents:
+        return plan
+    train = cut_of(plan.train, spec.val_fraction)
+    if train is None:
+        return plan
+    say(f"the text is one document: its last part (data.val_fraction={spec.val_fraction}) is validation")
+    return replace(plan, train=train)
+
+
 def _val_rule(plan: _Plan, work: Path) -> IsVal:
     """The function (group, row number) -> is it validation? Kept on disk where it takes a pass over the text."""
     spec = plan.spec
+    if isinstance(plan.train, CutSource):
+        tail = plan.train.tail_group
+        return lambda group, ordinal: group == tail
     if spec.val_rule == "hash":
         return lambda group, ordinal: is_val_by_hash(spec, group)
     file = work / "parts" / "val.json"

@@ -70,7 +70,12 @@ class FileSource:
 
     def fingerprint(self) -> list[dict[str, Any]]:
         """Name, size and SHA-256 of each file, without its folder."""
-        return file_fingerprints(self.paths, self.root)
+        entries = file_fingerprints(self.paths, self.root)
+        for path, entry in zip(self.paths, entries, strict=True):
+            # Was text once: a folder that was made so keeps its name, and another one is made.
+            if _kind(path) == ".txt" and _begins_with_bom(path):
+                entry["byte_order_mark"] = "left out"
+        return entries
 
     def row_count(self) -> int | None:
         """Unknown without reading the files."""
@@ -251,7 +256,7 @@ def expand_any(patterns: list[str], option: str) -> list[Path]:
 
 
 def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
-    """Name, size and SHA-256 of files; sums are remembered in root/fingerprints.json by path, size and mtime."""
+    """Name, size and SHA-256 of files; sums are remembered in root/fingerprints.json by path and stamp."""
     root.mkdir(parents=True, exist_ok=True)
     cache_path = root / "fingerprints.json"
     cache = _remembered(cache_path)
@@ -259,7 +264,8 @@ def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
     result = []
     for path in paths:
         stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}"
+        # Time and size alone can be equal by chance or design (rsync -t, cp -p, touch -r); ctime can't be set.
+        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
         cache[key] = cache.get(key) or sha256_of(path)
         result.append({"file": path.name, "size": stat.st_size, "sha256": cache[key]})
     if cache != known and os.access(root, os.W_OK):  # prepared folders may lie where nothing can be written
@@ -291,15 +297,25 @@ def _kind(path: Path) -> str:
 def _lines(path: Path, handle: IO[bytes]) -> Iterator[bytes]:
     """Lines of bytes, which end at "\\n" alone: decoding first would split at a bare carriage return and change the
     text."""
-    stream: Any = handle
-    if path.suffix == ".gz":
-        stream = gzip.GzipFile(fileobj=handle)
-    elif path.suffix == ".zst":
-        stream = io.BufferedReader(_ZstdFile(handle), 1 << 20)
     try:
-        yield from stream
+        yield from _unpacked(path, handle)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"{shown(path)}: {error}; is the file cut off or damaged?") from error
+
+
+def _unpacked(path: Path, handle: IO[bytes]) -> Any:
+    """The file's bytes as a stream of lines."""
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=handle)
+    return io.BufferedReader(_ZstdFile(handle), 1 << 20) if path.suffix == ".zst" else handle
+
+
+def _begins_with_bom(path: Path) -> bool:
+    with open(path, "rb") as handle:
+        try:
+            return _unpacked(path, handle).read(len(_BOM)) == _BOM
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return False  # named with the file's name when it is read
 
 
 def _utf8(line: bytes, where: str) -> str:

@@ -28,7 +28,16 @@ def is_val_by_hash(spec: DataSpec, group: int) -> bool:
 
     It needs to know nothing else, so a document keeps its side when more text is added.
     """
-    return _hash64(f"{spec.split_seed}\0{group}") < int(spec.val_fraction * 2**64)
+    return _draw(spec, group) < int(spec.val_fraction * 2**64)
+
+
+def least_val_fraction(spec: DataSpec, groups: Iterable[int]) -> float:
+    """The smallest data.val_fraction, to three digits, with which the hash rule takes one of these documents."""
+    return ceil(1000 * (min(_draw(spec, group) for group in groups) + 1) / 2**64) / 1000
+
+
+def _draw(spec: DataSpec, group: int) -> int:
+    return _hash64(f"{spec.split_seed}\0{group}")
 
 
 def paper_choice(spec: DataSpec, groups: Callable[[], Iterable[int]], row_count: int | None) -> list[int]:

@@ -163,3 +163,59 @@ def test_wrong_text_key_names_the_columns(tmp_path, rows, jsonl):
     spec = DataSpec(source="hub", hub_path="json", hub_data_files=file, text_key="body")
     with pytest.raises(ValueError, match=r"data\.text_key=body; the row's keys are text, source, id"):
         read(spec, tmp_path)
+
+
+def mixed(tmp_path, kind: str, second: dict) -> list[str]:
+    """Two files of a data set; the second one's rows are `second`."""
+    files = []
+    for name, row in (("a", {"text": "one", "n": 1}), ("b", second)):
+        files.append(f"{tmp_path}/{name}.{kind}")
+        whole = datasets.Dataset.from_list([row] * 3)
+        whole.to_parquet(files[-1]) if kind == "parquet" else whole.to_json(files[-1])
+    return files
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.parametrize("kind", ["json", "parquet"])
+@pytest.mark.parametrize(
+    ("second", "what"),
+    [
+        ({"text": "two", "n": "x"}, r"column n is string in .*b\.\w+ and int64 in .*a\."),
+        ({"text": "two", "m": 1}, r"column m is int64 in .*b\.\w+ and missing in .*a\."),
+    ],
+)
+def test_files_of_mixed_columns_name_the_file_and_the_column(tmp_path, kind, second, what, streaming):
+    files = mixed(tmp_path, kind, second)
+    spec = DataSpec(source="hub", hub_path=kind, hub_data_files=files, hub_streaming=streaming)
+    with pytest.raises(ValueError, match=what) as caught:
+        read(spec, tmp_path)
+    assert "network" not in str(caught.value) and "\n" not in str(caught.value)
+    if kind == "json":  # the way out that the message names
+        assert len(read(DataSpec(files=files), tmp_path)) == 6
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_damaged_file_of_a_set_is_named_without_a_network(tmp_path, streaming):
+    files = mixed(tmp_path, "parquet", {"text": "two", "n": 1})
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-9])
+    spec = DataSpec(source="hub", hub_path="parquet", hub_data_files=files, hub_streaming=streaming)
+    with pytest.raises(ValueError, match=r"b\.parquet is cut off or damaged") as caught:
+        read(spec, tmp_path)
+    assert "network" not in str(caught.value)
+
+
+def test_bad_rows_of_a_data_set_can_be_left_out(tmp_path, rows, jsonl):
+    bad = [{**row, "text": None if i == 2 else row["text"]} for i, row in enumerate(rows)]
+    file = str(jsonl(tmp_path / "t.jsonl", bad))
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=file)
+    with pytest.raises(ValueError, match=r"t\.jsonl, row 3: no text .*found null .*data\.bad_rows=skip"):
+        read(spec, tmp_path)
+    found = read(dataclasses.replace(spec, bad_rows="skip"), tmp_path)
+    assert [row[0] for row in found] == [row["text"] or "" for row in bad]
+
+
+def test_a_file_whose_name_is_a_glob_is_that_file(tmp_path, rows, jsonl):
+    for name, part in (("t[1].jsonl", rows[:5]), ("t1.jsonl", rows[5:])):
+        jsonl(tmp_path / name, part)
+    spec = DataSpec(source="hub", hub_path="json", hub_data_files=f"{tmp_path}/t[1].jsonl")
+    assert read(spec, tmp_path) == expected(rows[:5])

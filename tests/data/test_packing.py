@@ -1,5 +1,7 @@
 """Best-fit packing: full rows that start at documents, the largest that fits first, the shortest cropped."""
 
+import contextlib
+import errno
 import itertools
 import json
 import shutil
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from data import packing
 from data.loader import Loader
 from data.packing import BUFFER_DOCUMENTS, load_layout, pack
 from data.tokens import TokenSet
@@ -117,3 +120,26 @@ def test_too_little_text_for_one_row_is_an_error(tokens):
     length = tokens.split("val").length
     with pytest.raises(ValueError, match=rf"has {length} tokens and one sequence needs {length + 1}"):
         Loader(tokens, "val", length, seed=0, packing="bos_bestfit")
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_cannot_be_written_is_packed_elsewhere(folder, tmp_path, monkeypatch, capsys, code):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy", ignore=shutil.ignore_patterns("packed-*", ".*")))
+    opened = packing.locked
+
+    @contextlib.contextmanager
+    def read_only(path):
+        if path.is_relative_to(copy):
+            raise OSError(code, "read-only", str(path))
+        with opened(path):
+            yield
+
+    monkeypatch.setattr(packing, "locked", read_only)
+    monkeypatch.setattr(packing.tempfile, "gettempdir", lambda: str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    before = sorted(copy.rglob("*"))
+    wanted = [array.tolist() for array in load_layout(TokenSet(folder), "train", 65)]
+    assert [array.tolist() for array in load_layout(TokenSet(copy), "train", 65)] == wanted
+    assert "can't be written" in capsys.readouterr().err and sorted(copy.rglob("*")) == before
+    monkeypatch.setattr(packing, "_store", None)  # kept: the next run makes nothing
+    assert [array.tolist() for array in load_layout(TokenSet(copy), "train", 65)] == wanted

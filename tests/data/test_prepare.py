@@ -21,7 +21,9 @@ from support import wait_until
 
 import data.parts
 import data.prepare
+import data.tail
 from data.evalset import EvalSet
+from data.open import open_source
 from data.prepare import ensure, prepare, prepare_command
 from data.spec import DataSpec
 from data.tokenizer import TextTokenizer
@@ -333,8 +335,12 @@ def test_empty_texts_are_dropped_and_half_characters_replaced(tmp_path):
 def test_an_empty_side_is_an_error(tmp_path, jsonl, make_rows):
     source = jsonl(tmp_path / "t.jsonl", make_rows(4))
     spec = DataSpec(files=str(source), vocab_size=280, val_fraction=1e-9, workers=1)
-    with pytest.raises(ValueError, match=r"the val side has no document \(5 are train\): give data\.val_files"):
+    with pytest.raises(ValueError, match=r"the val side has no document \(5 are train\).*data\.val_files") as caught:
         prepare(spec, tmp_path / "out")
+    fraction = float(re.search(r"type data\.val_fraction=([\d.]+)", str(caught.value))[1])  # can be typed
+    with pytest.raises(ValueError, match="the val side has no document"):
+        prepare(dataclasses.replace(spec, val_fraction=fraction - 0.002), tmp_path / "out")
+    assert decoded(prepare(dataclasses.replace(spec, val_fraction=fraction), tmp_path / "out"), "val")
 
 
 def test_an_empty_train_file_is_an_error_before_a_tokenizer_is_trained_on_it(tmp_path, jsonl, make_rows):
@@ -495,3 +501,37 @@ def test_two_at_once_do_the_work_once(tmp_path, make_rows, jsonl):
     folders = {p.communicate(timeout=300)[0].strip() for p in both}
     assert [p.returncode for p in both] == [0, 0] and len(folders) == 1
     assert TokenSet(folders.pop(), verify=True)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "ids", "one line.txt"])
+def test_a_text_that_is_one_document_is_cut(tmp_path, make_rows, jsonl, monkeypatch, name):
+    """A book: a text file, one row, or several rows of one id; its end, from a line end on, is validation."""
+    monkeypatch.setattr("data.sources.TXT_ROW_CHARACTERS", 3000)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    rows = [row["text"].replace(". ", ".\n") for row in make_rows(12)]
+    text = " ".join(rows).replace("\n" if "line" in name else "\0", " ")
+    if name == "ids":
+        jsonl(folder / "b.jsonl", [{"text": row, "id": "x"} for row in rows[:5]])
+        jsonl(folder / "c.jsonl", [{"text": row, "id": "x"} for row in rows[5:]])
+        text = "".join(rows)
+    elif name == "a.jsonl":
+        jsonl(folder / name, [{"text": text}])
+    else:
+        (folder / name).write_text(text, encoding="utf-8")
+    spec = DataSpec(files=f"{folder}/*", vocab_size=300, val_fraction=0.2, workers=1)
+    folder = prepare(spec, tmp_path / "out")
+    train, val = ("".join(decoded(folder, side)) for side in ("train", "val"))
+    assert train + val == text and abs(len(val.encode()) / len(text.encode()) - 0.2) < 0.03
+    assert train.endswith(" " if "line" in name else "\n")
+    assert len(np.unique(TokenSet(folder).split("val").documents[:, 2])) == 1
+    source = data.tail.cut_of(open_source(spec, tmp_path / "out"), 0.2)
+    assert list(source.rows(0, 1)) == list(source.rows(0, 0))[1:]  # what a resumed preparation asks for
+
+
+def test_a_text_is_cut_between_characters():
+    for text in ("é" * 9, "a" * 9, "ab cd", "数\n数", "a\n\n"):
+        for at in range(1, len(text.encode())):
+            parts = data.tail.cut(text, at)
+            assert "".join(parts) == text and parts[0]
+    assert data.tail.cut("one\ntwo\nthree", 5) == ("one\ntwo\n", "three") and data.tail.cut("ab", 1) == ("a", "b")

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -226,6 +227,31 @@ def test_a_byte_order_mark_is_no_text(tmp_path, suffix):
     (tmp_path / f"a.{suffix}").write_bytes(gzip.compress(data) if "gz" in suffix else data)
     texts = [row[0] for row in read(DataSpec(files=f"{tmp_path}/a.{suffix}"), tmp_path)]
     assert texts == (['{"text": "one"}\n'] if suffix == "txt" else ["one", "one"])
+
+
+def test_a_text_file_with_a_byte_order_mark_gets_a_folder_of_its_own(tmp_path):
+    """Its mark was text once, and a folder's name stands for one text."""
+    for name, data in (("a.txt", b"one"), ("b.txt", "\ufeffone".encode())):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress("\ufeffone".encode()))
+    source = FileSource([f"{tmp_path}/*.txt*"], DataSpec(), tmp_path / "root", "files")
+    assert ["byte_order_mark" in entry for entry in source.fingerprint()] == [False, True, True]
+
+
+@pytest.mark.parametrize("change", ["in place", "another file"])
+def test_a_changed_file_of_equal_size_and_time_is_another_text(tmp_path, change):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"one")
+    before = file_fingerprints([path], tmp_path / "cache")
+    stat = path.stat()
+    if change == "in place":
+        path.write_bytes(b"two")
+    else:
+        (tmp_path / "b.txt").write_bytes(b"two")
+        (tmp_path / "b.txt").rename(path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert path.stat().st_mtime_ns == stat.st_mtime_ns
+    assert file_fingerprints([path], tmp_path / "cache") != before
 
 
 def test_utf_16_is_named_with_the_command_that_converts_it(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import mmap
+import os
 import shutil
 import subprocess
 import sys
@@ -127,3 +128,16 @@ def test_training_reads_without_read_ahead(folder, monkeypatch, split, advice):
 
     monkeypatch.setattr(data.tokens.mmap, "mmap", Map)
     assert TokenSet(folder).split(split).length and sorted(set(given)) == advice
+
+
+def test_a_shard_that_changes_with_its_size_and_time_is_noticed(folder, tmp_path):
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    tokens = TokenSet(copy)
+    shard = copy / "train-00001.bin"
+    shard.chmod(0o600)  # as a backup may touch it: ctime alone is new
+    tokens.check_unchanged()
+    stat, data = shard.stat(), shard.read_bytes()
+    shard.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    with pytest.raises(RuntimeError, match=r"train-00001\.bin was altered"):
+        tokens.check_unchanged()
