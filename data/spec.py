@@ -82,6 +82,10 @@ class DataSpec:
             raise ValueError(
                 f"data.vocab_size={self.vocab_size}: a byte-level BPE needs 257 or more (256 bytes and BOS)"
             )
+        if self.tokenizer is None and self.bos and not self.path:
+            raise ValueError(
+                f"data.bos={self.bos} names a token of a given tokenizer; add data.tokenizer=..., or leave data.bos out"
+            )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")
         for name, least in (("tokenizer_train_bytes", 1), ("shard_tokens", 1), ("workers", 0), ("max_documents", 0)):

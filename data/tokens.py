@@ -67,6 +67,12 @@ class TokenSet:
         """UTF-8 bytes that each token stands for, int64 [vocab_size]; special tokens 0."""
         return np.load(self.path / "token_bytes.npy").astype(np.int64)
 
+    @property
+    def copies_of_val(self) -> int:
+        """Train rows whose text is also a validation row's; 0 in folders made before they were counted."""
+        train = self.manifest["splits"]["train"]
+        return 0 if train.get("copies_dropped") else train.get("copies_of_val", 0)
+
     def check_unchanged(self) -> None:
         """Raise RuntimeError, naming the file, if a shard was rewritten or cut since it was opened. Reads no
         tokens, unless a file was touched."""

@@ -52,7 +52,7 @@ def main() -> int:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 1
     print(f"[{run['name']} at step {step}]", file=sys.stderr)
-    prompt = [tokenizer.bos_id, *tokenizer.tokenizer.encode(arguments.prompt, add_special_tokens=False).ids]
+    prompt = [tokenizer.bos_id, *tokenizer.ids(arguments.prompt)]
     ids = sample(model, prompt, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
     print(arguments.prompt + tokenizer.tokenizer.decode(list(ids)))
     return 0

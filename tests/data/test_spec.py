@@ -40,7 +40,7 @@ def test_c4_and_fineweb_are_the_published_protocols():
 @pytest.mark.parametrize(
     "spec",
     [
-        DataSpec(files="corpus/train-*.jsonl.zst", val_files=["a b.jsonl", "c.jsonl"], bos="<s>", id_key=None),
+        DataSpec(files="corpus/train-*.jsonl.zst", val_files=["a b.jsonl", "c.jsonl"], bos="<s>", tokenizer="t.json", id_key=None),
         DataSpec(source="hub", hub_path="org/name", hub_streaming=False, val_fraction=0.25, name="it's"),
     ],
 )
@@ -64,6 +64,9 @@ def test_overrides_give_the_same_spec_through_shell_and_hydra(spec):
         ),
         ({"source": "pydocs", "files": None, "hub_path": "a/b"}, r"data\.hub_path is given.*add data=hub"),
         ({"source": "hub", "hub_path": "a/b"}, r"data\.files is given.*add data\.source=files"),
+        ({"bos": "<s>"}, r"data\.bos=<s> names a token of a given tokenizer; add data\.tokenizer"),
+        ({"bad_rows": "warn"}, r"data\.bad_rows='warn' is none of error, skip"),
+        ({"val_copies": "yes"}, r"data\.val_copies='yes' is none of keep, drop"),
         ({"vocab_size": 256}, r"data\.vocab_size=256: a byte-level BPE needs 257"),
         ({"val_fraction": 1.0}, r"data\.val_fraction=1\.0 must lie between 0 and 1"),
         ({"shard_tokens": 0}, r"data\.shard_tokens=0 must be 1 or more"),

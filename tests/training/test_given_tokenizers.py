@@ -40,3 +40,17 @@ def test_a_run_marks_approximate_bits_and_its_bos_is_exported(run, words, tmp_pa
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert tokenizer.bos_token == bos and tokenizer(texts[0]).input_ids[0] == 1
     assert 1 not in tokenizer(texts[0]).input_ids[1:]
+
+
+def test_copies_of_validation_text_are_shown_and_recorded(run, tmp_path, text_file, capsys):
+    rows = text_file.read_text().splitlines()
+    (tmp_path / "v.jsonl").write_text("\n".join(rows[:9]))
+    twice = [json.dumps({"text": json.loads(row)["text"]}) for row in rows[:2]]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows[9:] + twice))
+    files = [f"data.files={tmp_path}/t.jsonl", f"data.val_files={tmp_path}/v.jsonl", "steps=1"]
+    _, folder = run(*files)
+    assert "(2 train rows are copies of validation rows)" in capsys.readouterr().out
+    assert json.loads((folder / "run.json").read_text())["copies_of_val"] == 2
+    _, folder = run(*files, "data.val_copies=drop", name="dropped")
+    assert "are copies" not in capsys.readouterr().out
+    assert "copies_of_val" not in json.loads((folder / "run.json").read_text())

@@ -65,6 +65,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
     run = run_info(request, shape, plan, numbers, flat) | {
         "vocab_size": vocab_size,
         "data_path": str(tokens.path.resolve()) if tokens else None,
+        **({"copies_of_val": tokens.copies_of_val} if tokens and tokens.copies_of_val else {}),
         "data_fingerprint": fingerprints["fingerprint"],
         "tokenizer_hash": fingerprints["tokenizer"],
     }
@@ -138,7 +139,7 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             recipe=sketch.plan.label,
             plan_lines=sketch.plan.table().splitlines(),
             numbers=sketch.numbers,
-            data=config.data.name if sketch.tokens is None else sketch.tokens.path.name,
+            data=config.data.name if sketch.tokens is None else _data_name(sketch.tokens),
             train_tokens=train_tokens,
             memory=estimate(
                 sketch.shape,
@@ -152,3 +153,8 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             ),
         )
     )
+
+
+def _data_name(tokens: TokenSet) -> str:
+    copies = tokens.copies_of_val
+    return tokens.path.name + (f" ({copies:,} train rows are copies of validation rows)" if copies else "")
