@@ -7,11 +7,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+_VARIABLE = re.compile(r"\$\{?(\w+)\}?", re.ASCII)
 ROOM_FOR_TOKENS = (
     "Token shards take about 0.5 bytes per byte of text, twice that while they are made. Free some space or set "
     "paths.data to another disk, then run the same command again: finished parts are kept"
@@ -67,6 +69,19 @@ def write_json(path: Path, value: Any) -> None:
 def shown(name: Any) -> str:
     """A path or another name as one printable line: a line feed or an escape in it would steer the terminal."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+
+
+def expanded(path: str, key: str) -> str:
+    """A path as a shell would have read it without quotation marks: ~, $NAME and ${NAME} written out. A path that
+    exists is itself. Raises ValueError, with the option's name, for a user or a variable that isn't there."""
+    if not path or os.path.lexists(path):
+        return path
+    whole = os.path.expandvars(os.path.expanduser(path))
+    if whole.startswith("~"):
+        raise ValueError(f"{key}={path}: there is no user {whole.split('/')[0]}")
+    if unset := _VARIABLE.search(whole):
+        raise ValueError(f"{key}={path}: the environment variable {unset[1]} isn't set")
+    return whole
 
 
 def glob_paths(pattern: str) -> list[Path]:

@@ -6,11 +6,12 @@ Never runs code from the hub (`trust_remote_code` is not passed, and current `da
 import glob
 import os
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from base.files import shown
+from base.files import expanded, shown
 from data.schemas import cause_of, first_difference, is_of_the_data, unit_file
 from data.sources import Row, checked_row, expand_any, file_fingerprints, make_row
 from data.spec import DataSpec, as_list
@@ -22,7 +23,9 @@ class HubSource:
     """A split of a data set, one unit per file of it, so that a killed preparation does not read them again."""
 
     def __init__(self, spec: DataSpec, root: Path):
-        self.spec, self.root = spec, root
+        files = [expanded(name, "data.hub_data_files") for name in as_list(spec.hub_data_files)]
+        hub_path = expanded(spec.hub_path, "data.hub_path")
+        self.spec, self.root = replace(spec, hub_path=hub_path, hub_data_files=files or None), root
         self.size = None
         self._unit = 0
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from base.files import ROOM_FOR_TOKENS, disk_full_explained, json_hash, locked, make_folder, say, write_json
+from base.files import ROOM_FOR_TOKENS, disk_full_explained, expanded, json_hash, locked, make_folder, say, write_json
 from data.assemble import FORMAT, EmptySideError, assemble
 from data.open import open_source
 from data.parts import tokenize_source
@@ -256,7 +256,7 @@ def _tokenizer(plan: _Plan, work: Path, is_val: IsVal) -> TextTokenizer:
 
 
 def _given(spec: DataSpec) -> Path:
-    folder = Path(spec.path).expanduser()
+    folder = Path(expanded(spec.path, "data.path"))
     if not (folder / "manifest.json").is_file():
         raise FileNotFoundError(
             f"data.path={spec.path} is no token folder (no manifest.json in it); make one with scripts/prepare_data.py"

@@ -16,7 +16,7 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from base.files import glob_paths, sha256_of, shown, write_json
+from base.files import expanded, glob_paths, sha256_of, shown, write_json
 from data.spec import DataSpec
 
 # `zstd --long=27`: decoding such files needs a window of 128 MiB.
@@ -248,7 +248,7 @@ def expand_any(patterns: list[str], option: str) -> list[Path]:
     """Globs and paths -> files, each glob sorted. Raises ValueError when a pattern matches nothing."""
     paths: list[Path] = []
     for pattern in patterns:
-        found = glob_paths(os.path.expanduser(pattern))
+        found = glob_paths(expanded(pattern, option))
         if not found:
             raise ValueError(f"{option}: no file matches {pattern!r} (current folder: {os.getcwd()})")
         paths += found

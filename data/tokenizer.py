@@ -1,7 +1,6 @@
 """Byte-level BPE training, and what the rest needs to know of any tokenizer.json: hash, BOS, bytes per token."""
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from base.files import atomic_write, json_hash, say
+from base.files import atomic_write, expanded, json_hash, say
 from data.quoted import ODD_TEXT, control_ids, unknown_id, without_pieces
 from data.token_text import table, true_sizes
 
@@ -212,7 +211,7 @@ def train_bpe(texts: Iterator[str], vocab_size: int, train_bytes: int, path: Pat
 
 def tokenizer_file(path: str) -> Path:
     """A tokenizer.json, or the one in a folder. Raises ValueError if there is none."""
-    file = Path(os.path.expanduser(path))
+    file = Path(expanded(path, "data.tokenizer"))
     file = file / "tokenizer.json" if file.is_dir() else file
     if not file.is_file():
         raise ValueError(f"data.tokenizer={path}: no such file (needed: a tokenizer.json of the `tokenizers` library)")

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
+from base.files import expanded
 from base.words import suggestion
 from data.spec import DataSpec
 from kernels.backend import PRESETS
@@ -218,6 +219,9 @@ class RunSection:
 class PathsSection:
     runs: str = "runs"
     data: str = "token_shards"  # prepared token folders
+
+    def __post_init__(self) -> None:
+        self.runs, self.data = expanded(self.runs, "paths.runs"), expanded(self.data, "paths.data")
 
 
 @dataclass

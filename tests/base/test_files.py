@@ -60,3 +60,17 @@ def test_a_pipe_or_device_is_not_replaced_by_a_file(tmp_path):
 def test_a_path_from_an_ascii_locale_is_written_as_it_came(tmp_path):
     files.write_text(tmp_path / "config.yaml", "files: m\udcc3\udcbc")
     assert (tmp_path / "config.yaml").read_text(encoding="utf-8") == "files: mü"
+
+
+def test_paths_are_written_out_as_a_shell_would(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("SCRATCH", "/fast")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    for typed, meant in (("~/a", "/home/me/a"), ("$SCRATCH/a", "/fast/a"), ("x/${SCRATCH}", "x//fast"), ("a~b", "a~b")):
+        assert files.expanded(typed, "paths.runs") == meant
+    with pytest.raises(ValueError, match=r"paths\.runs=\$NOWHERE/a: the environment variable NOWHERE isn't set"):
+        files.expanded("$NOWHERE/a", "paths.runs")
+    with pytest.raises(ValueError, match=r"paths\.runs=~nobody-here/a: there is no user"):
+        files.expanded("~nobody-here/a", "paths.runs")
+    (tmp_path / "$NOWHERE").touch()
+    assert files.expanded(f"{tmp_path}/$NOWHERE", "data.files") == f"{tmp_path}/$NOWHERE"

@@ -389,7 +389,7 @@ def test_the_command_packs_for_the_runs_sequence_length(spec, tmp_path, monkeypa
 
 @pytest.mark.parametrize(
     "name",
-    ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl", "a[1].jsonl", "b\\.jsonl", "c\\", 'd"e', "$f{g}"],
+    ["\u00e9.jsonl", "null", "1e3", "a b,c.jsonl", "it's.jsonl", "a[1].jsonl", "b\\.jsonl", "c\\", 'd"e', "f{g}"],
 )
 def test_the_command_to_type_can_be_typed(name):
     from launcher.compose import compose
@@ -535,3 +535,29 @@ def test_a_text_is_cut_between_characters():
             parts = data.tail.cut(text, at)
             assert "".join(parts) == text and parts[0]
     assert data.tail.cut("one\ntwo\nthree", 5) == ("one\ntwo\n", "three") and data.tail.cut("ab", 1) == ("a", "b")
+
+
+def test_every_path_is_written_out(tmp_path, make_rows, jsonl, byte_level, monkeypatch):
+    """~ and $NAME, in each option that names a file or a folder; no folder called "~" is left."""
+    from launcher.compose import compose
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "t.jsonl", make_rows(12))
+    jsonl(tmp_path / "v.jsonl", make_rows(4, first=50))
+    shutil.copy(byte_level, tmp_path / "tokenizer.json")
+    texts = ["data.files=$SCRATCH/t.jsonl", 'data.val_files="~/v.jsonl"', 'data.tokenizer="~/tokenizer.json"']
+    config = compose(["data=text", *texts, 'paths.runs="~/runs"', "paths.data=$SCRATCH/tokens"]).config
+    assert (config.paths.runs, config.paths.data) == (f"{tmp_path}/runs", f"{tmp_path}/tokens")
+    folder = prepare(dataclasses.replace(config.data, workers=1), config.paths.data)
+    assert (
+        folder.parent == tmp_path / "tokens" and ensure(DataSpec(path=f"$SCRATCH/tokens/{folder.name}"), "x") == folder
+    )
+    local = DataSpec(source="hub", hub_path="json", hub_data_files="~/t.jsonl")
+    assert open_source(local, tmp_path / "tokens").fingerprint()["files"][0]["file"] == "t.jsonl"
+    (tmp_path / "set").mkdir()
+    shutil.copy(tmp_path / "t.jsonl", tmp_path / "set")
+    folder = DataSpec(source="hub", hub_path="~/set")
+    assert open_source(folder, tmp_path / "tokens").fingerprint()["loader"] == "folder"
+    assert not any("~" in path.name or "$" in path.name for path in tmp_path.rglob("*"))

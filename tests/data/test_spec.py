@@ -40,7 +40,13 @@ def test_c4_and_fineweb_are_the_published_protocols():
 @pytest.mark.parametrize(
     "spec",
     [
-        DataSpec(files="corpus/train-*.jsonl.zst", val_files=["a b.jsonl", "c.jsonl"], bos="<s>", tokenizer="t.json", id_key=None),
+        DataSpec(
+            files="corpus/train-*.jsonl.zst",
+            val_files=["a b.jsonl", "c.jsonl"],
+            bos="<s>",
+            tokenizer="t.json",
+            id_key=None,
+        ),
         DataSpec(source="hub", hub_path="org/name", hub_streaming=False, val_fraction=0.25, name="it's"),
     ],
 )
