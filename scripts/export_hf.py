@@ -8,6 +8,7 @@ Load with transformers.AutoModelForCausalLM.from_pretrained("exported/").
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.files import write_json
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -27,6 +29,8 @@ from tokenizers import Tokenizer
 from data.tokenizer import TextTokenizer
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, transformers_config, transformers_weights
+
+PADDING = ("<pad>", "<|pad|>", "[PAD]")  # what tokenizers call a token for it
 
 
 def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> str:
@@ -43,7 +47,8 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
         whole = Path(temporary) / "whole"  # moved only when everything is in it
         whole.mkdir()
         save_file(weights, whole / "model.safetensors", metadata={"format": "pt"})
-        (whole / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_json(whole / "config.json", config)
+        shutil.copymode(whole / "config.json", whole / "model.safetensors")  # written for its owner alone
         if tokenizer:
             export_tokenizer(tokenizer, whole, model.config.max_seq_len)
         whole.replace(out)
@@ -52,13 +57,17 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
 
 
 def export_tokenizer(tokenizer: TextTokenizer, out: Path, max_length: int) -> None:
-    """Made to put BOS before every text, as each document of the training data had it."""
+    """Made to put BOS before every text, as each document of the training data had it; BOS ends a text, too. Texts are
+    padded on the left, as generation needs it, with the tokenizer's own padding token or with BOS."""
     name, exported = tokenizer.bos, json.loads(Tokenizer.from_file(str(tokenizer.path)).to_str())
     exported["post_processor"] = bos_first(name, tokenizer.bos_id)
     text = Tokenizer.from_str(json.dumps(exported)).to_str(pretty=True)
     (out / "tokenizer.json").write_text(text + "\n", encoding="utf-8")
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "bos_token": name}
-    (out / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    pad = next((word for word in PADDING if word in tokenizer.vocab), name)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length, "padding_side": "left"}
+    write_json(out / "tokenizer_config.json", config | {"bos_token": name, "eos_token": name, "pad_token": pad})
+    ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.vocab[pad]}
+    write_json(out / "generation_config.json", ids)
 
 
 def bos_first(name: str, number: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Sample text from a run's checkpoint, on the CPU.
+"""Sample text from a run's checkpoint, on the CPU, up to the end of the document.
 
 python scripts/generate.py runs/NAME "The function returns" --tokens 100 --temperature 0.8
 """
@@ -10,11 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import any_letters, one_line_on_ctrl_c
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("generate")
 
+from data.tokenizer import TextTokenizer
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, sample
 
@@ -25,6 +26,12 @@ def is_text(words: str) -> bool:
     except UnicodeEncodeError:  # bytes of the command line that are not UTF-8
         return False
     return True
+
+
+def continuation(tokenizer: TextTokenizer, prompt: list[int], ids: list[int]) -> str:
+    """The text of `ids` behind the prompt's. Decoded together: alone, a SentencePiece text loses its first space."""
+    before, whole = (tokenizer.tokenizer.decode(tokens) for tokens in (prompt, prompt + ids))
+    return whole.removeprefix(before) if whole.startswith(before) else tokenizer.tokenizer.decode(ids)
 
 
 def main() -> int:
@@ -48,15 +55,21 @@ def main() -> int:
         if tokenizer is None:
             there = run.get("data_path") or "run.json names none"
             raise ValueError(f"the data of {run['name']} is gone ({there}); give --tokenizer FILE")
+        prompt = tokenizer.ids(arguments.prompt)
     except (CheckpointError, OSError, ValueError) as error:
         print(f"generate.py: error: {error}", file=sys.stderr)
         return 1
     print(f"[{run['name']} at step {step}]", file=sys.stderr)
-    prompt = [tokenizer.bos_id, *tokenizer.ids(arguments.prompt)]
-    ids = sample(model, prompt, arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
-    print(arguments.prompt + tokenizer.tokenizer.decode(list(ids)))
+    start = [tokenizer.bos_id, *prompt]
+    how = (arguments.tokens, arguments.temperature, arguments.top_k, arguments.seed)
+    ids = list(sample(model, start, *how, stop=tokenizer.bos_id))
+    ended = ids[-1] == tokenizer.bos_id  # the next document's
+    print(arguments.prompt + continuation(tokenizer, prompt, ids[:-1] if ended else ids))
+    if ended:
+        print("[end of the document]", file=sys.stderr)
     return 0
 
 
 if __name__ == "__main__":
+    any_letters()
     sys.exit(main())

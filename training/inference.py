@@ -67,7 +67,8 @@ def run_tokenizer(run: dict[str, Any], given: Path | None = None) -> TextTokeniz
 
 
 def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:
-    """config.json of transformers' LlamaForCausalLM."""
+    """config.json of transformers' LlamaForCausalLM. A document ends where the next one's BOS follows, so that is the
+    end of text, too. No padding token here: transformers would never train its row of the embedding again."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -88,7 +89,7 @@ def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, An
         "mlp_bias": False,
         "tie_word_embeddings": False,
         "bos_token_id": bos_id,
-        "eos_token_id": None,
+        "eos_token_id": bos_id,
     }
 
 
@@ -120,9 +121,11 @@ def transformers_weights(model: Llama) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def sample(model: Llama, prompt: list[int], count: int, temperature: float, top_k: int, seed: int) -> Iterator[int]:
+def sample(
+    model: Llama, prompt: list[int], count: int, temperature: float, top_k: int, seed: int, stop: int | None = None
+) -> Iterator[int]:
     """Yield `count` token ids that follow `prompt`; temperature 0 takes the likeliest. The context is the model's
-    training length; older tokens fall out of it."""
+    training length; older tokens fall out of it. `stop`: the last one to be yielded, if it comes earlier."""
     if not prompt:
         raise ValueError("the prompt needs at least one token; BOS starts a document")
     generator = torch.Generator().manual_seed(seed)
@@ -137,3 +140,5 @@ def sample(model: Llama, prompt: list[int], count: int, temperature: float, top_
             choice = int(best.indices[torch.multinomial(shares, 1, generator=generator)])
         tokens.append(choice)
         yield choice
+        if choice == stop:
+            return

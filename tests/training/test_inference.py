@@ -5,11 +5,14 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from data.tokenizer import TextTokenizer
+from scripts import generate
+from scripts.generate import continuation
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, sample
 
@@ -46,6 +49,32 @@ def test_exported_model_has_equal_logits_in_transformers(trained, tmp_path):
     assert tokenizer.encode("kana")[0] == bos_id != tokenizer.encode("kana")[1]  # as in training, once
     again = script("export_hf.py", trained, tmp_path / "exported")
     assert again.returncode == 1 and "is not empty" in again.stderr
+
+
+def test_transformers_generation_pads_and_stops_at_the_end_of_the_document(trained, tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    assert script("export_hf.py", trained, tmp_path / "out").returncode == 0
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1  # all for colleagues to read
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+
+    def generated(texts: list[str]) -> list[list[int]]:
+        batch = tokenizer(texts, return_tensors="pt", padding=True)
+        found = model.generate(**batch, max_new_tokens=8, do_sample=False)
+        return found[:, batch.input_ids.shape[1] :].tolist()
+
+    texts = ["kana", "kana lore miti suvo"]
+    together = generated(texts)
+    assert together == [generated([text])[0] for text in texts] and len(together[0]) == 8
+    seen = []
+
+    def favour_bos_in_the_end(module, inputs, logits):
+        seen.append(1)
+        if len(seen) > 1:  # not as the first token
+            logits[..., tokenizer.bos_token_id] += 1e4
+
+    model.lm_head.register_forward_hook(favour_bos_in_the_end)
+    assert generated(["kana"]) == [[together[0][0], tokenizer.bos_token_id]]
 
 
 def test_bf16_export_rounds_the_weights_once(trained, tmp_path):
@@ -106,6 +135,47 @@ def test_the_tokenizer_keeps_the_bos_of_the_runs_data(trained, tmp_path, monkeyp
     assert run_tokenizer(changed | {"data_path": ""}) is None
 
 
+@pytest.mark.parametrize("kind", ["metaspace", "byte level", "wordpiece"])
+def test_generated_text_follows_the_prompt_with_the_spaces_that_it_has(kind):
+    """SentencePiece's decoder takes the first space of what it is given: the words were glued to the prompt."""
+    from tokenizers import Tokenizer, decoders, models
+
+    space = {"metaspace": "\u2581", "byte level": "\u0120", "wordpiece": ""}[kind]
+    words = [f"{space}the", f"{space}end", "the", "##ing" if kind == "wordpiece" else "ing", "<s>", "end"]
+    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(words))}, unk_token="<s>"))
+    inner.decoder = {
+        "metaspace": decoders.Metaspace(),
+        "byte level": decoders.ByteLevel(),
+        "wordpiece": decoders.WordPiece(cleanup=False),
+    }[kind]
+    tokenizer = SimpleNamespace(tokenizer=inner)
+    number = inner.get_vocab()
+    first, ing = number[f"{space}the"], number["##ing" if kind == "wordpiece" else "ing"]
+    following = [number[f"{space}end"], ing]
+    assert continuation(tokenizer, [first], following) == " ending"
+    assert continuation(tokenizer, [first], [ing]) == "ing"
+    assert continuation(tokenizer, [], following).lstrip() == "ending"
+
+
+def test_generation_ends_with_the_document(trained, monkeypatch, capsys):
+    model, run, step = load_trained(trained)
+    bos = run_tokenizer(run).bos_id
+
+    class Ends(torch.nn.Module):
+        config = model.config
+
+        def forward(self, tokens):
+            logits = model(tokens)
+            logits[0, -1, bos] += 1e4 if tokens.shape[1] > 4 else -1e4
+            return logits
+
+    monkeypatch.setattr(generate, "load_trained", lambda *_: (Ends(), run, step))
+    monkeypatch.setattr("sys.argv", ["generate.py", str(trained), "ka", "--tokens", "50", "--temperature", "0"])
+    assert generate.main() == 0
+    said = capsys.readouterr()
+    assert "end of the document" in said.err and 2 < len(said.out.strip()) < 30 and "<|bos|>" not in said.out
+
+
 def test_sampling_follows_the_logits():
     class Favours(torch.nn.Module):
         """Token (last + 1) modulo 7 has the largest logit, the one after it the second largest."""
@@ -127,6 +197,7 @@ def test_sampling_follows_the_logits():
     # e^5 against e^4: the first is drawn with 0.731; 400 draws have a standard deviation of 0.022
     assert set(steps) == {1, 2} and steps.count(1) / 400 == pytest.approx(0.731, abs=0.09)
     assert list(sample(Favours(), [5], 6, temperature=1e-45, top_k=7, seed=0)) == [6, 0, 1, 2, 3, 4]
+    assert list(sample(Favours(), [5], 6, temperature=0, top_k=7, seed=0, stop=1)) == [6, 0, 1]
     with pytest.raises(ValueError, match="at least one token"):
         next(sample(Favours(), [], 1, 0, 1, 0))
 
