@@ -87,6 +87,12 @@ class EvalSet:
         marks = {} if self.stream.bytes_are_exact else {"bpb_approximate": True}
         return {"loss": float(loss), "bpb": float(bpb), "se": self._standard_error(nats, loss), **marks}
 
+    def difference(self, nats: np.ndarray, other: np.ndarray) -> tuple[float, float | None]:
+        """Loss of `nats` over that of `other`, two scores of this list, and its standard error: documents pair."""
+        apart = nats - other
+        loss = apart.sum() / self.targets
+        return float(loss), self._standard_error(apart, loss)
+
     def _standard_error(self, nats: np.ndarray, loss: float) -> float | None:
         part = self.segments
         residual = np.bincount(part.document, nats - loss * part.tokens)

@@ -128,6 +128,20 @@ def compose(overrides: list[str]) -> Composed:
         raise ConfigError(str(error)) from error
 
 
+def stored(path: Path) -> TrainConfig:
+    """The configuration that a run wrote down (its config.yaml). Raises ConfigError for one that is missing, damaged or
+    of a version with other keys."""
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(TrainConfig), OmegaConf.load(path))
+        return OmegaConf.to_object(tree)
+    except OSError as error:
+        raise ConfigError(
+            f"{path} can't be read ({error.strerror}); is it in a run folder, such as runs/<name>?"
+        ) from error
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"{path}: {one_line(error)}") from error
+
+
 def sweep(overrides: list[str]) -> list[list[str]]:
     """The cartesian product of `a=1,2 b=x,y` as lists of plain overrides, the first one varying slowest."""
     alternatives = []

@@ -19,7 +19,7 @@ class Outcome:
 
 
 @contextmanager
-def one_line_errors() -> Iterator[Outcome]:
+def one_line_errors(script: str = "train.py") -> Iterator[Outcome]:
     """Turn errors whose text was written for the user into that text and an exit code; let others pass.
 
     Ours are the ValueErrors and RuntimeErrors raised by our own files, and every OSError (it names the file).
@@ -29,17 +29,18 @@ def one_line_errors() -> Iterator[Outcome]:
         yield outcome
     except torch.OutOfMemoryError as error:
         say(
+            script,
             f"out of GPU memory ({str(error).splitlines()[0]}). Add recompute=true, or parallel=fsdp on several GPUs: "
             "this very run can go on with either. A smaller batch.micro is another run (the micro-batch is part of the "
-            "numerics). dry_run=true prints the expected memory"
+            "numerics). dry_run=true prints the expected memory",
         )
     except OSError as error:
-        say(str(error))
+        say(script, str(error))
     except (ValueError, RuntimeError) as error:
         if not raised_by_us(error):
             raise
         outcome.code = WRONG_COMMAND if isinstance(error, ValueError) else FAILED
-        say(str(error))
+        say(script, str(error))
 
 
 def raised_by_us(error: BaseException) -> bool:
@@ -50,5 +51,5 @@ def raised_by_us(error: BaseException) -> bool:
     return Path(frames[-1].filename).resolve().is_relative_to(ROOT)
 
 
-def say(text: str) -> None:
-    print(f"train.py: error: {text}", file=sys.stderr)
+def say(script: str, text: str) -> None:
+    print(f"{script}: error: {text}", file=sys.stderr)

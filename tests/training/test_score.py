@@ -1,0 +1,125 @@
+"""Served loss: the same weights under other forwards, through scripts/score.py as a person runs it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from configs.compose import compose, stored
+from training.distributed import Dist
+from training.inference import find_checkpoint
+from training.score import FORWARDS, score
+
+ROOT = Path(__file__).parents[2]
+CPU = Dist(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    """The run that these tests share, once one of them has trained it."""
+    return {}
+
+
+@pytest.fixture
+def trained(run, finished, tmp_path_factory, tmp_path) -> Path:
+    """A copy of a finished run with checkpoints of steps 5 and 10."""
+    if not finished:
+        _, folder = run("quant=quartet2", "evaluate.bf16=true", "checkpoint.keep_every=5")
+        finished["run"] = Path(shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run"))
+    return Path(shutil.copytree(finished["run"], tmp_path / "copy"))
+
+
+def scored(folder: Path, step: int, *globs: str):
+    config, about = stored(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
+    config.data.path = about["data_path"]
+    return score(config, about, find_checkpoint(folder, step), step, globs, CPU)
+
+
+def script(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "scripts" / "score.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_own_and_bf16_are_what_the_run_itself_measured(trained, rows):
+    """Bit for bit: the same list, batches, random state and, on a CPU, uncompiled as the run was."""
+    final = rows(trained, "eval")[-1]
+    found = scored(trained, 10, "*", "*.mlp.*", "*.attn.*")
+    table = found.table()
+    assert table["own"]["loss"] == final["loss"] and table["own"]["se"] == final["se"]
+    assert table["bf16"]["loss"] == final["loss_bf16"] != final["loss"]
+    assert (table["bf16"]["over_bf16"], table["bf16"]["over_bf16_se"]) == (0.0, 0.0)
+    saved = np.load(trained / "eval" / "10.npz")
+    assert np.array_equal(found.nats["own"], saved["nats"])
+    # quartet2's forward is nvfp4 itself; in all layers it is nvfp4, in some of them it lies between.
+    assert np.array_equal(found.nats["nvfp4"], found.nats["own"])
+    assert np.array_equal(found.nats["nvfp4@*"], found.nats["nvfp4"])
+    different = ["bf16", "nvfp4", "nvfp4_x", "nvfp4_w", "nvfp4_absmax", "fp8", "nvfp4@*.mlp.*", "nvfp4@*.attn.*"]
+    assert len({table[name]["loss"] for name in different}) == len(different)
+
+
+def test_difference_and_its_error_pair_documents(trained):
+    """As one ratio over documents whose nats are differences: far below the error of either loss."""
+    found = scored(trained, 10)
+    segments, row = found.evalset.segments, found.table()["nvfp4"]
+    apart = found.nats["nvfp4"] - found.nats["bf16"]
+    assert row["over_bf16"] == pytest.approx(row["loss"] - found.table()["bf16"]["loss"], abs=1e-12)
+    by_document = np.bincount(segments.document, apart - row["over_bf16"] * segments.tokens)
+    size = len(by_document)
+    assert row["over_bf16_se"] == pytest.approx(
+        (size / (size - 1) * (by_document**2).sum()) ** 0.5 / segments.tokens.sum()
+    )
+    assert 0 < row["over_bf16_se"] < row["se"]
+
+
+def test_the_script_writes_into_the_run_folder_and_prints_the_table(trained):
+    done = script(f"{trained}@5", "--layers", "blocks.0.attn.*")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((trained / "score" / "5.json").read_text())
+    assert list(written["forwards"]) == ["own", *FORWARDS, "nvfp4@blocks.0.attn.*"] and written["step"] == 5
+    own = written["forwards"]["own"]
+    assert own["loss"] == scored(trained, 5).table()["own"]["loss"]
+    assert f"own {own['loss']:27.5f}"[-10:] in done.stdout and "at step 5" in done.stdout
+    arrays = np.load(trained / "score" / "5.npz")
+    assert arrays["nats.own"].sum() / arrays["tokens"].sum() == pytest.approx(own["loss"], abs=1e-12)
+    assert not (trained / "score" / "10.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "words"),
+    [
+        (None, ["@7"], ["no checkpoint of step 7", "5, 10"]),
+        (None, ["", "--layers", "blocks.9.*"], ["'blocks.9.*' matches no", "blocks.0.attn.qkv"]),
+        ("text", [""], ["other text", "--data"]),
+        ("config.yaml", [""], ["config.yaml can't be read", "runs/<name>"]),
+        (None, ["-none"], ["no checkpoint", "run folder"]),
+    ],
+)
+def test_one_line_says_what_is_wrong(trained, change, arguments, words):
+    if change == "config.yaml":
+        (trained / change).unlink()
+    if change == "text":
+        about = json.loads((trained / "run.json").read_text())
+        (trained / "run.json").write_text(json.dumps(about | {"data_fingerprint": "0" * 64}))
+    done = script(f"{trained}{arguments[0]}", *arguments[1:])
+    assert done.returncode != 0 and done.stdout == ""
+    assert done.stderr.startswith("score.py: error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert all(word in done.stderr for word in words), done.stderr
+    assert not (trained / "score").exists()
+
+
+def test_the_stored_configuration_is_the_composed_one(trained):
+    """config.yaml reads back as what trained; a key of another version is named."""
+    config = stored(trained / "config.yaml")
+    assert (config.quant["name"], config.evaluate.bf16, config.steps) == ("quartet2", True, 10)
+    composed = compose(["quant=quartet2"]).config
+    assert config.quant == composed.quant
+    other = trained / "other.yaml"
+    shutil.copy(trained / "config.yaml", other)
+    other.write_text(other.read_text() + "unheard: 1\n")
+    with pytest.raises(ValueError, match=r"other\.yaml: .*unheard"):
+        stored(other)

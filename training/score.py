@@ -1,0 +1,142 @@
+"""Served loss: the loss of one checkpoint's weights under other forwards than the one that trained them.
+
+It tells apart what quantizing costs the moment it happens (own forward minus BF16 forward, same weights) and what it
+did to the weights (BF16 forward minus a BF16 run). Every forward is scored on the list of the run's final evaluation in
+the same batches, so that losses differ by the forward alone and their differences pair document by document.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.evalset import EvalSet
+from data.files import atomic_write, write_json
+from data.tokens import TokenSet
+from kernels import backend
+from quant import library
+from quant.plan import HEAD, quant_linears
+from quant.recipe import GEMMS, OPERANDS, Recipe
+from training.build import build_model, check_schemes, open_texts, set_torch_flags
+from training.checkpoint import load_model
+from training.config import TrainConfig
+from training.distributed import Dist
+from training.evaluate import evaluate
+from training.loss import LossModel
+from training.sketch import check
+
+_NONE, _FP8 = {"grid": "none"}, {"grid": "e4m3"}
+_NVFP4, _NVFP4_46 = {"grid": "e2m1"}, {"grid": "e2m1", "select": "four_over_six"}
+# Operands x and w of each forward. `nvfp4` is the fixed quantizer under which 4-bit models are compared.
+FORWARDS: dict[str, tuple[dict[str, str], dict[str, str]]] = {
+    "bf16": (_NONE, _NONE),
+    "nvfp4": (_NVFP4_46, _NVFP4_46),
+    "nvfp4_x": (_NVFP4_46, _NONE),
+    "nvfp4_w": (_NONE, _NVFP4_46),
+    "nvfp4_absmax": (_NVFP4, _NVFP4),
+    "fp8": (_FP8, _FP8),
+}
+OWN = "own"
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One checkpoint under several forwards. `nats`: {forward: FP64, one number a segment of `evalset`}."""
+
+    step: int
+    evalset: EvalSet
+    nats: dict[str, np.ndarray]
+
+    def table(self) -> dict[str, dict[str, float | None]]:
+        """{forward: loss, bpb, se, and the loss over BF16's with its standard error over documents}, in nats."""
+        out = {}
+        for name, nats in self.nats.items():
+            over, se = self.evalset.difference(nats, self.nats["bf16"])
+            out[name] = self.evalset.summary(nats) | {"over_bf16": over, "over_bf16_se": se}
+        return out
+
+    def save(self, run_dir: Path) -> Path:
+        """Write score/<step>.json and .npz (the segments once, nats.<forward> for each); an older score is replaced."""
+        folder, part = run_dir / "score", self.evalset.segments
+        folder.mkdir(exist_ok=True)
+        ids = {key: getattr(part, key) for key in ("sequence", "document", "tokens", "bytes")}
+        with atomic_write(folder / f"{self.step}.npz") as file:
+            np.savez(file, **ids, **{f"nats.{name}": nats for name, nats in self.nats.items()})
+        path = folder / f"{self.step}.json"
+        write_json(path, {"step": self.step, "targets": self.evalset.targets, "forwards": self.table()})
+        return path
+
+
+def score(
+    config: TrainConfig, run: Mapping[str, Any], checkpoint: Path, step: int, globs: Iterable[str], ranks: Dist
+) -> Scored:
+    """Score the weights of `checkpoint` under the run's own forward and every one of FORWARDS, on one device.
+
+    config: the run's own; data.path is where its tokens lie. run: its run.json. globs: for each one also `nvfp4` in the
+    layers that it matches, BF16 in the others. Raises ValueError for other text than the run's, for a glob that matches
+    nothing, and for a recipe that is no six slots; RuntimeError for what the machine can't do.
+    """
+    set_torch_flags(config)
+    backend.use(config.backend, ranks.device.type)
+    tokens = TokenSet(config.data.path)
+    if tokens.fingerprint != run["data_fingerprint"]:
+        raise ValueError(f"{tokens.path} is other text than {run['name']} was trained on; give its folder by --data")
+    shape, plan, numbers = check(config, ranks, tokens.vocab_size)
+    if schemes := {e.recipe.label for e in plan.entries if not isinstance(e.recipe, Recipe)}:
+        raise ValueError(f"{run['name']} was trained with {', '.join(schemes)}, whose layers have no other forward")
+    check_schemes(plan, recompute=False)
+    rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
+    rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
+    rng[1] = step
+    model, _ = build_model(shape, plan, config.seed, rng)
+    forwards = {OWN: {}, **all_forwards(model, globs)}
+    load_model(checkpoint, model)
+    loss = LossModel(model)
+    evalset = open_texts(config, tokens).final
+    nats = {}
+    for name, recipes in forwards.items():
+        with replaced(model, recipes):
+            nats[name] = evaluate(
+                lambda tokens: loss(tokens, per_token=True), evalset, numbers.micro, ranks, rng[2].fill_
+            )
+    return Scored(step, evalset, nats)
+
+
+def all_forwards(model: nn.Module, globs: Iterable[str]) -> dict[str, dict[str, Recipe]]:
+    """{forward: {layer: its recipe}}: FORWARDS in all layers, then nvfp4@<glob> in some."""
+    layers = [name for name in quant_linears(model) if name != HEAD]
+    bf16, nvfp4 = forward_recipe("bf16"), forward_recipe("nvfp4")
+    out = {name: dict.fromkeys(layers, forward_recipe(name)) for name in FORWARDS}
+    for glob in globs:
+        matched = [name for name in layers if fnmatchcase(name, glob)]
+        if not matched:
+            raise ValueError(f"{glob!r} matches no quantized layer; layers: {', '.join(layers[:6])} ...")
+        out[f"nvfp4@{glob}"] = dict.fromkeys(layers, bf16) | dict.fromkeys(matched, nvfp4)
+    return out
+
+
+def forward_recipe(name: str) -> Recipe:
+    """The recipe whose fprop is forward `name`; its backward, which scoring doesn't run, is BF16."""
+    slots = {gemm: dict.fromkeys(OPERANDS[gemm], _NONE) for gemm in GEMMS}
+    slots["fprop"] = dict(zip(OPERANDS["fprop"], FORWARDS[name], strict=True))
+    return library.build({"name": f"forward_{name}", **slots})
+
+
+@contextmanager
+def replaced(model: nn.Module, recipes: Mapping[str, Recipe]) -> Iterator[None]:
+    """Within it the named layers run under these recipes."""
+    layers = quant_linears(model)
+    before = {name: layers[name].recipe for name in recipes}
+    try:
+        for name, recipe in recipes.items():
+            layers[name].recipe = recipe
+        yield
+    finally:
+        for name, recipe in before.items():
+            layers[name].recipe = recipe
