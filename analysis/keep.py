@@ -2,12 +2,13 @@
 
 Kept: run.json, env.json, result.json, every evaluation and event, all without this machine's paths. Thinned: training
 steps (every n-th and the last), their rarely used fields, per-segment rows of all evaluations but the last one of each
-run that is kept with it (their count of tokens stays, as `targets`): a cut run is compared where it ended. Rows are
-stored compressed, nats in FP32: a loss moves by less than 1e-8.
+run that is kept with it (their count of tokens stays, as `targets`): a cut run is compared where it ended. Rows, those
+of score.py too, are stored compressed, nats in FP32: a loss moves by less than 1e-8.
 """
 
 import json
 import shlex
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from base.runfolder import (
     METRICS,
     RESULT,
     RUN,
+    SCORE,
     SEGMENT_KEYS,
     kept_fields,
     read_metrics,
@@ -62,16 +64,27 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
     records = [thin(record, every, run.train["step"][-1:], targets) for record in records]
     (target / EVAL).mkdir(parents=True, exist_ok=True)
-    for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz")):
+    for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz"), *(target / SCORE).glob("*")):
         old.unlink(missing_ok=True)
     (target / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records if r))
     for step, rows in evaluations.items():
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in SEGMENT_KEYS}
         np.savez_compressed(segments_file(target, step), **small)
+    keep_scores(run.path / SCORE, target / SCORE)
     for name in reversed(FILES if is_finished else FILES[:-1]):
         if (run.path / name).exists():
             write_json(target / name, without_paths(run.read_json(name)))
     return target
+
+
+def keep_scores(folder: Path, target: Path) -> None:
+    """The losses under other forwards (scripts/score.py), if there are any."""
+    for path in sorted(folder.glob("*.npz")):
+        target.mkdir(exist_ok=True)
+        with np.load(path) as arrays:
+            small = {key: arrays[key].astype(SMALL_TYPES[key.partition(".")[0]]) for key in arrays}
+        np.savez_compressed(target / path.name, **small)
+        shutil.copyfile(path.with_suffix(".json"), target / f"{path.stem}.json")
 
 
 def without_paths(content: dict) -> dict:

@@ -6,6 +6,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     config.yaml run.json plan.json env.json start.txt   at start
     metrics.jsonl eval/<step>.npz checkpoints/          while it goes, .lock held
     result.json                                         at the end
+    score/<step>.json score/<step>.npz                  by scripts/score.py, whenever it is called
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
 METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
+SCORE = "score"
 RESULT = "result.json"
 # What every run.json has; later fields are beside these.
 RUN_KEYS = (

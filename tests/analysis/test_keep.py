@@ -143,3 +143,18 @@ def test_a_run_killed_before_its_first_record_is_kept(tmp_path):
     path = write_run(tmp_path / "runs", steps_done=0)
     (path / "metrics.jsonl").unlink()
     assert read_run(keep(read_run(path), tmp_path / "kept")).status == "unfinished (0/100)"
+
+
+def test_losses_under_other_forwards_are_kept(tmp_path):
+    original = write_run(tmp_path / "runs")
+    (original / "score").mkdir()
+    (original / "score" / "100.json").write_text('{"step": 100}')
+    ids = {key: np.arange(3) for key in ("sequence", "document", "tokens", "bytes")}
+    np.savez(original / "score" / "100.npz", **ids, **{"nats.own": np.full(3, 1 / 3)})
+    kept = keep(read_run(original), tmp_path / "kept")
+    arrays = np.load(kept / "score" / "100.npz")
+    assert sorted(arrays) == ["bytes", "document", "nats.own", "sequence", "tokens"]
+    assert arrays["nats.own"].dtype == np.float32 and arrays["nats.own"] == pytest.approx(1 / 3)
+    assert json.loads((kept / "score" / "100.json").read_text()) == {"step": 100}
+    shutil.rmtree(original / "score")
+    assert not list((keep(read_run(original), tmp_path / "kept") / "score").iterdir())
