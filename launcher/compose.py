@@ -9,6 +9,7 @@ import difflib
 import itertools
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import yaml

@@ -9,19 +9,23 @@ score/<step>.npz (nats by sequence and document) into the run folder.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from analysis.cli import quiet_pipes
-from configs.compose import stored
-from training.distributed import setup
-from training.failures import one_line_errors
+from base.runfolder import CONFIG, RUN, read_json
+from base.terminal import one_line_on_ctrl_c, quiet_pipes
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("score")
+
+from launcher.compose import stored
+from training.checkpoint.manifest import step_of
 from training.inference import find_checkpoint
-from training.manifest import step_of
+from training.ranks.distributed import setup
 from training.score import Scored, score
+from training.start.failures import one_line_errors
 
 
 def split_step(text: str) -> tuple[Path, int | None]:
@@ -49,7 +53,7 @@ def main() -> int:
     folder, step = split_step(arguments.run)
     with one_line_errors("score.py") as outcome:
         checkpoint = find_checkpoint(folder, step)
-        config, run = stored(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
+        config, run = stored(folder / CONFIG), read_json(folder / RUN)
         config.data.path = str(arguments.data or run["data_path"])
         scored = score(config, run, checkpoint, step_of(checkpoint), arguments.layers, setup())
         path = scored.save(folder)

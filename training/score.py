@@ -16,20 +16,21 @@ import numpy as np
 import torch
 from torch import nn
 
+from base.files import atomic_write, write_json
+from base.runfolder import SCORE
 from data.evalset import EvalSet
-from data.files import atomic_write, write_json
 from data.tokens import TokenSet
 from kernels import backend
 from quant import library
 from quant.plan import HEAD, quant_linears
 from quant.recipe import GEMMS, OPERANDS, Recipe
-from training.build import build_model, check_schemes, open_texts, set_torch_flags
-from training.checkpoint import load_model
+from training.checkpoint.state import load_model
 from training.config import TrainConfig
-from training.distributed import Dist
 from training.evaluate import evaluate
 from training.loss import LossModel
-from training.sketch import check
+from training.ranks.distributed import Dist
+from training.start.build import build_model, check_schemes, open_texts, set_torch_flags
+from training.start.describe import check
 
 _NONE, _FP8 = {"grid": "none"}, {"grid": "e4m3"}
 _NVFP4, _NVFP4_46 = {"grid": "e2m1"}, {"grid": "e2m1", "select": "four_over_six"}
@@ -63,7 +64,7 @@ class Scored:
 
     def save(self, run_dir: Path) -> Path:
         """Write score/<step>.json and .npz (the segments once, nats.<forward> for each); an older score is replaced."""
-        folder, part = run_dir / "score", self.evalset.segments
+        folder, part = run_dir / SCORE, self.evalset.segments
         folder.mkdir(exist_ok=True)
         ids = {key: getattr(part, key) for key in ("sequence", "document", "tokens", "bytes")}
         with atomic_write(folder / f"{self.step}.npz") as file:

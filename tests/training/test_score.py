@@ -1,8 +1,8 @@
 """Served loss: the same weights under other forwards, through scripts/score.py as a person runs it."""
 
+import importlib.util
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from configs.compose import compose, stored
-from training.distributed import Dist
+from launcher.compose import compose, stored
 from training.inference import find_checkpoint
-from training.score import FORWARDS, score
+from training.ranks.distributed import Dist
+from training.score import FORWARDS, forward_recipe, score
 
 ROOT = Path(__file__).parents[2]
 CPU = Dist(0, 1, 0, torch.device("cpu"))
@@ -29,7 +29,7 @@ def finished() -> dict[str, Path]:
 def trained(run, finished, tmp_path_factory, tmp_path) -> Path:
     """A copy of a finished run with checkpoints of steps 5 and 10."""
     if not finished:
-        _, folder = run("quant=quartet2", "evaluate.bf16=true", "checkpoint.keep_every=5")
+        _, folder = run("quant=quartet2", "evaluate.bf16=true", "evaluate.tokens=512", "checkpoint.keep_every=5")
         finished["run"] = Path(shutil.copytree(folder, tmp_path_factory.mktemp("finished") / "run"))
     return Path(shutil.copytree(finished["run"], tmp_path / "copy"))
 
@@ -40,9 +40,19 @@ def scored(folder: Path, step: int, *globs: str):
     return score(config, about, find_checkpoint(folder, step), step, globs, CPU)
 
 
-def script(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / "score.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+@pytest.fixture
+def script(monkeypatch, capsys):
+    """script(word, ...) calls scripts/score.py in this process; returns (exit code, output, errors)."""
+    spec = importlib.util.spec_from_file_location("score_script", ROOT / "scripts" / "score.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def call(*words: str) -> tuple[int, str, str]:
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["score.py", *words])
+        return module.main(), *capsys.readouterr()
+
+    return call
 
 
 def test_own_and_bf16_are_what_the_run_itself_measured(trained, rows):
@@ -76,17 +86,29 @@ def test_difference_and_its_error_pair_documents(trained):
     assert 0 < row["over_bf16_se"] < row["se"]
 
 
-def test_the_script_writes_into_the_run_folder_and_prints_the_table(trained):
-    done = script(f"{trained}@5", "--layers", "blocks.0.attn.*")
-    assert done.returncode == 0, done.stderr
+def test_the_script_writes_into_the_run_folder_and_prints_the_table(trained, script):
+    code, printed, errors = script(f"{trained}@5", "--layers", "blocks.0.attn.*")
+    assert code == 0, errors
     written = json.loads((trained / "score" / "5.json").read_text())
     assert list(written["forwards"]) == ["own", *FORWARDS, "nvfp4@blocks.0.attn.*"] and written["step"] == 5
     own = written["forwards"]["own"]
     assert own["loss"] == scored(trained, 5).table()["own"]["loss"]
-    assert f"own {own['loss']:27.5f}"[-10:] in done.stdout and "at step 5" in done.stdout
+    assert f"own {own['loss']:27.5f}"[-10:] in printed and "at step 5" in printed
     arrays = np.load(trained / "score" / "5.npz")
     assert arrays["nats.own"].sum() / arrays["tokens"].sum() == pytest.approx(own["loss"], abs=1e-12)
     assert not (trained / "score" / "10.json").exists()
+
+
+def test_each_forward_quantizes_what_its_name_says():
+    slots = {
+        name: tuple(str(operand.spec.grid) for operand in forward_recipe(name).fprop.operands) for name in FORWARDS
+    }
+    assert (slots["nvfp4_x"], slots["nvfp4_w"]) == (("e2m1", "none"), ("none", "e2m1"))
+    assert (slots["bf16"], slots["nvfp4"], slots["fp8"]) == (("none",) * 2, ("e2m1",) * 2, ("e4m3",) * 2)
+    assert [forward_recipe(name).operand("fprop.x").spec.select for name in ("nvfp4", "nvfp4_absmax")] == [
+        "four_over_six",
+        "absmax",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -99,16 +121,16 @@ def test_the_script_writes_into_the_run_folder_and_prints_the_table(trained):
         (None, ["-none"], ["no checkpoint", "run folder"]),
     ],
 )
-def test_one_line_says_what_is_wrong(trained, change, arguments, words):
+def test_one_line_says_what_is_wrong(trained, script, change, arguments, words):
     if change == "config.yaml":
         (trained / change).unlink()
     if change == "text":
         about = json.loads((trained / "run.json").read_text())
         (trained / "run.json").write_text(json.dumps(about | {"data_fingerprint": "0" * 64}))
-    done = script(f"{trained}{arguments[0]}", *arguments[1:])
-    assert done.returncode != 0 and done.stdout == ""
-    assert done.stderr.startswith("score.py: error: ") and done.stderr.count("\n") == 1, done.stderr
-    assert all(word in done.stderr for word in words), done.stderr
+    code, printed, errors = script(f"{trained}{arguments[0]}", *arguments[1:])
+    assert code != 0 and printed == ""
+    assert errors.startswith("score.py: error: ") and errors.count("\n") == 1, errors
+    assert all(word in errors for word in words), errors
     assert not (trained / "score").exists()
 
 
