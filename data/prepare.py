@@ -40,13 +40,13 @@ def ensure(spec: DataSpec, root: Path | str, seq_len: int | None = None) -> Path
     if spec.path:
         return _given(spec)
     with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
-        plan = _plan(spec, Path(root))
-    if plan.folder.is_dir():
-        return plan.folder
-    if plan.train.size is None or plan.train.size > SMALL_SOURCE_BYTES:
-        size = "on the hub" if plan.train.size is None else f"{plan.train.size / 1e6:.0f} MB"
+        wanted = _wanted(spec, Path(root))
+    if wanted.folder.is_dir():
+        return wanted.folder
+    if wanted.train.size is None or wanted.train.size > SMALL_SOURCE_BYTES:
+        size = "on the hub" if wanted.train.size is None else f"{wanted.train.size / 1e6:.0f} MB"
         raise FileNotFoundError(
-            f"this text is not tokenized yet ({plan.folder} does not exist) and it is large ({size}); "
+            f"this text is not tokenized yet ({wanted.folder} does not exist) and it is large ({size}); "
             f"type this first:\n  {prepare_command(spec, Path(root), seq_len)}"
         )
     return prepare(spec, root)
@@ -71,18 +71,18 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
         _verify(folder)
         return folder
     with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
-        plan = _plan(spec, Path(root))
-        if plan.folder.is_dir():  # without the lock: a finished folder may lie where nothing can be written
-            _verify(plan.folder)
-            return plan.folder
-        with locked(plan.root / f".lock-{plan.key}"):
-            if not plan.folder.is_dir():
-                _make(plan)
-    return plan.folder
+        wanted = _wanted(spec, Path(root))
+        if wanted.folder.is_dir():  # without the lock: a finished folder may lie where nothing can be written
+            _verify(wanted.folder)
+            return wanted.folder
+        with locked(wanted.root / f".lock-{wanted.key}"):
+            if not wanted.folder.is_dir():
+                _make(wanted)
+    return wanted.folder
 
 
 @dataclass
-class _Plan:
+class _Wanted:
     spec: DataSpec
     root: Path
     train: Source
@@ -96,7 +96,7 @@ class _Plan:
         return self.root / f"{self.spec.name}-{self.tokenizer['vocab_size']}-{self.key}"
 
 
-def _plan(spec: DataSpec, root: Path) -> _Plan:
+def _wanted(spec: DataSpec, root: Path) -> _Wanted:
     """Look at the sources (not into them) and derive the folder's name."""
     spec.check()
     make_folder("paths.data", root)
@@ -120,7 +120,7 @@ def _plan(spec: DataSpec, root: Path) -> _Plan:
     sources |= {"val_copies": spec.val_copies} if spec.val_copies != "keep" else {}
     tokenizer = _tokenizer_identity(spec, sources)
     key = json_hash([FORMAT, sources, tokenizer, spec.shard_tokens])[:12]
-    return _Plan(spec, root, train, val, sources, tokenizer, key)
+    return _Wanted(spec, root, train, val, sources, tokenizer, key)
 
 
 def _check_once(files: list[dict[str, Any]], option: str) -> None:
@@ -153,45 +153,45 @@ def _tokenizer_identity(spec: DataSpec, sources: dict[str, Any]) -> dict[str, An
     return {"hash": given.hash, "vocab_size": given.vocab_size, "bos": given.bos}
 
 
-def _make(plan: _Plan) -> None:
-    say(f"preparing {plan.folder}")
-    work = plan.root / f".{plan.folder.name}"
+def _make(wanted: _Wanted) -> None:
+    say(f"preparing {wanted.folder}")
+    work = wanted.root / f".{wanted.folder.name}"
     (work / "parts").mkdir(parents=True, exist_ok=True)
-    plan = _cut_if_one_document(plan)
-    is_val = (lambda group, ordinal: False) if plan.val else _val_rule(plan, work)
-    tokenizer = _tokenizer(plan, work, is_val)
-    parts = {"train": _tokenize(plan, "train", is_val, tokenizer, work)}
-    if plan.val:
-        parts["val"] = _tokenize(plan, "val", lambda group, ordinal: True, tokenizer, work)
-    _check_unchanged(plan, work)
-    manifest = _assembled(plan, work, parts, tokenizer)
-    manifest["source"] = plan.sources
-    manifest["tokenizer"]["made_by"] = plan.tokenizer
+    wanted = _cut_if_one_document(wanted)
+    is_val = (lambda group, ordinal: False) if wanted.val else _val_rule(wanted, work)
+    tokenizer = _tokenizer(wanted, work, is_val)
+    parts = {"train": _tokenize(wanted, "train", is_val, tokenizer, work)}
+    if wanted.val:
+        parts["val"] = _tokenize(wanted, "val", lambda group, ordinal: True, tokenizer, work)
+    _check_unchanged(wanted, work)
+    manifest = _assembled(wanted, work, parts, tokenizer)
+    manifest["source"] = wanted.sources
+    manifest["tokenizer"]["made_by"] = wanted.tokenizer
     write_json(work / "manifest.json", manifest)
     shutil.rmtree(work / "parts")
-    work.rename(plan.folder)
-    _report(plan.folder, manifest)
+    work.rename(wanted.folder)
+    _report(wanted.folder, manifest)
 
 
-def _assembled(plan: _Plan, work: Path, parts: dict[str, list[Path]], tokenizer: TextTokenizer) -> dict[str, Any]:
+def _assembled(wanted: _Wanted, work: Path, parts: dict[str, list[Path]], tokenizer: TextTokenizer) -> dict[str, Any]:
     """assemble(), and what to type where a side is empty."""
-    spec = plan.spec
+    spec = wanted.spec
     try:
-        return assemble(work, parts, tokenizer, spec.shard_tokens, plan.val is not None, spec.val_copies == "drop")
+        return assemble(work, parts, tokenizer, spec.shard_tokens, wanted.val is not None, spec.val_copies == "drop")
     except EmptySideError as error:
         remedy = "give data.val_files=..., another data.val_fraction, or more text"
         documents = np.fromfile(work / "train-documents.bin", "<i8").reshape(-1, 3)
         groups = set(documents[:, 2].tolist())
-        if groups and plan.val is None and spec.val_rule == "hash":
+        if groups and wanted.val is None and spec.val_rule == "hash":
             remedy = f"type data.val_fraction={least_val_fraction(spec, groups)}, or give data.val_files=..."
         if len(groups) < len(documents):
             remedy += f"; its {len(documents)} rows have {len(groups)} ids (data.id_key=null: each is its own document)"
         raise ValueError(f"{error}: {remedy}") from None
 
 
-def _check_unchanged(plan: _Plan, work: Path) -> None:
+def _check_unchanged(wanted: _Wanted, work: Path) -> None:
     """Raise RuntimeError if a source file was altered meanwhile: the folder would be named after another text."""
-    for source, before in ((plan.train, plan.sources["train"]), (plan.val, plan.sources["val"])):
+    for source, before in ((wanted.train, wanted.sources["train"]), (wanted.val, wanted.sources["val"])):
         if not isinstance(before, list):
             continue
         for old, new in zip(before, source.fingerprint(), strict=True):
@@ -200,59 +200,59 @@ def _check_unchanged(plan: _Plan, work: Path) -> None:
                 raise RuntimeError(f"{old['file']} was altered while it was read: run the same command again")
 
 
-def _tokenize(plan: _Plan, role: str, is_val: IsVal, tokenizer: TextTokenizer, work: Path) -> list[Path]:
-    source = plan.val if role == "val" else plan.train
-    limit = plan.spec.max_documents if role == "train" else 0
-    return tokenize_source(source, role, is_val, tokenizer, work / "parts", plan.spec.workers, limit)
+def _tokenize(wanted: _Wanted, role: str, is_val: IsVal, tokenizer: TextTokenizer, work: Path) -> list[Path]:
+    source = wanted.val if role == "val" else wanted.train
+    limit = wanted.spec.max_documents if role == "train" else 0
+    return tokenize_source(source, role, is_val, tokenizer, work / "parts", wanted.spec.workers, limit)
 
 
-def _cut_if_one_document(plan: _Plan) -> _Plan:
-    """The plan of a text that can't be split by documents, with a source that cuts it; else the plan as it is."""
-    spec = plan.spec
-    if plan.val or spec.val_rule != "hash" or spec.max_documents:
-        return plan
-    train = cut_of(plan.train, spec.val_fraction)
+def _cut_if_one_document(wanted: _Wanted) -> _Wanted:
+    """What is wanted of a text that can't be split by documents, with a source that cuts it; else as it is."""
+    spec = wanted.spec
+    if wanted.val or spec.val_rule != "hash" or spec.max_documents:
+        return wanted
+    train = cut_of(wanted.train, spec.val_fraction)
     if train is None:
-        return plan
+        return wanted
     say(f"the text is one document: its last part (data.val_fraction={spec.val_fraction}) is validation")
-    return replace(plan, train=train)
+    return replace(wanted, train=train)
 
 
-def _val_rule(plan: _Plan, work: Path) -> IsVal:
+def _val_rule(wanted: _Wanted, work: Path) -> IsVal:
     """The function (group, row number) -> is it validation? Kept on disk where it takes a pass over the text."""
-    spec = plan.spec
-    if isinstance(plan.train, CutSource):
-        tail = plan.train.tail_group
+    spec = wanted.spec
+    if isinstance(wanted.train, CutSource):
+        tail = wanted.train.tail_group
         return lambda group, ordinal: group == tail
     if spec.val_rule == "hash":
         return lambda group, ordinal: is_val_by_hash(spec, group)
     file = work / "parts" / "val.json"
     if not file.exists():
-        groups = (group for _, group in _train_rows(plan))
-        write_json(file, paper_choice(spec, lambda: groups, plan.train.row_count()))
+        groups = (group for _, group in _train_rows(wanted))
+        write_json(file, paper_choice(spec, lambda: groups, wanted.train.row_count()))
     chosen = set(json.loads(file.read_text()))
     return lambda group, ordinal: (ordinal if spec.id_key is None else group) in chosen
 
 
-def _train_rows(plan: _Plan) -> Iterator[tuple[str, int]]:
+def _train_rows(wanted: _Wanted) -> Iterator[tuple[str, int]]:
     """(text, group) of every train row, in order."""
-    rows = (row for unit in range(plan.train.units) for row in plan.train.rows(unit, 0))
-    for ordinal, row in enumerate(islice(rows, plan.spec.max_documents or None)):
+    rows = (row for unit in range(wanted.train.units) for row in wanted.train.rows(unit, 0))
+    for ordinal, row in enumerate(islice(rows, wanted.spec.max_documents or None)):
         yield row.text, group_of(row, "train", ordinal)
 
 
-def _tokenizer(plan: _Plan, work: Path, is_val: IsVal) -> TextTokenizer:
+def _tokenizer(wanted: _Wanted, work: Path, is_val: IsVal) -> TextTokenizer:
     """Copy the given tokenizer, or the one trained for these sources (kept under root/tokenizers), into the folder."""
-    if plan.spec.tokenizer is not None:
-        file = tokenizer_file(plan.spec.tokenizer)
+    if wanted.spec.tokenizer is not None:
+        file = tokenizer_file(wanted.spec.tokenizer)
     else:
-        file = plan.root / "tokenizers" / f"bpe-{plan.spec.vocab_size}-{json_hash(plan.tokenizer)[:12]}.json"
+        file = wanted.root / "tokenizers" / f"bpe-{wanted.spec.vocab_size}-{json_hash(wanted.tokenizer)[:12]}.json"
         file.parent.mkdir(exist_ok=True)
         if not file.exists():
-            texts = (text for i, (text, group) in enumerate(_train_rows(plan)) if not is_val(group, i))
-            train_bpe(texts, plan.spec.vocab_size, plan.spec.tokenizer_train_bytes, file)
+            texts = (text for i, (text, group) in enumerate(_train_rows(wanted)) if not is_val(group, i))
+            train_bpe(texts, wanted.spec.vocab_size, wanted.spec.tokenizer_train_bytes, file)
     shutil.copyfile(file, work / "tokenizer.json")
-    return TextTokenizer(work / "tokenizer.json", plan.spec.bos)
+    return TextTokenizer(work / "tokenizer.json", wanted.spec.bos)
 
 
 def _given(spec: DataSpec) -> Path:

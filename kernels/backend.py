@@ -25,7 +25,7 @@ PRESETS: dict[str, dict[str, str]] = {
     # 4-bit tensor cores (Blackwell); `packed` is their path with the product itself emulated, on any machine.
     "cutlass": {"gemm": "cutlass"},
     "scaled_mm": {"gemm": "scaled_mm"},
-    "packed": {"gemm": "emulated"},
+    "packed": {"gemm": "packed_emulated"},
 }
 
 IMPL: dict[str, ModuleType] = {}

@@ -83,7 +83,7 @@ def operand(matrix: Tensor) -> tuple[bool, int]:
     )
 
 
-class Plan:
+class Algorithm:
     """Descriptors and the algorithm of one product shape: the heuristic's first choice, so the same in every run."""
 
     def __init__(self, library, lt, p: int, q: int, k: int, left, right, out_dtype: torch.dtype, alignment: int):
@@ -134,9 +134,11 @@ def _layout(library, dtype: torch.dtype, rows: int, columns: int, leading: int) 
 
 
 @cache
-def plan(device_index: int, p: int, q: int, k: int, left, right, out_dtype: torch.dtype, alignment: int) -> Plan:
-    """The Plan of a shape, made at its first use."""
-    return Plan(*handle(device_index), p, q, k, left, right, out_dtype, alignment)
+def algorithm_of(
+    device_index: int, p: int, q: int, k: int, left, right, out_dtype: torch.dtype, alignment: int
+) -> Algorithm:
+    """The Algorithm of a shape, made at its first use."""
+    return Algorithm(*handle(device_index), p, q, k, left, right, out_dtype, alignment)
 
 
 @lru_cache
@@ -165,7 +167,7 @@ def matmul(left: Tensor, right: Tensor, alpha: Tensor, out: Tensor, beta: float 
     library, lt = handle(device.index)
     (p, k), q = left.shape, right.shape[1]
     shapes = (left.dtype, *operand(left)), (right.dtype, *operand(right))
-    chosen = plan(device.index, p, q, k, *shapes, out.dtype, _alignment(left, right, out))
+    chosen = algorithm_of(device.index, p, q, k, *shapes, out.dtype, _alignment(left, right, out))
     workspace = torch.empty(chosen.best.workspace_bytes, dtype=torch.uint8, device=device)
     pointers = [
         ctypes.c_void_p(tensor.data_ptr()) for tensor in (alpha, right, left, constant(beta, device), out, workspace)

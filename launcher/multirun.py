@@ -63,14 +63,14 @@ def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
 
 def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) -> int:
     """One SLURM job per run, after the same checks. A job that is preempted is requeued and resumes. With dry_run=true
-    the plans are shown and nothing is submitted."""
+    the start screens are shown and nothing is submitted."""
     try:
         nodes, processes = slurm.ranks_of(options)
         jobs = sweep(overrides) if multirun else [overrides]
         composed = checked(jobs, nodes * processes)
         if any(one.config.dry_run for one in composed):
             print(slurm.described(len(jobs), options))
-            return show_plans(jobs, composed, nodes, processes)
+            return show_screens(jobs, composed, nodes, processes)
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
             print(f"job {number}: train.py {shlex.join(job)}")
     except slurm.GridError as error:
@@ -78,18 +78,18 @@ def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) ->
     return 0
 
 
-def show_plans(jobs: list[list[str]], composed: list[Composed], nodes: int, processes: int) -> int:
+def show_screens(jobs: list[list[str]], composed: list[Composed], nodes: int, processes: int) -> int:
     """Print the start screens of `jobs` on so many ranks, with the devices of this machine."""
     from training.ranks.distributed import Dist, setup  # here: see `checked`
     from training.start.failures import one_line_errors
-    from training.start.launch import Request, plan
+    from training.start.launch import Request, start_screen
 
     with one_line_errors() as outcome:
         ranks = Dist(0, nodes * processes, 0, setup().device, local_world=processes)
         for job, one in zip(jobs, composed, strict=True):
             command = shlex.join(["train.py", *job])
             request = Request(one.config, one.yaml, one.choices, command)
-            print(f"\n{command}", plan(request, ranks), sep="\n")
+            print(f"\n{command}", start_screen(request, ranks), sep="\n")
         outcome.code = 0
     return outcome.code
 

@@ -51,10 +51,10 @@ MENDED = {"nonfinite=skip", "nonfinite=rollback"}
 
 @dataclass
 class Running:
-    """A started run: its cell, the slot it occupies, its process."""
+    """A started run: its cell, the lane it occupies, its process."""
 
     cell: str
-    slot: str | None
+    lane: str | None
     process: subprocess.Popen
     began: float = field(default_factory=time.monotonic)
 
@@ -74,7 +74,7 @@ def command(line: gridline.GridLine, cell: str) -> list[str]:
     return [sys.executable, str(TRAIN), f"experiment={line.experiment}", f"cell={cell}", *line.extra]
 
 
-def start(line: gridline.GridLine, cell: str, slot: str | None) -> Running | None:
+def start(line: gridline.GridLine, cell: str, lane: str | None) -> Running | None:
     """Start one run; None when another process holds or has finished the cell by now. The child inherits the lock."""
     name = line.run_name(cell)
     lock = states.cell_lock(line.runs, name)
@@ -84,7 +84,7 @@ def start(line: gridline.GridLine, cell: str, slot: str | None) -> Running | Non
         lock_file(descriptor)
         if (line.runs / name / RESULT).exists():
             return None
-        environment = dict(os.environ) if slot is None else {**os.environ, "CUDA_VISIBLE_DEVICES": slot}
+        environment = dict(os.environ) if lane is None else {**os.environ, "CUDA_VISIBLE_DEVICES": lane}
         with open(lock.with_suffix(".log"), "ab") as log:
             process = subprocess.Popen(
                 command(line, cell),
@@ -94,14 +94,14 @@ def start(line: gridline.GridLine, cell: str, slot: str | None) -> Running | Non
                 pass_fds=(descriptor,),
                 start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
             )
-        return Running(cell, slot, process)
+        return Running(cell, lane, process)
     except BlockingIOError:
         return None
     finally:
         os.close(descriptor)  # the child's copy keeps the lock
 
 
-def gpu_slots(wanted: str, per_gpu: int) -> list[str | None]:
+def gpu_lanes(wanted: str, per_gpu: int) -> list[str | None]:
     """CUDA_VISIBLE_DEVICES per lane, first lane of every GPU first; [None] without one. GridError for an absent GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
@@ -120,10 +120,10 @@ def gpu_slots(wanted: str, per_gpu: int) -> list[str | None]:
 
 
 def run_local(line: gridline.GridLine) -> int:
-    """Keep every slot busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
+    """Keep every lane busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
     if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
         raise GridError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
-    slots = gpu_slots(line.own["gpus"], int(line.own["per_gpu"]))
+    lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
     outlive_readers()  # `| head` ends no grid
     found = look(line)
     is_damaged = states.tell_damaged(found)
@@ -141,19 +141,19 @@ def run_local(line: gridline.GridLine) -> int:
     previous = {number: signal.signal(number, stop) for number in stop_signals()}
     counts = states.counted(found.values())
     print(
-        f"{line.experiment}: {len(found)} cells, {len(queue)} to run on {len(slots)} slot(s); so far {counts}",
+        f"{line.experiment}: {len(found)} cells, {len(queue)} to run on {len(lanes)} lane(s); so far {counts}",
         flush=True,
     )
     try:
         while (queue and not stopping) or running:
-            while queue and slots and not stopping:
-                begin(line, queue.pop(0), slots, running)
+            while queue and lanes and not stopping:
+                begin(line, queue.pop(0), lanes, running)
                 if stopping:
                     pass_on()  # to the one being started, too: `stop` didn't know it. A second SIGTERM does no harm
             time.sleep(POLL_S)
             for run in [r for r in running if r.process.poll() is not None]:
                 running.remove(run)
-                slots.append(run.slot)
+                lanes.append(run.lane)
                 if run.process.returncode != 0 and not stopping:
                     failed.append(run.cell)
                 report(line, run, len(queue), len(running))
@@ -169,14 +169,14 @@ def run_local(line: gridline.GridLine) -> int:
     return 1 if failed or is_damaged else EXIT_PREEMPTED if stopping else 0
 
 
-def begin(line: gridline.GridLine, cell: str, slots: list[str | None], running: list[Running]) -> None:
-    run = start(line, cell, slots[0])
+def begin(line: gridline.GridLine, cell: str, lanes: list[str | None], running: list[Running]) -> None:
+    run = start(line, cell, lanes[0])
     if run is None:
         print(f"{cell}: finished or running elsewhere, left alone", flush=True)
         return
-    slots.pop(0)
+    lanes.pop(0)
     running.append(run)
-    place = "the CPU" if run.slot is None else f"GPU {run.slot}"
+    place = "the CPU" if run.lane is None else f"GPU {run.lane}"
     print(f"{cell}: started on {place}, pid {run.process.pid}", flush=True)
 
 

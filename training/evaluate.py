@@ -34,10 +34,10 @@ def evaluate(
     total = np.zeros(len(evalset.segments.sequence))
     batches = list(enumerate(range(0, evalset.sequences, batch)))
     with torch.no_grad():
-        for turn in range(0, len(batches), ranks.world):
-            # A forward is a collective under FSDP: a rank without a batch in the last turn repeats the first one.
-            has_batch = turn + ranks.rank < len(batches)
-            i, first = batches[turn + ranks.rank] if has_batch else batches[0]
+        for first_of_round in range(0, len(batches), ranks.world):
+            # A forward is a collective under FSDP: a rank without a batch in the last round repeats the first one.
+            has_batch = first_of_round + ranks.rank < len(batches)
+            i, first = batches[first_of_round + ranks.rank] if has_batch else batches[0]
             count = min(batch, evalset.sequences - first)
             before_batch(EVAL_MICRO_BASE + i)
             nats = nats_per_token(evalset.samples(first, count).to(ranks.device))

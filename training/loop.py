@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from base.flops import mfu_formula
 from base.runfolder import RESULT, segments_file
 from data.evalset import EvalSet
-from training.checkpoint.state import Checkpointer, SaveReport, TrainState
+from training.checkpoint.state import Checkpointer, Saved, TrainState
 from training.checkpoint.storage import NonFiniteState
 from training.config import TrainConfig
 from training.evaluate import evaluate, save_rows
@@ -242,7 +242,7 @@ class Trainer:
             self._batches = self.p.batches(self.state.step)
             self.p.checkpointer.save(self.state, wait=wait)
 
-    def _saved(self, report: SaveReport) -> None:
+    def _saved(self, report: Saved) -> None:
         self.event("checkpoint", **{("saved_step" if k == "step" else k): v for k, v in asdict(report).items()})
 
     def _wall_s(self) -> float:

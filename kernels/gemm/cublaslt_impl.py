@@ -2,7 +2,7 @@
 
 No transposes in BF16: fprop, dgrad and wgrad are the NT, NN and TN products of row-major tensors. Native FP8 needs
 sm_89 and both operands contiguous along the contraction, which is how the Triton quantizers write float8 values; what
-lies the other way is turned first, and what has no FP8 product is widened to BF16, which is exact. FP32 operands
+lies the other way is transposed first, and what has no FP8 product is widened to BF16, which is exact. FP32 operands
 (rotated but unquantized) take the reference's path, scales per row an FP32 output that is multiplied afterwards.
 """
 
@@ -17,7 +17,7 @@ from kernels.gemm.reference_impl import accumulator_scale, round_output
 from kernels.quantize import Quantized
 
 if find_spec("triton"):  # every torch for CUDA brings it; without, this module is only imported, never used
-    from kernels.gemm import turn  # noqa: F401  registers nibble::turn_bytes
+    from kernels.gemm import transpose  # noqa: F401  registers nibble::transpose_bytes
 
 WANTS = "values"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -62,8 +62,8 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
 def _compatible(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Both FP8 in the layout and pairing that the hardware multiplies, else both BF16.
 
-    An operand that lies the other way is turned: a byte read and a byte written an element, where widening would write
-    two and have the product read them. It happens to what fprop quantized along its own contraction.
+    An operand that lies the other way is transposed: a byte read and a byte written an element, where widening would
+    write two and have the product read them. It happens to what fprop quantized along its own contraction.
     """
     sizes = (*left.shape, right.shape[1])
     native = (
@@ -74,8 +74,8 @@ def _compatible(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     )
     if not native:
         return left.to(torch.bfloat16), right.to(torch.bfloat16)
-    left = left if left.stride(1) == 1 else torch.ops.nibble.turn_bytes(left.t())
-    return left, right if right.stride(0) == 1 else torch.ops.nibble.turn_bytes(right).t()
+    left = left if left.stride(1) == 1 else torch.ops.nibble.transpose_bytes(left.t())
+    return left, right if right.stride(0) == 1 else torch.ops.nibble.transpose_bytes(right).t()
 
 
 @torch.library.custom_op("nibble::scaled_matmul", mutates_args=())

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kernels.formats.nvfp4 import NVFP4Tensor
-from kernels.gemm import cutlass_impl, emulated_impl, scaled_mm_impl
+from kernels.gemm import cutlass_impl, packed_emulated_impl, scaled_mm_impl
 from kernels.gemm.packed.contract import multiply
 
-BACKENDS = {"cutlass": cutlass_impl, "scaled_mm": scaled_mm_impl, "emulated": emulated_impl}
+BACKENDS = {"cutlass": cutlass_impl, "scaled_mm": scaled_mm_impl, "packed_emulated": packed_emulated_impl}
 
 
 def gemm_nvfp4(
@@ -20,7 +20,7 @@ def gemm_nvfp4(
     alpha_const: float = 1.0,
     out_dtype: torch.dtype = torch.bfloat16,
     kind: str = "fprop",
-    backend: str = "emulated",
+    backend: str = "packed_emulated",
 ) -> Tensor:
     """D = alpha_const * A B^T of NVFP4 operands a [M, K] and b [N, K], both stored as [rows, contraction] -> d [M, N].
 
@@ -29,9 +29,9 @@ def gemm_nvfp4(
     float32). So back ends differ only by the order of the FP32 sum. Block scales may be 1x16 or 16x16; M, N and K may
     be ragged (K a multiple of 16): operands are padded with zeros as kernels/formats/scale_layout.py says.
 
-    kind: which GEMM of a linear layer this is. Tensor cores do not care; the emulated back end then makes the very
+    kind: which GEMM of a linear layer this is. Tensor cores do not care; packed_emulated then makes the very
     library call of the emulated path, with operands in their natural layout, so that both train bitwise alike.
-    backend: cutlass, scaled_mm or emulated; each module's unavailable() says whether it runs here.
+    backend: cutlass, scaled_mm or packed_emulated; each module's unavailable() says whether it runs here.
     Raises ValueError for a wrong dtype, shape, layout or device (it names the tensor and the rule) and RuntimeError
     for a kernel that fails. Source: NVFP4's definition (kernels/formats/nvfp4.py); csrc/AUDIT.md for the CUTLASS call.
     """

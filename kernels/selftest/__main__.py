@@ -14,8 +14,8 @@ import torch
 from kernels import backend, build
 from kernels.gemm import cutlass_impl
 from kernels.gemm.nvfp4 import BACKENDS
-from kernels.selftest import gemms, host, others, quantizers, report, shapes, speed
-from kernels.selftest.report import WRONG, Line
+from kernels.selftest import gemms, host, others, quantizers, shapes, speed, verdicts
+from kernels.selftest.verdicts import WRONG, Line
 from kernels.spec import GEMMS
 
 SMALL = [(kind, *shape) for shape in shapes.RAGGED for kind in GEMMS]
@@ -47,7 +47,7 @@ def lines(device: str) -> list[Line]:
     """Every check that this machine can make."""
     sizes = [(128, 256)] if device == "cpu" else [(256, 384), (4096, 2560), (16384, 1024)]
     out = host.checks() + quantizers.check_backend("triton", sizes, device)
-    out += [gemms.check_backend(name, gemm_shapes(device), device) for name in BACKENDS if name != "emulated"]
+    out += [gemms.check_backend(name, gemm_shapes(device), device) for name in BACKENDS if name != "packed_emulated"]
     out += [others.check_values_gemm("cublaslt", device), others.check_cross_entropy("triton", device)]
     return out + gemms.compiled_kernels()
 
@@ -63,9 +63,9 @@ def speed_lines(device: str) -> list[str]:
 
 def compare(path: Path, device: str) -> int:
     """Print a report from another machine beside the checks of this one; 1 if anything in it is WRONG."""
-    there, theirs, their_speed = report.read(path)
+    there, theirs, their_speed = verdicts.read(path)
     print("\n".join(there))
-    print("\n".join(report.compared(lines(device), theirs)))
+    print("\n".join(verdicts.compared(lines(device), theirs)))
     print("\n".join(their_speed))
     wrong = sum(line.state == WRONG for line in theirs)
     print(f"{len(theirs)} checks there, {wrong} wrong")
@@ -80,7 +80,7 @@ def check(options: argparse.Namespace, device: str) -> int:
     tables = [] if options.no_speed else speed_lines(device)
     print("\n".join(tables), end="\n" if tables else "", flush=True)
     if options.report:
-        report.write(options.report, machine(), found, tables)
+        verdicts.write(options.report, machine(), found, tables)
     wrong = sum(line.state == WRONG for line in found)
     print(f"{len(found)} checks, {wrong} wrong")
     return 1 if wrong else 0

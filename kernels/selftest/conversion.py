@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kernels.formats import minifloat, nvfp4
 from kernels.selftest.probes import probes
-from kernels.selftest.report import Line, judge
+from kernels.selftest.verdicts import Line, judge
 from kernels.triton_common import encode_bytes, encode_words, has_e2m1_instruction, round_e2m1
 
 BLOCK = 128  # rows of 16 a program

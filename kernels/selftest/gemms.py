@@ -13,7 +13,7 @@ from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.gemm.nvfp4 import BACKENDS, gemm_nvfp4
 from kernels.gemm.packed import rules
 from kernels.quantize import reference_impl
-from kernels.selftest.report import NOT_COMPILED, NOT_HERE, NOT_RUN, Line, judge
+from kernels.selftest.verdicts import NOT_COMPILED, NOT_HERE, NOT_RUN, Line, judge
 from kernels.spec import NVFP4_BLOCK, NVFP4_SCALES, QuantSpec
 
 RTN = QuantSpec.resolve("e2m1", NVFP4_SCALES)
@@ -58,13 +58,13 @@ def check_shape(backend: str, m: int, n: int, k: int, kind: str, device: str) ->
     for out_dtype in (torch.bfloat16, torch.float32):
         a, b = exact_operand(m, k, 1, device), exact_operand(n, k, 2, device)
         d = gemm_nvfp4(a, b, 1.0, out_dtype, kind, backend)
-        expected = gemm_nvfp4(a, b, 1.0, out_dtype, kind, "emulated")
+        expected = gemm_nvfp4(a, b, 1.0, out_dtype, kind, "packed_emulated")
         if wrong := int((d != expected).sum()):
             first = (d != expected).nonzero()[0].tolist()
             failures.append(f"{where} {out_dtype} exact: {wrong} of {d.numel()} differ, first at {first}")
         a, b = random_operand(m, k, 3, device), random_operand(n, k, 4, device)
         d = gemm_nvfp4(a, b, 1 / 128, out_dtype, kind, backend)
-        expected = gemm_nvfp4(a, b, 1 / 128, out_dtype, kind, "emulated")
+        expected = gemm_nvfp4(a, b, 1 / 128, out_dtype, kind, "packed_emulated")
         share = float(((d.float() - expected.float()).abs() / bound(a, b, expected, 1 / 128)).nan_to_num(0.0).max())
         used = max(used, share)
         if not share <= 1 or not bool(d.isfinite().all()):

@@ -7,8 +7,8 @@ from kernels.formats import minifloat, nvfp4, scale_layout
 from kernels.gemm.nvfp4 import gemm_nvfp4
 from kernels.gemm.packed import operands
 from kernels.selftest.gemms import exact_operand
-from kernels.selftest.report import NOT_COMPILED, Line, judge
 from kernels.selftest.shapes import RAGGED
+from kernels.selftest.verdicts import NOT_COMPILED, Line, judge
 
 
 def checks() -> list[Line]:

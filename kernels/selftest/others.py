@@ -8,8 +8,8 @@ from torch import Tensor
 from kernels import backend
 from kernels.gemm import reference_impl as reference_gemm
 from kernels.quantize import Quantized
-from kernels.selftest.report import NOT_HERE, Line, judge
 from kernels.selftest.shapes import RAGGED
+from kernels.selftest.verdicts import NOT_HERE, Line, judge
 from kernels.spec import GEMMS
 
 # A logit is rounded to BF16 from a sum whose order is free: back ends may differ by one BF16 step of the largest logit.

@@ -9,7 +9,7 @@ from torch import Tensor
 from kernels import backend
 from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.quantize import reference_impl
-from kernels.selftest.report import NOT_HERE, Line, judge
+from kernels.selftest.verdicts import NOT_HERE, Line, judge
 from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
 # Where a rotation or a sum decides, the order of FP32 sums may move this share of codes and scales (design.md 3.7).

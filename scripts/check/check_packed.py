@@ -3,8 +3,8 @@
     python scripts/check/check_packed.py --model llama_30m --recipe quartet2 --steps 10   (a GPU; a CPU with llama_tiny)
 
 The packed path is what a Blackwell GPU runs: codes and scales quantized, stored and handed to the GEMM as such; only
-the product itself is replaced by dequantize + BF16 matmul (back end gemm=emulated). Exit code 1 if a loss, a gradient
-norm or a final weight differs.
+the product itself is replaced by dequantize + BF16 matmul (back end gemm=packed_emulated). Exit code 1 if a
+loss, a gradient norm or a final weight differs.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def compare(options: argparse.Namespace) -> int:
     failed = False
     for name, precision in recipes.items():
         results = []
-        for path, gemm in (("emulated", plain), ("packed", {"gemm": "emulated"})):
+        for path, gemm in (("emulated", plain), ("packed", {"gemm": "packed_emulated"})):
             print(f"{name} {path}: {backend.use(gemm, device)}", flush=True)
             results.append(train(options.model, precision, options.steps, options.tokens, options.compile, device))
         differ = sum(int((a != b).sum()) for a, b in zip(*results, strict=True))

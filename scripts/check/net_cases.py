@@ -265,8 +265,8 @@ def triton() -> Results:
     """Triton's kernels in its interpreter (TRITON_INTERPRET=1): every recipe once, some quantizers, the others."""
     out: Results = {}
     backend_of = {"quantize": "triton", "gemm": "reference"}
-    for preset in ("reference", "emulated"):
-        backend.use({**backend_of, "gemm": preset})
+    for preset, gemm in (("reference", "reference"), ("emulated", backend.PRESETS["packed"]["gemm"])):
+        backend.use({**backend_of, "gemm": gemm})
         for name, recipe in runnable().items():
             out |= named(f"{name}/{preset}", layer_results(recipe, *problem("normal", 128, 32, 128)))
     backend.use(backend_of)

@@ -10,7 +10,7 @@ from forked import Ranks
 from reading import steps_of, train_rows
 
 pytestmark = pytest.mark.faults
-# Three evaluation batches on two ranks: one rank has none in the last turn.
+# Three evaluation batches on two ranks: one rank has none in the last round.
 EVALUATION = ["evaluate.final_tokens=384", "quant=quartet2"]
 LOSS_ATOL = 5e-3  # roundings that fall the other way after a last-bit difference of a weight
 

@@ -6,7 +6,7 @@ import threading
 import pytest
 
 from kernels import build
-from kernels.selftest import host, report
+from kernels.selftest import host, verdicts
 
 FAKE_NVCC = """#!/bin/sh
 [ "$1" = --version ] && { echo "Cuda compilation tools Build fake_13.0"; exit; }
@@ -73,7 +73,7 @@ def test_a_failed_compilation_shows_the_messages_and_leaves_nothing_behind(sandb
 def test_a_failed_compilation_costs_the_selftest_only_the_checks_that_need_it(sandbox):
     (build.CSRC / "host_checks.cu").write_text("syntax error")
     (line,) = host.checks()
-    assert line.state == report.NOT_COMPILED and line.detail == "failed: x.cu(1): error: expected a ;"
+    assert line.state == verdicts.NOT_COMPILED and line.detail == "failed: x.cu(1): error: expected a ;"
 
 
 def test_missing_tools_are_named_with_what_to_do(sandbox, monkeypatch, capsys):

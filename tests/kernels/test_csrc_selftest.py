@@ -10,12 +10,12 @@ import yaml
 from kernels import build
 from kernels.cross_entropy import reference_impl as loss_reference
 from kernels.formats import minifloat, nvfp4
-from kernels.gemm import emulated_impl
+from kernels.gemm import packed_emulated_impl
 from kernels.gemm import reference_impl as gemm_reference
 from kernels.gemm.nvfp4 import BACKENDS
 from kernels.quantize import reference_impl
 from kernels.selftest import __main__ as selftest
-from kernels.selftest import gemms, others, quantizers, report, shapes
+from kernels.selftest import gemms, others, quantizers, shapes, verdicts
 
 SMALL = [("fprop", 33, 40, 208), ("wgrad", 16, 24, 48)]
 
@@ -36,7 +36,7 @@ class Broken:
 def transposed_block(a, b, alpha, out_dtype, kind):
     scales = a.block_scales.view(torch.uint8).clone()
     scales[:, [0, 1]] = scales[:, [1, 0]]  # two groups' scales exchanged
-    return emulated_impl.gemm_nvfp4(
+    return packed_emulated_impl.gemm_nvfp4(
         replace(a, block_scales=scales.view(torch.float8_e4m3fn)), b, alpha, out_dtype, kind
     )
 
@@ -44,16 +44,16 @@ def transposed_block(a, b, alpha, out_dtype, kind):
 def one_wrong_code(a, b, alpha, out_dtype, kind):
     codes = a.codes.clone()
     codes[-1, -1] ^= 1
-    return emulated_impl.gemm_nvfp4(replace(a, codes=codes), b, alpha, out_dtype, kind)
+    return packed_emulated_impl.gemm_nvfp4(replace(a, codes=codes), b, alpha, out_dtype, kind)
 
 
 def alpha_after_rounding(a, b, alpha, out_dtype, kind):
     one = torch.ones_like(alpha)
-    return (emulated_impl.gemm_nvfp4(a, b, one, out_dtype, kind) * (alpha * 1.01)).to(out_dtype)
+    return (packed_emulated_impl.gemm_nvfp4(a, b, one, out_dtype, kind) * (alpha * 1.01)).to(out_dtype)
 
 
 def no_alpha(a, b, alpha, out_dtype, kind):
-    return emulated_impl.gemm_nvfp4(a, b, torch.ones_like(alpha), out_dtype, kind)
+    return packed_emulated_impl.gemm_nvfp4(a, b, torch.ones_like(alpha), out_dtype, kind)
 
 
 def raises(a, b, alpha, out_dtype, kind):
@@ -63,7 +63,7 @@ def raises(a, b, alpha, out_dtype, kind):
 @pytest.mark.parametrize("fault", [transposed_block, one_wrong_code, alpha_after_rounding, no_alpha, raises])
 def test_a_wrong_gemm_is_called_wrong(monkeypatch, fault):
     monkeypatch.setitem(BACKENDS, "cutlass", Broken(fault))
-    assert gemms.check_backend("cutlass", SMALL, "cpu").state == report.WRONG
+    assert gemms.check_backend("cutlass", SMALL, "cpu").state == verdicts.WRONG
 
 
 def test_a_right_gemm_in_another_order_passes_within_the_bound(monkeypatch):
@@ -73,7 +73,7 @@ def test_a_right_gemm_in_another_order_passes_within_the_bound(monkeypatch):
 
     monkeypatch.setitem(BACKENDS, "cutlass", Broken(reordered))
     line = gemms.check_backend("cutlass", SMALL, "cpu")
-    assert line.state == report.RIGHT, line
+    assert line.state == verdicts.RIGHT, line
 
 
 class BrokenQuantizer:
@@ -93,7 +93,7 @@ def test_quantizer_checks_pass_the_reference_and_catch_a_shrinkage():
     assert differ and "bytes differ" in failures[0]
     right = quantizers.check_sr_mean(reference_impl, "reference", "cpu", draws=8)
     wrong = quantizers.check_sr_mean(BrokenQuantizer(), "broken", "cpu", draws=8)
-    assert (right.state, wrong.state) == (report.RIGHT, report.WRONG), (right, wrong)
+    assert (right.state, wrong.state) == (verdicts.RIGHT, verdicts.WRONG), (right, wrong)
 
 
 def convert_by_definition(x):
@@ -128,14 +128,14 @@ def test_the_check_of_the_e2m1_conversion_passes_the_definition_and_catches_faul
     from kernels.selftest import conversion
 
     monkeypatch.setattr(conversion, "convert", convert_by_definition)
-    assert conversion.check("cpu").state == report.RIGHT
+    assert conversion.check("cpu").state == verdicts.RIGHT
     monkeypatch.setattr(conversion, "convert", fault)
-    assert conversion.check("cpu").state == report.WRONG
+    assert conversion.check("cpu").state == verdicts.WRONG
 
 
 def test_checks_of_the_other_kernels_pass_the_reference():
-    assert others.check_values_gemm("reference", "cpu").state == report.RIGHT
-    assert others.check_cross_entropy("reference", "cpu").state == report.RIGHT
+    assert others.check_values_gemm("reference", "cpu").state == verdicts.RIGHT
+    assert others.check_cross_entropy("reference", "cpu").state == verdicts.RIGHT
 
 
 def test_checks_of_the_other_kernels_catch_a_fault(monkeypatch):
@@ -153,8 +153,8 @@ def test_checks_of_the_other_kernels_catch_a_fault(monkeypatch):
         others, "import_module", lambda name: Wrong if "emulated" in name or "fake" in name else real(name)
     )
     monkeypatch.setattr(others.backend, "unavailable", lambda *_: None)
-    assert others.check_values_gemm("emulated", "cpu").state == report.WRONG
-    assert others.check_cross_entropy("fake", "cpu").state == report.WRONG
+    assert others.check_values_gemm("packed_emulated", "cpu").state == verdicts.WRONG
+    assert others.check_cross_entropy("fake", "cpu").state == verdicts.WRONG
 
 
 def test_without_a_gpu_the_report_names_every_kernel_and_why_it_does_not_run(capsys, tmp_path, monkeypatch):
@@ -172,14 +172,14 @@ def test_without_a_gpu_the_report_names_every_kernel_and_why_it_does_not_run(cap
 
 
 def test_a_wrong_line_fails_the_command(monkeypatch, capsys):
-    monkeypatch.setattr(selftest, "lines", lambda _: [report.judge("some kernel", ["3 of 4 bytes differ"], "")])
+    monkeypatch.setattr(selftest, "lines", lambda _: [verdicts.judge("some kernel", ["3 of 4 bytes differ"], "")])
     assert selftest.main(["--no-speed"]) == 1
     assert "1 wrong" in capsys.readouterr().out
 
 
 def test_a_report_travels_and_is_set_beside_this_machine(monkeypatch, capsys, tmp_path):
-    theirs = [report.judge("gemm cutlass", ["3 of 4 bytes differ"], ""), report.judge("triton", [], "12 slots")]
-    ours = [report.Line("gemm cutlass", report.NOT_HERE, "needs a GPU"), report.judge("host", [], "")]
+    theirs = [verdicts.judge("gemm cutlass", ["3 of 4 bytes differ"], ""), verdicts.judge("triton", [], "12 slots")]
+    ours = [verdicts.Line("gemm cutlass", verdicts.NOT_HERE, "needs a GPU"), verdicts.judge("host", [], "")]
     file = tmp_path / "b200.json"
     monkeypatch.setattr(selftest, "lines", lambda _: theirs)
     assert selftest.main(["--no-speed", "--report", str(file)]) == 1

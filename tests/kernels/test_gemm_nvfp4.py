@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernels import backend, build
 from kernels.formats import scale_layout
 from kernels.formats.nvfp4 import NVFP4Tensor, unpack
-from kernels.gemm import cutlass_impl, emulated_impl, scaled_mm_impl
+from kernels.gemm import cutlass_impl, packed_emulated_impl, scaled_mm_impl
 from kernels.gemm.nvfp4 import gemm_nvfp4
 from kernels.gemm.packed import operands, rules
 from kernels.quantize import Quantized, reference_impl
@@ -168,7 +168,7 @@ def test_routing_of_operands():
     qa, qb = Quantized(None, a.global_scale, a), Quantized(None, b.global_scale, b)
     plain = Quantized(torch.ones(16, 32), None)
     expected = gemm_nvfp4(a, b, 1.0, torch.float32)
-    assert torch.equal(emulated_impl.gemm(qa, qb, "fprop", 1.0, torch.float32), expected)
+    assert torch.equal(packed_emulated_impl.gemm(qa, qb, "fprop", 1.0, torch.float32), expected)
     assert torch.equal(cutlass_impl.gemm(plain, plain, "fprop", 1.0, torch.float32), torch.full((16, 16), 32.0))
     with pytest.raises(ValueError, match="dgrad: the second operand is NVFP4, the first is not"):
         cutlass_impl.gemm(plain, qb, "dgrad", 1.0, torch.float32)

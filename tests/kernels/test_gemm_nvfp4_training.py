@@ -6,7 +6,7 @@ from support import FP4_RECIPES
 from torch import nn
 
 from kernels import backend
-from kernels.gemm import emulated_impl
+from kernels.gemm import packed_emulated_impl
 from quant import library
 from quant.linear import QuantLinear
 
@@ -55,11 +55,11 @@ def compare(recipe: str, device: str, plain: dict[str, str], monkeypatch) -> Non
     backend.use(plain, device)
     expected = train(recipe, device)
     calls = []
-    gemm = emulated_impl.gemm
+    gemm = packed_emulated_impl.gemm
     monkeypatch.setattr(
-        emulated_impl, "gemm", lambda a, b, *rest: calls.append((a.packed, b.packed)) or gemm(a, b, *rest)
+        packed_emulated_impl, "gemm", lambda a, b, *rest: calls.append((a.packed, b.packed)) or gemm(a, b, *rest)
     )
-    backend.use(plain | {"gemm": "emulated"}, device)
+    backend.use(plain | {"gemm": "packed_emulated"}, device)
     packed = train(recipe, device)
     assert len(calls) == 3 * 2 * 3 and all(a and b for a, b in calls)
     for ours, wanted in zip(packed, expected, strict=True):
@@ -73,7 +73,7 @@ def test_packed_path_trains_bitwise_as_the_emulated_path(recipe, monkeypatch):
 
 def test_packed_path_compiles_into_one_graph(monkeypatch):
     monkeypatch.setattr(backend, "IMPL", {})
-    backend.use(CPU | {"gemm": "emulated"})
+    backend.use(CPU | {"gemm": "packed_emulated"})
     rng = torch.tensor([1, 0, 0])
     block = Block("nvfp4_rtn", rng)  # no random bits: their tracing is slow and not the question here
     x = torch.randn(TOKENS, WIDTH, generator=torch.Generator().manual_seed(5))

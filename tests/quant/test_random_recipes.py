@@ -16,7 +16,7 @@ from quant.recipe import OPERANDS, Recipe
 
 COUNT, WORST = 200, 0.45
 M, K, N = 128, 128, 256
-REFERENCE, PACKED = {"quantize": "reference", "gemm": "reference"}, {"quantize": "reference", "gemm": "emulated"}
+REFERENCE, PACKED = {"quantize": "reference", "gemm": "reference"}, {"quantize": "reference", "gemm": "packed_emulated"}
 
 
 def random_operand(draw: random.Random, slot: str) -> dict:

@@ -96,8 +96,8 @@ def test_memory_is_what_the_start_screen_of_the_run_says():
     found = cells("experiment=corpus_screen", "only=fp8/s0,quartet2_forward/s0")
     for name in ("fp8/s0", "quartet2_forward/s0"):
         request = Request(compose(["experiment=corpus_screen", f"cell={name}"]).config, "", {}, "")
-        sketch = describe(request, Dist(0, 1, 0, torch.device("cpu")), None)
-        expected = estimate(sketch.shape, sketch.numbers.micro_tokens, kept_of(sketch.plan), accumulates=False)
+        described = describe(request, Dist(0, 1, 0, torch.device("cpu")), None)
+        expected = estimate(described.shape, described.numbers.micro_tokens, kept_of(described.plan), accumulates=False)
         assert found[name].memory_gib == pytest.approx(expected.total)
     assert found["fp8/s0"].memory_gib == pytest.approx(11.3, abs=0.05)
     variant = found["quartet2_forward/s0"]

@@ -62,12 +62,12 @@ def test_runs_every_cell_once_and_never_again(run_grid, tmp_path, capsys):
     for seed in range(4):
         assert states.state_of(tmp_path, f"corpus_screen-bf16-s{seed}") == states.State("done", 20, 3.0)
     assert run_grid.main(words) == 0
-    assert "4 cells, 0 to run on 1 slot(s); so far 4 done\n" in capsys.readouterr().out
+    assert "4 cells, 0 to run on 1 lane(s); so far 4 done\n" in capsys.readouterr().out
     assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
 
 
 def test_one_run_a_gpu_side_by_side(run_grid, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run_grid, "gpu_slots", lambda wanted, per_gpu: ["0", "1"])
+    monkeypatch.setattr(run_grid, "gpu_lanes", lambda wanted, per_gpu: ["0", "1"])
     words = ["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}", "log.every=5"]
     assert run_grid.main(words) == 0
     used = [starts(tmp_path, f"bf16/s{seed}")[0].split()[1] for seed in range(4)]
@@ -78,12 +78,12 @@ def test_one_run_a_gpu_side_by_side(run_grid, tmp_path, monkeypatch, capsys):
 def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, on_path):
     on_path(**{"nvidia-smi": "echo 'GPU 0: H100'\necho 'GPU 1: H100'"})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert run_grid.gpu_slots("all", 2) == ["0", "1", "0", "1"]
-    assert run_grid.gpu_slots("1", 1) == ["1"]
+    assert run_grid.gpu_lanes("all", 2) == ["0", "1", "0", "1"]
+    assert run_grid.gpu_lanes("1", 1) == ["1"]
     with pytest.raises(grids.GridError, match="no GPU 7 here"):
-        run_grid.gpu_slots("0,7", 1)
+        run_grid.gpu_lanes("0,7", 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-    assert run_grid.gpu_slots("all", 1) == ["1"]
+    assert run_grid.gpu_lanes("all", 1) == ["1"]
 
 
 def test_listing_starts_nothing(run_grid, tmp_path, capsys):
@@ -179,7 +179,7 @@ def test_sigterm_stops_the_runs_saved_and_the_same_command_goes_on(tmp_path):
 
 
 def test_sigterm_while_a_run_is_being_started_reaches_that_run(run_grid, tmp_path, monkeypatch):
-    monkeypatch.setattr(run_grid, "gpu_slots", lambda wanted, per_gpu: [None])
+    monkeypatch.setattr(run_grid, "gpu_lanes", lambda wanted, per_gpu: [None])
     start = run_grid.start
 
     def interrupted(*given):
@@ -212,7 +212,7 @@ def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_pat
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "running"
     second = start_script(tmp_path, "log.every=1")
     output = second.communicate(timeout=60)[0]
-    assert second.returncode == 0 and "4 cells, 3 to run on 1 slot(s); so far 1 running, 3 missing\n" in output
+    assert second.returncode == 0 and "4 cells, 3 to run on 1 lane(s); so far 1 running, 3 missing\n" in output
     held.unlink()
     wait_until(lambda: states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done")
     assert len(starts(tmp_path, "bf16/s0")) == 1

@@ -83,10 +83,10 @@ def test_stop_in_the_first_step_leaves_no_checkpoint_and_a_run_that_starts(run, 
 
 def test_stop_during_a_long_save_waits_for_it_and_repeats_the_steps_since(run, monkeypatch):
     _, straight = run("quant=quartet2", name="straight")
-    write = publish.commit
+    write = publish.publish
     with monkeypatch.context() as patch:
         patch.setattr("training.loop.LONG_SAVE_S", 0.0)
-        patch.setattr(publish, "commit", lambda job: (time.sleep(3.0), write(job)))
+        patch.setattr(publish, "publish", lambda job: (time.sleep(3.0), write(job)))
         stop_at(patch, 6, 0)
         code, stopped = run("quant=quartet2", "checkpoint.every=5", name="stopped")
     assert code == 75

@@ -47,8 +47,8 @@ class Job:
     keep_every: int
 
 
-class CommitThread(threading.Thread):
-    """Runs `commit(job)`; `result()` waits for it and gives the seconds it took or re-raises what went wrong."""
+class PublishThread(threading.Thread):
+    """Runs `publish(job)`; `result()` waits for it and gives the seconds it took or re-raises what went wrong."""
 
     def __init__(self, job: Job) -> None:
         super().__init__(name=f"checkpoint-{job.final.name}", daemon=True)
@@ -59,7 +59,7 @@ class CommitThread(threading.Thread):
 
     def run(self) -> None:
         try:
-            commit(self.job)
+            publish(self.job)
         except Exception as error:  # carried to the training loop, which raises it
             self.error = error
         self.seconds = time.perf_counter() - self.begin
@@ -71,7 +71,7 @@ class CommitThread(threading.Thread):
         return self.seconds
 
 
-def commit(job: Job) -> None:
+def publish(job: Job) -> None:
     """Write this rank's files; on rank 0 also wait for all others and make the checkpoint visible, then prune."""
     try:
         with ThreadPoolExecutor(IO_THREADS) as pool:

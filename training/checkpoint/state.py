@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from base.runfolder import CHECKPOINTS
 from training.checkpoint.manifest import read_meta, step_name
-from training.checkpoint.publish import CommitThread, Job
+from training.checkpoint.publish import Job, PublishThread
 from training.checkpoint.storage import (
     NAMES_SHOWN,
     CheckpointError,
@@ -54,7 +54,7 @@ class TrainState:
 
 
 @dataclass(frozen=True)
-class SaveReport:
+class Saved:
     """A finished save: how long training stood still, how long writing took in the background, GB of all ranks."""
 
     step: int
@@ -134,7 +134,7 @@ class Checkpointer:
     """Saves a run's checkpoints into run_dir/checkpoints, keeping the last `keep_last` and every `keep_every`-th step.
 
     Every method is collective: all ranks call it at the same step. `group` is a CPU (gloo) process group; None at
-    world size 1. `on_saved` gets a SaveReport on every rank, from the thread that calls `save` or `wait`. `before_save`
+    world size 1. `on_saved` gets a Saved on every rank, from the thread that calls `save` or `wait`. `before_save`
     may raise, to keep a state from being saved. `newest`: a step that is on disk already, just loaded.
     """
 
@@ -146,7 +146,7 @@ class Checkpointer:
         keep_every: int = 0,
         asynchronous: bool = True,
         group: dist.ProcessGroup | None = None,
-        on_saved: Callable[[SaveReport], None] = lambda report: None,
+        on_saved: Callable[[Saved], None] = lambda report: None,
         before_save: Callable[[], None] = lambda: None,
         newest: int | None = None,
     ) -> None:
@@ -158,7 +158,7 @@ class Checkpointer:
         self.keep_last, self.keep_every = keep_last, keep_every
         self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
         self._buffers = StagingBuffers()
-        self._pending: tuple[CommitThread, SaveReport] | None = None
+        self._pending: tuple[PublishThread, Saved] | None = None
         self._newest = newest
 
     def reserve(self, state: TrainState) -> None:
@@ -196,8 +196,8 @@ class Checkpointer:
         except CheckpointException as error:
             raise _describe(error) from error
         stall_s = time.perf_counter() - begin
-        thread = CommitThread(self._job(state, writer))
-        report = SaveReport(state.step, str(thread.job.final), stall_s, 0.0, writer.total_bytes / 1e9)
+        thread = PublishThread(self._job(state, writer))
+        report = Saved(state.step, str(thread.job.final), stall_s, 0.0, writer.total_bytes / 1e9)
         self._pending = (thread, report)
         thread.start()
         if wait or not self.asynchronous:
@@ -227,7 +227,7 @@ class Checkpointer:
         if error is not None:
             raise error
         self._newest = report.step
-        self.on_saved(SaveReport(report.step, report.path, report.stall_s, write_s, report.gigabytes))
+        self.on_saved(Saved(report.step, report.path, report.stall_s, write_s, report.gigabytes))
 
     def _job(self, state: TrainState, writer: StagingWriter) -> Job:
         world = 1 if self.group is None else dist.get_world_size(self.group)

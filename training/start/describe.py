@@ -32,7 +32,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Sketch:
+class Description:
     """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
 
     shape: DecoderShape
@@ -54,7 +54,7 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> tuple[DecoderSha
     return shape, plan, numbers
 
 
-def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
+def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Description:
     """What run it is and will compute."""
     config = request.config
     vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
@@ -69,7 +69,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Sketch:
         "data_fingerprint": fingerprints["fingerprint"],
         "tokenizer_hash": fingerprints["tokenizer"],
     }
-    return Sketch(shape, plan, numbers, tokens, run)
+    return Description(shape, plan, numbers, tokens, run)
 
 
 def run_info(
@@ -116,13 +116,13 @@ def expected_vocab_size(config: TrainConfig) -> int:
     return config.data.vocab_size
 
 
-def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, str] | None = None) -> str:
+def screen(request: Request, described: Description, ranks: Dist, backends: dict[str, str] | None = None) -> str:
     """The start screen; a dry run names the back end that was asked for."""
     config = request.config
-    mode = choose(config.parallel, ranks, sketch.shape.parameters)
+    mode = choose(config.parallel, ranks, described.shape.parameters)
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-    train_tokens = sketch.tokens.split("train").length if sketch.tokens else None
-    name = sketch.run["name"]
+    train_tokens = described.tokens.split("train").length if described.tokens else None
+    name = described.run["name"]
     return str(
         StartScreen(
             name=name,
@@ -131,23 +131,23 @@ def screen(request: Request, sketch: Sketch, ranks: Dist, backends: dict[str, st
             gpu=gpu,
             backends=backends or {"asked for": config.backend},
             compiled=is_compiled(config, ranks.device),
-            graphed=is_graphed(config, sketch.plan.fullgraph, mode, ranks.device),
-            fullgraph=sketch.plan.fullgraph,
+            graphed=is_graphed(config, described.plan.fullgraph, mode, ranks.device),
+            fullgraph=described.plan.fullgraph,
             parallel=mode,
             model=config.model.name,
-            shape=sketch.shape,
-            recipe=sketch.plan.label,
-            plan_lines=sketch.plan.table().splitlines(),
-            numbers=sketch.numbers,
-            data=config.data.name if sketch.tokens is None else _data_name(sketch.tokens),
+            shape=described.shape,
+            recipe=described.plan.label,
+            plan_lines=described.plan.table().splitlines(),
+            numbers=described.numbers,
+            data=config.data.name if described.tokens is None else _data_name(described.tokens),
             train_tokens=train_tokens,
             memory=estimate(
-                sketch.shape,
-                sketch.numbers.micro_tokens,
-                kept_of(sketch.plan),
+                described.shape,
+                described.numbers.micro_tokens,
+                kept_of(described.plan),
                 shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
                 recompute=config.recompute,
-                accumulates=sketch.numbers.accumulation > 1,
+                accumulates=described.numbers.accumulation > 1,
                 replicated=mode == "ddp",
                 optimizer=config.optim.name,
             ),

@@ -38,7 +38,7 @@ from training.start.build import (
     set_torch_flags,
     slot_counter,
 )
-from training.start.describe import Request, Sketch, check, config_files, describe, screen
+from training.start.describe import Description, Request, check, config_files, describe, screen
 
 
 def launch(request: Request) -> int:
@@ -48,7 +48,7 @@ def launch(request: Request) -> int:
     """
     ranks = setup()
     if request.config.dry_run:
-        text = plan(request, ranks)
+        text = start_screen(request, ranks)
         if ranks.is_main:
             print(text)
         code = 0
@@ -60,7 +60,7 @@ def launch(request: Request) -> int:
     return code
 
 
-def plan(request: Request, ranks: Dist) -> str:
+def start_screen(request: Request, ranks: Dist) -> str:
     """The start screen of a run that isn't started."""
     path = request.config.data.path  # other text may not be prepared yet, and a dry run does nothing
     return screen(request, describe(request, ranks, TokenSet(path) if path else None), ranks)
@@ -77,76 +77,76 @@ def train(request: Request, ranks: Dist) -> int:
         ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len))),
         verify=config.data.verify,
     )
-    sketch = describe(request, ranks, tokens)
+    described = describe(request, ranks, tokens)
     texts = open_texts(config, tokens)
-    check_evaluations(config, texts, sketch.plan, sketch.numbers)
-    folder = RunFolder(Path(config.paths.runs) / sketch.run["name"])
-    text = screen(request, sketch, ranks, backends)
+    check_evaluations(config, texts, described.plan, described.numbers)
+    folder = RunFolder(Path(config.paths.runs) / described.run["name"])
+    text = screen(request, described, ranks, backends)
     lock = RunLock(folder.path)
 
     def open_folder() -> bool:
         """True if there is something left to do. Only rank 0 touches the folder."""
         make_folder("paths.runs", folder.path)
         lock.acquire()
-        folder.check_identity(sketch.run)
+        folder.check_identity(described.run)
         if finished := folder.result():
             loss = f"final loss {finished['final_loss']:.4f}"
             print(f"this run is finished (step {finished['step']}, {loss}): {folder.path}")
             return False
         print(text, flush=True)
-        env = environment(ranks.device, ranks.world, backends, config_files(request.choices, sketch.plan))
+        env = environment(ranks.device, ranks.world, backends, config_files(request.choices, described.plan))
         if warning := moved(folder.read(ENV), env):
             print(warning, flush=True)
-        folder.write_start(sketch.run, request.yaml, sketch.plan.to_dict(), env, text)
+        folder.write_start(described.run, request.yaml, described.plan.to_dict(), env, text)
         return True
 
     try:
         with disk_full_explained(folder.path, ROOM_FOR_RUNS):
             if not ranks.on_main(open_folder):
                 return 0
-            return run_in(folder, config, sketch, texts, ranks, backends)
+            return run_in(folder, config, described, texts, ranks, backends)
     finally:
         lock.release()
 
 
 def run_in(
-    folder: RunFolder, config: TrainConfig, sketch: Sketch, texts: Texts, ranks: Dist, backends: dict[str, str]
+    folder: RunFolder, config: TrainConfig, described: Description, texts: Texts, ranks: Dist, backends: dict[str, str]
 ) -> int:
     """Build, resume, train. The folder is locked and is this run's."""
     stop, watchdog = StopFlag(), Watchdog(ranks, config.watchdog_s)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
-    loss, parallel, init_hash = build_loss(config, sketch.shape, sketch.plan, rng, ranks)
+    loss, parallel, init_hash = build_loss(config, described.shape, described.plan, rng, ranks)
     model = loss.model
-    optimizers = build_optimizers(model, config.optim, sketch.numbers.schedule.lr_peak)
-    state = TrainState(model, optimizers, hash=sketch.run["hash"])
+    optimizers = build_optimizers(model, config.optim, described.numbers.schedule.lr_peak)
+    state = TrainState(model, optimizers, hash=described.run["hash"])
     resumed = resume(folder, state, ranks)
-    loggers = open_loggers(folder, config, sketch.run, ranks, state.step)
-    console = Console(ranks.is_main, sketch.numbers.steps, state.step)
-    checkpointer = open_checkpointer(folder, config, ranks, sketch.tokens, state.step if resumed else None)
+    loggers = open_loggers(folder, config, described.run, ranks, state.step)
+    console = Console(ranks.is_main, described.numbers.steps, state.step)
+    checkpointer = open_checkpointer(folder, config, ranks, described.tokens, state.step if resumed else None)
     if config.checkpoint.every is not None:
         checkpointer.reserve(state)
     trainer = Trainer(
         Parts(
             config=config,
-            numbers=sketch.numbers,
+            numbers=described.numbers,
             ranks=ranks,
             folder=folder,
             state=state,
             loss=loss,
             accumulate=parallel.accumulate,
             micro_batch=build_micro_batch(
-                loss, config, sketch.plan, parallel, sketch.numbers.tokens_per_step, ranks.device
+                loss, config, described.plan, parallel, described.numbers.tokens_per_step, ranks.device
             ),
             rng=rng,
-            batches=lambda first_step: micro_batches(texts.train, sketch.numbers, ranks, first_step),
+            batches=lambda first_step: micro_batches(texts.train, described.numbers, ranks, first_step),
             sample_hashes=lambda step, count: texts.train.sample_hashes(
-                step * sketch.numbers.sequences, sketch.numbers.sequences, count
+                step * described.numbers.sequences, described.numbers.sequences, count
             ),
             evalset=texts.evaluation,
             final_evalset=texts.final,
-            flops_per_token=sketch.shape.flops_per_token(config.batch.seq_len),
-            count_slots=slot_counter(model, sketch.plan) if config.evaluate.slots else None,
+            flops_per_token=described.shape.flops_per_token(config.batch.seq_len),
+            count_slots=slot_counter(model, described.plan) if config.evaluate.slots else None,
             unquantized=(lambda: unquantized(model)) if config.evaluate.bf16 else None,
             checkpointer=checkpointer,
             loggers=loggers,

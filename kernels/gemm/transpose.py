@@ -1,4 +1,4 @@
-"""An FP8 operand that lies along the wrong axis, turned: nibble::turn_bytes."""
+"""An FP8 operand that lies along the wrong axis, transposed: nibble::transpose_bytes."""
 
 import torch
 import triton
@@ -8,24 +8,24 @@ from torch import Tensor
 TILE = 128
 
 
-@torch.library.custom_op("nibble::turn_bytes", mutates_args=())
-def turn_bytes(x: Tensor) -> Tensor:
+@torch.library.custom_op("nibble::transpose_bytes", mutates_args=())
+def transpose_bytes(x: Tensor) -> Tensor:
     """FP8 [R, C], contiguous -> [C, R], contiguous, the same bytes."""
     rows, columns = x.shape
     out = x.new_empty(columns, rows)
     grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))
-    turn_kernel[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE=TILE, num_warps=8)
+    transpose_kernel[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE=TILE, num_warps=8)
     return out
 
 
-@turn_bytes.register_fake
+@transpose_bytes.register_fake
 def _(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[1], x.shape[0])
 
 
 @triton.jit
-def turn_kernel(source_ptr, out_ptr, rows, columns, TILE: tl.constexpr):
-    """One program per square tile, turned on chip so that reads and writes are both contiguous."""
+def transpose_kernel(source_ptr, out_ptr, rows, columns, TILE: tl.constexpr):
+    """One program per square tile, transposed on chip so that reads and writes are both contiguous."""
     row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)[:, None]
     column = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)[None, :]
     inside = (row < rows) & (column < columns)

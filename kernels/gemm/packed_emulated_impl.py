@@ -1,7 +1,7 @@
 """The path of 4-bit tensor cores, packed operands and all, on any machine: unpack to the exact values, multiply those.
 
 Operands come as [rows, contraction]; `kind` says which of them are transposed views of what the layer holds, and they
-are turned back, so that `kernels.gemm` makes the same library call on the same layouts as without packing: same bits.
+are transposed back, so that `kernels.gemm` makes the same library call on the same layouts as without packing.
 """
 
 import torch
@@ -23,12 +23,12 @@ def unavailable() -> str | None:
 
 def gemm_nvfp4(a: NVFP4Tensor, b: NVFP4Tensor, alpha: Tensor, out_dtype: torch.dtype, kind: str) -> Tensor:
     """alpha * A B^T on raw operands, checked by packed.contract."""
-    turn_a, turn_b = TRANSPOSED[kind]
-    left, right = Quantized(_values(a, turn_a), alpha), Quantized(_values(b, turn_b), None)
+    is_a_transposed, is_b_transposed = TRANSPOSED[kind]
+    left, right = Quantized(_values(a, is_a_transposed), alpha), Quantized(_values(b, is_b_transposed), None)
     return values_gemm(left.values).gemm(left, right, kind, 1.0, out_dtype)
 
 
-gemm = training_gemm("emulated", gemm_nvfp4)
+gemm = training_gemm("packed_emulated", gemm_nvfp4)
 
 
 def _values(operand: NVFP4Tensor, transposed: bool) -> Tensor:
