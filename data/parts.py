@@ -20,10 +20,11 @@ import numpy as np
 from base.files import atomic_write, say, shown
 from data.progress import Progress
 from data.sources import Row, Source
-from data.split import group_of, text_name
+from data.split import group_of, ids_name, text_name
 from data.tokenizer import TextTokenizer, dtype_for
 
 PART_CHARACTERS = 4 << 20
+CHARACTERS_PER_ID = 4  # of English; parts of ids are then as large as parts of text
 # Columns of a part's `documents`: tokens with BOS, bytes of text, name of the document's group, 1 if validation, 1 if
 # the table's bytes of its tokens don't add up to those of its text, 1 if they don't spell it (asked of inexact
 # validation documents only), name of its text.
@@ -39,7 +40,7 @@ class Part:
     `bad_rows` those left out because they can't be read."""
 
     path: Path
-    texts: list[str] = field(default_factory=list)
+    texts: list[str | np.ndarray] = field(default_factory=list)  # arrays: ids, BOS first
     groups: list[int] = field(default_factory=list)
     is_val: list[bool] = field(default_factory=list)
     rows: int = 0
@@ -120,9 +121,9 @@ def _warn_of_repeated_ids(row: Row, group: int, first_rows: set[int]) -> None:
 def _add(part: Part, row: Row, group: int, is_val: Callable[[int, int], bool], ordinal: int) -> None:
     part.rows += 1
     part.bad_rows += bool(row.bad)
-    part.characters += len(row.text)
-    if row.text:
-        part.texts.append(row.text)
+    part.characters += len(row.text) if row.ids is None else CHARACTERS_PER_ID * len(row.ids)
+    if row.text or row.ids is not None:
+        part.texts.append(row.text if row.ids is None else row.ids)
         part.groups.append(group)
         part.is_val.append(is_val(group, ordinal))
 
@@ -149,10 +150,17 @@ def tokenize_part(part: Part, tokenizer: TextTokenizer) -> int:
     documents = np.zeros((len(part.texts), 7), np.int64)
     documents[:, GROUP], documents[:, IS_VAL] = part.groups, part.is_val
     tokens = []
-    for row, (text, ids) in enumerate(zip(part.texts, tokenizer.encode(part.texts), strict=True)):
-        documents[row, TOKENS], documents[row, BYTES] = len(ids), len(text.encode())
-        documents[row, TEXT] = text_name(text)
-        documents[row, INEXACT] = not tokenizer.is_exact(text, ids)
+    are_ids = bool(part.texts) and not isinstance(part.texts[0], str)
+    for row, (text, ids) in enumerate(
+        zip(part.texts, part.texts if are_ids else tokenizer.encode(part.texts), strict=True)
+    ):
+        documents[row, TOKENS] = len(ids)
+        if are_ids:
+            documents[row, BYTES], documents[row, TEXT] = tokenizer.table_sizes(ids).sum(), ids_name(ids)
+            documents[row, INEXACT] = documents[row, LOSSY] = not tokenizer.spells_text
+        else:
+            documents[row, BYTES], documents[row, TEXT] = len(text.encode()), text_name(text)
+            documents[row, INEXACT] = not tokenizer.is_exact(text, ids)
         tokens.append(ids.astype(dtype_for(tokenizer.vocab_size)))
     sizes = _true_sizes(part.texts, tokens, documents, tokenizer)
     stream = np.concatenate(tokens) if tokens else np.zeros(0, dtype_for(tokenizer.vocab_size))
@@ -171,7 +179,7 @@ def _true_sizes(
         return np.zeros(0, "<u4")
     pieces = []
     for row in val:
-        if documents[row, INEXACT]:
+        if documents[row, INEXACT] and isinstance(texts[row], str):
             documents[row, LOSSY] = not tokenizer.is_lossless(texts[row], tokens[row])
             pieces.append(tokenizer.true_sizes(texts[row]))
         else:

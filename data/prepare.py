@@ -209,7 +209,7 @@ def _tokenize(wanted: _Wanted, role: str, is_val: IsVal, tokenizer: TextTokenize
 def _cut_if_one_document(wanted: _Wanted) -> _Wanted:
     """What is wanted of a text that can't be split by documents, with a source that cuts it; else as it is."""
     spec = wanted.spec
-    if wanted.val or spec.val_rule != "hash" or spec.max_documents:
+    if wanted.val or spec.val_rule != "hash" or spec.max_documents or spec.source == "tokens":
         return wanted
     train = cut_of(wanted.train, spec.val_fraction)
     if train is None:

@@ -31,12 +31,14 @@ _TEXT_SUFFIXES = (".txt", ".jsonl", ".json")
 
 class Row(NamedTuple):
     """One text; (source, id) names its document, id None means that the row is its own document. `bad`: why a row that
-    was left out (data.bad_rows=skip) has no text."""
+    was left out (data.bad_rows=skip) has no text. `ids`: instead of a text its tokens, BOS first (data.source=tokens).
+    """
 
     text: str
     source: str = ""
     id: str | None = None
     bad: str = ""
+    ids: Any = None
 
 
 class BadRowError(ValueError):

@@ -9,7 +9,7 @@ from typing import Any
 _PLAIN = re.compile(r"[\w/.*?@%$+-]+", re.ASCII)
 _BEFORE_QUOTE = re.compile(r'(\\*)("|\Z)')
 _WORDS = ("null", "true", "false", "nan", "inf")
-SOURCES = ("files", "hub", "pydocs")
+SOURCES = ("files", "hub", "pydocs", "tokens")
 VAL_RULES = ("hash", "paper")
 PACKINGS = ("stream", "bos_bestfit")
 BAD_ROWS = ("error", "skip")
@@ -31,7 +31,7 @@ class DataSpec:
 
     name: str = "text"  # label, first part of the folder's name
     path: str | None = None  # an already prepared token folder; nothing else is looked at then
-    source: str = "files"  # files | hub | pydocs
+    source: str = "files"  # files | hub | pydocs | tokens (files of token ids: data/ids.py)
 
     files: Any = None  # path, glob, or list of them: .txt .jsonl .json .parquet, the text ones also .gz .zst
     val_files: Any = None  # same; overrides the split: all documents of `files` are then train
@@ -72,7 +72,9 @@ class DataSpec:
         _one_of("data.val_copies", self.val_copies, VAL_COPIES)
         if not self.path:
             self._check_unread()
-        if self.source == "files" and not self.path and not as_list(self.files):
+        if self.source == "tokens" and not self.path and self.tokenizer is None:
+            raise ValueError("data.source=tokens needs data.tokenizer=..., the tokenizer.json that made the ids")
+        if self.source in ("files", "tokens") and not self.path and not as_list(self.files):
             raise ValueError(
                 "data.files is empty: give a path or a glob, such as data.files='corpus/train-*.jsonl.zst'"
             )

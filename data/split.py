@@ -23,6 +23,11 @@ def text_name(text: str) -> int:
     return _hash64(text.strip()) & _SIXTY_THREE_BITS
 
 
+def ids_name(ids: np.ndarray) -> int:
+    """63-bit name of a document that is known by its token ids."""
+    return int.from_bytes(hashlib.blake2b(ids.astype("<i8").tobytes(), digest_size=8).digest(), "little") >> 1
+
+
 def is_val_by_hash(spec: DataSpec, group: int) -> bool:
     """The hash rule: a seeded hash of the document below val_fraction.
 

@@ -19,7 +19,7 @@ def table(description: dict[str, Any], vocab: dict[str, int]) -> dict[int, bytes
     one stand for none."""
     model = description["model"]
     added = {token["id"]: token for token in description["added_tokens"]}
-    byte_level, falls_back = _is_byte_level(description), bool(model.get("byte_fallback"))
+    byte_level, falls_back = is_byte_level(description), bool(model.get("byte_fallback"))
     prefix = model.get("continuing_subword_prefix") or ""
     unknown = unknown_id(description, vocab)
     out = {}
@@ -52,7 +52,7 @@ def true_sizes(text: str, ends: list[int]) -> np.ndarray:
     return np.diff(before[reached], prepend=0)
 
 
-def _is_byte_level(description: dict[str, Any]) -> bool:
+def is_byte_level(description: dict[str, Any]) -> bool:
     steps = [description.get("decoder") or {}, description.get("pre_tokenizer") or {}]
     steps += [step for whole in steps for step in whole.get("decoders", []) + whole.get("pretokenizers", [])]
     return any(step.get("type") == "ByteLevel" for step in steps)

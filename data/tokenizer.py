@@ -14,7 +14,7 @@ import numpy as np
 
 from base.files import atomic_write, expanded, json_hash, say
 from data.quoted import ODD_TEXT, control_ids, unknown_id, without_pieces
-from data.token_text import table, true_sizes
+from data.token_text import is_byte_level, table, true_sizes
 
 TRAINED_BOS = "<|bos|>"
 _BOS_NAMES = (TRAINED_BOS, "<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")
@@ -103,10 +103,18 @@ class TextTokenizer:
         spelled = b"".join(self._table.get(i, b"") for i in ids.tolist())
         return spelled.lstrip(b" ") == text.encode().lstrip(b" ")
 
+    @cached_property
+    def spells_text(self) -> bool:
+        """Do tokens stand for the same bytes whatever the text? Of byte-level tokenizers and those that fall back to
+        bytes, unless they normalize text; what others lose can't be seen in ids."""
+        model, normalizer = self._description["model"], self._description.get("normalizer")
+        reversible = is_byte_level(self._description) or bool(model.get("byte_fallback"))
+        return reversible and all(step["type"] in ("Prepend", "Replace") for step in _steps(normalizer))
+
     def table_sizes(self, ids: np.ndarray) -> np.ndarray:
         """Bytes of an exact text that each of its tokens (BOS first) stands for, int64 [tokens]."""
         sizes = self.token_bytes[ids].astype(np.int64)
-        sizes[1:2] -= self.prefix_bytes
+        sizes[1:2] = np.maximum(sizes[1:2] - self.prefix_bytes, 0)
         return sizes
 
     def true_sizes(self, text: str) -> np.ndarray:
@@ -166,6 +174,10 @@ def _prepare(tokenizer: Any) -> Any:
     # Otherwise a document that quotes "<|bos|>" would contain a document boundary.
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _steps(normalizer: dict[str, Any] | None) -> list[dict[str, Any]]:
+    return [] if normalizer is None else normalizer.get("normalizers", [normalizer])
 
 
 def dtype_for(vocab_size: int) -> np.dtype:

@@ -10,7 +10,7 @@ import pytest
 
 from data import sources
 from data.assemble import content_fingerprint
-from data.prepare import _plan, prepare
+from data.prepare import _wanted, prepare
 from data.spec import DataSpec
 from data.tokens import TokenSet
 
@@ -31,7 +31,7 @@ def test_the_kept_corpus_keeps_its_folder(tmp_path, monkeypatch):
             file.truncate(size)
     monkeypatch.setattr(sources, "sha256_of", lambda path: CORPUS[path.name][1])
     spec = DataSpec(name="corpus", files=f"{tmp_path}/train-*.jsonl.zst", val_files=f"{tmp_path}/val.jsonl.zst")
-    assert _plan(spec, tmp_path / "out").folder.name == "corpus-32000-22504204dca6"
+    assert _wanted(spec, tmp_path / "out").folder.name == "corpus-32000-22504204dca6"
 
 
 def test_the_kept_corpus_keeps_its_fingerprint():

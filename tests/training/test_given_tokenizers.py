@@ -8,38 +8,53 @@ import numpy as np
 import pytest
 import torch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
+from data.tokenizer import TextTokenizer
 
 
-@pytest.fixture(params=["<b os>", "a:b", "$A", "<s>"])
-def words(request, tmp_path, text_file) -> tuple[Path, str]:
-    """Whole words, spaces left out; and its BOS."""
+def script(name: str) -> dict:
+    """What a script defines."""
+    return runpy.run_path(str(Path(__file__).parents[2] / "scripts" / name))
+
+
+def word_level(folder: Path, texts: list[str], bos: str) -> Path:
+    """Whole words, spaces left out."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
-    vocab = {word: i for i, word in enumerate(["[UNK]", request.param, *sorted({w for t in texts for w in t.split()})])}
+    words = sorted({word for text in texts for word in text.split()})
+    vocab = {word: i for i, word in enumerate(["[UNK]", bos, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer.add_special_tokens([request.param])
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json", request.param
+    tokenizer.add_special_tokens([bos])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
 
 
-def test_a_run_marks_approximate_bits_and_its_bos_is_exported(run, words, tmp_path, text_file, capsys):
+def test_a_run_marks_approximate_bits_and_its_odd_bos_is_exported(run, tmp_path, text_file, capsys):
     transformers = pytest.importorskip("transformers")
-    path, bos = words
+    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
+    path, bos = word_level(tmp_path, texts, "<b os:$A>"), "<b os:$A>"
     code, folder = run(f"data.tokenizer={path}", f'data.bos="{bos}"', "steps=2", "evaluate.every=1")
     assert code == 0 and "~" in capsys.readouterr().out
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [row["bpb_approximate"] for row in rows if row["kind"] == "eval"] == [True, True]
     assert json.loads((folder / "result.json").read_text())["final_bpb_approximate"] is True
     evaluation = np.load(folder / "eval" / "2.npz")
-    texts = [json.loads(line)["text"] for line in text_file.read_text().splitlines()]
     assert abs(evaluation["bytes"].sum() / evaluation["tokens"].sum() - len(texts[0]) / 200) < 0.1
-    runpy.run_path(str(SCRIPTS / "export_hf.py"))["export"](folder, tmp_path / "exported", None, torch.float32)
+    script("export_hf.py")["export"](folder, tmp_path / "exported", None, torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
-    assert tokenizer.bos_token == bos and tokenizer(texts[0]).input_ids[0] == 1
-    assert 1 not in tokenizer(texts[0]).input_ids[1:]
+    assert tokenizer.bos_token == bos
+    assert [i for i, number in enumerate(tokenizer(texts[0]).input_ids) if number == 1] == [0]
+
+
+@pytest.mark.parametrize("bos", ["<s>", "<b os>", "a:b", "$A", "B:1 $B"])
+def test_any_bos_can_be_exported(tmp_path, bos):
+    from tokenizers import Tokenizer
+
+    path = word_level(tmp_path, ["one two"], bos)
+    (tmp_path / "out").mkdir()
+    script("export_hf.py")["export_tokenizer"](TextTokenizer(path, bos), tmp_path / "out", 64)
+    exported = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
+    assert exported.encode("one two").ids == [1, 2, 3] and exported.encode("one", "two").ids == [1, 2, 1, 3]
 
 
 def test_copies_of_validation_text_are_shown_and_recorded(run, tmp_path, text_file, capsys):
