@@ -78,18 +78,28 @@ class Run:
         return int(self.train["step"][-1]) if len(self.train["step"]) else 0
 
     @property
+    def is_dead(self) -> bool:
+        """Did it end without having learned anything, by the trainer's own word?"""
+        return self.finished and self.result.get("status") == "dead"
+
+    @property
     def diverged_at(self) -> int | None:
         """The step whose loss or gradient was not finite and that the run never got past, or that of a last evaluation
-        that is not finite; else None. The trainer writes a bad step as an event, not as a row of losses."""
+        that is not finite, or of a run that ended dead (training/dead.py); else None. The trainer writes a bad step as
+        an event, not as a row of losses."""
         if not np.isfinite(self.evals["loss"][-1:]).all():
             return int(self.evals["step"][-1])
+        if self.is_dead:
+            return self.last_step
         return None if self.finished else ended_by(reversed(self.events), self.last_step)
 
     @property
     def status(self) -> str:
-        """ "finished", with the number of non-finite steps it got past; "diverged" or "unfinished (step/steps)"; of a
-        run cut off by `until`, the step."""
+        """ "finished", with the number of non-finite steps it got past; "dead", "diverged" or "unfinished
+        (step/steps)"; of a run cut off by `until`, the step."""
         steps = self.info["steps"]
+        if self.is_dead:
+            return f"dead ({self.last_step}/{steps})"
         if self.diverged_at is not None:
             return f"diverged ({self.diverged_at}/{steps})"
         if self.as_of is not None:

@@ -12,6 +12,7 @@ from base.runfolder import LOCK, RESULT, RUN, RunError, newest_rows
 
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
 DAMAGED = "damaged"
+DEAD = "dead"  # ended without having learned anything (training/dead.py); a result, as a diverged run is
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ def state_of(runs: Path, name: str) -> State:
             content = json_object(result)
         except RunError as error:
             return damaged(error, folder, result, "it goes on from its last checkpoint")
-        return State(DONE, content.get("step", 0), content.get("final_loss"))
+        status = DEAD if content.get("status") == DEAD else DONE
+        return State(status, content.get("step", 0), content.get("final_loss"))
     if is_locked(cell_lock(runs, name)) or is_locked(folder / LOCK):
         return State(RUNNING, last_step(folder))
     if info.exists():

@@ -127,7 +127,7 @@ def totals(
     cells: list[Cell], found: dict[str, states.State], table: dict, peak: float | None, own: dict[str, str]
 ) -> list[str]:
     """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
-    over = (states.DONE, states.DIVERGED)
+    over = (states.DONE, states.DEAD, states.DIVERGED)
     left = {c.name: 0.0 if found[c.name].status in over else 1 - found[c.name].step / c.steps for c in cells}
     lines = [states.counted(found.values())]
     disk = sum(c.disk_gib for c in cells)

@@ -21,6 +21,7 @@ from data.evalset import EvalSet
 from training.checkpoint.state import Checkpointer, Saved, TrainState
 from training.checkpoint.storage import NonFiniteState
 from training.config import TrainConfig
+from training.dead import REMEDY, Pulse, nothing_learned
 from training.evaluate import evaluate, save_rows
 from training.microbatch import MicroBatch
 from training.nonfinite import Guard, Recovery, first_non_finite
@@ -89,6 +90,7 @@ class Trainer:
         self._stop = SharedFlag(parts.ranks)
         self._guard = Guard(parts.state.optimizers, device)
         self._recovery = Recovery(parts.config.nonfinite, parts, self.event)
+        self._pulse = Pulse(parts.state.model.config.vocab_size, parts.console.say)
         self._window_start = time.perf_counter()
         self._started = time.perf_counter()
         self._wall_before = self.state.extra.get("wall_s", 0.0)
@@ -197,6 +199,7 @@ class Trainer:
             return self._recover(rows[:bad], rows[bad])
         self._log(*rows)
         self.p.console.step(rows[-1])
+        self._pulse.feel(rows)
 
     def _recover(self, good: list[dict[str, Any]], bad: dict[str, Any]) -> None:
         """The steps after the bad one did nothing (nonfinite.Guard); go on as the policy says, or raise."""
@@ -318,15 +321,19 @@ class Trainer:
         final = self._evaluated() or self._evaluate(self.p.final_evalset)
         self.event("finish")
         if self.p.ranks.is_main:
-            self.p.folder.write(RESULT, self._result(final))
+            result = self._result(final)
+            self.p.folder.write(RESULT, result)
+            if "why" in result:
+                self.p.console.say(f"warning: this run is dead: {result['why']}; {REMEDY}")
         self.p.console.say(f"finished: {self.p.folder.path}")
         return 0
 
     def _result(self, final: dict[str, float | None]) -> dict[str, Any]:
         rows = self.p.loggers.file.rows()
         train = [row for row in rows if row["kind"] == "train"]
+        why = nothing_learned(train, final["loss"], self.state.model.config.vocab_size)
         return {
-            "status": "finished",
+            **({"status": "dead", "why": why} if why else {"status": "finished"}),
             "step": self.state.step,
             "tokens": self.state.tokens,
             "final_loss": final["loss"],

@@ -91,7 +91,8 @@ def train(request: Request, ranks: Dist) -> int:
         folder.check_identity(described.run)
         if finished := folder.result():
             loss = f"final loss {finished['final_loss']:.4f}"
-            print(f"this run is finished (step {finished['step']}, {loss}): {folder.path}")
+            ended = f"dead: {finished['why']}" if "why" in finished else "finished"
+            print(f"this run is {ended} (step {finished['step']}, {loss}): {folder.path}")
             return False
         print(text, flush=True)
         env = environment(ranks.device, ranks.world, backends, config_files(request.choices, described.plan))
