@@ -74,3 +74,19 @@ def test_success_passes_its_code_through():
     with one_line_errors() as outcome:
         outcome.code = 75
     assert outcome.code == 75
+
+
+def test_our_errors_are_told_without_their_sources(monkeypatch, capsys):
+    """As in an installation of compiled files alone."""
+    monkeypatch.setattr("linecache.getline", lambda *_: "")
+    monkeypatch.setattr("linecache.getlines", lambda *_: [])
+    with one_line_errors() as outcome:
+        choice("backend", "tritn", ("auto", "triton"))
+    assert outcome.code == 2 and "did you mean triton?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [ValueError, RuntimeError])
+def test_an_error_from_c_that_our_line_calls_keeps_its_traceback(error):
+    call = {ValueError: lambda: int("x"), RuntimeError: lambda: torch.ones(2).view(3)}[error]
+    with pytest.raises(error), one_line_errors():
+        call()

@@ -1,7 +1,7 @@
 """What a person sees when a run can't start or go on: one line where we know the reason, a traceback where we don't."""
 
+import dis
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,11 +44,19 @@ def one_line_errors(script: str = "train.py") -> Iterator[Outcome]:
 
 
 def raised_by_us(error: BaseException) -> bool:
-    """Whether a `raise` statement of this repository made it: then the message is deliberate and complete."""
-    frames = traceback.extract_tb(error.__traceback__)
-    if not frames or not frames[-1].line.startswith("raise"):
+    """Whether a `raise` statement of this repository made it: then the message is deliberate and complete.
+
+    By the instruction that the innermost frame stopped at, not by its source, which an installed copy may lack: what a
+    library in C raises stops at a call of ours.
+    """
+    last = error.__traceback__
+    if last is None:
         return False
-    return Path(frames[-1].filename).resolve().is_relative_to(ROOT)
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    stopped_at = dis.opname[code.co_code[last.tb_lasti]]
+    return stopped_at == "RAISE_VARARGS" and Path(code.co_filename).resolve().is_relative_to(ROOT)
 
 
 def say(script: str, text: str) -> None:
