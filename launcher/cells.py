@@ -50,7 +50,7 @@ HARMLESS = (
 )
 
 
-class GridError(ValueError):
+class CellError(ValueError):
     """A wrong grid file, grid or cell name; the message is complete."""
 
 
@@ -69,56 +69,56 @@ def names() -> list[str]:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The grid `name`. GridError, naming the nearest one, when there is none, or for a malformed file."""
+    """The grid `name`. CellError, naming the nearest one, when there is none, or for a malformed file."""
     if name not in names():
         near = suggestion(name, names(), f"grids: {', '.join(names())}")
-        raise GridError(f"experiment={name} is not a grid{near}")
-    grid = yamlfile.read(FOLDER / f"{name}.yaml", GridError)
-    if set(grid) != set(KEYS):
-        raise GridError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(map(str, grid))}")
-    _check_shape(grid, f"{name}.yaml")
-    return grid
+        raise CellError(f"experiment={name} is not a grid{near}")
+    experiment = yamlfile.read(FOLDER / f"{name}.yaml", CellError)
+    if set(experiment) != set(KEYS):
+        raise CellError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(map(str, experiment))}")
+    _check_shape(experiment, f"{name}.yaml")
+    return experiment
 
 
-def _check_shape(grid: dict[str, Any], file: str) -> None:
-    """GridError unless base, axes and cells are what this module's docstring says."""
-    base, axes, cells = (grid[key] for key in KEYS)
+def _check_shape(experiment: dict[str, Any], file: str) -> None:
+    """CellError unless base, axes and cells are what this module's docstring says."""
+    base, axes, cells = (experiment[key] for key in KEYS)
     if not _are(str, base):
-        raise GridError(f"{file}: base: needs a list of overrides, such as [model=llama_30m, steps=100]")
+        raise CellError(f"{file}: base: needs a list of overrides, such as [model=llama_30m, steps=100]")
     if not axes or not isinstance(axes, dict):
-        raise GridError(f"{file}: axes: needs axes by name, such as recipe: {{bf16: [quant=bf16]}}")
+        raise CellError(f"{file}: axes: needs axes by name, such as recipe: {{bf16: [quant=bf16]}}")
     for axis, rule in axes.items():
         if not isinstance(rule, str):
             _check_values(rule, f"{file}: axis {axis}")
     if not cells or not _are(dict, cells):
-        raise GridError(f"{file}: cells: needs a list of blocks, such as - {{recipe: bf16, seed: s0}}")
+        raise CellError(f"{file}: cells: needs a list of blocks, such as - {{recipe: bf16, seed: s0}}")
 
 
 def _check_values(rule: Any, where: str) -> None:
     if not isinstance(rule, dict):
-        raise GridError(f"{where}: needs values by name, or one override as text")
+        raise CellError(f"{where}: needs values by name, or one override as text")
     for value, overrides in rule.items():
         if not isinstance(value, str):
-            raise GridError(f"{where}: YAML reads {value!r} as no text; put the value's name in quotes")
+            raise CellError(f"{where}: YAML reads {value!r} as no text; put the value's name in quotes")
         if not _are(str, overrides):
-            raise GridError(f"{where}, {value}: needs a list of overrides, such as [quant=bf16]")
+            raise CellError(f"{where}, {value}: needs a list of overrides, such as [quant=bf16]")
 
 
 def _are(kind: type, values: Any) -> bool:
     return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
-def expand(grid: dict[str, Any]) -> dict[str, list[str]]:
-    """{cell name: overrides}, in the order of the file. GridError for a value that its axis doesn't know, for keys of
+def expand(experiment: dict[str, Any]) -> dict[str, list[str]]:
+    """{cell name: overrides}, in the order of the file. CellError for a value that its axis doesn't know, for keys of
     another shape, and for cells that cost.py and run_grid.py would look for in the wrong folder."""
-    axes: dict[str, Any] = grid["axes"]
+    axes: dict[str, Any] = experiment["axes"]
     cells: dict[str, list[str]] = {}
-    for block in grid["cells"]:
+    for block in experiment["cells"]:
         if set(block) != set(axes):
-            raise GridError(f"cells: a block needs each of {', '.join(axes)}; got {', '.join(block)}")
+            raise CellError(f"cells: a block needs each of {', '.join(axes)}; got {', '.join(block)}")
         for values in itertools.product(*(_as_list(block[axis]) for axis in axes)):
             parts = [_overrides(axis, rule, value) for (axis, rule), value in zip(axes.items(), values, strict=True)]
-            cells["/".join(values)] = [*grid["base"], *itertools.chain(*parts)]
+            cells["/".join(values)] = [*experiment["base"], *itertools.chain(*parts)]
     _check_places(cells)
     return cells
 
@@ -129,9 +129,9 @@ def _check_places(cells: dict[str, list[str]]) -> None:
     for cell, overrides in cells.items():
         for item in overrides:
             if setting(item)[0] in ("run.name", "paths.runs"):
-                raise GridError(f"cell {cell} sets {item}: a cell names its run, and paths.runs=... is for the command")
+                raise CellError(f"cell {cell} sets {item}: a cell names its run, and paths.runs=... is for the command")
         if (first := folders.setdefault(run_name("", cell), cell)) != cell:
-            raise GridError(f"cells {first} and {cell} would be one run folder; change a value's name")
+            raise CellError(f"cells {first} and {cell} would be one run folder; change a value's name")
 
 
 def setting(override: str) -> tuple[str, str]:
@@ -144,7 +144,7 @@ def resolve(overrides: list[str]) -> Resolved:
     """Write `experiment=<grid> cell=<name>` out; other overrides follow and win. Without a grid nothing changes.
 
     The run is named after the cell, so that cost.py and run_grid.py find it; overrides that change the numerics add
-    eight digits of their hash to the name. GridError for a grid without a cell, a cell without a grid, an unknown cell.
+    eight digits of their hash to the name. CellError for a grid without a cell, a cell without a grid, an unknown cell.
     """
     given = dict(item.split("=", 1) for item in overrides if item.startswith(("experiment=", "cell=")))
     experiment, cell = given.get("experiment"), given.get("cell")
@@ -152,13 +152,13 @@ def resolve(overrides: list[str]) -> Resolved:
     if experiment not in names():
         if cell is not None:
             near = suggestion(experiment or "", names(), f"grids: {', '.join(names())}")
-            raise GridError(f"cell={cell} needs experiment=<grid>{near}")
+            raise CellError(f"cell={cell} needs experiment=<grid>{near}")
         return Resolved(overrides)
     cells = expand(load(experiment))
     if cell not in cells:
         near = difflib.get_close_matches(cell or "", cells, n=3, cutoff=0.5) or list(cells)[:3]
         asked = f"has no cell {cell}" if cell else "is a grid and needs a cell"
-        raise GridError(
+        raise CellError(
             f"experiment={experiment} {asked}; for example cell={' or cell='.join(near)} ({len(cells)} cells)"
         )
     named = [f"run.name={run_name(experiment, cell, rest)}"]
@@ -177,9 +177,9 @@ def _overrides(axis: str, rule: Any, value: str) -> list[str]:
         try:
             return [rule.format_map(_Number(value))]
         except ValueError as error:
-            raise GridError(f"axis {axis}: {error}") from None
+            raise CellError(f"axis {axis}: {error}") from None
     if value not in rule:
-        raise GridError(f"axis {axis} has no value {value!r}{suggestion(value, rule)}")
+        raise CellError(f"axis {axis} has no value {value!r}{suggestion(value, rule)}")
     return list(rule[value])
 
 
@@ -202,5 +202,5 @@ def _as_list(value: Any) -> list[str]:
 
 
 def _is_grid(path: Path) -> bool:
-    content = yamlfile.read(path, GridError)
+    content = yamlfile.read(path, CellError)
     return isinstance(content, dict) and "cells" in content

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 import configs
 from base.words import suggestion
 from base.yamlfile import gist
-from launcher import cells as grids
+from launcher import cells as experiments
 from launcher.schema import FREE_FORM, known_keys, register
 from quant import recipefile
 from quant.recipe import OPERANDS
@@ -100,8 +100,8 @@ def compose(overrides: list[str]) -> Composed:
     `experiment=<grid> cell=<name>` is written out first (launcher/cells.py); both names are then among the choices.
     """
     try:
-        resolved = grids.resolve(overrides)
-    except grids.GridError as error:
+        resolved = experiments.resolve(overrides)
+    except experiments.CellError as error:
         raise ConfigError(str(error)) from error
     parsed = [check(override) for override in parse(resolved.overrides)]
     for override in parsed:

@@ -73,7 +73,7 @@ def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) ->
             return show_screens(jobs, composed, nodes, processes)
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
             print(f"job {number}: train.py {shlex.join(job)}")
-    except slurm.GridError as error:
+    except slurm.CellError as error:
         raise ConfigError(str(error)) from error
     return 0
 

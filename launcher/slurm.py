@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from base.processes import descendants
-from launcher.cells import GridError
+from launcher.cells import CellError
 from training.ranks.signals import EXIT_HUNG, EXIT_PREEMPTED
 
 # Where train.py saves and leaves with code 75; submitit's own default, USR2, would end it without a save.
@@ -130,7 +130,7 @@ def jobs_in_queue(options: dict[str, str]) -> set[str]:
     """Ids of this user's jobs that wait or run, the elements of an array one by one ("17_0", "17_1"). None with
     cluster=local|debug, where nothing waits.
 
-    GridError if squeue doesn't answer: nothing is submitted blindly.
+    CellError if squeue doesn't answer: nothing is submitted blindly.
     """
     if options.get("cluster", SLURM) != SLURM:
         return set()
@@ -138,10 +138,10 @@ def jobs_in_queue(options: dict[str, str]) -> set[str]:
     try:
         return set(subprocess.run(words, capture_output=True, text=True, timeout=60, check=True).stdout.split())
     except FileNotFoundError:
-        raise GridError(NO_SLURM.format("squeue")) from None
+        raise CellError(NO_SLURM.format("squeue")) from None
     except (OSError, subprocess.SubprocessError) as error:
         reason = (getattr(error, "stderr", None) or str(error)).strip()
-        raise GridError(f"{shlex.join(words)}: {reason}; which cells wait or run already can't be seen") from None
+        raise CellError(f"{shlex.join(words)}: {reason}; which cells wait or run already can't be seen") from None
 
 
 @dataclass(frozen=True)
@@ -156,9 +156,9 @@ class Wish:
 
 def read_options(name: str, options: dict[str, str]) -> Wish:
     """`options`: submitit's parameters and sbatch's, cluster=local|debug for trials, and processes_per_node (default:
-    gpus_per_node, itself 1). GridError where a number isn't one, and for a job without a time limit."""
+    gpus_per_node, itself 1). CellError where a number isn't one, and for a job without a time limit."""
     if {"use_srun", "slurm_use_srun"} & options.keys():
-        raise GridError(
+        raise CellError(
             "slurm.use_srun: jobs start through srun, which passes SLURM's warning on to them; without it a job would "
             "end unsaved. Leave slurm.use_srun out"
         )
@@ -167,18 +167,18 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
         least = NUMBERS.get(key.removeprefix("slurm_"))
         if least is not None and (type(value) is not int or value < least):
             unit = " of minutes" if key in TIME_LIMITS else ""
-            raise GridError(f"slurm.{key}={options[key]}: give a whole number{unit}, {least} or more")
+            raise CellError(f"slurm.{key}={options[key]}: give a whole number{unit}, {least} or more")
     for key, value in options.items():
         if split := SPLIT.get(key.removeprefix("slurm_")):
             try:
                 given[key] = split(value)
             except ValueError as error:
-                raise GridError(f"slurm.{key}={value}: {error}") from None
+                raise CellError(f"slurm.{key}={value}: {error}") from None
     given = {key: value for key, value in given.items() if value is not False}  # a flag left out
     cluster = given.pop("cluster", SLURM)
     if cluster == SLURM and not TIME_LIMITS & given.keys():
         # submitit's own five minutes would be spent on starting and saving.
-        raise GridError("launcher=slurm needs a time limit: slurm.timeout_min=1440; a job that reaches it is requeued")
+        raise CellError("launcher=slurm needs a time limit: slurm.timeout_min=1440; a job that reaches it is requeued")
     processes = given.pop("processes_per_node", given.get("gpus_per_node", 1) or 1)
     settings = {key if key in SHARED or key.startswith("slurm_") else f"slurm_{key}": v for key, v in given.items()}
     defaults = {"name": name, "gpus_per_node": 1, "tasks_per_node": 1, "slurm_signal_delay_s": WARNING_S}
@@ -191,26 +191,26 @@ def _typed(value: str) -> int | bool | str:
 
 
 def executor_for(wish: Wish, folder: Path, options: dict[str, str], cluster: str):
-    """submitit's executor with these parameters. GridError without submitit, or for an option that it refuses."""
+    """submitit's executor with these parameters. CellError without submitit, or for an option that it refuses."""
     os.environ.setdefault("SUBMITIT_PREEMPT_SIGNAL", PREEMPT_SIGNAL)  # submitit reads it when it is imported
     try:
         import submitit
     except ImportError:
-        raise GridError("launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
+        raise CellError("launcher=slurm needs submitit: pip install -e '.[slurm]'") from None
     if cluster == SLURM and shutil.which("srun") is None:
-        raise GridError(NO_SLURM.format("srun"))
+        raise CellError(NO_SLURM.format("srun"))
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster, slurm_max_num_timeout=MAX_TIMEOUTS)
         executor.update_parameters(**wish.parameters)
     # submitit's, for an unknown option, type or cluster
     except (NameError, AssertionError, ValueError, TypeError) as error:
         given = " ".join(f"slurm.{key}={value}" for key, value in options.items())
-        raise GridError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None
+        raise CellError(f"{given}: submitit refuses it: {str(error).splitlines()[0]}") from None
     return executor
 
 
 def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str, str]) -> list[str]:
-    """Submit one job array; returns the job ids. GridError without submitit, or for what it or sbatch refuses."""
+    """Submit one job array; returns the job ids. CellError without submitit, or for what it or sbatch refuses."""
     if not commands:
         return []
     wish = read_options(name, options)
@@ -218,7 +218,7 @@ def submit(name: str, folder: Path, commands: list[list[str]], options: dict[str
     try:
         return [job.job_id for job in executor.map_array(Task(wish.processes), commands)]
     except (RuntimeError, OSError) as error:  # what sbatch says, or a folder that can't be written
-        raise GridError(f"launcher=slurm: {'; '.join(filter(None, str(error).splitlines()))}") from None
+        raise CellError(f"launcher=slurm: {'; '.join(filter(None, str(error).splitlines()))}") from None
 
 
 def submit_runs(jobs: list[list[str]], options: dict[str, str]) -> list[str]:
@@ -234,14 +234,14 @@ def split_folder(options: dict[str, str]) -> tuple[Path, dict[str, str]]:
 
 
 def ranks_of(options: dict[str, str]) -> tuple[int, int]:
-    """(nodes, processes on each) of a run with these options. GridError as read_options."""
+    """(nodes, processes on each) of a run with these options. CellError as read_options."""
     wish = read_options(RUNS, split_folder(options)[1])
     return wish.nodes, wish.processes
 
 
 def described(count: int, options: dict[str, str]) -> str:
     """What submit_runs would submit for `count` runs, without SLURM; where submitit is installed it checks the options.
-    GridError as submit_runs."""
+    CellError as submit_runs."""
     folder, rest = split_folder(options)
     wish = read_options(RUNS, rest)
     if importlib.util.find_spec("submitit"):

@@ -27,8 +27,8 @@ from base.files import write_json
 from base.flops import peak_of
 from base.runfolder import read_json
 from base.terminal import quiet_pipes
-from launcher import gridline
-from launcher.cells import GridError
+from launcher import cellline
+from launcher.cells import CellError
 from launcher.compose import Composed, ConfigError, compose
 from training.config import TrainConfig
 
@@ -37,7 +37,7 @@ SPEED = ("tokens_per_second",)
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
 
-def cells_of(line: gridline.GridLine) -> list[Cell]:
+def cells_of(line: cellline.CellLine) -> list[Cell]:
     """All chosen cells. Composing takes long, and cells share most of it: each shape and each recipe composed once."""
     composed: dict[tuple[str, ...], Composed] = {}
 
@@ -204,12 +204,12 @@ def main(words: list[str]) -> int:
     try:
         if any(word.startswith("measure=") for word in words):
             return measure(words)
-        line = gridline.read(words, OWN)
+        line = cellline.read(words, OWN)
         details = line.is_true("details")
         table = table_for(line.own)
         cells = cells_of(line)
         found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
-    except (GridError, ConfigError, ValueError, OSError) as error:
+    except (CellError, ConfigError, ValueError, OSError) as error:
         print(f"plan: {error}", file=sys.stderr)
         return 2
     peak = peak_of(table["device"])

@@ -36,8 +36,8 @@ from base.files import write_text
 from base.processes import stop_signals
 from base.runfolder import RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
-from launcher import gridline, slurm
-from launcher.cells import GridError
+from launcher import cellline, slurm
+from launcher.cells import CellError
 from launcher.cli import take_launcher
 from launcher.compose import ConfigError, compose
 from launcher.slurm import TRAIN
@@ -59,22 +59,22 @@ class Running:
     began: float = field(default_factory=time.monotonic)
 
 
-def look(line: gridline.GridLine) -> dict[str, states.State]:
+def look(line: cellline.CellLine) -> dict[str, states.State]:
     return {cell: states.state_of(line.runs, line.run_name(cell)) for cell in line.cells}
 
 
-def pending(line: gridline.GridLine, found: dict[str, states.State]) -> list[str]:
+def pending(line: cellline.CellLine, found: dict[str, states.State]) -> list[str]:
     """Cells that nobody has finished or is running, begun ones first: they are nearest to a result. Those that diverged
     only where the command says how to get past that: they would end as before."""
     begun = {states.STOPPED, states.DIVERGED} if MENDED & set(line.extra) else {states.STOPPED}
     return [c for wanted in (begun, {states.MISSING}) for c in found if found[c].status in wanted]
 
 
-def command(line: gridline.GridLine, cell: str) -> list[str]:
+def command(line: cellline.CellLine, cell: str) -> list[str]:
     return [sys.executable, str(TRAIN), f"experiment={line.experiment}", f"cell={cell}", *line.extra]
 
 
-def start(line: gridline.GridLine, cell: str, lane: str | None) -> Running | None:
+def start(line: cellline.CellLine, cell: str, lane: str | None) -> Running | None:
     """Start one run; None when another process holds or has finished the cell by now. The child inherits the lock."""
     name = line.run_name(cell)
     lock = states.cell_lock(line.runs, name)
@@ -102,7 +102,7 @@ def start(line: gridline.GridLine, cell: str, lane: str | None) -> Running | Non
 
 
 def gpu_lanes(wanted: str, per_gpu: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES per lane, first lane of every GPU first; [None] without one. GridError for an absent GPU."""
+    """CUDA_VISIBLE_DEVICES per lane, first lane of every GPU first; [None] without one. CellError for an absent GPU."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout.splitlines()
@@ -115,14 +115,14 @@ def gpu_lanes(wanted: str, per_gpu: int) -> list[str | None]:
         return [None]
     chosen = here if wanted == "all" else wanted.split(",")
     if missing := sorted(set(chosen) - set(here)):
-        raise GridError(f"gpus={wanted}: no GPU {', '.join(missing)} here (there are: {', '.join(here) or 'none'})")
+        raise CellError(f"gpus={wanted}: no GPU {', '.join(missing)} here (there are: {', '.join(here) or 'none'})")
     return [gpu for _ in range(per_gpu) for gpu in chosen]
 
 
-def run_local(line: gridline.GridLine) -> int:
+def run_local(line: cellline.CellLine) -> int:
     """Keep every lane busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
     if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
-        raise GridError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
+        raise CellError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
     lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
     outlive_readers()  # `| head` ends no grid
     found = look(line)
@@ -169,7 +169,7 @@ def run_local(line: gridline.GridLine) -> int:
     return 1 if failed or is_damaged else EXIT_PREEMPTED if stopping else 0
 
 
-def begin(line: gridline.GridLine, cell: str, lanes: list[str | None], running: list[Running]) -> None:
+def begin(line: cellline.CellLine, cell: str, lanes: list[str | None], running: list[Running]) -> None:
     run = start(line, cell, lanes[0])
     if run is None:
         print(f"{cell}: finished or running elsewhere, left alone", flush=True)
@@ -180,7 +180,7 @@ def begin(line: gridline.GridLine, cell: str, lanes: list[str | None], running: 
     print(f"{cell}: started on {place}, pid {run.process.pid}", flush=True)
 
 
-def report(line: gridline.GridLine, run: Running, queued: int, running: int) -> None:
+def report(line: cellline.CellLine, run: Running, queued: int, running: int) -> None:
     state = states.state_of(line.runs, line.run_name(run.cell))
     loss = "" if state.loss is None else f", final loss {state.loss:.4f}"
     minutes = (time.monotonic() - run.began) / 60
@@ -191,7 +191,7 @@ def report(line: gridline.GridLine, run: Running, queued: int, running: int) -> 
     )
 
 
-def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
+def submit(line: cellline.CellLine, options: dict[str, str]) -> int:
     """One job array of what is missing and not in the queue; see launcher/slurm.py. Locks don't tell: a waiting job has
     none, and a running one's may not be seen from this machine."""
     folder = line.runs / ".grid" / "slurm"
@@ -214,14 +214,14 @@ def submit(line: gridline.GridLine, options: dict[str, str]) -> int:
 
 @contextmanager
 def submitting(folder: Path) -> Iterator[None]:
-    """One at a time: between the look at the queue and the jobs' records nobody else submits. GridError if one does."""
+    """One at a time: between the look at the queue and the jobs' records nobody else submits. CellError if one does."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         lock_file(descriptor)
         yield
     except BlockingIOError:
-        raise GridError(f"another run_grid.py is submitting into {folder}; wait, then give the command again") from None
+        raise CellError(f"another run_grid.py is submitting into {folder}; wait, then give the command again") from None
     finally:
         os.close(descriptor)
 
@@ -232,11 +232,11 @@ def main(words: list[str]) -> int:
         return 0 if words else 2
     try:
         rest, options = take_launcher(words)
-        line = gridline.read(rest, OWN)
+        line = cellline.read(rest, OWN)
         # One for all: cells differ by what the grid's file says, and a mistake in `extra` would fail in every log.
         first = [f"experiment={line.experiment}", f"cell={next(iter(line.cells))}"]
         if compose([*first, *line.extra]).config.dry_run:
-            raise GridError(
+            raise CellError(
                 f"dry_run=true runs no cell: list=true lists them; train.py {' '.join(first)} dry_run=true shows a plan"
             )
         if line.is_true("list"):
@@ -245,7 +245,7 @@ def main(words: list[str]) -> int:
                 print(shlex.join(command(line, cell)))
             return int(states.tell_damaged(found))
         return run_local(line) if options is None else submit(line, options)
-    except (GridError, ConfigError, RunError, OSError) as error:
+    except (CellError, ConfigError, RunError, OSError) as error:
         print(f"run_grid: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the grid is read: later, run_local takes it

@@ -4,8 +4,8 @@ from dataclasses import asdict
 import pytest
 
 from analysis import published
-from launcher import cells as grids
-from launcher import gridline
+from launcher import cellline
+from launcher import cells as experiments
 from launcher.compose import ConfigError, compose, sweep
 from quant import library
 from training.start.derive import derive
@@ -21,7 +21,7 @@ def small_grid(**changes):
 
 
 def test_cells_are_products_of_a_block_in_the_order_of_the_file():
-    assert grids.expand(small_grid()) == {
+    assert experiments.expand(small_grid()) == {
         "a/0.75B": ["seed=0", "model=llama_tiny", "tokens=750000000"],
         "b/0.75B": ["seed=0", "tokens=750000000"],
         "a/1.5M": ["seed=0", "model=llama_tiny", "tokens=1500000"],
@@ -37,8 +37,8 @@ def test_cells_are_products_of_a_block_in_the_order_of_the_file():
     ],
 )
 def test_a_wrong_block_is_named(cells, message):
-    with pytest.raises(grids.GridError, match=message):
-        grids.expand(small_grid(cells=cells))
+    with pytest.raises(experiments.CellError, match=message):
+        experiments.expand(small_grid(cells=cells))
 
 
 @pytest.mark.parametrize(
@@ -57,49 +57,49 @@ def test_a_wrong_block_is_named(cells, message):
 )
 def test_a_file_of_another_shape_is_named(text, message, tmp_path, monkeypatch):
     (tmp_path / "mine.yaml").write_text(text)
-    monkeypatch.setattr(grids, "FOLDER", tmp_path)
-    with pytest.raises(grids.GridError, match=f"mine.yaml: {message}"):
-        gridline.read(["experiment=mine"], {})
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    with pytest.raises(experiments.CellError, match=f"mine.yaml: {message}"):
+        cellline.read(["experiment=mine"], {})
 
 
 @pytest.mark.parametrize("item", ["paths.runs=runs/mine", "++paths.runs=runs/mine", "run.name=mine"])
 def test_a_grid_file_moves_no_run(item):
     """cost.py and run_grid.py would look elsewhere, and call finished cells missing."""
-    with pytest.raises(grids.GridError, match=f"cell a/0.75B sets {re.escape(item)}: "):
-        grids.expand(small_grid(base=[item]))
+    with pytest.raises(experiments.CellError, match=f"cell a/0.75B sets {re.escape(item)}: "):
+        experiments.expand(small_grid(base=[item]))
 
 
 def test_cells_of_one_run_folder_are_refused():
     axes = {"a": {"x-y": [], "x": ["seed=1"]}, "b": {"z": [], "y-z": []}}
-    with pytest.raises(grids.GridError, match="cells x-y/z and x/y-z would be one run folder"):
-        grids.expand(small_grid(axes=axes, cells=[{"a": "x-y", "b": "z"}, {"a": "x", "b": "y-z"}]))
+    with pytest.raises(experiments.CellError, match="cells x-y/z and x/y-z would be one run folder"):
+        experiments.expand(small_grid(axes=axes, cells=[{"a": "x-y", "b": "z"}, {"a": "x", "b": "y-z"}]))
 
 
 def test_the_scripts_look_where_the_runs_go():
     words = ["experiment=corpus_screen", "only=bf16/s0"]
-    line = gridline.read([*words, "paths.runs=a", "++paths.runs=b"], {})
+    line = cellline.read([*words, "paths.runs=a", "++paths.runs=b"], {})
     assert str(line.runs) == "b"
-    with pytest.raises(grids.GridError, match=r"run\.name=mine: all cells would be one run"):
-        gridline.read([*words, "run.name=mine"], {})
+    with pytest.raises(experiments.CellError, match=r"run\.name=mine: all cells would be one run"):
+        cellline.read([*words, "run.name=mine"], {})
 
 
 def test_an_override_may_not_make_two_cells_one_run():
     words = ["experiment=corpus_screen", "only=bf16/s[01],sr/s0"]
-    with pytest.raises(grids.GridError, match=r"^\+\+seed=5: cells bf16/s0 and bf16/s1 would be the same run"):
-        gridline.read([*words, "++seed=5"], {})
-    assert len(gridline.read([*words, "optim.lr=1e-3"], {}).cells) == 3
-    one_seed = gridline.read(["experiment=corpus_screen", "only=*/s0", "seed=5"], {}).cells
+    with pytest.raises(experiments.CellError, match=r"^\+\+seed=5: cells bf16/s0 and bf16/s1 would be the same run"):
+        cellline.read([*words, "++seed=5"], {})
+    assert len(cellline.read([*words, "optim.lr=1e-3"], {}).cells) == 3
+    one_seed = cellline.read(["experiment=corpus_screen", "only=*/s0", "seed=5"], {}).cells
     assert len(one_seed) > 5 and all(cell.endswith("/s0") for cell in one_seed)
 
 
 def test_equal_cells_of_a_file_are_reruns(tmp_path, monkeypatch):
     cells = {"axes": {"change": {"rerun1": [], "rerun2": []}}, "cells": [{"change": ["rerun1", "rerun2"]}]}
-    monkeypatch.setattr(gridline.grids, "load", lambda name: small_grid(**cells))
-    assert len(gridline.read(["experiment=mine", "seed=5"], {}).cells) == 2
+    monkeypatch.setattr(cellline.experiments, "load", lambda name: small_grid(**cells))
+    assert len(cellline.read(["experiment=mine", "seed=5"], {}).cells) == 2
 
 
 def test_published_grid_has_its_126_cells_and_token_counts():
-    cells = grids.expand(grids.load("c4_grid"))
+    cells = experiments.expand(experiments.load("c4_grid"))
     assert len(cells) == 126 and sum(name.startswith("200M/") for name in cells) == 18
     for cell, tokens in zip(("30M/0.75B/quartet2", "30M/12B/bf16"), PUBLISHED_TOKENS, strict=True):
         numbers = derive(compose(cells[cell]).config, WIDTH_30M, world=1)
@@ -110,7 +110,7 @@ def test_published_grid_has_its_126_cells_and_token_counts():
 def test_lengths_of_a_model_double_from_a_quarter_of_its_base(name):
     """Base 3B, 5B, 10B and 20B tokens; six lengths, of the largest model three."""
     lengths = {}
-    for cell, overrides in grids.expand(grids.load(name)).items():
+    for cell, overrides in experiments.expand(experiments.load(name)).items():
         (tokens,) = (int(item.removeprefix("tokens=")) for item in overrides if item.startswith("tokens="))
         lengths.setdefault(cell.split("/")[0], set()).add(tokens)
     bases = {"30M": (3, 6), "50M": (5, 6), "100M": (10, 6), "200M": (20, 3)}
@@ -120,7 +120,7 @@ def test_lengths_of_a_model_double_from_a_quarter_of_its_base(name):
 def test_published_grid_has_the_points_of_the_published_runs():
     sizes = {}
     found = {}
-    for cell, overrides in grids.expand(grids.load("c4_grid")).items():
+    for cell, overrides in experiments.expand(experiments.load("c4_grid")).items():
         given = dict(item.split("=", 1) for item in overrides)
         model = given["model"]
         if model not in sizes:
@@ -142,7 +142,7 @@ def test_corpus_grids_have_the_lengths_of_the_protocol():
 
 
 def test_short_grid_has_whole_seeds_before_the_next_and_fresh_text():
-    cells = list(grids.expand(grids.load("corpus_short")))
+    cells = list(experiments.expand(experiments.load("corpus_short")))
     recipes = ["bf16", "quartet2", "nvidia", "tetrajet2"]
     assert cells[:12] == [f"32k/s{seed}/{recipe}" for seed in range(3) for recipe in recipes]
     for batch, tokens, rows in (("32k", 45_875_200, 26922), ("64k", 91_750_400, 53555)):
@@ -154,8 +154,8 @@ def test_short_grid_has_whole_seeds_before_the_next_and_fresh_text():
 
 def test_every_recipe_of_every_grid_builds():
     seen = set()
-    for name in grids.names():
-        for cell, overrides in grids.expand(grids.load(name)).items():
+    for name in experiments.names():
+        for cell, overrides in experiments.expand(experiments.load(name)).items():
             recipe = tuple(item for item in overrides if item.startswith("quant"))
             if recipe not in seen:
                 built = library.build(compose(list(recipe)).config.quant)
@@ -164,18 +164,18 @@ def test_every_recipe_of_every_grid_builds():
     assert len(seen) > 20
 
 
-@pytest.mark.parametrize("name", grids.names())
+@pytest.mark.parametrize("name", experiments.names())
 def test_no_two_cells_of_a_grid_are_one_run_but_for_reruns(name):
     runs = {}
-    for cell, overrides in grids.expand(grids.load(name)).items():
+    for cell, overrides in experiments.expand(experiments.load(name)).items():
         if "rerun" not in cell:
             given = dict(item.split("=", 1) for item in overrides if not item.startswith("quant.name="))
             assert runs.setdefault(frozenset(given.items()), cell) == cell  # the first cell with these overrides
 
 
-@pytest.mark.parametrize("name", grids.names())
+@pytest.mark.parametrize("name", experiments.names())
 def test_one_cell_of_each_kind_composes(name):
-    cells = grids.expand(grids.load(name))
+    cells = experiments.expand(experiments.load(name))
     kinds = {cell.split("/")[0]: cell for cell in cells}  # the last cell of each first part
     for cell in list(kinds.values())[:4]:
         composed = compose([f"experiment={name}", f"cell={cell}"])
@@ -236,8 +236,8 @@ def test_run_names_follow_the_cell_and_other_numerics_get_another_name():
 
 def test_the_order_and_the_plus_signs_of_extra_words_leave_the_run_its_name():
     one, other = ["optim.lr=1e-3", "batch.micro=4"], ["batch.micro=4", "++paths.runs=/x", "++optim.lr=1e-3"]
-    assert grids.run_name("c4_grid", "a", one) == grids.run_name("c4_grid", "a", other) != "c4_grid-a"
-    assert grids.run_name("c4_grid", "a", ["+log.every=3", "++run.name=b"]) == "c4_grid-a"
+    assert experiments.run_name("c4_grid", "a", one) == experiments.run_name("c4_grid", "a", other) != "c4_grid-a"
+    assert experiments.run_name("c4_grid", "a", ["+log.every=3", "++run.name=b"]) == "c4_grid-a"
 
 
 def test_the_command_line_knows_cells():

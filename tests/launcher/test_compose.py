@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher import cells as grids
+from launcher import cells as experiments
 from launcher.cli import read_command_line
 from launcher.compose import ConfigError, compose, groups, sweep
 from quant import library, recipefile
@@ -180,8 +180,8 @@ def test_every_group_choice_composes():
     for group, options in groups().items():
         for option in options:
             extra = {"text": ["data.files=x.txt"], "hub": ["data.hub_path=x"]}.get(option, [])
-            if group == "experiment" and option in grids.names():
-                extra = [f"cell={next(iter(grids.expand(grids.load(option))))}"]
+            if group == "experiment" and option in experiments.names():
+                extra = [f"cell={next(iter(experiments.expand(experiments.load(option))))}"]
             assert compose([f"{group}={option}", *extra]).choices[group] == option
 
 
@@ -191,7 +191,7 @@ def test_every_group_choice_composes():
 def test_a_mistake_in_yaml_names_the_file(monkeypatch, tmp_path, text, message):
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     monkeypatch.setattr("launcher.compose.ROOT", tmp_path / "configs")
-    monkeypatch.setattr(grids, "FOLDER", tmp_path / "configs" / "experiment")
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path / "configs" / "experiment")
     monkeypatch.setattr(recipefile, "FOLDER", tmp_path / "configs" / "quant")
     (tmp_path / "configs" / "quant" / "sr.yaml").write_text(text)
     for read in (lambda: compose(["quant=sr"]), lambda: library.load("sr")):

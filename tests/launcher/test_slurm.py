@@ -12,7 +12,7 @@ from support import wait_until
 
 from base.processes import descendants
 from launcher import multirun, slurm
-from launcher.cells import GridError
+from launcher.cells import CellError
 from launcher.cli import read_command_line
 from launcher.compose import ConfigError
 
@@ -234,7 +234,7 @@ def test_a_batch_that_the_jobs_ranks_cannot_share_is_not_submitted():
 
 
 def test_a_dry_run_checks_the_options():
-    with pytest.raises(GridError, match=r"slurm\.foo=1.*submitit refuses"):
+    with pytest.raises(CellError, match=r"slurm\.foo=1.*submitit refuses"):
         slurm.described(1, {"foo": "1", "timeout_min": "60"})
 
 
@@ -256,14 +256,14 @@ def test_a_dry_run_checks_the_options():
 )
 def test_numbers_are_whole_numbers(word):
     key, value = word.split("=")
-    with pytest.raises(GridError, match=f"slurm.{word}: give a whole number"):
+    with pytest.raises(CellError, match=f"slurm.{word}: give a whole number"):
         slurm.ranks_of({"timeout_min": "60", key: value})
 
 
 @pytest.mark.parametrize("key", ["use_srun", "slurm_use_srun"])
 def test_jobs_without_srun_are_refused(key):
     """submitit would take "false" for true; and without srun nobody hears --signal=USR1@180."""
-    with pytest.raises(GridError, match=r"^slurm\.use_srun: jobs start through srun.* Leave slurm\.use_srun out$"):
+    with pytest.raises(CellError, match=r"^slurm\.use_srun: jobs start through srun.* Leave slurm\.use_srun out$"):
         slurm.ranks_of({"timeout_min": "60", key: "false"})
 
 
@@ -273,13 +273,13 @@ def test_a_node_without_gpus_runs_one_process():
 
 def test_without_slurm_it_says_so(tmp_path, monkeypatch):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: None)
-    with pytest.raises(GridError, match="no srun"):
+    with pytest.raises(CellError, match="no srun"):
         slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60"})
 
 
 def test_a_job_needs_a_time_limit(tmp_path, on_path):
     on_path(sbatch="echo Submitted batch job 4711", srun="true")
-    with pytest.raises(GridError, match=r"needs a time limit: slurm\.timeout_min="):
+    with pytest.raises(CellError, match=r"needs a time limit: slurm\.timeout_min="):
         slurm.submit("name", tmp_path, [["true"]], {"nodes": "2"})
     assert slurm.submit("name", tmp_path, [["true"]], {"time": "60"}) == ["4711"]
     assert slurm.ranks_of({"cluster": "local"}) == (1, 1)
@@ -291,18 +291,18 @@ def test_a_wrong_option_is_one_line(tmp_path, monkeypatch, options, cluster):
     monkeypatch.setattr(slurm.shutil, "which", lambda name: "/usr/bin/srun")
     monkeypatch.setattr("submitit.slurm.slurm.SlurmExecutor.affinity", lambda *_: 2)
     key, value = next(iter(options.items()))
-    with pytest.raises(GridError, match=rf"slurm\.{key}={value}.*submitit"):
+    with pytest.raises(CellError, match=rf"slurm\.{key}={value}.*submitit"):
         slurm.submit("name", tmp_path, [["true"]], {**options, "cluster": cluster})
 
 
 def test_what_sbatch_refuses_is_one_line(tmp_path, on_path):
     on_path(sbatch="echo sbatch: error: invalid partition >&2; echo sbatch: error: failed >&2; exit 1", srun="true")
-    with pytest.raises(GridError, match=r"^launcher=slurm: sbatch: error: invalid partition; sbatch: error: failed$"):
+    with pytest.raises(CellError, match=r"^launcher=slurm: sbatch: error: invalid partition; sbatch: error: failed$"):
         slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "partition": "gqu"})
-    with pytest.raises(GridError, match=r"slurm\.additional_parameters=x: submitit refuses it"):
+    with pytest.raises(CellError, match=r"slurm\.additional_parameters=x: submitit refuses it"):
         slurm.submit("name", tmp_path, [["true"]], {"timeout_min": "60", "additional_parameters": "x"})
     (tmp_path / "file").touch()
-    with pytest.raises(GridError, match=r"^launcher=slurm: .*file"):
+    with pytest.raises(CellError, match=r"^launcher=slurm: .*file"):
         slurm.submit("name", tmp_path / "file", [["true"]], {"timeout_min": "60"})
 
 
@@ -314,7 +314,7 @@ def test_srun_gets_words(tmp_path, on_path, key):
     assert " --mpi=pmix '--container-image=a b' " in (tmp_path / "4711_submission.sh").read_text()
     shown = slurm.described(1, options)
     assert "\nsrun       --mpi=pmix '--container-image=a b'\n" in shown and "srun-args" not in shown
-    with pytest.raises(GridError, match=rf"^slurm\.{key}=--x='a: No closing quotation$"):
+    with pytest.raises(CellError, match=rf"^slurm\.{key}=--x='a: No closing quotation$"):
         slurm.submit("name", tmp_path, [["true"]], options | {key: "--x='a"})
 
 
@@ -348,7 +348,7 @@ def test_true_is_a_flag_and_false_none(tmp_path, on_path, prefix):
 
 
 def test_a_wrong_cluster_is_one_line(tmp_path):
-    with pytest.raises(GridError, match=r"slurm\.cluster=foo: submitit refuses it"):
+    with pytest.raises(CellError, match=r"slurm\.cluster=foo: submitit refuses it"):
         slurm.submit("name", tmp_path, [["true"]], {"cluster": "foo"})
 
 

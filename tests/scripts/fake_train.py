@@ -11,14 +11,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from launcher import cells as grids
+from launcher import cells as experiments
 
 STEPS, HELD_AT = 20, 3
 
 
 def main(words: list[str]) -> int:
     given = dict(word.split("=", 1) for word in words)
-    folder = Path(given["paths.runs"]) / grids.run_name(given["experiment"], given["cell"], words[2:])
+    folder = Path(given["paths.runs"]) / experiments.run_name(given["experiment"], given["cell"], words[2:])
     if given.get("seed") == "666":
         print("no such data")
         return 1

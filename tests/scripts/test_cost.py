@@ -31,7 +31,7 @@ def cell(model="llama_30m", recipe="quartet2", base=None, flops_per_token=1000):
 
 def cells(*words):
     module = plan_module()
-    return {cell.name: cell for cell in module.cells_of(module.gridline.read(words, module.OWN))}
+    return {cell.name: cell for cell in module.cells_of(module.cellline.read(words, module.OWN))}
 
 
 def plan_module():

@@ -13,7 +13,7 @@ import pytest
 from support import wait_until
 
 from analysis import states
-from launcher import cells as grids
+from launcher import cells as experiments
 from training.ranks.signals import RunLock
 
 HERE = Path(__file__).parent
@@ -45,12 +45,12 @@ def start_script(runs, *words):
 
 
 def starts(runs, cell):
-    return (runs / grids.run_name("corpus_screen", cell) / "starts").read_text().splitlines()
+    return (runs / experiments.run_name("corpus_screen", cell) / "starts").read_text().splitlines()
 
 
 def hold(runs) -> Path:
     """Where a file keeps the run of bf16/s0 from going on."""
-    path = runs / grids.run_name("corpus_screen", "bf16/s0") / "hold"
+    path = runs / experiments.run_name("corpus_screen", "bf16/s0") / "hold"
     path.parent.mkdir(parents=True)
     path.touch()
     return path
@@ -80,7 +80,7 @@ def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, on_
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run_grid.gpu_lanes("all", 2) == ["0", "1", "0", "1"]
     assert run_grid.gpu_lanes("1", 1) == ["1"]
-    with pytest.raises(grids.GridError, match="no GPU 7 here"):
+    with pytest.raises(experiments.CellError, match="no GPU 7 here"):
         run_grid.gpu_lanes("0,7", 1)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
     assert run_grid.gpu_lanes("all", 1) == ["1"]
@@ -144,7 +144,7 @@ def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path
 
 def test_a_run_that_diverges_in_spite_of_skip_is_not_told_to_skip(run_grid, tmp_path, capsys):
     words = ["seed=666", f"paths.runs={tmp_path}"]  # which fails
-    folder = tmp_path / grids.run_name("corpus_screen", "bf16/s0", words)
+    folder = tmp_path / experiments.run_name("corpus_screen", "bf16/s0", words)
     folder.mkdir()
     (folder / "run.json").write_text("{}")
     (folder / "metrics.jsonl").write_text('{"kind": "event", "event": "nonfinite", "step": 6, "bad_step": 7}\n')
@@ -236,7 +236,7 @@ def test_who_asks_is_not_who_runs(run_grid, tmp_path):
     lock.acquire()
     assert states.is_locked(path)
     lock.release()
-    line = run_grid.gridline.read(["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"], run_grid.OWN)
+    line = run_grid.cellline.read(["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"], run_grid.OWN)
     cell = states.cell_lock(tmp_path, line.run_name("bf16/s0"))
     cell.parent.mkdir()
     asking = os.open(cell, os.O_RDWR | os.O_CREAT)
