@@ -27,7 +27,7 @@ from base.yamlfile import gist
 from launcher import cells as experiments
 from launcher.schema import FREE_FORM, known_keys, register
 from quant import recipefile
-from quant.recipe import OPERANDS
+from quant.names import OPERANDS
 from training.config import TrainConfig
 
 ROOT = configs.FOLDER

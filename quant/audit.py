@@ -15,7 +15,7 @@ from kernels.gemm import gemm
 from kernels.quantize import Quantized
 from kernels.quantize.reference_impl import hadamard
 from kernels.spec import GROWING_SCALE_CAP, NO_CLIP_MAX, NVFP4_SCALES, QuantSpec, default_limits
-from quant.linear import fixed_or
+from quant.held import fixed_or
 from quant.recipe import SLOTS, Recipe
 
 SHAPE = (1024, 2048)  # 2M elements: the error of a Gaussian's MSE is 0.1 %

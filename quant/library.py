@@ -6,12 +6,11 @@ from base.tree import flatten
 from base.words import suggestion
 from kernels.spec import default_limits
 from quant import recipefile
+from quant.product import Product
+from quant.products import PRODUCTS
 from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe
 from quant.recipefile import names
-from quant.schemes import SCHEMES
 
-# Six operand slots, or a scheme that those can't say (quant/schemes).
-AnyRecipe = Recipe | Any
 # Keys of a recipe file that belong to the precision plan (quant/plan.py), not to the recipe.
 PLAN_KEYS = ("rules", "high_precision")
 
@@ -26,19 +25,19 @@ def mapping(name: str) -> dict[str, Any]:
     return recipefile.read(recipefile.FOLDER / f"{name}.yaml")
 
 
-def load(name: str) -> AnyRecipe:
+def load(name: str) -> Product:
     """Recipe `name` of configs/quant."""
     return build(mapping(name))
 
 
-def build(values: dict[str, Any]) -> AnyRecipe:
+def build(values: dict[str, Any]) -> Product:
     """A recipe from a mapping in the form of a recipe file, possibly overridden; a GEMM may be "none".
 
     Raises ValueError for such a GEMM under a name that no file has: which sources it should keep is not known.
     """
     fields = _recipe_fields(values)
     if "scheme" in fields:
-        return _scheme(str(fields["scheme"])).from_dict(fields)
+        return _product(str(fields["scheme"])).from_dict(fields)
     has_file = fields.get("name") in names()
     base = Recipe.from_dict(_recipe_fields(mapping(fields["name"]))) if has_file else None
     for gemm in GEMMS:
@@ -50,9 +49,9 @@ def build(values: dict[str, Any]) -> AnyRecipe:
     return Recipe.from_dict(fields, base)
 
 
-def label(recipe: AnyRecipe) -> str:
+def label(recipe: Product) -> str:
     """The recipe's name and each field that differs from its file: "quartet2 fprop.x.select=absmax"."""
-    if not isinstance(recipe, Recipe):
+    if recipe.label is not None:
         return recipe.label
     if recipe.name not in names():
         return recipe.name
@@ -96,10 +95,10 @@ def _drop_unquantized(changed: dict[str, Any], own: dict[str, Any], gemm: str) -
             changed.pop(key, None)
 
 
-def _scheme(name: str) -> Any:
-    if name not in SCHEMES:
-        raise ValueError(f"quant.scheme={name!r} is unknown; schemes: {', '.join(SCHEMES)}")
-    return SCHEMES[name]
+def _product(scheme: str) -> Any:
+    if scheme not in PRODUCTS:
+        raise ValueError(f"quant.scheme={scheme!r} is unknown; schemes: {', '.join(PRODUCTS)}")
+    return PRODUCTS[scheme]
 
 
 def _recipe_fields(values: dict[str, Any]) -> dict[str, Any]:

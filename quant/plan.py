@@ -10,13 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from base.words import suggestion
-from kernels import backend
-from kernels import gemm as gemms
-from kernels.spec import NVFP4_BLOCK
 from quant import library
-from quant.library import AnyRecipe
 from quant.linear import QuantLinear
-from quant.recipe import FPROP_SLOT, GEMMS, SLOTS, Gemm, Operand, Recipe, mapping_at
+from quant.product import Product
+from quant.recipe import mapping_at
 
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
@@ -28,14 +25,14 @@ class Rule:
     """Layers whose name matches the glob `match` get `recipe`."""
 
     match: str
-    recipe: AnyRecipe
+    recipe: Product
 
 
 @dataclass(frozen=True)
 class Precision:
     """The `quant` group of the configuration: a recipe, rules over it, and blocks kept in BF16 at either end."""
 
-    recipe: AnyRecipe
+    recipe: Product
     rules: tuple[Rule, ...] = ()
     high_precision_first: int = 0
     high_precision_last: int = 0
@@ -64,7 +61,7 @@ class Entry:
     index: int
     name: str
     shape: tuple[int, int]
-    recipe: AnyRecipe
+    recipe: Product
     reason: str
 
 
@@ -74,27 +71,33 @@ class Plan:
 
     label: str
     entries: tuple[Entry, ...]
-    recipe: AnyRecipe
+    recipe: Product
 
     @property
     def fullgraph(self) -> bool:
         """Whether torch.compile(fullgraph=True) can take the converted model."""
-        return all(getattr(entry.recipe, "fullgraph", True) for entry in self.entries)
+        return all(entry.recipe.fullgraph for entry in self.entries)
+
+    @property
+    def recipes(self) -> list[Product]:
+        """Those in use, in the order of layers."""
+        return list(dict.fromkeys(entry.recipe for entry in self.entries))
 
     def check_tokens(self, micro_tokens: int) -> None:
         """Raise ValueError where blocks or rotation don't divide the tokens of a micro-batch."""
         for entry in self.entries:
-            for needed in _training_divisors(entry.recipe):
-                if micro_tokens % needed:
+            for divisor in entry.recipe.divisors():
+                if divisor.size == "tokens" and micro_tokens % divisor.number:
                     raise ValueError(
-                        f"{entry.name}: the {micro_tokens} tokens of a micro-batch are no multiple of {needed} "
-                        "(rotation or block); choose batch.micro or batch.seq_len so that they are"
+                        f"{entry.name}: the {micro_tokens} tokens of a micro-batch are no multiple of {divisor.number} "
+                        f"({divisor.what}); choose batch.micro or batch.seq_len so that they are"
                     )
 
     @property
     def forward_divisor(self) -> int:
         """What must divide the tokens of a batch that only goes forward, as evaluation's do: a power of two."""
-        return max((_forward_divisor(entry.recipe) for entry in self.entries), default=1)
+        divisors = (divisor for recipe in self.recipes for divisor in recipe.divisors())
+        return max((d.number for d in divisors if d.size == "tokens" and d.forward), default=1)
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able, for plan.json: the recipes used, resolved, and each layer's."""
@@ -117,43 +120,11 @@ class Plan:
         lines += [
             f"{role:28} {_numbers(found):>8}  {name:{wide}}  {why}" for (role, name, why), found in groups.items()
         ]
-        return "\n".join(lines + [line for recipe, name in names.items() for line in describe(name, recipe)])
+        return "\n".join(lines + [line for recipe, name in names.items() for line in recipe.describe(name)])
 
-    def _names(self) -> dict[AnyRecipe, str]:
+    def _names(self) -> dict[Product, str]:
         """{recipe: its label}; a label takes reading a file, which the layers share."""
-        return {recipe: library.label(recipe) for recipe in dict.fromkeys(entry.recipe for entry in self.entries)}
-
-
-def unusual(operand: Operand) -> str:
-    """The fields that a slot's line names only where they have another value than almost everywhere."""
-    usual = {"eden_space": "tensor", "scale_rounding": "rtn", "tensor_scale": "fp32"}
-    found = {key: getattr(operand.spec, key) for key in usual if getattr(operand.spec, key) != usual[key]}
-    found |= {"amax": operand.amax} if operand.amax != "exact" else {}
-    return "".join(f", {key} {value}" for key, value in found.items())
-
-
-def describe(name: str, recipe: AnyRecipe) -> list[str]:
-    """Lines that spell out a recipe's slots; one line for a scheme, or for a recipe that quantizes nothing."""
-    if not isinstance(recipe, Recipe):
-        return [f"{name}: {', '.join(f'{key} {value}' for key, value in recipe.to_dict().items())}"]
-    if not recipe.is_quantized:
-        return [f"{name}: all six operands unquantized"]
-    lines = [f"{name}:"]
-    for slot in SLOTS:
-        operand, spec = recipe.operand(slot), recipe.operand(slot).spec
-        rotation = recipe.gemm(slot.split(".")[0]).rotation
-        turned = f", rotation {rotation.dim} {rotation.signs}" if rotation.dim else ""
-        if not operand.is_quantized:
-            lines.append(f"  {slot:9} bf16, source {operand.source}")
-            continue
-        if operand.source == "fprop_transposed":
-            lines.append(f"  {slot:9} codes of fprop.{FPROP_SLOT[slot]}")
-            continue
-        eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""
-        how = f"{spec.grid} {str(spec.scales[-1]).split()[0]} {spec.select} {spec.rounding}{eden}"
-        limits = f"max {spec.target_max:g} cap {spec.scale_cap:g}"
-        lines.append(f"  {slot:9} {how}, {limits}, source {operand.source}{turned}{unusual(operand)}")
-    return lines
+        return {recipe: library.label(recipe) for recipe in self.recipes}
 
 
 def resolve(model: nn.Module, precision: Precision) -> Plan:
@@ -183,32 +154,23 @@ def resolve(model: nn.Module, precision: Precision) -> Plan:
 
 
 def convert(model: nn.Module, plan: Plan, rng: Tensor) -> nn.Module:
-    """Replace every nn.Linear by a QuantLinear (or a scheme's layer) with the same Parameter and name, in place.
+    """Replace every nn.Linear by its recipe's layer with the same Parameter and name, in place.
 
     rng: int64 [3] on the model's device, shared by all layers: (seed, step, micro-batch), updated in place by the
     trainer. Call it after the model is built and on its device, before compile and DDP/FSDP. Returns model.
-    Raises RuntimeError where this machine can't run a scheme, and ValueError where the chosen GEMM back end multiplies
-    packed 4-bit operands and a layer's GEMM has only one: emulating it is a choice to be made, not a fallback.
+    Raises RuntimeError where this machine can't run a recipe, and ValueError where the chosen back ends can't multiply
+    a layer's operands, before any layer is replaced.
     """
-    if backend.IMPL and gemms.wants() == "packed":
-        for entry in plan.entries:
-            _check_packed(entry)
+    for entry in plan.entries:
+        if reason := entry.recipe.unsupported():
+            raise ValueError(f"{entry.name}: {reason}")
+    for recipe in plan.recipes:
+        recipe.require()
     for entry in plan.entries:
         parent_name, _, child = entry.name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        setattr(parent, child, _layer(getattr(parent, child), entry, rng))
+        setattr(parent, child, entry.recipe.build(getattr(parent, child), entry.index, rng))
     return model
-
-
-def _check_packed(entry: Entry) -> None:
-    if not isinstance(entry.recipe, Recipe):
-        return
-    for name in GEMMS:
-        if sum(operand.spec.is_nvfp4 for operand in entry.recipe.gemm(name).operands) == 1:
-            raise ValueError(
-                f"{entry.name}: one operand of {name} is NVFP4 and the other is not; 4-bit tensor cores need both. "
-                f"Quantize both or neither (quant.{name}=none), or emulate: backend=triton"
-            )
 
 
 def plan_of(model: nn.Module, mapping: Mapping[str, Any]) -> Plan:
@@ -217,12 +179,12 @@ def plan_of(model: nn.Module, mapping: Mapping[str, Any]) -> Plan:
 
 
 def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
-    """{name: layer} of all that run under a recipe of six slots."""
+    """{name: layer} of all that run under a recipe."""
     return {name: module for name, module in model.named_modules() if isinstance(module, QuantLinear)}
 
 
 @contextmanager
-def changed(model: nn.Module, change: Callable[[Recipe], Recipe]) -> Iterator[None]:
+def changed(model: nn.Module, change: Callable[[Product], Product]) -> Iterator[None]:
     """Within it every QuantLinear runs under change(its recipe)."""
     before = {layer: layer.recipe for layer in quant_linears(model).values()}
     try:
@@ -235,59 +197,20 @@ def changed(model: nn.Module, change: Callable[[Recipe], Recipe]) -> Iterator[No
 
 
 def unquantized(model: nn.Module) -> AbstractContextManager[None]:
-    """Within it every QuantLinear multiplies in BF16, as the `bf16` recipe does: to report what quantization costs."""
-    bf16 = library.load("bf16")
-    return changed(model, lambda recipe: bf16)
-
-
-def _layer(linear: nn.Linear, entry: Entry, rng: Tensor) -> nn.Module:
-    if isinstance(entry.recipe, Recipe):
-        return QuantLinear(linear, entry.recipe, entry.index, rng)
-    entry.recipe.require()
-    return entry.recipe.build(linear, entry.index, rng)
+    """Within it every layer multiplies in BF16, as the `bf16` recipe does: to report what quantization costs."""
+    return changed(model, lambda recipe: recipe.plain())
 
 
 def _check_shape(entry: Entry) -> None:
-    """Raise ValueError where blocks or rotation don't divide the features of a layer."""
-    rows, columns = entry.shape
-    if not isinstance(entry.recipe, Recipe):
-        return entry.recipe.check(entry.name, columns, rows)
-    recipe = entry.recipe
-    for what, features, needed in (
-        ("fprop", columns, _divisor(recipe.fprop)),
-        ("dgrad", rows, _divisor(recipe.dgrad)),
-        ("fprop.w", rows, _square(recipe, "fprop.w")),
-        ("dgrad.w", columns, _square(recipe, "dgrad.w")),
-        ("wgrad.dy", rows, _square(recipe, "wgrad.dy")),
-        ("wgrad.x", columns, _square(recipe, "wgrad.x")),
-    ):
-        if features % needed:
+    """Raise ValueError where a recipe's blocks, say, don't divide the features of a layer."""
+    sizes = dict(zip(("out_features", "in_features"), entry.shape, strict=True))
+    for divisor in entry.recipe.divisors():
+        features = sizes.get(divisor.size, 0)
+        if features % divisor.number:
             raise ValueError(
-                f"{entry.name}: {features} features are no multiple of {needed} (rotation or block of {what}); keep "
+                f"{entry.name}: {features} features are no multiple of {divisor.number} ({divisor.what}); keep "
                 f"it in BF16 with quant.rules='[{{match: {entry.name}, recipe: bf16}}]'"
             )
-    return None
-
-
-def _divisor(gemm: Gemm) -> int:
-    """What must divide the contraction of a GEMM: its rotation, or NVFP4's block."""
-    return gemm.rotation_dim or (NVFP4_BLOCK if any(operand.spec.is_nvfp4 for operand in gemm.operands) else 1)
-
-
-def _training_divisors(recipe: AnyRecipe) -> list[int]:
-    """What must divide the tokens of a micro-batch, forward and backward."""
-    if not isinstance(recipe, Recipe):
-        return [_forward_divisor(recipe)]
-    return [_divisor(recipe.wgrad), _forward_divisor(recipe), _square(recipe, "dgrad.dy")]
-
-
-def _forward_divisor(recipe: AnyRecipe) -> int:
-    return _square(recipe, "fprop.x") if isinstance(recipe, Recipe) else recipe.tokens_multiple
-
-
-def _square(recipe: Recipe, slot: str) -> int:
-    """What must divide the other dimension of an operand than its contraction: the side of a 16x16 block."""
-    return NVFP4_BLOCK if recipe.operand(slot).spec.is_square else 1
 
 
 def _numbers(entries: list[Entry]) -> str:

@@ -1,9 +1,6 @@
 """A recipe: how the operands of a linear layer's three GEMMs are quantized. Frozen plain data, built from a mapping.
 
-GEMM    product                      contraction         operands, in slot order
-fprop   Y[M,N]  = X[M,K] W[N,K]^T    K, in features      0 fprop.x   1 fprop.w
-dgrad   dX[M,K] = dY[M,N] W[N,K]     N, out features     2 dgrad.dy  3 dgrad.w
-wgrad   dW[N,K] = dY^T X             M, tokens           4 wgrad.dy  5 wgrad.x
+The GEMMs and their operands: quant/names.py. What a recipe computes: quant/slots.py.
 Source: design.md section 2.
 """
 
@@ -13,12 +10,10 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from base.words import suggestion
-from kernels.spec import GEMMS, NVFP4_SCALES, ROTATION_DIMS, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
+from kernels.spec import NVFP4_SCALES, ROTATION_DIMS, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
+from quant.names import FPROP_SLOT, GEMMS, OPERANDS, SLOTS
+from quant.slots import Slots
 
-OPERANDS = {"fprop": ("x", "w"), "dgrad": ("dy", "w"), "wgrad": ("dy", "x")}
-SLOTS = tuple(f"{gemm}.{operand}" for gemm in GEMMS for operand in OPERANDS[gemm])
-# Slots that may take what fprop used, and where fprop used it.
-FPROP_SLOT = {"dgrad.w": "w", "wgrad.x": "x"}
 SOURCES = ("input", "fprop", "fprop_transposed")
 SIGNS = ("random", "fixed", "none")
 # The slots' spec fields as they are written in a recipe file; the rest of an Operand is `amax` and `source`.
@@ -88,7 +83,7 @@ class Gemm:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Slots):
     """The six slots. Raises ValueError for combinations that would compute something else than they say."""
 
     name: str
@@ -110,10 +105,6 @@ class Recipe:
         """The operand of a slot such as "dgrad.w"."""
         gemm, name = slot.split(".")
         return self.gemm(gemm).operands[OPERANDS[gemm].index(name)]
-
-    @property
-    def is_quantized(self) -> bool:
-        return any(self.gemm(name).is_quantized for name in GEMMS)
 
     @classmethod
     def from_dict(cls, mapping: Mapping[str, Any], base: "Recipe | None" = None) -> "Recipe":

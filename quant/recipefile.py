@@ -5,7 +5,7 @@ from typing import Any
 
 import configs
 from base import yamlfile
-from quant.recipe import OPERANDS
+from quant.names import OPERANDS
 
 FOLDER = configs.FOLDER / "quant"
 

@@ -11,51 +11,37 @@ import torch
 from torch import Tensor, nn
 
 from kernels.formats.minifloat import BY_NAME
-from kernels.formats.nvfp4 import NVFP4Tensor
-from kernels.quantize import Quantized
 from kernels.quantize import reference_impl as reference
-from quant.linear import fixed_or
+from quant.held import Held, Wish
 from quant.plan import quant_linears
-from quant.recipe import SLOTS, Operand
 
 
 class SlotCounter:
-    """Collects the counts of one layer. `count` is called by quant.linear just before each quantization."""
+    """Collects the counts of one layer. `count` is called by quant.slots just before each quantization."""
 
     def __init__(self):
         self.slots: dict[str, dict[str, Tensor]] = {}
 
-    def count(
-        self,
-        slot: str,
-        held: Any,
-        operand: Operand,
-        axis: int,
-        signs: Tensor | None,
-        rng: Tensor,
-        layer: Tensor,
-    ) -> None:
-        """Keep the counts of one operand: what is quantized, its slot's recipe, the contraction axis, random state.
+    def count(self, slot: str, held: Held, wish: Wish) -> None:
+        """Keep the counts of one operand, made from `held`.
 
         Once a slot: with recompute=true a block's forward runs a second time, on the same numbers.
         """
-        if not operand.is_quantized or slot in self.slots:
+        if wish.spec.grid == "none" or slot in self.slots:
             return
         with torch.no_grad():
-            self.slots[slot] = count_operand(_tensor(held), operand, axis, signs, rng, layer, SLOTS.index(slot))
+            self.slots[slot] = count_operand(held.values(), wish)
 
 
-def count_operand(
-    x: Tensor, operand: Operand, axis: int, signs: Tensor | None, rng: Tensor, layer: Tensor, slot: int
-) -> dict[str, Tensor]:
+def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
     """int64 [] counts of one operand: elements, clipped, zeroed, blocks, underflow_blocks, non_finite.
 
     clipped: elements beyond the grid's largest value. zeroed: non-zero elements with code 0. underflow_blocks: blocks
     that hold a non-zero element and whose scale rounded to zero. non_finite: 1 if amax was NaN or Inf.
     """
-    spec = operand.spec
+    spec, axis, signs = wish.spec, wish.axis, wish.signs
     y = reference.stored(x, axis, signs)
-    largest = fixed_or(operand.amax, reference.amax(x, axis, signs, spec.per_row))
+    largest = wish.largest(reference.amax, x)
     scale = reference.tensor_scale(largest, spec)
     counts = {"elements": y.new_tensor(y.numel()), "non_finite": (~largest.isfinite()).any()}
     if not spec.is_nvfp4:
@@ -64,7 +50,7 @@ def count_operand(
         clipped = elements.abs() > BY_NAME[spec.grid].max_value
         counts |= {"clipped": clipped.sum(), "zeroed": (zero & (y != 0)).sum()}
         return {name: value.to(torch.int64) for name, value in counts.items()}
-    blocks = reference.quantize_blocks(y, spec, scale, rng, layer, slot, signs)
+    blocks = reference.quantize_blocks(y, spec, scale, wish.rng, wish.layer, wish.number, signs)
     non_zero = (y != 0).view(blocks.codes.shape)
     counts["clipped"] = (blocks.elements.abs() > BY_NAME[spec.grid].max_value).sum()
     counts["zeroed"] = ((blocks.codes == 0) & non_zero).sum()
@@ -95,7 +81,3 @@ def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[s
     finally:
         for module in layers.values():
             module.watch = None
-
-
-def _tensor(held: Tensor | NVFP4Tensor | Quantized) -> Tensor:
-    return held if isinstance(held, Tensor) else held.values() if isinstance(held, NVFP4Tensor) else held.values

@@ -26,9 +26,8 @@ from base.terminal import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
-from quant.library import AnyRecipe
 from quant.plan import Precision
-from quant.recipe import Recipe
+from quant.product import Product
 
 
 def row(quantizer: Quantizer, used_by: list[str]) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def curve_line(r: dict[str, Any], name: str) -> str:
     return f"{r['quantizer']:36}{name:10}{points}   {'stops at ' if part['is_biased'] else 'falls as 1/n; bias '}{size}"
 
 
-def load(names: list[str]) -> tuple[list[AnyRecipe], list[str]]:
+def load(names: list[str]) -> tuple[list[Product], list[str]]:
     """(recipes, what is wrong with the files of others). ValueError for a broken one that was asked for by name."""
     loaded, broken = [], []
     for name in names or library.names():
@@ -124,7 +123,7 @@ def main(argv: list[str] | None = None) -> int:
             Path(args.json).touch()  # what can't be written is found before a minute's work
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    recipes = [recipe for recipe in loaded if isinstance(recipe, Recipe)]  # a scheme's quantizers are not ours
+    recipes = [recipe for recipe in loaded if recipe.operands()]  # others' quantizers are not ours
     used = audit.quantizers(recipes)
     used |= {audit.BIASED_EXAMPLE: ["example of a bias, no recipe"]}
     used |= {} if audit.MS_EDEN_128 in used else {audit.MS_EDEN_128: ["override eden_block=rotation"]}

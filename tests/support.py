@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable
 
 from quant import library
-from quant.recipe import SLOTS, Recipe
+from quant.names import SLOTS
 
 # Of the files in configs/quant: recipes of six slots, and among them those whose six operands are all 4-bit.
-SLOT_RECIPES = [name for name in library.names() if isinstance(library.load(name), Recipe)]
+SLOT_RECIPES = [name for name in library.names() if library.load(name).operands()]
 FP4_RECIPES = [
     name for name in SLOT_RECIPES if all(library.load(name).operand(slot).spec.grid == "e2m1" for slot in SLOTS)
 ]

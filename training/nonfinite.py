@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from quant.plan import changed, quant_linears
-from quant.recipe import FPROP_SLOT, GEMMS, Recipe
+from quant.names import GEMMS
+from quant.plan import changed, quant_linears, unquantized
 from training.checkpoint.manifest import latest_good, step_of
 from training.checkpoint.state import load, non_finite, state_tensors
 from training.checkpoint.storage import NonFiniteState, first_names
@@ -171,29 +171,16 @@ class Recovery:
 
 
 def examine(model: nn.Module, micro: int, replay: Callable[[], dict[str, str] | None]) -> Finding:
-    """Replay with the recipe, in BF16, and with one GEMM quantized at a time. The same number of replays whatever they
-    find: under FSDP a replay is a collective."""
+    """Replay with the recipe, in BF16, and with one GEMM quantized at a time where a recipe can be parted so. The same
+    number of replays whatever they find: under FSDP a replay is a collective."""
     finding = Finding(micro, replay())
-    with changed(model, lambda recipe: only(recipe, ())):
+    with unquantized(model):
         finding.bf16_is_finite = replay() is None
-    if any(module.recipe.is_quantized for module in quant_linears(model).values()):
-        for gemm in GEMMS:
-            with changed(model, lambda recipe, gemm=gemm: only(recipe, (gemm,))):
-                finding.gemms[gemm] = replay() is None
+    recipes = {layer.recipe for layer in quant_linears(model).values() if layer.recipe.is_quantized}
+    for gemm in (gemm for gemm in GEMMS if any(gemm in recipe.alone() for recipe in recipes)):
+        with changed(model, lambda recipe, gemm=gemm: recipe.alone().get(gemm) or recipe.plain()):
+            finding.gemms[gemm] = replay() is None
     return finding
-
-
-def only(recipe: Recipe, gemms: tuple[str, ...]) -> Recipe:
-    """The recipe with all but the named GEMMs in BF16. Codes of fprop that a GEMM reuses are made from the input."""
-    fields = recipe.to_dict()
-    kept = {gemm: fields[gemm] if gemm in gemms else "none" for gemm in GEMMS}
-    if "fprop" not in gemms:
-        for slot, name in FPROP_SLOT.items():
-            gemm, operand = slot.split(".")
-            used = recipe.operand(slot)
-            if gemm in gemms and used.is_quantized and used.source == "fprop_transposed":
-                kept[gemm][operand] = fields["fprop"][name] | {"source": "input"}
-    return Recipe.from_dict({"name": recipe.name, **kept})
 
 
 def first_bad(loss: nn.Module, model: nn.Module, tokens: Tensor, accumulate: Callable) -> dict[str, str] | None:
@@ -249,9 +236,11 @@ def describe(findings: list[Finding], state: list[str]) -> str:
     text = f"First in {where} ({len(bad)} of {len(findings)} micro-batches are bad)."
     if not bad[0].bf16_is_finite:
         return f"{text} So it is in BF16: the recipe isn't the cause."
+    text += " In BF16 it is finite: the recipe is the cause."
     guilty = [gemm for gemm, finite in bad[0].gemms.items() if not finite]
-    alone = f" {' and '.join(guilty)} quantized alone shows it too." if guilty else " No GEMM quantized alone shows it."
-    return f"{text} In BF16 it is finite: the recipe is the cause.{alone}"
+    if guilty:
+        return f"{text} {' and '.join(guilty)} quantized alone shows it too."
+    return f"{text} No GEMM quantized alone shows it." if bad[0].gemms else text
 
 
 def first_non_finite(rows: list[dict[str, Any]]) -> int | None:

@@ -10,6 +10,7 @@ import argparse
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,7 +27,8 @@ from kernels import backend
 from kernels.selftest.shapes import PRESETS, Layers
 from kernels.spec import GEMMS
 from quant import library
-from quant import linear as layer_code
+from quant.held import Plain
+from quant.linear import Call
 from scripts.bench.roofline import AGAIN, FPROP_W, FPROP_X, GRADIENT, MACHINES
 
 PARTS = ("x, w", "fprop", "dy", "w again", "dgrad", "x again", "wgrad")
@@ -43,34 +45,26 @@ def part_functions(recipe, tokens: int, out_features: int, in_features: int) -> 
     x, dy = normal(tokens, in_features), normal(tokens, out_features)
     weight = normal(out_features, in_features, dtype=torch.float32)
     rng, layer = torch.tensor([1, 2, 3], device="cuda"), torch.tensor(4, device="cuda")
-    context = layer_code.Context(recipe, rng, layer)
-    keeps_w = layer_code.keeps_fprop(recipe, "dgrad.w")
-    held = {}
-
-    def signs(name: str) -> torch.Tensor | None:
-        return layer_code.rotation_signs(context, name)
+    call = Call(rng, layer)
 
     def forward_operands():
-        qx, kept_x = layer_code.input_operands(x, context, signs("fprop"), keep=True)
-        qw = layer_code.make_operand(weight.to(torch.bfloat16), "fprop.w", context, signs("fprop"), also_packed=keeps_w)
-        return qx, qw, kept_x
+        signs = recipe.signs(call, "fprop")
+        x_parts = recipe.input_operands(call, Plain(x), signs, keep=True)
+        return x_parts, recipe.weight_operand(call, Plain(weight), signs, keep=True)
 
     def both_gradients():
-        return layer_code.gradient_operands(dy, context, (signs("dgrad"), signs("wgrad")), (True, True))
+        return recipe.gradients(call, dy, (True, True))
 
     def again(slot: str):
-        kept = held[slot]
-        if isinstance(kept, torch.Tensor) or recipe.operand(slot).source != "input":
-            return layer_code.make_operand(kept, slot, context, signs(slot.split(".")[0]))
-        return layer_code.as_it_is(kept, slot, context)
+        return recipe.operand_of(call, held[slot], slot, recipe.signs(call, slot.split(".")[0]))
 
-    qx, qw, held["wgrad.x"] = forward_operands()
-    held["dgrad.w"] = layer_code.hold(qw, recipe.operand("fprop.w")) if keeps_w else weight.to(torch.bfloat16)
-    gradients, w_again, x_again = both_gradients(), again("dgrad.w"), again("wgrad.x")
+    (qx, kept_x), (qw, kept_w) = forward_operands()
+    held = {"wgrad.x": kept_x, "dgrad.w": kept_w}
+    gradients, w_again, x_again = [a for a, _ in both_gradients()], again("dgrad.w"), again("wgrad.x")
 
     def gemm(a, b, kind: str):
         dtype = torch.float32 if kind == "wgrad" else torch.bfloat16
-        return lambda: layer_code.product(a, b, kind, recipe.gemm(kind), dtype)
+        return lambda: recipe.multiply(a, b, kind, dtype)
 
     functions = (
         forward_operands,
@@ -85,12 +79,11 @@ def part_functions(recipe, tokens: int, out_features: int, in_features: int) -> 
 
 
 def tensors(made) -> list[torch.Tensor]:
-    """What a compiled part returns: the tensors of one operand or of several."""
-    found = []
-    for operand in made if isinstance(made, (list, tuple)) else [made]:
-        found += [getattr(operand, name, None) for name in ("values", "scale", "codes")]
-        found.append(operand if isinstance(operand, torch.Tensor) else None)
-    return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+    """What a compiled part returns: all tensors in tuples and dataclasses."""
+    if isinstance(made, torch.Tensor):
+        return [made]
+    parts = [getattr(made, field.name) for field in fields(made)] if is_dataclass(made) else made
+    return [tensor for part in parts for tensor in tensors(part)] if isinstance(parts, (list, tuple)) else []
 
 
 def measure(recipe_name: str, tokens: int, out_features: int, in_features: int) -> dict[str, float]:

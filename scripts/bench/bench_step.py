@@ -36,6 +36,7 @@ from base.flops import mfu_note
 from kernels import backend
 from launcher.compose import compose
 from models.shape import DecoderShape
+from quant.product import Kept
 from training.config import TrainConfig
 from training.microbatch import MicroBatch
 from training.optim.groups import build_optimizers, clip_gradients
@@ -43,7 +44,7 @@ from training.ranks.distributed import Dist, setup
 from training.records.metrics import peak_flops
 from training.start.build import build_loss, build_micro_batch, set_torch_flags
 from training.start.describe import check
-from training.start.memory import GIB, Kept, estimate, kept_of
+from training.start.memory import GIB, estimate, kept_of
 
 VOCABULARY = 32000
 SEQ_LEN = 512

@@ -1,6 +1,6 @@
 """Compare, bit for bit, what this working tree computes with what a commit computed: scripts/check/net.py --base REV
 
-Runs the same cases (scripts/check/net_cases.py) in a worktree of REV and in the working tree, on this machine: sums
+Runs the same cases (scripts/check/_net_cases.py) in a worktree of REV and in the working tree, on this machine: sums
 differ between CPUs and versions of torch, so there are no constants to compare with.
 
     quantizers  the reference: every quantizer in all slots, over all input families, rotated or not, values and codes
@@ -12,17 +12,25 @@ Exit code 1 where a result differs or is missing now; results that are new are c
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("net")
+
+import json
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-CASES = Path(__file__).resolve().with_name("net_cases.py")
+CASES = Path(__file__).resolve().with_name("_net_cases.py")
 REPOSITORY = CASES.parents[2]
 SECTIONS = ("quantizers", "layers", "triton", "training")
 SHOWN = 12  # differing results named per section

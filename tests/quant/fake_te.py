@@ -1,4 +1,4 @@
-"""The part of Transformer Engine 2.20 that quant/schemes/fp8_te.py touches, for a CPU, written from reading its source.
+"""The part of Transformer Engine 2.20 that quant/products/te.py touches, for a CPU, written from reading its source.
 
 It shows whether our layer drives that interface as we read it: who owns the amax buffers, what is written where, when
 scales change. It can't show that the reading is right, nor anything of the real kernels; the gpu tests do that.

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from kernels import backend
 from quant import library
-from quant.plan import convert, plan_of
-from quant.schemes import fp8_te
-from quant.schemes.fp8_te import Fp8TE, TELinear
+from quant.plan import convert, plan_of, unquantized
+from quant.products import te as fp8_te
+from quant.products.te import Fp8TE, TELinear
+from training.nonfinite import describe, examine
+from training.start.build import check_recipes
 
 IN, OUT, TOKENS = 32, 48, 16
 
@@ -103,14 +106,73 @@ def test_mistyped_fields_name_the_right_ones():
 
 
 def test_layer_of_unfit_shape_is_refused_by_name():
-    Fp8TE().check("blocks.0.mlp.down", 1728, 640)
-    with pytest.raises(ValueError, match=r"head: 100x640 has a side .* multiple of 16.*match: head, recipe: bf16"):
-        Fp8TE().check("head", 640, 100)
+    fits, model = small_model(), small_model()
+    plan_of(fits, library.mapping("fp8_te")).check_tokens(64)
+    with pytest.raises(ValueError, match=r"blocks\.0\.up: the 36 tokens .* multiple of 8 .*batch\.micro"):
+        plan_of(fits, library.mapping("fp8_te")).check_tokens(36)
+    model["blocks"][0]["down"] = nn.Linear(48, 40, bias=False)
+    with pytest.raises(ValueError, match=r"down: 40 features .* multiple of 16.*match: blocks\.0\.down"):
+        plan_of(model, library.mapping("fp8_te"))
 
 
 def test_bias_is_refused():
     with pytest.raises(ValueError, match="bias=False"):
-        TELinear(nn.Linear(IN, OUT), Fp8TE())
+        TELinear(nn.Linear(IN, OUT), Fp8TE(), 0, torch.zeros(3, dtype=torch.int64))
+
+
+def converted(scaling: str, monkeypatch) -> nn.Module:
+    """A model whose layer `blocks.0.up` is Transformer Engine's."""
+    monkeypatch.setattr(fp8_te, "unavailable", lambda scaling: None)
+    torch.manual_seed(0)
+    model = small_model()
+    made = plan_of(model, library.mapping("fp8_te") | {"scaling": scaling})
+    return convert(model, made, torch.zeros(3, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("scaling", fp8_te.SCALINGS)
+def test_evaluation_in_bf16_leaves_transformer_engine_out(te, monkeypatch, scaling):
+    """evaluate.bf16=true reports the loss of the unquantized model, not that of FP8 once more."""
+    backend.use("reference")
+    model = converted(scaling, monkeypatch)
+    layer, (x, dy) = model["blocks"][0]["up"], batch(0)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    with unquantized(model):
+        y = layer(x.requires_grad_())
+        y.backward(dy)
+    twin = nn.Linear(IN, OUT, bias=False)
+    twin.weight.data = layer.weight.detach().clone()
+    bf16 = library.load("bf16").build(twin, 0, torch.zeros(3, dtype=torch.int64))
+    expected = bf16(x)
+    expected.backward(dy)
+    assert torch.equal(y, expected) and torch.equal(layer.weight.grad, twin.weight.grad)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in layer.state_dict().items())
+    assert not torch.equal(layer(x), y)
+
+
+@pytest.mark.parametrize("scaling", fp8_te.SCALINGS)
+def test_what_transformer_engine_makes_non_finite_is_not_blamed_on_the_data(te, monkeypatch, scaling):
+    backend.use("reference")
+    model = converted(scaling, monkeypatch)
+    layer = model["blocks"][0]["up"]
+
+    def replay():
+        y = layer(batch(0)[0]) * (float("nan") if layer.recipe.is_quantized else 1.0)
+        return None if y.isfinite().all() else {"tensor": "y", "gemm": "fprop", "layer": "blocks.0.up"}
+
+    finding = examine(model, 0, replay)
+    assert finding.bf16_is_finite
+    said = describe([finding], [])
+    assert "the recipe is the cause" in said and "alone" not in said  # its GEMMs can't be parted
+
+
+@pytest.mark.parametrize(("scaling", "fits"), [("current", True), ("block", True), ("delayed", False)])
+def test_recomputation_is_refused_only_where_it_would_move_the_history(te, monkeypatch, scaling, fits):
+    monkeypatch.setattr(fp8_te, "unavailable", lambda scaling: None)
+    made = plan_of(small_model(), library.mapping("fp8_te") | {"scaling": scaling})
+    if fits:
+        return check_recipes(made, recompute=True)
+    with pytest.raises(ValueError, match="recipe fp8_te/delayed; set recompute=false"):
+        check_recipes(made, recompute=True)
 
 
 # --- where it can't run ---------------------------------------------------------------------------------------------
@@ -177,7 +239,7 @@ def test_micro_batches_accumulate(te):
 
 def test_state_dict_is_the_weight_and_plain_tensors(te):
     linear = nn.Linear(IN, OUT, bias=False)
-    layer = TELinear(linear, Fp8TE("delayed"))
+    layer = Fp8TE("delayed").build(linear, 0, torch.zeros(3, dtype=torch.int64))
     assert layer.weight is linear.weight
     assert set(make_layer("current").state_dict()) == {"weight"}
     train_step(layer, 0)

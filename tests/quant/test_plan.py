@@ -11,7 +11,7 @@ from kernels import backend
 from kernels.quantize import amax, quantize
 from quant import library
 from quant.linear import QuantLinear
-from quant.plan import Precision, convert, describe, resolve
+from quant.plan import Precision, convert, resolve
 from quant.recipe import SLOTS
 from quant.stats import slot_stats
 
@@ -154,7 +154,7 @@ def test_the_table_tells_apart_what_computes_apart():
         {"dgrad": {"dy": {"eden_block": "rotation", "eden_space": "scaled"}}},
     ]
     mappings = [OmegaConf.to_container(OmegaConf.merge(library.mapping("quartet2"), change)) for change in changes]
-    tables = {"\n".join(describe("one", library.build(mapping))) for mapping in mappings}
+    tables = {"\n".join(library.build(mapping).describe("one")) for mapping in mappings}
     assert len(tables) == len(changes)
     assert ", amax 2.0" in "".join(tables) and ", tensor_scale pow2" in "".join(tables)
 

@@ -8,7 +8,9 @@ import torch
 from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import plan_of
-from training.start.memory import BYTES_PACKED, GIB, Kept, estimate, kept_of
+from quant.product import Kept
+from quant.slots import BYTES_PACKED
+from training.start.memory import GIB, estimate, kept_of
 from training.start.shapes import shape_of
 
 CONFIG = LlamaConfig(layers=2, width=1000, heads=10, hidden=3000, vocab_size=5000)

@@ -16,7 +16,7 @@ from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import non_finite, read_all
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained
-from training.nonfinite import Guard, NonFiniteError, only
+from training.nonfinite import Guard, NonFiniteError
 from training.start import build as building_blocks
 
 BAD_STEP = 7  # 1-based; checkpoint.every=5 and log.every=4 put it after a checkpoint and inside a logging window
@@ -132,7 +132,7 @@ def test_one_gemm_quantized_alone_multiplies_by_the_same_operands(name):
         return (y.detach(), x.grad, linear.weight.grad)[kind]
 
     for number, gemm in enumerate(GEMMS):
-        alone = only(recipe, (gemm,))
+        alone = recipe.alone()[gemm]
         assert [alone.gemm(other).is_quantized for other in GEMMS] == [
             other == gemm and recipe.gemm(other).is_quantized for other in GEMMS
         ]

@@ -7,9 +7,7 @@ from typing import Any
 
 from base.tree import flatten
 from quant import library
-from quant.library import AnyRecipe
 from quant.plan import HEAD, Plan
-from quant.recipe import GEMMS, Recipe, Rotation
 from training.config import FOLDER_NAME, MUON_ONLY, TrainConfig
 from training.start.derive import Numbers
 
@@ -57,20 +55,11 @@ def plan_numerics(plan: Plan) -> dict[str, Any]:
 
     Names of recipes don't count: two ways to write the same six slots are the same run.
     """
-    slots = slots_of(plan.recipe)
-    others = {e.name: e.recipe for e in plan.entries if e.name != HEAD and slots_of(e.recipe) != slots}
-    used = {library.label(recipe): slots_of(recipe) for recipe in others.values()}
+    slots = plan.recipe.numerics()
+    others = {e.name: e.recipe for e in plan.entries if e.name != HEAD and e.recipe.numerics() != slots}
+    used = {library.label(recipe): recipe.numerics() for recipe in others.values()}
     layers = {name.replace(".", "/"): library.label(recipe) for name, recipe in others.items()}
     return {**slots, "recipes": used, "layers": layers}
-
-
-def slots_of(recipe: AnyRecipe) -> dict[str, Any]:
-    """A recipe's fields without its name, and without rotations that don't run: no operand of theirs is quantized."""
-    slots = {key: value for key, value in recipe.to_dict().items() if key != "name"}
-    if isinstance(recipe, Recipe):
-        idle = [gemm for gemm in GEMMS if not recipe.gemm(gemm).is_quantized]
-        slots |= {gemm: slots[gemm] | {"rotation": asdict(Rotation())} for gemm in idle}
-    return slots
 
 
 def hash_of(numerics: dict[str, Any]) -> str:

@@ -16,8 +16,8 @@ from data.tokens import TokenSet
 from models.llama import Llama
 from models.nanochat import Nanochat
 from models.shape import DecoderShape
+from quant.library import label
 from quant.plan import Plan, convert
-from quant.recipe import Recipe
 from quant.stats import slot_stats
 from training.checkpoint.manifest import latest_good, problems, remove_temporary
 from training.checkpoint.state import Checkpointer, TrainState, load
@@ -81,13 +81,13 @@ def build_loss(
     return loss, parallelize(loss, mode, ranks, regather=config.recompute), init_hash
 
 
-def check_schemes(plan: Plan, recompute: bool) -> None:
-    """For recipes that are no six slots (quant/schemes): RuntimeError where this machine lacks what they need,
-    ValueError for recomputation, whose second forward would move the amax history of fp8_te's delayed scaling."""
-    for scheme in {entry.recipe for entry in plan.entries if not isinstance(entry.recipe, Recipe)}:
-        scheme.require()
-        if recompute:
-            raise ValueError(f"recompute=true isn't possible with recipe {scheme.label}; set recompute=false")
+def check_recipes(plan: Plan, recompute: bool) -> None:
+    """RuntimeError where this machine lacks what a recipe needs, ValueError for recomputation where a second forward
+    would compute something else."""
+    for recipe in plan.recipes:
+        recipe.require()
+        if recompute and not recipe.recomputable:
+            raise ValueError(f"recompute=true isn't possible with recipe {label(recipe)}; set recompute=false")
 
 
 def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, fullgraph: bool = True) -> None:
@@ -232,6 +232,6 @@ def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int
 
 def slot_counter(model: nn.Module, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
     """Counts clipping and underflow per slot while a given step runs, outside of the compiled graph."""
-    if not any(isinstance(entry.recipe, Recipe) and entry.recipe.is_quantized for entry in plan.entries):
+    if not any(operand.is_quantized for recipe in plan.recipes for operand in recipe.operands().values()):
         return None
     return partial(slot_stats, model)

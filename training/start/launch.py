@@ -29,7 +29,7 @@ from training.start.build import (
     build_loss,
     build_micro_batch,
     check_evaluations,
-    check_schemes,
+    check_recipes,
     micro_batches,
     open_checkpointer,
     open_loggers,
@@ -71,7 +71,7 @@ def train(request: Request, ranks: Dist) -> int:
     set_torch_flags(config)
     backends = backend.use(config.backend, ranks.device.type)
     _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
-    check_schemes(plan, config.recompute)
+    check_recipes(plan, config.recompute)
     ranks.on_main(lambda: check_asked_for(config.logger))
     tokens = TokenSet(
         ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len))),

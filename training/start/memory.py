@@ -7,7 +7,7 @@ Activations, per token of a micro-batch and block, as autograd keeps them (D wid
     two norm inputs in the residual's dtype  2 D
     q, k, v after RoPE and attention's output, BF16  4 D
     gate and up, BF16  2 F
-    inputs of qkv, out, gate_up, down: 3 D + F in the form that the recipe keeps (`Kept`)
+    inputs of qkv, out, gate_up, down: 3 D + F in the form that the recipe keeps (quant.product.Kept)
 
 A recipe may keep fprop's weights too, from a forward to its backward. Outside of the blocks: embedding's output and the
 last norm's, the loss's gradient with respect to the hidden states, and one chunk of logits. At the peak, somewhere in
@@ -24,29 +24,13 @@ last micro-batch only: all of them where a step has several, else two blocks' an
 from dataclasses import dataclass
 
 from models.shape import DecoderShape
-from quant.linear import keeps_fprop
 from quant.plan import Plan
-from quant.recipe import Operand, Recipe
+from quant.product import BYTES_BF16, Kept
 
 BYTES_STATE = 12  # per parameter: FP32 weight, two moments
 BYTES_FP32 = 4.0
-BYTES_BF16 = 2.0
-BYTES_FP8 = 1.0
-BYTES_PACKED = 4.5 / 8  # a 4-bit code and its share of an E4M3 scale per 16
 LOGITS_CHUNK_BYTES = 512 * 2**20  # the loss works on chunks of about this size
 GIB = 2**30
-
-
-@dataclass(frozen=True)
-class Kept:
-    """Bytes per element of what the linear layers keep for the backward, beside the master weights."""
-
-    inputs: float = BYTES_BF16
-    weights: float = 0.0
-
-    @property
-    def is_quantized(self) -> bool:
-        return self.inputs < BYTES_BF16 or self.weights > 0
 
 
 @dataclass(frozen=True)
@@ -124,23 +108,6 @@ def gradient_bytes(config: DecoderShape, activations: float, shards: int, accumu
 
 
 def kept_of(plan: Plan) -> Kept:
-    """What the quantized layers of a plan keep; of several recipes the one that keeps most. Schemes count as BF16."""
-    recipes = [entry.recipe for entry in plan.entries if isinstance(entry.recipe, Recipe) and entry.recipe.is_quantized]
-    kept = [kept_by(recipe) for recipe in recipes]
+    """What the quantized layers of a plan keep; of several recipes the one that keeps most."""
+    kept = [recipe.kept_bytes() for recipe in plan.recipes if recipe.is_quantized]
     return max(kept, key=lambda k: (k.inputs, k.weights), default=Kept())
-
-
-def kept_by(recipe: Recipe) -> Kept:
-    """As quant/linear.py decides it: fprop's operand, the backward's own, or the tensor (a weight: the master)."""
-    wgrad_x = recipe.operand("wgrad.x")
-    if keeps_fprop(recipe, "wgrad.x"):
-        inputs = bytes_of(recipe.operand("fprop.x"))
-    else:
-        inputs = bytes_of(wgrad_x) if wgrad_x.source == "input" else BYTES_BF16
-    return Kept(inputs, bytes_of(recipe.operand("fprop.w")) if keeps_fprop(recipe, "dgrad.w") else 0.0)
-
-
-def bytes_of(operand: Operand) -> float:
-    if not operand.is_quantized:
-        return BYTES_BF16
-    return BYTES_PACKED if operand.spec.is_nvfp4 else BYTES_FP8

@@ -14,7 +14,7 @@ layer is the largest over all ranks. Written against Transformer Engine 2.20.2, 
 layer by layer (see `TELinear.update`), since its own update would run once for the whole model after every layer.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from typing import Any, ClassVar
@@ -24,6 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from base.words import suggestion
+from quant.linear import QuantLinear
+from quant.product import Divisor, Product
+from quant.recipe import Recipe
 
 INSTALL = (
     "on a CUDA machine: pip install --no-build-isolation 'nibble-train[te]' "
@@ -31,14 +34,14 @@ INSTALL = (
 )
 SCALINGS = ("current", "delayed", "block")
 AMAX_HISTORY = 1024  # micro-batches; Transformer Engine's default
-# cuBLAS's FP8 GEMM takes operands whose rows are multiples of 16 bytes.
-MULTIPLE = 16
+# cuBLAS's FP8 GEMM takes operands whose rows are multiples of 16 bytes; Transformer Engine wants 8 rows of X.
+MULTIPLE, TOKENS_MULTIPLE, WHY_MULTIPLE = 16, 8, "Transformer Engine's FP8 GEMM"
 # Transformer Engine's quantizers per linear layer: x, w, y forward; dy, dx backward (y and dx stay BF16, unused).
 DIRECTIONS = {"fwd": ("forward", 3), "bwd": ("backward", 2)}
 
 
 @dataclass(frozen=True)
-class Fp8TE:
+class Fp8TE(Product):
     """The recipe: `scaling` is current, delayed or block."""
 
     scaling: str = "current"
@@ -46,7 +49,6 @@ class Fp8TE:
 
     is_quantized: ClassVar[bool] = True
     fullgraph: ClassVar[bool] = False
-    tokens_multiple: ClassVar[int] = 8  # of the tokens of a batch; Transformer Engine raises otherwise
 
     def __post_init__(self):
         if self.scaling not in SCALINGS:
@@ -77,17 +79,21 @@ class Fp8TE:
         if reason:
             raise RuntimeError(f"recipe {self.label}: {reason}")
 
-    def check(self, layer: str, in_features: int, out_features: int) -> None:
-        """Raises ValueError for a layer whose shape Transformer Engine's FP8 GEMM doesn't take."""
-        if in_features % MULTIPLE or out_features % MULTIPLE:
-            raise ValueError(
-                f"{layer}: {out_features}x{in_features} has a side that is not a multiple of {MULTIPLE}; keep it in "
-                f"BF16 with quant.rules=[{{match: {layer}, recipe: bf16}}]"
-            )
+    @property
+    def recomputable(self) -> bool:
+        """Not with delayed scaling: a second forward would move the amax history once more."""
+        return self.scaling != "delayed"
+
+    def divisors(self) -> Iterator[Divisor]:
+        yield Divisor("in_features", MULTIPLE, WHY_MULTIPLE)
+        yield Divisor("out_features", MULTIPLE, WHY_MULTIPLE)
+        yield Divisor("tokens", TOKENS_MULTIPLE, WHY_MULTIPLE)
+
+    def plain(self) -> Product:
+        return Recipe.bf16()
 
     def build(self, linear: nn.Linear, index: int, rng: Tensor) -> "TELinear":
-        """The layer that replaces `linear`. Nothing in it is random, so `index` and `rng` go unused."""
-        return TELinear(linear, self)
+        return TELinear(linear, self, index, rng)
 
 
 def unavailable(scaling: str) -> str | None:
@@ -131,23 +137,18 @@ class Engine:
     history: Tensor | None  # the buffer that it writes forward amaxes into
 
 
-class TELinear(nn.Module):
+class TELinear(QuantLinear):
     """y = x W^T by Transformer Engine. x [..., K] bf16 -> y [..., N] bf16; weight [N, K] float32, no bias.
 
-    The product of all leading dimensions of x must be a multiple of 8 (Transformer Engine raises otherwise). With
-    delayed scaling the state is four buffers (scale_fwd, amax_history_fwd, scale_bwd, amax_history_bwd), plain float32
-    tensors in state_dict; Transformer Engine's own pickled `_extra_state` never appears. Evaluation leaves the state
-    untouched. While `recipe` is one that quantizes nothing (quant.plan.unquantized sets it), y is the BF16 product.
-    Raises ValueError for a bias or an input that is not bf16.
+    With delayed scaling the state is four buffers (scale_fwd, amax_history_fwd, scale_bwd, amax_history_bwd), plain
+    float32 tensors in state_dict; Transformer Engine's own pickled `_extra_state` never appears. Evaluation leaves the
+    state untouched. While `recipe` is another one than the layer was built with (quant.plan.changed), that one
+    multiplies.
     """
 
-    def __init__(self, linear: nn.Linear, recipe: Fp8TE):
-        super().__init__()
-        if linear.bias is not None:
-            raise ValueError("quantized linear layers have no bias; build the model with bias=False")
-        self.weight = linear.weight
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.recipe = recipe
+    def __init__(self, linear: nn.Linear, recipe: Fp8TE, layer: int, rng: Tensor):
+        super().__init__(linear, recipe, layer, rng)
+        self.own = recipe
         self.is_delayed = recipe.scaling == "delayed"
         self.engine: Engine | None = None
         if self.is_delayed:
@@ -158,10 +159,9 @@ class TELinear(nn.Module):
     # Dynamo can't trace Transformer Engine's global state; a planned graph break beats a failed trace.
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        if x.dtype != torch.bfloat16:
-            raise ValueError(f"TELinear takes bfloat16 (the compute dtype of a converted model); got {x.dtype}")
-        if not self.recipe.is_quantized:
-            return nn.functional.linear(x, self.weight.to(torch.bfloat16))
+        if self.recipe != self.own:
+            return super().forward(x)
+        self.check_input(x)
         import transformer_engine.pytorch as te
 
         if self.engine is None or self.engine.history is not self._buffers.get("amax_history_fwd"):
@@ -198,7 +198,7 @@ class TELinear(nn.Module):
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager, RecipeState
 
-        recipe = te_recipe(self.recipe.scaling)
+        recipe = te_recipe(self.own.scaling)
         linear = te.Linear(
             self.in_features,
             self.out_features,
@@ -243,7 +243,7 @@ class TELinear(nn.Module):
         tex.fused_amax_and_scale_update_after_reduction(amax, [history], [scale], "max", held.dtype, held.recipe.margin)
 
     def extra_repr(self) -> str:
-        return f"{self.in_features}, {self.out_features}, recipe={self.recipe.name}/{self.recipe.scaling}"
+        return f"{self.in_features}, {self.out_features}, recipe={self.recipe.label or self.recipe.name}"
 
 
 class Bf16Weight(torch.autograd.Function):

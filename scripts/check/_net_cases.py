@@ -1,6 +1,6 @@
 """Fingerprints of what a tree of this project computes: the half of scripts/check/net.py that runs inside the tree.
 
-    cd TREE && python .../net_cases.py SECTION OUT.json      {name of a result: SHA-256 of its bits, or a plain value}
+    cd TREE && python .../_net_cases.py SECTION OUT.json      {name of a result: SHA-256 of its bits, or a plain value}
 
 One copy of this file runs in two trees that may differ by months, so it touches only what users touch and what is kept
 for them: recipe mappings, the layer, the operands that reach `kernels.gemm.gemm`, back ends by their preset, train.py.
@@ -201,7 +201,7 @@ def random_mapping(draw: random.Random) -> dict:
 def runnable() -> dict[str, object]:
     """The recipes of configs/quant that this machine can run."""
     loaded = {name: library.load(name) for name in library.names()}
-    return {name: recipe for name, recipe in loaded.items() if isinstance(recipe, Recipe)}
+    return {name: recipe for name, recipe in loaded.items() if hasattr(recipe, "operand")}
 
 
 def layers() -> Results:
