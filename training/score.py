@@ -29,7 +29,7 @@ from training.config import TrainConfig
 from training.evaluate import evaluate
 from training.loss import LossModel
 from training.ranks.distributed import Dist
-from training.start.build import build_model, check_schemes, open_texts, set_torch_flags
+from training.start.build import build_model, check_recipes, open_texts, set_torch_flags
 from training.start.describe import check
 
 _NONE, _FP8 = {"grid": "none"}, {"grid": "e4m3"}
@@ -80,8 +80,8 @@ def score(
     """Score the weights of `checkpoint` under the run's own forward and every one of FORWARDS, on one device.
 
     config: the run's own; data.path is where its tokens lie. run: its run.json. globs: for each one also `nvfp4` in the
-    layers that it matches, BF16 in the others. Raises ValueError for other text than the run's, for a glob that matches
-    nothing, and for a recipe that is no six slots; RuntimeError for what the machine can't do.
+    layers that it matches, BF16 in the others. Raises ValueError for other text than the run's and for a glob that
+    matches nothing; RuntimeError for what the machine can't do.
     """
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
@@ -89,9 +89,7 @@ def score(
     if tokens.fingerprint != run["data_fingerprint"]:
         raise ValueError(f"{tokens.path} is other text than {run['name']} was trained on; give its folder by --data")
     shape, plan, numbers = check(config, ranks, tokens.vocab_size)
-    if schemes := {e.recipe.label for e in plan.entries if not isinstance(e.recipe, Recipe)}:
-        raise ValueError(f"{run['name']} was trained with {', '.join(schemes)}, whose layers have no other forward")
-    check_schemes(plan, recompute=False)
+    check_recipes(plan, recompute=False)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
     rng[1] = step
