@@ -97,15 +97,17 @@ class Loader:
         """(window, offset into the stream) of each sample, int64 [count, 2]."""
         if first < 0 or count < 1:
             raise ValueError(f"samples first={first}, count={count}: first must be 0 or more and count 1 or more")
-        where = np.empty((count, 2), np.int64)
-        done = 0
-        while done < count:
-            epoch, position = divmod(first + done, self.samples_per_epoch)
-            length = min(count - done, self.samples_per_epoch - position)
+        return self.locate(np.arange(first, first + count))
+
+    def locate(self, samples: np.ndarray) -> np.ndarray:
+        """(window, offset into the stream) of samples given by number, int64 [n, 2]."""
+        where = np.empty((len(samples), 2), np.int64)
+        epochs, positions = np.divmod(samples, self.samples_per_epoch)
+        for epoch in np.unique(epochs).tolist():
+            mine = epochs == epoch
             permutation, offset = self._order(epoch)
-            where[done : done + length, 0] = permutation(np.arange(position, position + length))
-            where[done : done + length, 1] = offset
-            done += length
+            where[mine, 0] = permutation(positions[mine])
+            where[mine, 1] = offset
         return where
 
     def _make_order(self, epoch: int) -> tuple[Permutation, int]:

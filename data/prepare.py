@@ -37,6 +37,10 @@ def ensure(spec: DataSpec, root: Path | str, seq_len: int | None = None) -> Path
 
     Raises FileNotFoundError with the command to type when the source is large and not yet prepared.
     """
+    if spec.mix:
+        spec.check()
+        folders = [_token_folder(folder, "data.mix") for folder in spec.mixed_folders()]
+        return folders[0]
     if spec.path:
         return _given(spec)
     with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
@@ -66,6 +70,11 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
     Can be killed at any moment and called again: finished parts are kept. Two calls at once do the work once.
     Raises ValueError for wrong options or data, RuntimeError for a full disk or a damaged folder.
     """
+    if spec.mix:
+        spec.check()
+        for folder in spec.mixed_folders():
+            _verify(_token_folder(folder, "data.mix"))
+        return Path(spec.mixed_folders()[0])
     if spec.path:
         folder = _given(spec)
         _verify(folder)
@@ -256,12 +265,15 @@ def _tokenizer(wanted: _Wanted, work: Path, is_val: IsVal) -> TextTokenizer:
 
 
 def _given(spec: DataSpec) -> Path:
-    folder = Path(expanded(spec.path, "data.path"))
-    if not (folder / "manifest.json").is_file():
+    return _token_folder(expanded(spec.path, "data.path"), "data.path")
+
+
+def _token_folder(name: str, option: str) -> Path:
+    if not Path(name, "manifest.json").is_file():
         raise FileNotFoundError(
-            f"data.path={spec.path} is no token folder (no manifest.json in it); make one with scripts/prepare_data.py"
+            f"{option}={name} is no token folder (no manifest.json in it); make one with scripts/prepare_data.py"
         )
-    return folder
+    return Path(name)
 
 
 def _verify(folder: Path) -> None:

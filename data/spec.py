@@ -5,6 +5,8 @@ from dataclasses import dataclass, fields
 from shlex import quote
 from typing import Any
 
+from base.files import expanded
+
 # What Hydra's grammar takes without quotation marks.
 _PLAIN = re.compile(r"[\w/.*?@%$+-]+", re.ASCII)
 _BEFORE_QUOTE = re.compile(r'(\\*)("|\Z)')
@@ -31,6 +33,8 @@ class DataSpec:
 
     name: str = "text"  # label, first part of the folder's name
     path: str | None = None  # an already prepared token folder; nothing else is looked at then
+    mix: Any = None  # prepared token folders to train on together; the first one's validation text counts
+    weights: Any = None  # the share of each, adding up to 1
     source: str = "files"  # files | hub | pydocs | tokens (files of token ids: data/ids.py)
 
     files: Any = None  # path, glob, or list of them: .txt .jsonl .json .parquet, the text ones also .gz .zst
@@ -70,6 +74,11 @@ class DataSpec:
         _one_of("data.packing", self.packing, PACKINGS)
         _one_of("data.bad_rows", self.bad_rows, BAD_ROWS)
         _one_of("data.val_copies", self.val_copies, VAL_COPIES)
+        if self.mix:
+            self._check_mixture()
+            return
+        if self.weights is not None:
+            raise ValueError("data.weights is given without data.mix, the folders that they weigh")
         if not self.path:
             self._check_unread()
         if self.source == "tokens" and not self.path and self.tokenizer is None:
@@ -107,6 +116,28 @@ class DataSpec:
         for name, remedy in remedies.items():
             if getattr(self, name) != getattr(default, name):
                 raise ValueError(f"data.{name} is given, but data.source={self.source} doesn't read it; add {remedy}")
+
+    def _check_mixture(self) -> None:
+        folders, weights = as_list(self.mix), self.weights
+        default = DataSpec()
+        for name in ("path", "files", "val_files", "hub_path"):
+            if getattr(self, name) != getattr(default, name):
+                raise ValueError(
+                    f"data.{name} is given beside data.mix, which takes prepared folders only; leave it out"
+                )
+        if len(folders) < 2:
+            raise ValueError(f"data.mix={self.mix} needs two token folders or more; one alone is data.path=...")
+        is_list = isinstance(weights, list | tuple) and all(isinstance(w, int | float) for w in weights)
+        if not is_list or len(weights) != len(folders):
+            example = ",".join([f"{1 / len(folders):.3g}"] * len(folders))
+            raise ValueError(
+                f"data.weights={weights}: needed is one number for each of the {len(folders)} folders of data.mix, "
+                f"such as data.weights=[{example}]"
+            )
+
+    def mixed_folders(self) -> list[str]:
+        """The folders of data.mix."""
+        return [expanded(name, "data.mix") for name in as_list(self.mix)]
 
     def overrides(self) -> list[str]:
         """Command-line overrides, quoted for a shell, that give this spec; data=text sets this class's defaults."""

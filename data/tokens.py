@@ -68,6 +68,16 @@ class TokenSet:
         return np.load(self.path / "token_bytes.npy").astype(np.int64)
 
     @property
+    def train_tokens(self) -> int:
+        """Tokens of training after which text is read again."""
+        return self.split("train").length
+
+    @property
+    def label(self) -> str:
+        """How the start screen calls it."""
+        return self.path.name
+
+    @property
     def copies_of_val(self) -> int:
         """Train rows whose text is also a validation row's; 0 in folders made before they were counted."""
         train = self.manifest["splits"]["train"]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from base.runfolder import CHECKPOINTS
 from data.evalset import EvalSet, available
 from data.loader import Loader
+from data.mixture import open_loader
 from data.tokens import TokenSet
 from models.llama import Llama
 from models.nanochat import Nanochat
@@ -199,7 +200,7 @@ def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
     def listed(count: int | None) -> EvalSet:
         return fixed_list(None if count is None or count >= there else count)
 
-    train = Loader(tokens, "train", seq_len, config.seed, packing)
+    train = open_loader(tokens, seq_len, config.seed, packing)
     return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from data.mixture import Mixture
 from data.tokens import TokenSet
 from models.shape import DecoderShape
 from quant import recipefile
@@ -64,6 +65,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
     flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
     run = run_info(request, shape, plan, numbers, flat) | {
         "vocab_size": vocab_size,
+        **({"mixture": tokens.label} if isinstance(tokens, Mixture) else {}),
         "data_path": str(tokens.path.resolve()) if tokens else None,
         **({"copies_of_val": tokens.copies_of_val} if tokens and tokens.copies_of_val else {}),
         "data_fingerprint": fingerprints["fingerprint"],
@@ -121,7 +123,7 @@ def screen(request: Request, described: Description, ranks: Dist, backends: dict
     config = request.config
     mode = choose(config.parallel, ranks, described.shape.parameters)
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-    train_tokens = described.tokens.split("train").length if described.tokens else None
+    train_tokens = described.tokens.train_tokens if described.tokens else None
     name = described.run["name"]
     return str(
         StartScreen(
@@ -157,4 +159,4 @@ def screen(request: Request, described: Description, ranks: Dist, backends: dict
 
 def _data_name(tokens: TokenSet) -> str:
     copies = tokens.copies_of_val
-    return tokens.path.name + (f" ({copies:,} train rows are copies of validation rows)" if copies else "")
+    return tokens.label + (f" ({copies:,} train rows are copies of validation rows)" if copies else "")

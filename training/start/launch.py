@@ -10,8 +10,8 @@ import torch
 
 from base.files import disk_full_explained, make_folder
 from base.runfolder import ENV
+from data.mixture import open_tokens
 from data.prepare import ensure
-from data.tokens import TokenSet
 from kernels import backend
 from quant.plan import unquantized
 from training.checkpoint.state import TrainState
@@ -62,8 +62,10 @@ def launch(request: Request) -> int:
 
 def start_screen(request: Request, ranks: Dist) -> str:
     """The start screen of a run that isn't started."""
-    path = request.config.data.path  # other text may not be prepared yet, and a dry run does nothing
-    return screen(request, describe(request, ranks, TokenSet(path) if path else None), ranks)
+    config = request.config  # other text may not be prepared yet, and a dry run does nothing
+    is_there = config.data.path or config.data.mix
+    tokens = open_tokens(config.data, ensure(config.data, config.paths.data)) if is_there else None
+    return screen(request, describe(request, ranks, tokens), ranks)
 
 
 def train(request: Request, ranks: Dist) -> int:
@@ -73,9 +75,8 @@ def train(request: Request, ranks: Dist) -> int:
     _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
     check_recipes(plan, config.recompute)
     ranks.on_main(lambda: check_asked_for(config.logger))
-    tokens = TokenSet(
-        ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len))),
-        verify=config.data.verify,
+    tokens = open_tokens(
+        config.data, ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len)))
     )
     described = describe(request, ranks, tokens)
     texts = open_texts(config, tokens)
