@@ -210,7 +210,7 @@ def main(words: list[str]) -> int:
         cells = cells_of(line)
         found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
     except (CellError, ConfigError, ValueError, OSError) as error:
-        print(f"plan: {error}", file=sys.stderr)
+        print(f"cost: {error}", file=sys.stderr)
         return 2
     peak = peak_of(table["device"])
     if details:

@@ -21,6 +21,7 @@ from training.start.describe import Request, describe
 from training.start.memory import estimate, kept_of
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "cost.py"
+H100 = "NVIDIA H100 80GB HBM3"  # as its driver says it
 # llama_30m, 512 tokens: 6 (30,482,560 + 32000 * 640) + 12 * 6 * 640 * 512
 FLOPS_30M = 6 * (30_482_560 + 32_000 * 640) + 12 * 6 * 640 * 512
 
@@ -30,11 +31,11 @@ def cell(model="llama_30m", recipe="quartet2", base=None, flops_per_token=1000):
 
 
 def cells(*words):
-    module = plan_module()
+    module = cost_module()
     return {cell.name: cell for cell in module.cells_of(module.cellline.read(words, module.OWN))}
 
 
-def plan_module():
+def cost_module():
     spec = importlib.util.spec_from_file_location("cost", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -48,7 +49,7 @@ def rows(**speeds):
     ]
 
 
-def plan(*words):
+def cost(*words):
     return subprocess.run([sys.executable, str(SCRIPT), *words], capture_output=True, text=True, timeout=120)
 
 
@@ -125,14 +126,14 @@ def test_files_that_are_none_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["result.json", "run.json"])
-def test_a_damaged_cell_is_named_with_what_to_type_and_the_others_are_planned(tmp_path, capsys, file):
+def test_a_damaged_cell_is_named_with_what_to_type_and_the_others_are_costed(tmp_path, capsys, file):
     name = "corpus_screen-bf16-s0"
     (tmp_path / name).mkdir()
     (tmp_path / name / "run.json").write_text("{}")
     (tmp_path / name / "metrics.jsonl").write_text('\xff\n5\n{"kind": "train", "step": 7}\n', "latin1")
     (tmp_path / name / file).write_text("{bad")
     words = ["experiment=corpus_screen", "only=bf16/s[01]", f"paths.runs={tmp_path}"]
-    assert plan_module().main(words) == 0
+    assert cost_module().main(words) == 0
     out, error = capsys.readouterr()
     assert "damaged 7 " in out and "1 damaged, 1 missing" in out
     start = f"bf16/s0: damaged, left alone: {tmp_path}/{name}/{file}: not JSON"
@@ -142,7 +143,7 @@ def test_a_damaged_cell_is_named_with_what_to_type_and_the_others_are_planned(tm
     assert [path.read_text() for path in tmp_path.rglob(f"{file}*")] == ["{bad"]
 
 
-def test_a_recipe_on_the_command_line_is_the_one_that_is_planned():
+def test_a_recipe_on_the_command_line_is_the_one_that_is_costed():
     found = cells("experiment=corpus_screen", "only=quartet2/s0", "quant=fp8")["quartet2/s0"]
     assert (found.recipe, found.base_recipe) == ("fp8", "fp8") and found.memory_gib == pytest.approx(11.3, abs=0.05)
 
@@ -164,30 +165,30 @@ def test_throughput_is_read_from_runs_and_mixed_devices_are_refused(tmp_path):
         costs.measured_rows(find_runs([f"{tmp_path}/*"]))
 
 
-def test_the_plan_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
+def test_the_cost_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
     name = "corpus_ranking-bf16-x1-s0"
     (tmp_path / "runs" / name).mkdir(parents=True)
     result = {"status": "finished", "step": 2861, "final_loss": 3.4}
     (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result))
-    table = {"device": "H100", "rows": rows(llama_30m__bf16=1_041_658)}  # 749,993,984 tokens take 0.2 hours
+    table = {"device": H100, "rows": rows(llama_30m__bf16=1_041_658)}  # 749,993,984 tokens take 0.2 hours
     table["rows"][0]["flops_per_token"] = FLOPS_30M
     (tmp_path / "speed.json").write_text(json.dumps(table))
     words = [f"paths.runs={tmp_path}/runs", f"table={tmp_path}/speed.json", "price=10"]
-    done = plan("experiment=corpus_ranking", "only=bf16/x1/*", *words)
+    done = cost("experiment=corpus_ranking", "only=bf16/x1/*", *words)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[1].split()[:4] == ["bf16/x1/s0", "done", "2,861", "750M"] and "missing" in lines[2]
     assert f"{FLOPS_30M * 749993984:.2e}" in lines[1] and "0.20" in lines[1].split()
     assert "1 done, 2 missing" in done.stdout
-    assert "H100: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
+    assert f"{H100}: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
     assert "B200, predicted: 0.3 GPU-hours" in done.stdout
 
 
 def test_nothing_is_left_of_done_and_diverged_cells_and_a_part_of_the_stopped_ones():
-    module = plan_module()
+    module = cost_module()
     kinds = {"a": states.DONE, "b": states.DIVERGED, "c": states.STOPPED, "d": states.MISSING}
     found = {name: states.State(status, 0 if name == "d" else 20) for name, status in kinds.items()}
-    table = {"device": "H100", "rows": rows(llama_30m__quartet2=1000)}  # an hour a cell
+    table = {"device": H100, "rows": rows(llama_30m__quartet2=1000)}  # an hour a cell
     lines = module.totals([replace(cell(), name=name) for name in kinds], found, table, None, module.OWN)
     assert lines[0] == "1 done, 1 diverged, 1 stopped, 1 missing"
     assert lines[2] == "H100: 4.0 GPU-hours, 1.8 of them left"  # the missing one, 80 of 100 steps of the stopped one
@@ -213,9 +214,9 @@ def test_nothing_is_left_of_done_and_diverged_cells_and_a_part_of_the_stopped_on
 )
 def test_mistakes_are_named(words, message, capsys, monkeypatch):
     monkeypatch.setattr(costs, "TABLE", Path("/nowhere/throughput.json"))  # not to be written
-    assert plan_module().main(words) == 2
+    assert cost_module().main(words) == 2
     error = capsys.readouterr().err
-    assert error.startswith("plan: ") and message in error and len(error.splitlines()) == 1
+    assert error.startswith("cost: ") and message in error and len(error.splitlines()) == 1
 
 
 @pytest.mark.parametrize("speed", ['"fast"', "null", "0", "Infinity", "NaN"])
@@ -224,11 +225,11 @@ def test_a_file_that_holds_no_timings_is_named(tmp_path, capsys, speed):
     words = [f"measure={tmp_path}/bench.json", "device=CPU", f"table={tmp_path}/table.json"]
     for text, message in (("[{", "not JSON"), (timing + speed + "}]", "not what scripts/bench/bench_step.py")):
         (tmp_path / "bench.json").write_text(text)
-        assert plan_module().main(words) == 2
+        assert cost_module().main(words) == 2
         assert f"bench.json: {message}" in capsys.readouterr().err and not (tmp_path / "table.json").exists()
     (tmp_path / "bench.json").write_text(timing + "1000.4}]")
     assert (
-        plan_module().main(words) == 0 and costs.load(tmp_path / "table.json")["rows"][0]["tokens_per_second"] == 1000
+        cost_module().main(words) == 0 and costs.load(tmp_path / "table.json")["rows"][0]["tokens_per_second"] == 1000
     )
 
 
