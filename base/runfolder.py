@@ -83,6 +83,7 @@ ROWS: dict[str, dict[str, Field]] = {
         ),
         "se": Field("standard error of loss over documents; null for fewer than two", column=True),
         "loss_bf16": Field("loss of the same weights with every GEMM in BF16"),
+        "loss_ema": Field("loss of the weights' moving average (hooks.ema)"),
         "time": TIME,
     },
     "slots": {

@@ -32,6 +32,7 @@ HARMLESS = (
     "log.",
     "logger",
     "evaluate.",
+    "probes.",
     "checkpoint.",
     "data.files=",
     "data.val_files=",

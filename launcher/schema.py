@@ -8,7 +8,8 @@ from hydra.core.config_store import ConfigStore
 
 from training.config import TrainConfig
 
-FREE_FORM = ("quant",)  # a mapping whose fields quant.recipe checks
+# Mappings whose fields quant.recipe, and each hook and probe, check.
+FREE_FORM = ("quant", "hooks", "probes")
 
 
 def register() -> None:

@@ -13,9 +13,10 @@ Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hi
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,10 @@ class Block(nn.Module):
 class Llama(nn.Module):
     """The model; weights are uninitialized until `init_weights`, so that it can be built on the meta device."""
 
+    Shape = LlamaConfig
+    optimizer = "adamw"
+    scalar_rates: Mapping[str, float] = {}
+    hooks: Mapping[str, Mapping[str, Any]] = {}
     softcap: float | None = None  # of the logits; the loss reads it
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.bfloat16):
@@ -147,6 +152,11 @@ class Llama(nn.Module):
     def last(self, x_BTD: Tensor, branch_BTD: Tensor) -> Tensor:
         """The final norm. Nothing else reads its sum: no gradient to add, so no operation of its own."""
         return self.norm(x_BTD + branch_BTD.to(x_BTD.dtype))[1]
+
+    @staticmethod
+    def decays(name: str) -> bool:
+        """Weight decay applies to the linear weights of the blocks: not to the embedding, lm_head and norms."""
+        return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
     def regions(self) -> list[tuple[nn.Module, str]]:
         """(module, method): the parts to compile, each without a graph break. Blocks share their code, so that a deep

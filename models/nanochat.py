@@ -11,7 +11,9 @@ read (theirs is stored in BF16), and RoPE turns neighbours where theirs turns ha
 Shapes: B batch, T positions, D width, H heads, K head dimension (D = H K), F hidden, V vocabulary.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -107,6 +109,11 @@ class Block(nn.Module):
 class Nanochat(nn.Module):
     """The model; weights are uninitialized until `init_weights`, so that it can be built on the meta device."""
 
+    Shape = NanochatConfig
+    optimizer = "muon"
+    # The stream's scales act on everything after them and get a hundredth of the other scalars' rate.
+    scalar_rates: Mapping[str, float] = {"residual_scales": 0.01, "embedding_scales": 1.0}
+    hooks: Mapping[str, Mapping[str, Any]] = {}
     softcap = SOFTCAP
 
     def __init__(self, config: NanochatConfig, compute_dtype: torch.dtype = torch.bfloat16):
@@ -120,6 +127,11 @@ class Nanochat(nn.Module):
         self.embedding_scales = nn.Parameter(torch.empty(config.layers))
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim), persistent=False)
+
+    @staticmethod
+    def decays(name: str) -> bool:
+        """As in models/llama.py; under Muon the matrices of the blocks have its own decay."""
+        return name.startswith("blocks.") and name.endswith(".weight")
 
     def regions(self) -> list[tuple[nn.Module, str]]:
         """(module, method): the parts to compile, each without a graph break; as in models/llama.py."""

@@ -7,6 +7,7 @@ import torch
 from base.flops import flops_per_token
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BYTES_BF16 = 2.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,17 @@ class DecoderShape:
     @property
     def parameters(self) -> int:
         return self.parameters_non_embedding + 2 * self.vocab_size * self.width
+
+    def block_bytes(self, residual: float, inputs: float) -> float:
+        """What autograd keeps of one block, bytes a token: two norm inputs in the residual's dtype (`residual` bytes an
+        element); q, k, v after RoPE and attention's output, gate and up in BF16; the inputs of qkv, out, gate_up and
+        down in the form that the recipe keeps (`inputs` bytes an element). A model that keeps other things says so."""
+        d, f = self.width, self.hidden
+        return 2 * d * residual + BYTES_BF16 * (4 * d + 2 * f) + inputs * (3 * d + f)
+
+    def mlp_backward_bytes(self) -> float:
+        """Gradients of the MLP in BF16, the largest temporaries of a step, bytes a token."""
+        return BYTES_BF16 * (3 * self.hidden + 2 * self.width)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Operations of forward and backward (base/flops.py)."""

@@ -11,8 +11,8 @@ from quant.products import PRODUCTS
 from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe
 from quant.recipefile import names
 
-# Keys of a recipe file that belong to the precision plan (quant/plan.py), not to the recipe.
-PLAN_KEYS = ("rules", "high_precision")
+# Keys of a recipe file that aren't the recipe's: of the precision plan (quant/plan.py), and the hooks around a step.
+PLAN_KEYS = ("rules", "high_precision", "hooks")
 
 
 def mapping(name: str) -> dict[str, Any]:

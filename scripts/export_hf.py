@@ -28,7 +28,7 @@ from tokenizers import Tokenizer
 
 from data.tokenizer import TextTokenizer
 from training.checkpoint.storage import CheckpointError
-from training.inference import load_trained, run_tokenizer, transformers_config, transformers_weights
+from training.inference import check_exportable, load_trained, run_tokenizer, transformers_config, transformers_weights
 
 PADDING = ("<pad>", "<|pad|>", "[PAD]")  # what tokenizers call a token for it
 
@@ -38,6 +38,7 @@ def export(run_dir: Path, out: Path, step: int | None, dtype: torch.dtype) -> st
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty; give another folder")
     model, run, at = load_trained(run_dir, step)
+    check_exportable(model)
     tokenizer = run_tokenizer(run)
     weights = {name: tensor.to(dtype) for name, tensor in transformers_weights(model).items()}
     config = transformers_config(model.config, tokenizer and tokenizer.bos_id)

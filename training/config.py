@@ -1,7 +1,7 @@
 """Everything a run can be told, as typed dataclasses: the schema behind configs/ and the only thing the engine reads.
 
-Each class checks its own values; what needs several of them together is checked in training/start/derive.py. `quant`
-stays a mapping here: `quant.recipe` owns its fields and checks them.
+Each class checks its own values; what needs several of them together is checked in training/start/derive.py. `quant`,
+`hooks` and `probes` stay mappings here: quant.recipe, and each hook and probe, own their fields and check them.
 Integers that people like to write as 3e9 are declared float and turned into int when they are whole.
 """
 
@@ -14,6 +14,7 @@ from base.files import expanded
 from base.words import suggestion
 from data.spec import DataSpec
 from kernels.backend import PRESETS
+from models import FAMILIES, FIRST
 
 SWITCH = ("auto", "true", "false")
 
@@ -55,7 +56,7 @@ class ModelSection:
     """A preset (configs/model). `lr` is its peak learning rate: 1.2e-3 * min(1, 768 / width)."""
 
     name: str = "custom"
-    family: str = "llama"  # llama | nanochat
+    family: str = FIRST  # one of models.FAMILIES
     layers: int = 6
     width: int = 640
     heads: int = 5
@@ -67,7 +68,7 @@ class ModelSection:
     micro_tokens: int = 65536  # default micro-batch; part of the numerics, so it never follows from the machine
 
     def __post_init__(self) -> None:
-        self.family = choice("model.family", self.family, ("llama", "nanochat"))
+        self.family = choice("model.family", self.family, tuple(FAMILIES))
         in_range("model.lr", self.lr, 1e-12, 1e3)
         in_range("model.norm_eps", self.norm_eps, 0.0, 1.0)
         in_range("model.rope_theta", self.rope_theta, 1.0, 1e12)
@@ -228,6 +229,8 @@ class PathsSection:
 class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     quant: dict[str, Any] = field(default_factory=dict)
+    hooks: dict[str, Any] = field(default_factory=dict)  # {name: options}, beside the model's and the recipe's own
+    probes: dict[str, Any] = field(default_factory=dict)  # {name: options}, beside those of `evaluate`
     data: DataSpec = field(default_factory=DataSpec)
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)

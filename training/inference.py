@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.runfolder import CHECKPOINTS, RUN, read_json
 from data.tokenizer import TextTokenizer
+from models import FIRST, family
 from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
 from training.checkpoint.manifest import checkpoints, latest_good, problems, step_name, step_of
 from training.checkpoint.state import load_model
@@ -34,16 +36,16 @@ def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
     return path
 
 
-def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[Llama, dict[str, Any], int]:
+def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[nn.Module, dict[str, Any], int]:
     """(model on the CPU in FP32 with the master weights, run.json, step). Computes without any recipe."""
     run_dir = Path(run_dir)
     path = find_checkpoint(run_dir, step)
     run = read_json(run_dir / RUN)
-    shape = {key.removeprefix("model."): value for key, value in run["numerics"].items() if key.startswith("model.")}
-    if "family" in shape:
-        raise ValueError(f"{run_dir} is a {shape['family']} run; export and generation know the llama family only")
-    config = LlamaConfig(**shape, max_seq_len=run["seq_len"])
-    model = Llama(config, compute_dtype=torch.float32)
+    stored = {key.removeprefix("model."): value for key, value in run["numerics"].items() if key.startswith("model.")}
+    built = family(stored.get("family", FIRST))
+    known = {field.name for field in fields(built.Shape)}
+    config = built.Shape(**{name: stored[name] for name in known & stored.keys()}, max_seq_len=run["seq_len"])
+    model = built(config, compute_dtype=torch.float32)
     meta = load_model(path, model)
     model.rope.copy_(rope_table(config.max_seq_len, config.head_dim, config.rope_theta))
     return model.eval(), run, meta["step"]
@@ -64,6 +66,12 @@ def run_tokenizer(run: dict[str, Any], given: Path | None = None) -> TextTokeniz
     if tokenizer.hash != run["tokenizer_hash"]:
         raise ValueError(f"{tokenizer.path} is not the tokenizer that {run['name']} was trained with")
     return tokenizer
+
+
+def check_exportable(model: nn.Module) -> None:
+    """Raise ValueError for a model that transformers_config and transformers_weights don't know."""
+    if not isinstance(model, Llama):
+        raise ValueError(f"{type(model).__name__} can't be exported to transformers; only the llama family can")
 
 
 def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:
@@ -122,7 +130,7 @@ def transformers_weights(model: Llama) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def sample(
-    model: Llama, prompt: list[int], count: int, temperature: float, top_k: int, seed: int, stop: int | None = None
+    model: nn.Module, prompt: list[int], count: int, temperature: float, top_k: int, seed: int, stop: int | None = None
 ) -> Iterator[int]:
     """Yield `count` token ids that follow `prompt`; temperature 0 takes the likeliest. The context is the model's
     training length; older tokens fall out of it. `stop`: the last one to be yielded, if it comes earlier."""

@@ -12,7 +12,6 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from base.flops import mfu_formula
@@ -26,6 +25,7 @@ from training.evaluate import evaluate, save_rows
 from training.microbatch import MicroBatch
 from training.nonfinite import Guard, Recovery, first_non_finite
 from training.optim.groups import clip_gradients, set_rates
+from training.probes.base import Context, Evaluation, Probe
 from training.ranks.distributed import Dist, SharedFlag
 from training.ranks.signals import NAMES, StopFlag
 from training.ranks.watchdog import Watchdog
@@ -59,8 +59,6 @@ class Parts:
     evalset: EvalSet
     final_evalset: EvalSet
     flops_per_token: int
-    count_slots: Callable[[Callable[[], None]], dict[str, Any]] | None
-    unquantized: Callable[[], AbstractContextManager] | None
     checkpointer: Checkpointer
     loggers: Loggers
     console: Console
@@ -112,17 +110,21 @@ class Trainer:
         while self.state.step < self.numbers.steps:
             level = self._train_step()
             save = bool(level) or self._due(self.p.config.checkpoint.every)
+            step = self.state.step
+            probes = {} if level else self._due_probes(at_evaluation=False)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
             last = self.state.step == self.numbers.steps
-            if save or first or last or self._log_due() or self._evaluation_due():
+            if save or probes or first or last or self._log_due() or self._evaluation_due():
                 self._flush()
             if level:
                 return self._stop_early(level)
+            if self.state.step == step:  # else a bad step was found and left out, with those after it
+                self._look(probes)
             if save and self.state.step < self.numbers.steps:
                 self._save()
             if self._evaluation_due():
                 self._evaluate(self.p.evalset)
-            if save or self._evaluation_due():
+            if save or probes or self._evaluation_due():
                 self._restart_clock()
         return self._finish()
 
@@ -131,6 +133,8 @@ class Trainer:
         take longer than a preempted job is given; the resumed run repeats the step from its start."""
         step, numbers = self.state.step, self.numbers
         micro_batches = numbers.micro_batches_of(self.p.ranks.rank)
+        for hook in self.state.hooks.values():
+            hook.before_step(step)
         for micro in micro_batches:
             if level := self._stop.poll(self.p.stop.level):
                 self._zero_grad()
@@ -139,11 +143,15 @@ class Trainer:
             self._set_rng(step, micro)
             nats = self.p.micro_batch(tokens, first=micro == micro_batches[0], last=micro == micro_batches[-1])
             self._buffer.add_nats(nats)
+        for hook in self.state.hooks.values():
+            hook.before_update(step)
         grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
         self._guard.watch(grad_norm)
         set_rates(self.optimizers, numbers.schedule, step)
         for optimizer in self.optimizers:
             optimizer.step()
+        for hook in self.state.hooks.values():
+            hook.after_step(step, self._guard.skip)
         self._zero_grad()
         self._buffer.end_step(grad_norm)
         self.state.step += 1
@@ -263,44 +271,56 @@ class Trainer:
         return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)
 
     def _evaluate(self, evalset: EvalSet) -> dict[str, float | None]:
-        """Score, write eval/<step>.npz and the eval and slots rows; returns {loss, bpb, se}."""
+        """Score, write eval/<step>.npz, the eval row and those of the probes; returns {loss, bpb, se, ...}."""
         step = self.state.step
+        for hook in self.state.hooks.values():
+            hook.before_evaluation(step)
         nats = self._score(evalset)
-        summary = evalset.summary(nats)
-        if self.p.unquantized is not None:
-            with self.p.unquantized():
-                summary["loss_bf16"] = evalset.summary(self._score(evalset))["loss"]
+        probes = self._due_probes(at_evaluation=True)
+        context = self._context(Evaluation(evalset, nats, lambda: evalset.summary(self._score(evalset))))
+        summary, beside = evalset.summary(nats), {}
+        for probe in probes.values():
+            beside |= probe.scores(context)
         if self.p.ranks.is_main:
             save_rows(segments_file(self.p.folder.path, step), evalset, nats)
         # `targets`: how much was scored, so that no reader has to open the rows of every evaluation to know it.
         scored = {"tokens": self.state.tokens, "targets": evalset.targets}
-        self._log({"kind": "eval", "step": step, **scored, **summary, "time": time.time()})
-        self._count_slots(evalset)
-        beside = f" (unquantized {summary['loss_bf16']:.4f})" if "loss_bf16" in summary else ""
+        self._log({"kind": "eval", "step": step, **scored, **summary, **beside, "time": time.time()})
+        self._look(probes, context)
         about = "~" if summary.get("bpb_approximate") else ""
         error = "" if summary["se"] is None else f" +- {summary['se']:.4f}"
+        others = "".join(f", {name.removeprefix('loss_')} {value:.4f}" for name, value in beside.items())
         self.p.console.say(
-            f"eval at step {step}: {summary['loss']:.4f}{error} nats/token{beside}, "
+            f"eval at step {step}: {summary['loss']:.4f}{error} nats/token{others}, "
             f"{about}{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
         )
         return summary
 
-    def _count_slots(self, evalset: EvalSet) -> None:
-        """Clipping and underflow of every operand slot on the first evaluation batch, forward and backward."""
-        if self.p.count_slots is None:
-            return
-        # A whole micro-batch, repeating sequences if there are fewer: its size must divide as in training.
-        tokens = evalset.samples(0, min(self.numbers.micro, evalset.sequences))
-        tokens = tokens[torch.arange(self.numbers.micro) % len(tokens)].to(self.p.ranks.device)
+    def _due_probes(self, at_evaluation: bool) -> dict[str, Probe]:
+        found = {name: probe for name, probe in self.state.probes.items() if probe.at_evaluation == at_evaluation}
+        return {name: probe for name, probe in found.items() if probe.due(self.state.step)}
 
-        def step() -> None:
-            self._set_rng(self.state.step, 0)
-            self.p.loss(tokens).backward()
+    def _look(self, probes: dict[str, Probe], context: Context | None = None) -> None:
+        """Write what the probes see, and leave no trace of their forwards and backwards."""
+        for probe in probes.values():
+            rows = probe.rows(context or self._context())
+            self._zero_grad()
+            step = self.state.step
+            self._log(*({"kind": row["kind"], "step": step, **row, "time": time.time()} for row in rows))
 
-        self.p.micro_batch.release()
-        slots = self.p.count_slots(step)
-        self._zero_grad()
-        self._log({"kind": "slots", "step": self.state.step, "slots": slots, "time": time.time()})
+    def _context(self, evaluation: Evaluation | None = None) -> Context:
+        return Context(
+            step=self.state.step,
+            loss=self.p.loss,
+            numbers=self.numbers,
+            ranks=self.p.ranks,
+            hooks=self.state.hooks,
+            batches=self.p.batches,
+            set_rng=self._set_rng,
+            accumulate=self.p.accumulate,
+            release=self.p.micro_batch.release,
+            evaluation=evaluation,
+        )
 
     def _stop_early(self, level: int) -> int:
         """Save and leave. A preempted job is given 30 s: where the last save is long under way, another one would wait

@@ -58,6 +58,11 @@ class Guard:
         """Before optimizer.step()."""
         self._raised.copy_(torch.maximum(self._raised, (~torch.isfinite(grad_norm)).to(self._raised.dtype)))
 
+    @property
+    def skip(self) -> Tensor:
+        """FP32 [] on the device: not 0 where nothing of the run may change."""
+        return self._raised
+
     def lower(self) -> None:
         self._raised.zero_()
 
@@ -155,6 +160,8 @@ class Recovery:
         """Replay this rank's micro-batches of the bad step, eagerly."""
         parts, share = self._p, self._p.numbers.micro_batches_of(self._p.ranks.rank)
         parts.micro_batch.release()
+        for hook in parts.state.hooks.values():
+            hook.before_step(step - 1)
         batches, findings = parts.batches(step - 1), []
         for micro in share:
             tokens = next(batches)

@@ -88,7 +88,8 @@ def score(
     tokens = TokenSet(config.data.path)
     if tokens.fingerprint != run["data_fingerprint"]:
         raise ValueError(f"{tokens.path} is other text than {run['name']} was trained on; give its folder by --data")
-    shape, plan, numbers = check(config, ranks, tokens.vocab_size)
+    checked = check(config, ranks, tokens.vocab_size)
+    shape, plan, numbers = checked.shape, checked.plan, checked.numbers
     check_recipes(plan, recompute=False)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed

@@ -99,7 +99,8 @@ def build(model: str, recipe: str, extra: list[str], ranks: Dist, sequences: int
     config = compose([*chosen, f"quant={name}", "data=pydocs", *sizes, *overrides, *extra]).config
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
-    shape, plan, numbers = check(config, ranks, VOCABULARY)
+    checked = check(config, ranks, VOCABULARY)
+    shape, plan, numbers = checked.shape, checked.plan, checked.numbers
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     loss, parallel, _ = build_loss(config, shape, plan, rng, ranks)
     optimizers = build_optimizers(loss.model, config.optim, numbers.schedule.lr_peak)

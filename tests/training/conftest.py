@@ -1,15 +1,16 @@
 """A run small enough to train within a test: one block of width 128 on a few kilobytes of made-up text."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
 
 from base.runfolder import read_metrics
 from launcher.compose import compose
-from training.loop import Trainer
-from training.ranks.signals import INTERRUPT
+from training.probes import PROBES
+from training.probes.base import Probe
 from training.start.launch import Request, launch
 
 SMALL = [
@@ -40,13 +41,19 @@ def token_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(tmp_path, text_file, token_folder):
+def asides() -> list[str]:
+    """Overrides that every run of this test gets."""
+    return []
+
+
+@pytest.fixture
+def run(tmp_path, text_file, token_folder, asides):
     """run(*overrides) trains in this process and returns (exit code, run folder)."""
 
     def start(*overrides: str, name: str | None = "test") -> tuple[int, Path]:
         places = [f"data.files={text_file}", f"paths.data={token_folder}", f"paths.runs={tmp_path / 'runs'}"]
         named = [] if name is None else [f"run.name={name}"]
-        composed = compose([*SMALL, *places, *named, *overrides])
+        composed = compose([*SMALL, *places, *named, *overrides, *asides])
         code = launch(Request(composed.config, composed.yaml, composed.choices, "test"))
         folders = sorted((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None
@@ -55,22 +62,37 @@ def run(tmp_path, text_file, token_folder):
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
-    """stop_after(step) is a context in which runs stop after that step, by the flag that Ctrl-C sets."""
+def watch(monkeypatch, asides):
+    """watch(see) is a context in which runs have a probe that calls see(step) after every step."""
 
     @contextmanager
-    def stopping_after(step: int) -> Iterator[None]:
-        train_step = Trainer._train_step
-
-        def stopping(self):
-            level = train_step(self)
-            if self.state.step == step:
-                self.p.stop.level = INTERRUPT
-            return level
+    def watching(see: Callable[[int], None]) -> Iterator[None]:
+        class Watcher(Probe):
+            def due(self, step: int) -> bool:
+                see(step)
+                return False
 
         with monkeypatch.context() as patch:
-            patch.setattr(Trainer, "_train_step", stopping)
-            yield
+            patch.setitem(PROBES, "watcher", Watcher)
+            asides.append("probes.watcher={}")
+            try:
+                yield
+            finally:
+                asides.remove("probes.watcher={}")
+
+    return watching
+
+
+@pytest.fixture
+def stop_after(watch):
+    """stop_after(step) is a context in which runs stop after that step, by the signal that Ctrl-C sends."""
+
+    def stopping_after(step: int) -> AbstractContextManager[None]:
+        def see(at: int) -> None:
+            if at == step:
+                signal.raise_signal(signal.SIGINT)
+
+        return watch(see)
 
     return stopping_after
 

@@ -4,6 +4,7 @@ Rank 0 writes FOLDER/<mode>-<world>.json. World size 1, without torchrun, gives 
 parallel mode, or with a recipe mode:recipe; fsdp+regather holds no block's weights between forward and backward.
 """
 
+import hashlib
 import json
 import sys
 from dataclasses import dataclass, replace
@@ -17,8 +18,10 @@ from kernels import backend
 from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
+from training import hooks
 from training.checkpoint.manifest import latest_good
 from training.checkpoint.state import Checkpointer, TrainState, load, state_tensors
+from training.hooks.base import Run
 from training.optim.groups import clip_gradients
 from training.ranks import distributed, parallel
 
@@ -78,7 +81,9 @@ def build(case: str, ranks: distributed.Dist) -> Job:
     loss = TinyLoss(model)
     wrapped = parallel.parallelize(loss, parallel.choose(mode, ranks, 0), ranks, bool(regather))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    return Job(loss, wrapped, TrainState(model, [optimizer]), config, rng)
+    around = hooks.build(hooks.read({"ema": {}}), Run(loss, [optimizer], STEPS))
+    around["ema"].begin(0)
+    return Job(loss, wrapped, TrainState(model, [optimizer], around), config, rng)
 
 
 def micro_batch(config: LlamaConfig, step: int, index: int) -> Tensor:
@@ -105,6 +110,7 @@ def train(job: Job, ranks: distributed.Dist, steps: int) -> list:
             nats += forward_backward(job, ranks.rank * share + i, tokens, last=i == share - 1)
         norm = clip_gradients(state.model, 1.0)
         state.optimizers[0].step()
+        state.hooks["ema"].after_step(state.step, torch.zeros(()))
         state.optimizers[0].zero_grad()
         state.step += 1
         rows.append([ranks.sum(nats).item() / tokens, norm.item()])
@@ -118,6 +124,25 @@ def whole(state: TrainState) -> dict[str, Tensor]:
     }
 
 
+def average(state: TrainState) -> str:
+    """A hash of the moving average's bits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(whole(state).items()):
+        if name.startswith("hooks."):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def scores(job: Job) -> list[float]:
+    """Nats of one micro-batch under the weights, under their average, and under the weights again."""
+    tokens = micro_batch(job.config, 0, 0)
+    own = job.loss(tokens).item()
+    with job.state.hooks["ema"].weights(job.state.step):
+        averaged = job.loss(tokens).item()
+    return [own, averaged, job.loss(tokens).item()]
+
+
 def straight_and_saved(folder: Path, case: str, ranks: distributed.Dist) -> dict:
     """Train half, save, train on; load the half into a new state and train on: both second halves must agree. One of
     them is then stopped between two micro-batches, as a preempted job is: nothing of that may be in its state."""
@@ -126,6 +151,7 @@ def straight_and_saved(folder: Path, case: str, ranks: distributed.Dist) -> dict
     run = folder / f"run-{case}-{ranks.world}"
     saver = Checkpointer(run, group=ranks.group)
     saver.save(job.state)
+    saved = average(job.state)
     rows += train(job, ranks, STEPS // 2)
     saver.wait()
     again = build(case, ranks)
@@ -136,14 +162,16 @@ def straight_and_saved(folder: Path, case: str, ranks: distributed.Dist) -> dict
     same = whole(job.state).keys() == whole(again.state).keys() and all(
         a.equal(b) for a, b in zip(whole(job.state).values(), whole(again.state).values(), strict=True)
     )
-    return {"rows": rows, "resumed": resumed_rows, "same_state": bool(same)}
+    told = {"average": saved, "scores": scores(job)}
+    return {"rows": rows, "resumed": resumed_rows, "same_state": bool(same), **told}
 
 
 def resumed_from(source: Path, case: str, ranks: distributed.Dist) -> dict:
     """Second half from another world's checkpoint."""
     job = build(case, ranks)
     load(source, job.state, ranks.group)
-    return {"step": job.state.step, "rows": train(job, ranks, STEPS // 2)}
+    loaded = average(job.state)
+    return {"step": job.state.step, "rows": train(job, ranks, STEPS // 2), "average": loaded}
 
 
 def main() -> None:

@@ -56,25 +56,22 @@ def test_cuda_graphs_change_no_bit(run, rows, recipe):
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2"])
-def test_no_step_synchronizes_and_nothing_recompiles_after_the_second(run, monkeypatch, recipe):
+def test_no_step_synchronizes_and_nothing_recompiles_after_the_second(run, watch, recipe):
     from torch._dynamo.utils import counters
 
-    from training.loop import Trainer
-
-    step = Trainer._train_step
     compiled = []
 
-    def watched(self):
-        # The first two steps compile and fill caches; afterwards any synchronization raises.
-        torch.cuda.set_sync_debug_mode("error" if self.state.step >= 2 else "default")
-        try:
-            return step(self)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-            compiled.append(counters["stats"]["unique_graphs"])
+    def see(step: int) -> None:
+        # The first two steps compile and fill caches; afterwards any synchronization raises, until the last is read.
+        compiled.append(counters["stats"]["unique_graphs"])
+        torch.cuda.set_sync_debug_mode("error" if 2 <= step < 10 else "default")
 
-    monkeypatch.setattr(Trainer, "_train_step", watched)
-    assert run(*SHAPE, f"quant={recipe}", "compile=true", "log.every=20", "checkpoint.every=null")[0] == 0
+    try:
+        with watch(see):
+            words = [f"quant={recipe}", "compile=true", "log.every=20", "checkpoint.every=null"]
+            assert run(*SHAPE, *words)[0] == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     assert compiled[-1] == compiled[1]
 
 

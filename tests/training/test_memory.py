@@ -103,5 +103,5 @@ def kept(config) -> Kept:
 
 
 def test_an_epsilon_that_nanochat_would_not_use_is_refused():
-    with pytest.raises(ValueError, match=r"model\.norm_eps=0\.001: nanochat's norms have their own"):
+    with pytest.raises(ValueError, match=r"model\.norm_eps=0\.001: model.family=nanochat has none"):
         shape_of(compose(["model=nanochat_560m", "optim=muon", "schedule=wsd", "model.norm_eps=1e-3"]).config, 65_536)

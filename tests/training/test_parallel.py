@@ -98,6 +98,14 @@ def test_resume_on_the_same_ranks_is_bitwise(results, name):
     assert straight["same_state"]
 
 
+@pytest.mark.parametrize("name", ["ddp-2", "fsdp-2", "fsdp+regather-2", "hsdp-4"])
+def test_an_average_is_scored_in_place_of_the_weights_and_they_come_back(results, name):
+    own, averaged, again = results[name]["straight"]["scores"]
+    assert own == again != averaged
+    alone = results["auto-1"]["straight"]["scores"]
+    assert [own, averaged] == pytest.approx(alone[:2], abs=64 * LOSS_ATOL)  # nats summed over 64 targets
+
+
 @pytest.mark.parametrize(
     ("name", "source"),
     [
@@ -115,6 +123,8 @@ def test_resume_on_the_same_ranks_is_bitwise(results, name):
 def test_resume_on_other_ranks_and_modes(results, name, source):
     moved = results[name][source]
     assert moved["step"] == 2
+    # What a hook keeps of each weight moves with it, bit for bit; a rank's shard saved as the whole would not.
+    assert moved["average"] == results[source.removeprefix("run-")]["straight"]["average"]
     assert_close(moved["rows"], results["auto-1"]["straight"]["rows"][2:])
 
 

@@ -3,6 +3,7 @@ uninterrupted one does. What has no part in a run's numbers is drawn anew at eve
 
 import random
 import shutil
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from support import SLOT_RECIPES
 
 from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import read_all
-from training.loop import Trainer
 
 COUNT = 8
 NUMBERS = {
@@ -60,33 +60,28 @@ def words_of(draw: random.Random, *tables: dict) -> list[str]:
     return [f"{key}={draw.choice(values)}" for table in tables for key, values in table.items()]
 
 
-def crash_at(monkeypatch, step: int) -> None:
+def crash_at(watch, step: int) -> AbstractContextManager[None]:
     """As if the process died after that step, before anything of it was logged or saved."""
-    train_step = Trainer._train_step
 
-    def crashing(self):
-        level = train_step(self)
-        if self.state.step == step:
+    def see(at: int) -> None:
+        if at == step:
             raise Crash
-        return level
 
-    monkeypatch.setattr(Trainer, "_train_step", crashing)
+    return watch(see)
 
 
-def interrupt(run, stop_after, monkeypatch, draw: random.Random, words: list[str], step: int) -> str:
+def interrupt(run, stop_after, watch, draw: random.Random, words: list[str], step: int) -> str:
     """Start the run and end it after `step` in one of three ways, which is returned."""
     how = draw.choice(["stop", "crash", "lost"])
-    with monkeypatch.context() as patch:
-        if how == "crash":
-            crash_at(patch, step)
-            with pytest.raises(Crash):
-                run(*words, name="broken")
-        else:
-            with stop_after(step):
-                _, folder = run(*words, name="broken")
-            saved = checkpoints(folder / "checkpoints")
-            if how == "lost" and saved:
-                shutil.rmtree(saved[-1])
+    if how == "crash":
+        with crash_at(watch, step), pytest.raises(Crash):
+            run(*words, name="broken")
+    else:
+        with stop_after(step):
+            _, folder = run(*words, name="broken")
+        saved = checkpoints(folder / "checkpoints")
+        if how == "lost" and saved:
+            shutil.rmtree(saved[-1])
     return f"{how} {step}"
 
 
@@ -97,7 +92,7 @@ def by_step(found: list[dict], fields: tuple[str, ...]) -> dict[int, list]:
 
 
 @pytest.mark.parametrize("case", range(COUNT))
-def test_any_run_ends_as_if_it_had_never_been_interrupted(run, rows, stop_after, monkeypatch, case):
+def test_any_run_ends_as_if_it_had_never_been_interrupted(run, rows, stop_after, watch, case):
     draw = random.Random(case)
     numbers = words_of(draw, NUMBERS, NANOCHAT if draw.random() < 0.25 else {})
     steps = int(next(word for word in numbers if word.startswith("steps="))[6:])
@@ -105,7 +100,7 @@ def test_any_run_ends_as_if_it_had_never_been_interrupted(run, rows, stop_after,
     assert code == 0
     history = []
     for step in sorted(draw.sample(range(1, steps), draw.choice([1, 2, 3]))):
-        history.append(interrupt(run, stop_after, monkeypatch, draw, [*numbers, *words_of(draw, FREE)], step))
+        history.append(interrupt(run, stop_after, watch, draw, [*numbers, *words_of(draw, FREE)], step))
     code, broken = run(*numbers, *words_of(draw, FREE), name="broken")
     assert code == 0
 

@@ -1,19 +1,20 @@
 """Save and load a run's whole state: weights, optimizer state, step. Sharded, asynchronous, atomic, checksummed.
 
 Built on torch.distributed.checkpoint's planners, so that what N ranks saved can be loaded by M, under DDP, FSDP or
-neither. Names don't depend on any wrapper: `model.<name>`, `optim.<i>.<parameter>.<state>`. Hyper-parameters (learning
-rate, decay) are not stored: they are functions of the config and of the step, and the config's hash is checked.
+neither. Names don't depend on any wrapper: `model.<name>`, `optim.<i>.<parameter>.<state>`, `hooks.<hook>.<key>`,
+`probes.<probe>.<key>`. Hyper-parameters (learning rate, decay) are not stored: they are functions of the config and of
+the step, and the config's hash is checked.
 There is no generator state to store (design.md 3.5). Format and what counts as damaged: storage.py and manifest.py.
 """
 
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -41,12 +42,20 @@ from training.checkpoint.storage import (
 SPARE_BYTES = 64 * 2**20
 
 
+class HasState(Protocol):
+    """A hook or a probe: tensors by key, whose names and shapes follow from the step (training/hooks/base.py)."""
+
+    def state(self, step: int) -> dict[str, Tensor]: ...
+
+
 @dataclass
 class TrainState:
     """What a checkpoint holds. `extra` must be JSON-able; `hash` is the numerics hash of the run."""
 
     model: nn.Module
     optimizers: Sequence[torch.optim.Optimizer]
+    hooks: Mapping[str, HasState] = field(default_factory=dict)
+    probes: Mapping[str, HasState] = field(default_factory=dict)
     step: int = 0
     tokens: int = 0
     hash: str = ""
@@ -64,8 +73,9 @@ class Saved:
     gigabytes: float
 
 
-def state_tensors(state: TrainState) -> dict[str, Tensor]:
-    """Every tensor of the state by its stored name; DTensors stay DTensors. The tensors themselves, not copies."""
+def state_tensors(state: TrainState, step: int | None = None) -> dict[str, Tensor]:
+    """Every tensor of the state by its stored name; DTensors stay DTensors. The tensors themselves, not copies.
+    `step`: that of a checkpoint to be loaded, whose hooks may hold other tensors than now."""
     tensors = {f"model.{name}": value for name, value in state.model.state_dict(keep_vars=True).items()}
     names = {parameter: name for name, parameter in state.model.named_parameters()}
     for i, optimizer in enumerate(state.optimizers):
@@ -74,6 +84,10 @@ def state_tensors(state: TrainState) -> dict[str, Tensor]:
                 if not isinstance(value, Tensor):
                     raise CheckpointError(f"optimizer {i} keeps {key!r} as {type(value).__name__}; make it a tensor")
                 tensors[f"optim.{i}.{names[parameter]}.{key}"] = value
+    for kind, owners in (("hooks", state.hooks), ("probes", state.probes)):
+        for name, owner in owners.items():
+            own = owner.state(state.step if step is None else step)
+            tensors |= {f"{kind}.{name}.{key}": value for key, value in own.items()}
     return tensors
 
 
@@ -267,7 +281,8 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
 
     Works for any world size and wrapper, whatever they were at the save. Raises CheckpointError if the checkpoint is of
     another run (hash), or its tensors aren't exactly the state's (names, shapes, dtypes), and nothing is loaded then;
-    or if it holds a value that isn't finite (written before saves were checked).
+    or if it holds a value that isn't finite (written before saves were checked). Only probes may come and go between
+    two starts of a run: one that the checkpoint doesn't know begins anew.
     """
     path = Path(path)
     meta = read_meta(path)
@@ -280,10 +295,11 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
     index = read_index(path)
     _check_same(path, {k: v for k, v in index.items() if k.startswith("model.")}, weights)
     _create_optimizer_state(state)
-    tensors = state_tensors(state)
-    _check_same(path, index, tensors)
-    read_tensors(path, tensors, group)
-    _refuse_bad(path, tensors, group)
+    tensors = state_tensors(state, meta["step"])
+    known = {name: value for name, value in tensors.items() if not name.startswith("probes.") or name in index}
+    _check_same(path, {k: v for k, v in index.items() if not k.startswith("probes.") or k in known}, known)
+    read_tensors(path, known, group)
+    _refuse_bad(path, known, group)
     state.step, state.tokens, state.extra = meta["step"], meta["tokens"], meta["extra"]
 
 

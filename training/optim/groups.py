@@ -10,23 +10,16 @@ from training.optim.muon import Muon
 from training.optim.schedule import Schedule
 from training.start.derive import MUON_IS_FOR
 
-# nanochat: the stream's scales act on everything after them and get a hundredth of the other scalars' rate.
-RESIDUAL_SCALE_FACTOR = 0.01
 # The model that its rates and weight decay were tuned on.
 REFERENCE_WIDTH, REFERENCE_LAYERS = 768, 12
-
-
-def decays(name: str) -> bool:
-    """Weight decay applies to the linear weights of the blocks: not to the embedding, lm_head and norms."""
-    return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
 
 def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> torch.optim.AdamW:
     """AdamW over the FP32 master weights."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for n, p in named if decays(n)], "weight_decay": config.weight_decay},
-        {"params": [p for n, p in named if not decays(n)], "weight_decay": 0.0},
+        {"params": [p for n, p in named if model.decays(n)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not model.decays(n)], "weight_decay": 0.0},
     ]
     return adamw([group for group in groups if group["params"]], config, lr)
 
@@ -57,9 +50,8 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
     rates = {
         "embed.weight": config.embed_lr * by_width,
         "lm_head.weight": config.head_lr * by_width,
-        "residual_scales": config.scalar_lr * RESIDUAL_SCALE_FACTOR,
-        "embedding_scales": config.scalar_lr,
     }
+    rates |= {name: config.scalar_lr * share for name, share in model.scalar_rates.items()}
     others = {name for name, p in named.items() if not any(p is matrix for matrix in matrices)}
     if others != set(rates):
         raise ValueError(MUON_IS_FOR)  # a parameter without a rate would stay as it is, without a word

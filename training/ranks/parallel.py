@@ -162,6 +162,13 @@ def _sharded_accumulation(loss: nn.Module, last: bool, regather: bool) -> Iterat
     yield
 
 
+def reshard(loss: nn.Module) -> None:
+    """Drop weights that were gathered whole: the next forward gathers what the shards hold then."""
+    for module in loss.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def exact_spans(block: nn.Module, shards: int) -> list[tuple[int, int]]:
     """Where, in a rank's flat shard of the block, the parameters lie that are used in FP32: all but the linear layers'
     weights, so norm gains for the most part."""

@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
 from base.tree import flatten
+from models import FIRST
 from quant import library
 from quant.plan import HEAD, Plan
 from training.config import FOLDER_NAME, MUON_ONLY, TrainConfig
@@ -19,9 +21,15 @@ class IdentityError(ValueError):
 
 
 def numerics(
-    config: TrainConfig, numbers: Numbers, plan: dict[str, Any], vocab_size: int, data: dict[str, str]
+    config: TrainConfig,
+    numbers: Numbers,
+    plan: dict[str, Any],
+    vocab_size: int,
+    data: dict[str, str],
+    hooks: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The flat dict that is hashed. `plan`: what each layer does; `data`: fingerprints of token set and tokenizer.
+    """The flat dict that is hashed. `plan`: what each layer does; `data`: fingerprints of token set and tokenizer;
+    `hooks`: as training.hooks.numerics gives them.
 
     Left out on purpose: world size, parallel mode, back end, compile, logging, evaluation and checkpoint intervals,
     paths. They may change the last bits of a sum, never what is computed.
@@ -29,7 +37,7 @@ def numerics(
     model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "lr", "micro_tokens")}
     optim = {key: value for key, value in asdict(config.optim).items() if key != "lr"}
     # Fields that came later appear only where they are used, so that older runs keep their hash.
-    if config.model.family == "llama":
+    if config.model.family == FIRST:
         del model["family"]
     if config.optim.name == "adamw":
         optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
@@ -43,6 +51,7 @@ def numerics(
             "data": data,
             "seed": config.seed,
             **nudges,
+            **(hooks or {}),
             "optim": optim,
             "schedule": asdict(numbers.schedule),
             "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},

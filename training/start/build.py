@@ -1,8 +1,8 @@
 """The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,9 @@ from data.evalset import EvalSet, available
 from data.loader import Loader
 from data.mixture import open_loader
 from data.tokens import TokenSet
-from models.llama import Llama
-from models.nanochat import Nanochat
 from models.shape import DecoderShape
 from quant.library import label
 from quant.plan import Plan, convert
-from quant.stats import slot_stats
 from training.checkpoint.manifest import latest_good, problems, remove_temporary
 from training.checkpoint.state import Checkpointer, TrainState, load
 from training.config import TrainConfig
@@ -47,9 +44,7 @@ def set_torch_flags(config: TrainConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # we never read what we didn't write
 
 
-def build_model(
-    shape: DecoderShape, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0
-) -> tuple[Llama | Nanochat, str]:
+def build_model(shape: DecoderShape, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0) -> tuple[nn.Module, str]:
     """The initialized and converted model on rng's device, and the init hash (before `perturb`)."""
     with rng.device:
         model = model_of(shape)
@@ -229,10 +224,3 @@ def micro_batches(loader: Loader, numbers: Numbers, ranks: Dist, first_step: int
     )
     for tokens in loader.prefetch(ranges):
         yield tokens.to(ranks.device, non_blocking=True)
-
-
-def slot_counter(model: nn.Module, plan: Plan) -> Callable[[Callable[[], None]], dict[str, Any]] | None:
-    """Counts clipping and underflow per slot while a given step runs, outside of the compiled graph."""
-    if not any(operand.is_quantized for recipe in plan.recipes for operand in recipe.operands().values()):
-        return None
-    return partial(slot_stats, model)

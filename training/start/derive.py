@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from models import family
 from training.config import MUON_ONLY, TrainConfig
 from training.optim.schedule import Schedule
 
@@ -79,11 +80,11 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
 
 def check_optimizer(config: TrainConfig) -> None:
     """A preset's peak rate belongs to one optimizer: a Llama's to AdamW, nanochat's to Muon."""
-    is_nanochat = config.model.family == "nanochat"
-    if config.optim.name == "muon" and not is_nanochat:
+    rate_is_muons = family(config.model.family).optimizer == "muon"
+    if config.optim.name == "muon" and not rate_is_muons:
         raise ValueError(MUON_IS_FOR)
     check_unread(config)
-    if config.optim.name == "adamw" and is_nanochat and config.optim.lr is None:
+    if config.optim.name == "adamw" and rate_is_muons and config.optim.lr is None:
         raise ValueError(
             f"model={config.model.name}: its rate of {config.model.lr:g} is Muon's; add optim=muon schedule=wsd, or "
             "set AdamW's own with optim.lr=..."

@@ -11,6 +11,8 @@ from data.tokens import TokenSet
 from models.shape import DecoderShape
 from quant import recipefile
 from quant.plan import Plan, plan_of
+from quant.recipe import mapping_at
+from training import hooks, probes
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
@@ -33,17 +35,25 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Description:
-    """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
+class Checked:
+    """What follows from the configuration alone. `hooks` and `probes`: {name: checked options}."""
 
     shape: DecoderShape
     plan: Plan
     numbers: Numbers
+    hooks: dict[str, Any]
+    probes: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Description(Checked):
+    """Everything known about a run before memory is allocated. `tokens` is None in a dry run without prepared data."""
+
     tokens: TokenSet | None
     run: dict[str, Any]
 
 
-def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> tuple[DecoderShape, Plan, Numbers]:
+def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
     """Check and derive, on the meta device, all that follows without the text. What is legal doesn't depend on the
     vocabulary: any `vocab_size` will do to find mistakes."""
     shape = shape_of(config, vocab_size)
@@ -52,18 +62,25 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> tuple[DecoderSha
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
     plan = plan_of(model, config.quant)
     plan.check_tokens(numbers.micro_tokens)
-    return shape, plan, numbers
+    found = hooks.read(model.hooks, mapping_at("quant.hooks", config.quant.get("hooks")), config.hooks)
+    return Checked(shape, plan, numbers, found, probes.read(config, has_slots(plan), bool(found)))
+
+
+def has_slots(plan: Plan) -> bool:
+    """Whether any layer quantizes operands that can be counted."""
+    return any(operand.is_quantized for recipe in plan.recipes for operand in recipe.operands().values())
 
 
 def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Description:
     """What run it is and will compute."""
     config = request.config
     vocab_size = tokens.vocab_size if tokens else expected_vocab_size(config)
-    shape, plan, numbers = check(config, ranks, vocab_size)
+    checked = check(config, ranks, vocab_size)
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
-    flat = numerics(config, numbers, plan_numerics(plan), vocab_size, fingerprints)
-    run = run_info(request, shape, plan, numbers, flat) | {
+    around = hooks.numerics(checked.hooks)
+    flat = numerics(config, checked.numbers, plan_numerics(checked.plan), vocab_size, fingerprints, around)
+    run = run_info(request, checked, flat) | {
         "vocab_size": vocab_size,
         **({"mixture": tokens.label} if isinstance(tokens, Mixture) else {}),
         "data_path": str(tokens.path.resolve()) if tokens else None,
@@ -71,15 +88,14 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
         "data_fingerprint": fingerprints["fingerprint"],
         "tokenizer_hash": fingerprints["tokenizer"],
     }
-    return Description(shape, plan, numbers, tokens, run)
+    return Description(**vars(checked), tokens=tokens, run=run)
 
 
-def run_info(
-    request: Request, shape: DecoderShape, plan: Plan, numbers: Numbers, flat: dict[str, Any]
-) -> dict[str, Any]:
+def run_info(request: Request, checked: Checked, flat: dict[str, Any]) -> dict[str, Any]:
     """run.json, but for what it says of the data. `flat`: what the hash covers; without the data's fingerprint a name
     of ours ends with <hash>."""
     config, digest = request.config, hash_of(flat)
+    shape, plan, numbers = checked.shape, checked.plan, checked.numbers
     shown = digest if flat["data.fingerprint"] else "<hash>"
     return {
         "name": config.run.name
@@ -152,6 +168,7 @@ def screen(request: Request, described: Description, ranks: Dist, backends: dict
                 accumulates=described.numbers.accumulation > 1,
                 replicated=mode == "ddp",
                 optimizer=config.optim.name,
+                hooks=hooks.bytes_per_parameter(described.hooks),
             ),
         )
     )

@@ -13,9 +13,10 @@ from base.runfolder import ENV
 from data.mixture import open_tokens
 from data.prepare import ensure
 from kernels import backend
-from quant.plan import unquantized
+from training import hooks, probes
 from training.checkpoint.state import TrainState
 from training.config import TrainConfig
+from training.hooks.base import Run
 from training.loop import Parts, Trainer
 from training.optim.groups import build_optimizers
 from training.ranks.distributed import Dist, setup, teardown
@@ -36,7 +37,6 @@ from training.start.build import (
     open_texts,
     resume,
     set_torch_flags,
-    slot_counter,
 )
 from training.start.describe import Description, Request, check, config_files, describe, screen
 
@@ -72,7 +72,7 @@ def train(request: Request, ranks: Dist) -> int:
     config = request.config
     set_torch_flags(config)
     backends = backend.use(config.backend, ranks.device.type)
-    _, plan, _ = check(config, ranks, config.data.vocab_size)  # text may take hours to prepare
+    plan = check(config, ranks, config.data.vocab_size).plan  # text may take hours to prepare
     check_recipes(plan, config.recompute)
     ranks.on_main(lambda: check_asked_for(config.logger))
     tokens = open_tokens(
@@ -121,8 +121,20 @@ def run_in(
     loss, parallel, init_hash = build_loss(config, described.shape, described.plan, rng, ranks)
     model = loss.model
     optimizers = build_optimizers(model, config.optim, described.numbers.schedule.lr_peak)
-    state = TrainState(model, optimizers, hash=described.run["hash"])
+    micro_batch = build_micro_batch(
+        loss, config, described.plan, parallel, described.numbers.tokens_per_step, ranks.device
+    )
+    state = TrainState(
+        model,
+        optimizers,
+        hooks=hooks.build(described.hooks, Run(loss, optimizers, described.numbers.steps, micro_batch)),
+        probes=probes.build(described.probes),
+        hash=described.run["hash"],
+    )
     resumed = resume(folder, state, ranks)
+    if not resumed:
+        for hook in state.hooks.values():
+            hook.begin(0)
     loggers = open_loggers(folder, config, described.run, ranks, state.step)
     console = Console(ranks.is_main, described.numbers.steps, state.step)
     checkpointer = open_checkpointer(folder, config, ranks, described.tokens, state.step if resumed else None)
@@ -137,9 +149,7 @@ def run_in(
             state=state,
             loss=loss,
             accumulate=parallel.accumulate,
-            micro_batch=build_micro_batch(
-                loss, config, described.plan, parallel, described.numbers.tokens_per_step, ranks.device
-            ),
+            micro_batch=micro_batch,
             rng=rng,
             batches=lambda first_step: micro_batches(texts.train, described.numbers, ranks, first_step),
             sample_hashes=lambda step, count: texts.train.sample_hashes(
@@ -148,8 +158,6 @@ def run_in(
             evalset=texts.evaluation,
             final_evalset=texts.final,
             flops_per_token=described.shape.flops_per_token(config.batch.seq_len),
-            count_slots=slot_counter(model, described.plan) if config.evaluate.slots else None,
-            unquantized=(lambda: unquantized(model)) if config.evaluate.bf16 else None,
             checkpointer=checkpointer,
             loggers=loggers,
             console=console,

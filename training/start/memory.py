@@ -53,10 +53,11 @@ def estimate(
     accumulates: bool = False,
     replicated: bool = False,
     optimizer: str = "adamw",
+    hooks: float = 0.0,
 ) -> MemoryEstimate:
     """`shards`: ranks that share the states (1 under DDP). `recompute`: only each block's input is kept, and one
     block's activations at a time. `accumulates`: a rank has several micro-batches a step. `replicated`: gradients are
-    summed over ranks by DDP, from a copy of all of them."""
+    summed over ranks by DDP, from a copy of all of them. `hooks`: bytes a parameter of the hooks' state."""
     activations = activation_bytes(config, micro_tokens, kept, recompute)
     sizes = {
         "weights, moments": state_bytes(config, optimizer) / shards,
@@ -64,6 +65,8 @@ def estimate(
         "activations": activations,
         "temporaries": temporary_bytes(config, micro_tokens, kept),
     }
+    if hooks:
+        sizes["hooks"] = hooks * config.parameters / shards
     if shards > 1:
         blocks = 2 if recompute else config.layers
         gathered = 2 * config.vocab_size * config.width + blocks * block_parameters(config)
@@ -84,9 +87,9 @@ def block_parameters(config: DecoderShape) -> float:
 
 def activation_bytes(config: DecoderShape, micro_tokens: int, kept: Kept, recompute: bool) -> float:
     """What autograd keeps of one micro-batch, operands made of weights included."""
-    d, f = config.width, config.hidden
+    d = config.width
     residual = BYTES_FP32 if config.residual_dtype == "float32" else BYTES_BF16
-    block = micro_tokens * (2 * d * residual + BYTES_BF16 * (4 * d + 2 * f) + kept.inputs * (3 * d + f))
+    block = micro_tokens * config.block_bytes(residual, kept.inputs)
     block += kept.weights * block_parameters(config)
     ends = micro_tokens * d * (2 * residual + 3 * BYTES_BF16)
     return ends + (config.layers * micro_tokens * d * residual + block if recompute else config.layers * block)
@@ -94,8 +97,7 @@ def activation_bytes(config: DecoderShape, micro_tokens: int, kept: Kept, recomp
 
 def temporary_bytes(config: DecoderShape, micro_tokens: int, kept: Kept) -> float:
     """The largest tensors that live for a moment: those of an MLP's backward, and a chunk of logits."""
-    mlp = BYTES_BF16 * (3 * config.hidden + 2 * config.width)
-    return micro_tokens * mlp * (2 if kept.is_quantized else 1) + LOGITS_CHUNK_BYTES
+    return micro_tokens * config.mlp_backward_bytes() * (2 if kept.is_quantized else 1) + LOGITS_CHUNK_BYTES
 
 
 def gradient_bytes(config: DecoderShape, activations: float, shards: int, accumulates: bool, replicated: bool) -> float:

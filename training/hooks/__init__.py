@@ -1,0 +1,45 @@
+"""Hooks by name, and the ones of a run: its model's, its recipe's and its configuration's, in this order.
+
+A new hook is one file beside this one (base.py says what it may do) and one line in HOOKS.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from training.hooks.base import Hook, Run
+from training.hooks.ema import Ema
+from training.options import read_options
+
+HOOKS: dict[str, type[Hook]] = {"ema": Ema}
+
+
+def read(*wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """{name: checked options} of what model, recipe and configuration ask for, each {name: {option: value}}.
+
+    Raises ValueError for an unknown hook or option, a wrong value, and for one hook that is wanted in two ways.
+    """
+    found: dict[str, Any] = {}
+    for some in wanted:
+        for name, values in some.items():
+            options = read_options("hooks", HOOKS, name, values)
+            if found.setdefault(name, options) != options:
+                raise ValueError(
+                    f"hooks.{name}: wanted with {asdict(found[name])} and with {asdict(options)}; leave one of them out"
+                )
+    return found
+
+
+def build(wanted: Mapping[str, Any], run: Run) -> dict[str, Hook]:
+    """The hooks of a run; `wanted` is what `read` gives."""
+    return {name: HOOKS[name](options, run) for name, options in wanted.items()}
+
+
+def numerics(wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """For a run's identity; {} without hooks, so that runs older than hooks keep their hash."""
+    return {"hooks": {name: asdict(options) or True for name, options in wanted.items()}} if wanted else {}
+
+
+def bytes_per_parameter(wanted: Mapping[str, Any]) -> float:
+    """What the state of the hooks takes."""
+    return sum(HOOKS[name].bytes_per_parameter for name in wanted)

@@ -1,0 +1,36 @@
+"""Probes by name, and the ones of a run.
+
+A new probe is one file beside this one (base.py says what it may do) and one line in PROBES. `probes.<name>={}` or
+`probes.<name>.<option>=...` asks for it; it is no part of a run's identity.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from training.config import TrainConfig
+from training.options import read_options
+from training.probes.base import Probe
+from training.probes.bf16 import Bf16
+from training.probes.other_weights import OtherWeights
+from training.probes.slots import Slots
+
+PROBES: dict[str, type[Probe]] = {"bf16": Bf16, "other_weights": OtherWeights, "slots": Slots}
+
+
+def read(config: TrainConfig, is_quantized: bool, has_hooks: bool) -> dict[str, Any]:
+    """{name: checked options} in the order in which they are asked. `evaluate.bf16` and `evaluate.slots` ask for the
+    probes of these names; slots are counted where there is something to count."""
+    asked: dict[str, Mapping[str, Any]] = {}
+    if config.evaluate.bf16:
+        asked["bf16"] = {}
+    if has_hooks:
+        asked["other_weights"] = {}
+    if config.evaluate.slots and is_quantized:
+        asked["slots"] = {}
+    asked |= config.probes
+    return {name: read_options("probes", PROBES, name, values) for name, values in asked.items()}
+
+
+def build(wanted: Mapping[str, Any]) -> dict[str, Probe]:
+    """The probes of a run; `wanted` is what `read` gives."""
+    return {name: PROBES[name](options) for name, options in wanted.items()}

@@ -1,0 +1,16 @@
+"""The loss under the weights that hooks offer beside the model's own, such as their moving average (`loss_ema`)."""
+
+from training.probes.base import Context, Probe
+
+
+class OtherWeights(Probe):
+    at_evaluation = True
+
+    def scores(self, context: Context) -> dict[str, float]:
+        found = {}
+        for name, hook in context.hooks.items():
+            other = hook.weights(context.step)
+            if other is not None:
+                with other:
+                    found[f"loss_{name}"] = context.evaluation.score()["loss"]
+        return found
