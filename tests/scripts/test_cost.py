@@ -191,7 +191,7 @@ def test_nothing_is_left_of_done_and_diverged_cells_and_a_part_of_the_stopped_on
     table = {"device": H100, "rows": rows(llama_30m__quartet2=1000)}  # an hour a cell
     lines = module.totals([replace(cell(), name=name) for name in kinds], found, table, None, module.OWN)
     assert lines[0] == "1 done, 1 diverged, 1 stopped, 1 missing"
-    assert lines[2] == "H100: 4.0 GPU-hours, 1.8 of them left"  # the missing one, 80 of 100 steps of the stopped one
+    assert lines[2] == f"{H100}: 4.0 GPU-hours, 1.8 of them left"  # the missing one, 80 of 100 steps of the stopped one
 
 
 @pytest.mark.parametrize(
