@@ -18,7 +18,7 @@ BAD_ROWS = ("error", "skip")
 VAL_COPIES = ("keep", "drop")
 # 25M tokens of two bytes: no shard is over 50 MB, so that shards travel in small pieces.
 SHARD_TOKENS = 25_000_000
-# The published runs cut 0.05 % of the C4 train documents with this seed (quartet2.md, section c).
+# The published runs cut 0.05 % of the C4 train documents with this seed (docs/published.md#1-scaling-protocol-llama-on-c4).
 PAPER_VAL_FRACTION = 0.0005
 PAPER_SPLIT_SEED = 2357
 

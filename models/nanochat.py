@@ -1,4 +1,4 @@
-"""The decoder of the published nanochat runs (560M and 1.9B parameters; quartet2.md, section c.2).
+"""The decoder of the published nanochat runs (560M and 1.9B parameters; docs/published.md#5-nanochat-protocol).
 
 Differs from models/llama.py in: RMSNorm without parameters, also after the embedding; RoPE, then RMSNorm, on q and k;
 ReLU^2 MLP; three of four layers attend to half the context only (the last layer to all of it); the stream entering each

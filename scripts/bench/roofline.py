@@ -3,7 +3,7 @@
 For each GEMM the time is its FLOPs over what was published or measured to be reachable; for each quantizer its bytes
 over the reachable bandwidth. Nothing overlaps. Two columns for the quantizers: memory bound, and at the 85 % of copy
 speed that the fused MS-EDEN kernels reach on an H100 (docs/kernels.md). Set beside the published speed-ups
-(quartet2.md d.6), which leave amax out; ours has it in.
+(docs/published.md#6-speed), which leave amax out; ours has it in.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """Compare every Triton quantizer with the reference: python scripts/check/check_fast.py [--workers 14 | --small]
 
 Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and
-BF16 sources, the input families of style.md 3.4, ragged sizes. Prints the share of codes and block scales that differ
-and fails (exit code 1) where it exceeds what design.md 3.7 allows: 0 for RTN, SR and 4/6 without rotation, else 1e-5;
+BF16 sources, the input families of docs/numerics.md#7-what-is-equal-what-is-bounded, ragged sizes. Prints the share of codes and block scales that differ
+and fails (exit code 1) where it exceeds what docs/numerics.md#7-what-is-equal-what-is-bounded allows: 0 for RTN, SR and 4/6 without rotation, else 1e-5;
 tensor scale, amax and signs always equal where no rotation precedes them.
 """
 
@@ -60,7 +60,7 @@ UNROTATED_ONLY = {
     "e5m2": QuantSpec.resolve("e5m2", FP8_SCALES[0]),
     "e4m3_rows": QuantSpec.resolve("e4m3", FP8_SCALES[1]),
 }
-# Allowed share of differing codes or scales where a sum decides (design.md 3.7).
+# Allowed share of differing codes or scales where a sum decides (docs/numerics.md#7-what-is-equal-what-is-bounded).
 SUM_TOLERANCE = 1e-5
 
 
@@ -82,7 +82,7 @@ class Case:
 
 
 def inputs(rows: int, columns: int, device: str) -> dict[str, Tensor]:
-    """The input families of style.md 3.4, BF16 [rows, columns]."""
+    """The input families of docs/numerics.md#7-what-is-equal-what-is-bounded, BF16 [rows, columns]."""
     generator = torch.Generator().manual_seed(rows + columns)
     gaussian = torch.randn(rows, columns, generator=generator)
     one_hot = torch.zeros_like(gaussian)

@@ -25,7 +25,7 @@ def documents(*lengths: int) -> list[tuple[int, int]]:
 
 
 def test_the_buffer_is_the_published_one():
-    assert BUFFER_DOCUMENTS == 1000  # quartet2.md c.2: another one crops other documents
+    assert BUFFER_DOCUMENTS == 1000  # docs/published.md#5-nanochat-protocol: another one crops other documents
 
 
 def test_by_hand():

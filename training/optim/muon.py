@@ -9,7 +9,7 @@ torch.optim.Muon has the momentum and Newton-Schulz with one set of coefficients
 Express coefficients, the variance reduction, the cautious decay and the on-device skip of a non-finite step.
 Under FSDP the momentum is sharded like its weight; u is gathered, each rank orthogonalizes the whole of it and takes
 its own rows of the result: the numbers are those of one process.
-Sources: quartet2.md c.2; arXiv 2505.16932 (coefficients); arXiv 2510.05491 (variance reduction).
+Sources: docs/published.md#5-nanochat-protocol; arXiv 2505.16932 (coefficients); arXiv 2510.05491 (variance reduction).
 """
 
 import torch
