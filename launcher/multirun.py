@@ -89,7 +89,7 @@ def show_screens(jobs: list[list[str]], composed: list[Composed], nodes: int, pr
         for job, one in zip(jobs, composed, strict=True):
             command = shlex.join(["train.py", *job])
             request = Request(one.config, one.yaml, one.choices, command)
-            print(f"\n{command}", start_screen(request, ranks), sep="\n")
+            print(f"\n{command}", start_screen(request, ranks, elsewhere=True), sep="\n")
         outcome.code = 0
     return outcome.code
 

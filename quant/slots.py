@@ -104,10 +104,10 @@ class Slots(Product):
         """As `forward` decides it: fprop's operand, the backward's own, or the tensor (a weight: the master)."""
         wgrad_x = self.operand("wgrad.x")
         if self.keeps_fprop("wgrad.x"):
-            inputs = _bytes(self.operand("fprop.x"))
+            inputs = bytes_of(self.operand("fprop.x"))
         else:
-            inputs = _bytes(wgrad_x) if wgrad_x.source == "input" else BYTES_BF16
-        return Kept(inputs, _bytes(self.operand("fprop.w")) if self.keeps_fprop("dgrad.w") else 0.0)
+            inputs = bytes_of(wgrad_x) if wgrad_x.source == "input" else BYTES_BF16
+        return Kept(inputs, bytes_of(self.operand("fprop.w")) if self.keeps_fprop("dgrad.w") else 0.0)
 
     def describe(self, label: str) -> list[str]:
         if not self.is_quantized:
@@ -249,7 +249,8 @@ def _union(*wants: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(word for want in wants for word in want))
 
 
-def _bytes(operand: Any) -> float:
+def bytes_of(operand: Any) -> float:
+    """Bytes of an element as it is kept: BF16, FP8, or packed."""
     if not operand.is_quantized:
         return BYTES_BF16
     return BYTES_PACKED if operand.spec.is_nvfp4 else BYTES_FP8

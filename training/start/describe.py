@@ -18,6 +18,7 @@ from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
 from training.start.build import is_compiled, is_graphed
+from training.start.cautions import cpu_seconds, many_epochs, slow, too_large
 from training.start.derive import Numbers, derive
 from training.start.memory import estimate, kept_of
 from training.start.screen import StartScreen
@@ -51,6 +52,11 @@ class Description(Checked):
 
     tokens: TokenSet | None
     run: dict[str, Any]
+
+    @property
+    def train_tokens(self) -> int | None:
+        """Of the prepared text; None where it isn't prepared yet."""
+        return self.tokens.train_tokens if self.tokens else None
 
 
 def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
@@ -134,13 +140,41 @@ def expected_vocab_size(config: TrainConfig) -> int:
     return config.data.vocab_size
 
 
-def screen(request: Request, described: Description, ranks: Dist, backends: dict[str, str] | None = None) -> str:
-    """The start screen; a dry run names the back end that was asked for."""
+def cautions(config: TrainConfig, described: Description, ranks: Dist, memory_gib: float, elsewhere: bool) -> list[str]:
+    """What a person should know before this run starts."""
+    shape, plan, numbers = described.shape, described.plan, described.numbers
+    found = [] if described.train_tokens is None else [many_epochs(numbers, described.train_tokens)]
+    if not elsewhere:
+        found.append(too_large(memory_gib, ranks.device, ranks.local_world))
+    if not elsewhere and ranks.device.type == "cpu":
+        found.append(slow(cpu_seconds(shape, plan, numbers, torch.get_num_threads()), numbers, config.batch))
+    return [caution for caution in found if caution]
+
+
+def screen(
+    request: Request,
+    described: Description,
+    ranks: Dist,
+    backends: dict[str, str] | None = None,
+    elsewhere: bool = False,
+) -> str:
+    """The start screen; a dry run names the back end that was asked for. `elsewhere`: the run is for other machines,
+    of whose speed and memory this one says nothing."""
     config = request.config
     mode = choose(config.parallel, ranks, described.shape.parameters)
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-    train_tokens = described.tokens.train_tokens if described.tokens else None
     name = described.run["name"]
+    memory = estimate(
+        described.shape,
+        described.numbers.micro_tokens,
+        kept_of(described.plan),
+        shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
+        recompute=config.recompute,
+        accumulates=described.numbers.accumulation > 1,
+        replicated=mode == "ddp",
+        optimizer=config.optim.name,
+        hooks=hooks.bytes_per_parameter(described.hooks),
+    )
     return str(
         StartScreen(
             name=name,
@@ -158,18 +192,9 @@ def screen(request: Request, described: Description, ranks: Dist, backends: dict
             plan_lines=described.plan.table().splitlines(),
             numbers=described.numbers,
             data=config.data.name if described.tokens is None else _data_name(described.tokens),
-            train_tokens=train_tokens,
-            memory=estimate(
-                described.shape,
-                described.numbers.micro_tokens,
-                kept_of(described.plan),
-                shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
-                recompute=config.recompute,
-                accumulates=described.numbers.accumulation > 1,
-                replicated=mode == "ddp",
-                optimizer=config.optim.name,
-                hooks=hooks.bytes_per_parameter(described.hooks),
-            ),
+            train_tokens=described.train_tokens,
+            memory=memory,
+            warnings=cautions(config, described, ranks, memory.total, elsewhere),
         )
     )
 

@@ -60,12 +60,12 @@ def launch(request: Request) -> int:
     return code
 
 
-def start_screen(request: Request, ranks: Dist) -> str:
-    """The start screen of a run that isn't started."""
+def start_screen(request: Request, ranks: Dist, elsewhere: bool = False) -> str:
+    """The start screen of a run that isn't started here; `elsewhere`: that other machines will run."""
     config = request.config  # other text may not be prepared yet, and a dry run does nothing
     is_there = config.data.path or config.data.mix
     tokens = open_tokens(config.data, ensure(config.data, config.paths.data)) if is_there else None
-    return screen(request, describe(request, ranks, tokens), ranks)
+    return screen(request, describe(request, ranks, tokens), ranks, elsewhere=elsewhere)
 
 
 def train(request: Request, ranks: Dist) -> int:

@@ -30,6 +30,7 @@ class StartScreen:
     data: str
     train_tokens: int | None
     memory: MemoryEstimate
+    warnings: list[str]
 
     def __str__(self) -> str:
         n, shape = self.numbers, self.shape
@@ -53,7 +54,7 @@ class StartScreen:
             ("memory", f"{self.memory.total:.1f} GiB{' a GPU' * bool(self.gpu)} expected ({self._parts()})"),
             ("MFU", mfu_note(self.gpu)),
         ]
-        return "\n".join(f"{label:<10} {text}" for label, text in lines)
+        return "\n".join([*(f"{label:<10} {text}" for label, text in lines), *self.warnings])
 
     def _compile(self) -> str:
         if not self.compiled:
