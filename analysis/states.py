@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import shlex
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from base.runfolder import LOCK, RESULT, RUN, RunError, newest_rows
 DONE, RUNNING, DIVERGED, STOPPED, MISSING = "done", "running", "diverged", "stopped", "missing"
 DAMAGED = "damaged"
 DEAD = "dead"  # ended without having learned anything (training/dead.py); a result, as a diverged run is
+OTHER = "other"  # the folder of a cell's name holds other numerics
+UNKNOWN = "unknown"  # a folder holds the cell's numerics, but whether its text is the cell's can't be told
 
 
 @dataclass(frozen=True)
 class State:
-    """`step`: the last logged one; `loss`: the final loss of a finished run; `problem`: of a damaged one, and what to
-    type."""
+    """`step`: the last logged one; `loss`: the final loss of a finished run; `problem`: why a cell is damaged, other
+    or unknown, and what to type."""
 
     status: str
     step: int = 0
@@ -64,12 +67,19 @@ def counted(found: Iterable[State]) -> str:
     return ", ".join(f"{statuses.count(status)} {status}" for status in dict.fromkeys(statuses))
 
 
-def tell_damaged(found: dict[str, State]) -> bool:
-    """One line on standard error for each damaged cell of {cell: state}; is there one?"""
-    problems = [f"{cell}: damaged, left alone: {state.problem}" for cell, state in found.items() if state.problem]
+def tell_problems(found: dict[str, State]) -> bool:
+    """One line on standard error for each damaged, other or unknown cell of {cell: state}; is there one?"""
+    problems = [
+        f"{cell}: {state.status}, left alone: {state.problem}" for cell, state in found.items() if state.problem
+    ]
     for problem in problems:
         print(problem, file=sys.stderr)
     return bool(problems)
+
+
+def move(folder: Path, to: Path) -> str:
+    """The command that renames a folder, and nothing where that name is taken."""
+    return shlex.join(["mv", "-nT", str(folder), str(to)])
 
 
 def is_locked(path: Path) -> bool:

@@ -18,3 +18,8 @@ def read(path: Path, error: type[ValueError] = ValueError) -> Any:
 def gist(mistake: yaml.YAMLError) -> str:
     """YAML's message, which names file and line, on one line."""
     return " ".join(str(mistake).split())
+
+
+def is_text(word: str) -> bool:
+    """Whether YAML reads a word as text, not as a number, a date or a boolean."""
+    return yaml.safe_load(word) == word

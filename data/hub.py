@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from base.files import expanded, shown
+from base.fingerprints import may_hash
 from data.schemas import cause_of, first_difference, is_of_the_data, unit_file
 from data.sources import Row, checked_row, expand_any, file_fingerprints, make_row
 from data.spec import DataSpec, as_list
@@ -50,6 +51,7 @@ class HubSource:
             else:
                 what |= {"loader": "folder", "data_files": as_list(spec.hub_data_files)}
             return {**what, "files": file_fingerprints(local, self.root)}
+        may_hash(f"the revision of {spec.hub_path}")
         return {**what, "path": spec.hub_path, "revision": _revision(spec), "data_files": as_list(spec.hub_data_files)}
 
     def row_count(self) -> int | None:

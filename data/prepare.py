@@ -44,6 +44,7 @@ def ensure(spec: DataSpec, root: Path | str, seq_len: int | None = None) -> Path
     if spec.path:
         return _given(spec)
     with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
+        make_folder("paths.data", Path(root))
         wanted = _wanted(spec, Path(root))
     if wanted.folder.is_dir():
         return wanted.folder
@@ -54,6 +55,12 @@ def ensure(spec: DataSpec, root: Path | str, seq_len: int | None = None) -> Path
             f"type this first:\n  {prepare_command(spec, Path(root), seq_len)}"
         )
     return prepare(spec, root)
+
+
+def token_folder(spec: DataSpec, root: Path | str) -> Path:
+    """Where the tokens of `spec` lie, or would lie; makes nothing. Raises ValueError where a source is missing, and
+    NotRememberedError within only_remembered() where a file would have to be hashed or a revision asked for."""
+    return _given(spec) if spec.path else _wanted(spec, Path(root)).folder
 
 
 def prepare_command(spec: DataSpec, root: Path, seq_len: int | None = None) -> str:
@@ -80,6 +87,7 @@ def prepare(spec: DataSpec, root: Path | str) -> Path:
         _verify(folder)
         return folder
     with disk_full_explained(Path(root), ROOM_FOR_TOKENS):
+        make_folder("paths.data", Path(root))
         wanted = _wanted(spec, Path(root))
         if wanted.folder.is_dir():  # without the lock: a finished folder may lie where nothing can be written
             _verify(wanted.folder)
@@ -106,9 +114,8 @@ class _Wanted:
 
 
 def _wanted(spec: DataSpec, root: Path) -> _Wanted:
-    """Look at the sources (not into them) and derive the folder's name."""
+    """Look at the sources (not into them) and derive the folder's name. Makes nothing."""
     spec.check()
-    make_folder("paths.data", root)
     train = open_source(spec, root)
     val = open_source(spec, root, val=True) if as_list(spec.val_files) else None
     sources = {

@@ -16,7 +16,8 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
 
-from base.files import expanded, glob_paths, sha256_of, shown, write_json
+from base.files import expanded, glob_paths, shown
+from base.fingerprints import sums
 from data.spec import DataSpec
 
 # `zstd --long=27`: decoding such files needs a window of 128 MiB.
@@ -258,30 +259,9 @@ def expand_any(patterns: list[str], option: str) -> list[Path]:
 
 
 def file_fingerprints(paths: list[Path], root: Path) -> list[dict[str, Any]]:
-    """Name, size and SHA-256 of files; sums are remembered in root/fingerprints.json by path and stamp."""
-    root.mkdir(parents=True, exist_ok=True)
-    cache_path = root / "fingerprints.json"
-    cache = _remembered(cache_path)
-    known = dict(cache)
-    result = []
-    for path in paths:
-        stat = path.stat()
-        # Time and size alone can be equal by chance or design (rsync -t, cp -p, touch -r); ctime can't be set.
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ctime_ns}|{stat.st_ino}"
-        cache[key] = cache.get(key) or sha256_of(path)
-        result.append({"file": path.name, "size": stat.st_size, "sha256": cache[key]})
-    if cache != known and os.access(root, os.W_OK):  # prepared folders may lie where nothing can be written
-        write_json(cache_path, cache)
-    return result
-
-
-def _remembered(path: Path) -> dict[str, str]:
-    """The sums in `path`; none where it is missing or damaged: they are only made again."""
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    """Name, size and SHA-256 of files; sums are remembered in root/fingerprints.json (base/fingerprints.py)."""
+    known = zip(paths, sums(paths, root), strict=True)
+    return [{"file": path.name, "size": path.stat().st_size, "sha256": sha256} for path, sha256 in known]
 
 
 def _kind(path: Path) -> str:

@@ -2,26 +2,41 @@
 
 import difflib
 import glob
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
 from launcher import cells as experiments
+from launcher.compose import Composed, Composer, ConfigError
+from launcher.lookup import Found, Lookup
 
 
 @dataclass(frozen=True)
 class CellLine:
-    """`cells`: chosen cells and their overrides; `extra`: overrides for all; `own`: the script's keys."""
+    """`cells`: the chosen ones as they are to run; `extra`: overrides for all; `own`: the script's keys; `composer`:
+    which knows what the cells have in common; `adopted`: run folders under other names in which a cell goes on."""
 
     experiment: str
-    cells: dict[str, list[str]]
+    cells: dict[str, Composed]
     extra: list[str]
     own: dict[str, str]
+    composer: Composer
+    adopted: dict[str, str] = field(default_factory=dict)
 
     @property
     def runs(self) -> Path:
-        """Folder of the runs, from paths.runs=..., or runs/."""
-        return Path(dict(map(experiments.setting, self.extra)).get("paths.runs", "runs"))
+        """Folder of the runs."""
+        return Path(next(iter(self.cells.values())).config.paths.runs)
+
+    def look(self) -> dict[str, Found]:
+        """{cell: its state and folder}; those begun under another name are adopted."""
+        lookup = Lookup(self.runs, self.composer.numerics)
+        looked = {cell: lookup.state_of(self.experiment, cell, composed) for cell, composed in self.cells.items()}
+        for cell, found in looked.items():
+            if found.folder is not None and found.folder.parent == self.runs and not found.state.problem:
+                self.adopted[cell] = found.folder.name
+        return looked
 
     def is_true(self, key: str) -> bool:
         """An own key that is true or false; CellError for anything else, since a guess might start runs."""
@@ -30,7 +45,7 @@ class CellLine:
         return self.own[key].lower() == "true"
 
     def run_name(self, cell: str) -> str:
-        return experiments.run_name(self.experiment, cell, self.extra)
+        return self.adopted.get(cell, self.cells[cell].config.run.name)
 
 
 def read(words: list[str], own: dict[str, str]) -> CellLine:
@@ -38,9 +53,10 @@ def read(words: list[str], own: dict[str, str]) -> CellLine:
     `cell` is one name.
 
     CellError for a missing experiment, an unknown one, a pattern that matches no cell, run.name, overrides that make
-    two cells one, or a misspelt own key.
+    two cells one, a key given twice, or a misspelt own key; ConfigError where a cell doesn't compose.
     """
     own = {"only": "*", **own}
+    experiments.refuse_twice(words)
     extra, experiment, cell = [], None, None
     for word in words:
         key, equals, value = word.partition("=")
@@ -61,9 +77,18 @@ def read(words: list[str], own: dict[str, str]) -> CellLine:
             extra.append(word)
     if experiment is None:
         raise experiments.CellError(f"experiment=<grid> is missing; grids: {', '.join(experiments.names())}")
-    cells = _chosen(experiments.expand(experiments.load(experiment)), own["only"], cell)
-    _check_told_apart(cells, extra)
-    return CellLine(experiment, cells, extra, own)
+    chosen = _chosen(experiments.expand(experiments.load(experiment)), own["only"], cell)
+    composer = Composer()
+    cells = {name: _composed(composer, experiment, name, overrides, extra) for name, overrides in chosen.items()}
+    _check_told_apart(cells, chosen, extra)
+    return CellLine(experiment, cells, extra, own, composer)
+
+
+def _composed(composer: Composer, experiment: str, cell: str, overrides: list[str], extra: list[str]) -> Composed:
+    try:
+        return composer.composed(experiments.Resolved([*overrides, *extra], experiment, cell, tuple(extra)))
+    except ConfigError as error:
+        raise ConfigError(f"cell {cell}: {error}") from error
 
 
 def _chosen(cells: dict[str, list[str]], only: str, cell: str | None) -> dict[str, list[str]]:
@@ -77,12 +102,13 @@ def _chosen(cells: dict[str, list[str]], only: str, cell: str | None) -> dict[st
     return {name: o for name, o in cells.items() if any(fnmatch(name, pattern) for pattern in patterns)}
 
 
-def _check_told_apart(cells: dict[str, list[str]], extra: list[str]) -> None:
+def _check_told_apart(cells: dict[str, Composed], chosen: dict[str, list[str]], extra: list[str]) -> None:
     """seed=5 over cells of several seeds would train one run once for each of them."""
-    found: dict[tuple, str] = {}
-    for cell, overrides in cells.items():
-        first = found.setdefault(_settings([*overrides, *extra]), cell)
-        if _settings(cells[first]) != _settings(overrides):
+    found: dict[str, str] = {}
+    for cell, composed in cells.items():
+        values = asdict(composed.config) | {"run": None}
+        first = found.setdefault(json.dumps(values, sort_keys=True, default=str), cell)
+        if _settings(chosen[first]) != _settings(chosen[cell]):
             raise experiments.CellError(
                 f"{' '.join(extra)}: cells {first} and {cell} would be the same run; leave out what an axis sets, or "
                 "choose cells with only="

@@ -11,7 +11,6 @@ No torch and no Hydra here: cost.py and run_grid.py read grids too.
 """
 
 import difflib
-import hashlib
 import itertools
 import re
 from dataclasses import dataclass
@@ -25,30 +24,6 @@ from base.words import suggestion
 FOLDER = configs.FOLDER / "experiment"
 KEYS = ("base", "axes", "cells")
 UNITS = {"K": 10**3, "M": 10**6, "B": 10**9}
-# Overrides that don't change what is computed (training/records/identity.py): they leave a cell's run name as it is.
-HARMLESS = (
-    "paths.",
-    "run.",
-    "log.",
-    "logger",
-    "evaluate.",
-    "probes.",
-    "checkpoint.",
-    "data.files=",
-    "data.val_files=",
-    "data.path=",
-    "data.workers=",
-    "data.verify=",
-    "parallel=",
-    "backend=",
-    "compile=",
-    "cuda_graphs=",
-    "watchdog_s=",
-    "deterministic=",
-    "dry_run=",
-    "recompute=",
-    "nonfinite=",
-)
 
 
 class CellError(ValueError):
@@ -57,33 +32,40 @@ class CellError(ValueError):
 
 @dataclass(frozen=True)
 class Resolved:
-    """Command-line overrides with `experiment=<grid> cell=<name>` written out; names are None without a grid."""
+    """Command-line overrides with `experiment=<grid> cell=<name>` written out; names are None without a grid. `extra`:
+    those of the overrides that the grid's file doesn't give the cell."""
 
     overrides: list[str]
     experiment: str | None = None
     cell: str | None = None
+    extra: tuple[str, ...] = ()
+
+    @property
+    def plain(self) -> "Resolved":
+        """The cell as the grid's file has it."""
+        return Resolved(self.overrides[: len(self.overrides) - len(self.extra)], self.experiment, self.cell)
 
 
 def names() -> list[str]:
-    """The grids among the experiments, sorted."""
+    """The grids among the experiments, sorted; a file that can't be read is none, until it is asked for."""
     return sorted(path.stem for path in FOLDER.glob("*.yaml") if _is_grid(path))
 
 
 def load(name: str) -> dict[str, Any]:
     """The grid `name`. CellError, naming the nearest one, when there is none, or for a malformed file."""
-    if name not in names():
+    content = _content(name)
+    if not isinstance(content, dict) or "cells" not in content:
         near = suggestion(name, names(), f"grids: {', '.join(names())}")
         raise CellError(f"experiment={name} is not a grid{near}")
-    experiment = yamlfile.read(FOLDER / f"{name}.yaml", CellError)
-    if set(experiment) != set(KEYS):
-        raise CellError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(map(str, experiment))}")
-    _check_shape(experiment, f"{name}.yaml")
-    return experiment
+    if set(content) != set(KEYS):
+        raise CellError(f"{name}.yaml: needs exactly the keys {', '.join(KEYS)}; got {', '.join(map(str, content))}")
+    _check_shape(content, f"{name}.yaml")
+    return content
 
 
-def _check_shape(experiment: dict[str, Any], file: str) -> None:
+def _check_shape(content: dict[str, Any], file: str) -> None:
     """CellError unless base, axes and cells are what this module's docstring says."""
-    base, axes, cells = (experiment[key] for key in KEYS)
+    base, axes, cells = (content[key] for key in KEYS)
     if not _are(str, base):
         raise CellError(f"{file}: base: needs a list of overrides, such as [model=llama_30m, steps=100]")
     if not axes or not isinstance(axes, dict):
@@ -131,7 +113,7 @@ def _check_places(cells: dict[str, list[str]]) -> None:
         for item in overrides:
             if setting(item)[0] in ("run.name", "paths.runs"):
                 raise CellError(f"cell {cell} sets {item}: a cell names its run, and paths.runs=... is for the command")
-        if (first := folders.setdefault(run_name("", cell), cell)) != cell:
+        if (first := folders.setdefault(folder_name("", cell), cell)) != cell:
             raise CellError(f"cells {first} and {cell} would be one run folder; change a value's name")
 
 
@@ -141,16 +123,25 @@ def setting(override: str) -> tuple[str, str]:
     return key, value
 
 
+def refuse_twice(words: list[str]) -> None:
+    """CellError for a key that is given two values: which one was meant?"""
+    found: dict[str, str] = {}
+    for word in words:
+        key, value = setting(word)
+        if (first := found.setdefault(key, value)) != value:
+            raise CellError(f"{key}={first} and {key}={value}: one would be without effect; give one of them")
+
+
 def resolve(overrides: list[str]) -> Resolved:
     """Write `experiment=<grid> cell=<name>` out; other overrides follow and win. Without a grid nothing changes.
 
-    The run is named after the cell, so that cost.py and run_grid.py find it; overrides that change the numerics add
-    eight digits of their hash to the name. CellError for a grid without a cell, a cell without a grid, an unknown cell.
+    CellError for a grid without a cell, a cell without a grid, an unknown cell.
     """
     given = dict(item.split("=", 1) for item in overrides if item.startswith(("experiment=", "cell=")))
     experiment, cell = given.get("experiment"), given.get("cell")
     rest = [item for item in overrides if not item.startswith(("experiment=", "cell="))]
-    if experiment not in names():
+    content = _content(experiment) if experiment else None
+    if not isinstance(content, dict) or "cells" not in content:
         if cell is not None:
             near = suggestion(experiment or "", names(), f"grids: {', '.join(names())}")
             raise CellError(f"cell={cell} needs experiment=<grid>{near}")
@@ -162,15 +153,17 @@ def resolve(overrides: list[str]) -> Resolved:
         raise CellError(
             f"experiment={experiment} {asked}; for example cell={' or cell='.join(near)} ({len(cells)} cells)"
         )
-    named = [f"run.name={run_name(experiment, cell, rest)}"]
-    return Resolved([*named, *cells[cell], *rest], experiment, cell)
+    return Resolved([*cells[cell], *rest], experiment, cell, tuple(rest))
 
 
-def run_name(experiment: str, cell: str, extra: list[str] = ()) -> str:
-    """The folder under runs/: c4_grid-30M-0.75B-quartet2, plus -<hash8> when `extra` overrides change the numerics."""
-    changing = sorted(word for item in extra if not (word := item.lstrip("+")).startswith(HARMLESS))
-    digest = hashlib.sha256("\n".join(changing).encode()).hexdigest()[:8]
-    return f"{experiment}-{cell.replace('/', '-')}" + (f"-{digest}" if changing else "")
+def folder_name(experiment: str, cell: str) -> str:
+    """The folder under runs/ of a cell as the file has it: c4_grid-30M-0.75B-quartet2."""
+    return f"{experiment}-{cell.replace('/', '-')}"
+
+
+def repeats(cell: str) -> bool:
+    """Whether the cell is another run of numerics that exist: `rerun` stands in its name. Only its own run counts."""
+    return "rerun" in cell
 
 
 def _overrides(axis: str, rule: Any, value: str) -> list[str]:
@@ -202,6 +195,15 @@ def _as_list(value: Any) -> list[str]:
     return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
+def _content(name: str) -> Any:
+    """What configs/experiment/<name>.yaml holds; None where there is no such file. CellError for a mistake in YAML."""
+    path = FOLDER / f"{name}.yaml"
+    return yamlfile.read(path, CellError) if re.fullmatch(r"[\w.+-]+", name) and path.is_file() else None
+
+
 def _is_grid(path: Path) -> bool:
-    content = yamlfile.read(path, CellError)
+    try:
+        content = yamlfile.read(path, CellError)
+    except CellError:
+        return False
     return isinstance(content, dict) and "cells" in content

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from base.words import suggestion
+from launcher.cells import CellError, refuse_twice
 from launcher.compose import ConfigError, compose, groups, nearest_key
 from launcher.schema import known_keys
 
@@ -83,6 +84,10 @@ def take_launcher(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
     for word in own:
         if "=" not in word:
             raise ConfigError(f"can't read {word!r}; write {word}=...")
+    try:
+        refuse_twice(own)
+    except CellError as error:
+        raise ConfigError(str(error)) from error
     options = dict(word.removeprefix("slurm.").split("=", 1) for word in own)
     launcher = options.pop("launcher", "local")
     if launcher not in ("local", "slurm"):

@@ -5,10 +5,14 @@ the schema and the group folders before composition, because Hydra's messages ne
 fit on a line. Hydra's job machinery (working directories, outputs/, logging) is not used.
 """
 
+import copy
 import difflib
 import itertools
+import pickle
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +22,18 @@ from hydra import initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import configs
 from base.words import suggestion
 from base.yamlfile import gist
 from launcher import cells as experiments
-from launcher.schema import FREE_FORM, known_keys, register
+from launcher import naming, unread
+from launcher.schema import FREE_FORM, known_keys, register, text_keys
 from quant import recipefile
-from quant.names import OPERANDS
-from training.config import TrainConfig
+from quant.recipe import OPERANDS
+from training.config import RunSection, TrainConfig
 
 ROOT = configs.FOLDER
 CELL = "cell"  # of an experiment grid: written out before composition, so not a key of the schema
@@ -81,11 +86,17 @@ class ConfigError(ValueError):
 
 @dataclass(frozen=True)
 class Composed:
-    """`config`: typed; `yaml`: the composed text for config.yaml; `choices`: {group: option} as chosen."""
+    """`config`: typed; `tree`: as composed, without the recipe; `choices`: {group: option} as chosen, and a cell's
+    experiment and name."""
 
     config: TrainConfig
-    yaml: str
+    tree: DictConfig
     choices: dict[str, str]
+
+    @cached_property
+    def yaml(self) -> str:
+        """The composed text for config.yaml."""
+        return OmegaConf.to_yaml(OmegaConf.merge(self.tree, {"quant": self.config.quant}))
 
 
 def groups() -> dict[str, list[str]]:
@@ -99,34 +110,159 @@ def compose(overrides: list[str]) -> Composed:
 
     `experiment=<grid> cell=<name>` is written out first (launcher/cells.py); both names are then among the choices.
     """
-    try:
-        resolved = experiments.resolve(overrides)
-    except experiments.CellError as error:
-        raise ConfigError(str(error)) from error
-    parsed = [check(override) for override in parse(resolved.overrides)]
-    for override in parsed:
-        if override.is_sweep_override():
-            raise ConfigError(f"{override.input_line}: several values; add -m to run them one after another")
-    lines = [text for override in parsed for text in rewrite(override)]
-    register()
-    try:
-        with initialize_config_dir(str(ROOT), version_base="1.3"):
-            full = hydra_compose("train", overrides=lines, return_hydra_config=True)
-        choices = own_choices(full.hydra.runtime.choices)
-        if resolved.cell:
-            choices |= {"experiment": resolved.experiment, "cell": resolved.cell}
-        tree = full.copy()
-        OmegaConf.set_struct(tree, False)
-        del tree["hydra"]
-        base = recipefile.read(ROOT / "quant" / f"{choices['quant']}.yaml", ConfigError) if "quant" in choices else {}
-        tree.quant = without_none_gemms(OmegaConf.to_container(tree.quant), base)
-        return Composed(OmegaConf.to_object(tree), OmegaConf.to_yaml(tree), choices)
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(one_line(error)) from error
-    except yaml.YAMLError as error:
-        raise ConfigError(gist(error)) from error
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+    return Composer().compose(overrides)
+
+
+class Composer:
+    """Composes many lists of overrides; what they have in common is read and parsed once.
+
+    Files of configs/ are taken as they were when first read. Hydra composes the groups that are chosen; values follow
+    one by one, in the order and by the rules of its grammar.
+    """
+
+    def __init__(self) -> None:
+        self._parsed: dict[str, Override] = {}
+        self._bases: dict[tuple[str, ...], tuple[bytes, dict[str, str]]] = {}
+        self._recipes: dict[tuple[str, ...], tuple[dict[str, Any], dict[str, Any]]] = {}
+        self._resolved: dict[tuple, dict[str, Any]] = {}
+        self._groups = groups()
+        self.numerics = naming.Numerics()
+        register()
+
+    def compose(self, overrides: list[str]) -> Composed:
+        """As the function `compose`."""
+        try:
+            experiments.refuse_twice(overrides)
+            return self.composed(experiments.resolve(overrides))
+        except experiments.CellError as error:
+            raise ConfigError(str(error)) from error
+
+    def composed(self, resolved: experiments.Resolved) -> Composed:
+        """Of one run; a cell's is named after it where its overrides name none. ConfigError."""
+        parsed = [self._parse(text) for text in resolved.overrides]
+        for override in parsed:
+            if override.is_sweep_override():
+                raise ConfigError(f"{override.input_line}: several values; add -m to run them one after another")
+        try:
+            lines = tuple(choice_line(override) for override in parsed if self._is_choice(override))
+            base, choices = self._base(lines)
+            tree = pickle.loads(base)
+            values = [override for override in parsed if not self._is_choice(override)]
+            for override in values:
+                if not is_of_recipe(override):
+                    apply(override, tree)
+            config = OmegaConf.to_object(tree)
+            config.quant = self._recipe(lines, [override for override in values if is_of_recipe(override)], tree)
+            # Beside others, a cell's own settings may go unread.
+            typed = parsed[len(parsed) - len(resolved.extra) :] if resolved.extra else parsed
+            unread.check({key for override in typed for key in typed_keys(override)}, config)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(one_line(error)) from error
+        except yaml.YAMLError as error:
+            raise ConfigError(gist(error)) from error
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        if resolved.cell is None:
+            return Composed(config, tree, choices)
+        choices = choices | {"experiment": resolved.experiment, "cell": resolved.cell}
+        if config.run.name is None:
+            config.run = RunSection(self._cell_name(resolved, config))
+            tree.run.name = config.run.name
+        return Composed(config, tree, choices)
+
+    def _cell_name(self, resolved: experiments.Resolved, config: TrainConfig) -> str:
+        if not resolved.extra:
+            return experiments.folder_name(resolved.experiment, resolved.cell)
+        try:
+            plain = self.composed(resolved.plain).config
+        except ConfigError:  # a grid that leaves something to the command, its text say
+            plain = None
+        try:
+            return naming.cell_name(resolved, config, plain, self.numerics)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _is_choice(self, override: Override) -> bool:
+        return override.key_or_group in self._groups
+
+    def _parse(self, text: str) -> Override:
+        if text not in self._parsed:
+            (override,) = parse([text])
+            self._parsed[text] = check(override, self._groups)
+        return self._parsed[text]
+
+    def _base(self, lines: tuple[str, ...]) -> tuple[bytes, dict[str, str]]:
+        """(tree, choices) of these group choices before any value is set, the tree pickled: so it is copied faster.
+        Its recipe is left in `_recipes`."""
+        if lines not in self._bases:
+            with initialize_config_dir(str(ROOT), version_base="1.3"):
+                tree = hydra_compose("train", overrides=list(lines), return_hydra_config=True)
+            choices = own_choices(tree.hydra.runtime.choices)
+            OmegaConf.set_struct(tree, False)
+            del tree["hydra"]
+            file = ROOT / "quant" / f"{choices['quant']}.yaml" if "quant" in choices else None
+            self._recipes[lines] = (
+                OmegaConf.to_container(tree.quant),
+                recipefile.read(file, ConfigError) if file else {},
+            )
+            tree.quant = {}  # large, and hardly ever another one: a plain mapping is copied faster
+            self._bases[lines] = pickle.dumps(tree), choices
+        return self._bases[lines]
+
+    def _recipe(self, lines: tuple[str, ...], overrides: list[Override], tree: DictConfig) -> dict[str, Any]:
+        """The `quant` group of these choices with `overrides` of its values, as a mapping of its own."""
+        key = (lines, tuple(override.input_line for override in overrides))
+        if key not in self._resolved or "${" in str(key):
+            values, file = self._recipes[lines]
+            holder = OmegaConf.merge(tree, {"quant": values})
+            for override in overrides:
+                apply(override, holder)
+            self._resolved[key] = without_none_gemms(OmegaConf.to_container(holder.quant, resolve=True), file)
+        return copy.deepcopy(self._resolved[key])
+
+
+def is_of_recipe(override: Override) -> bool:
+    return override.key_or_group.startswith("quant.")
+
+
+def apply(override: Override, tree: DictConfig) -> None:
+    """Set, add or delete one value of `tree` in place, as Hydra does. Raises ConfigError, OmegaConf's errors."""
+    key = override.key_or_group
+    if override.is_delete():
+        if OmegaConf.select(tree, key) is None:
+            raise ConfigError(f"{override.input_line}: there is no {key} to delete")
+        section, _, last = key.rpartition(".")
+        del (OmegaConf.select(tree, section) if section else tree)[last]
+    elif key in (f"quant.{gemm}" for gemm in OPERANDS) and override.value() == "none":
+        OmegaConf.update(tree, f"{key}.{NONE_MARK}", True, force_add=True)
+    else:
+        OmegaConf.update(tree, key, typed_value(override), merge=True, force_add=True)
+
+
+def typed_keys(override: Override) -> Iterator[str]:
+    """The dotted keys to which an override gives a value: those within a mapping, too."""
+
+    def within(key: str, value: Any) -> Iterator[str]:
+        if value is not None:
+            yield key
+        for part, inner in value.items() if isinstance(value, dict) else ():
+            yield from within(f"{key}.{part}", inner)
+
+    return within(override.key_or_group, override.value())
+
+
+def typed_value(override: Override) -> Any:
+    """The value that an override gives its key: of a text field the characters that were typed, whatever they look
+    like (1.10, 1e3, 2024_11_05, true), else as Hydra's grammar reads them."""
+    value = override.value()
+    if override.key_or_group in text_keys() and isinstance(value, bool | int | float):
+        return raw_value(override.input_line)
+    return value
+
+
+def raw_value(line: str) -> str:
+    """What stands behind the first `=` of an override."""
+    return line.partition("=")[2].strip()
 
 
 def stored(path: Path) -> TrainConfig:
@@ -145,8 +281,8 @@ def stored(path: Path) -> TrainConfig:
 
 def sweep(overrides: list[str]) -> list[list[str]]:
     """The cartesian product of `a=1,2 b=x,y` as lists of plain overrides, the first one varying slowest."""
-    alternatives = []
-    for override in [item if item.key_or_group == CELL else check(item) for item in parse(overrides)]:
+    alternatives, known = [], groups()
+    for override in [item if item.key_or_group == CELL else check(item, known) for item in parse(overrides)]:
         if override.is_sweep_override():
             key = override.get_key_element()
             alternatives.append([f"{key}={value}" for value in listed(override)])
@@ -167,10 +303,9 @@ def parse(overrides: list[str]) -> list[Override]:
     return parsed
 
 
-def check(override: Override) -> Override:
+def check(override: Override, known_groups: dict[str, list[str]]) -> Override:
     """Raise ConfigError for an unknown key or group choice, naming the nearest right one."""
     key = override.key_or_group
-    known_groups = groups()
     if key == "hydra" or key.startswith(("hydra.", "hydra/")):
         raise ConfigError(
             f"{override.input_line}: Hydra's own settings have no effect here; folders are paths.runs and run.name"
@@ -186,7 +321,7 @@ def check(override: Override) -> Override:
 
 
 def check_choices(override: Override, options: list[str]) -> None:
-    for value in listed(override) if override.is_sweep_override() else [override.value()]:
+    for value in listed(override) if override.is_sweep_override() else [typed_choice(override)]:
         if isinstance(value, list):
             example = next((one for one in value if one in options), options[0])
             raise ConfigError(
@@ -201,12 +336,29 @@ def check_choices(override: Override, options: list[str]) -> None:
             )
 
 
+def choice_line(override: Override) -> str:
+    """The override of a group as Hydra takes it: an option that looks like a number in quotes."""
+    value = typed_choice(override)
+    is_kept = override.is_delete() or value == override.value()
+    return override.input_line if is_kept else f'{override.get_key_element()}="{value}"'
+
+
+def typed_choice(override: Override) -> Any:
+    """A group's option with the characters that were typed: a file may be called 1.10."""
+    value = override.value()
+    return raw_value(override.input_line) if isinstance(value, bool | int | float) else value
+
+
 def listed(override: Override) -> list[str]:
-    """The values of a sweep. ConfigError for one that only a search could enumerate, such as interval(0,1)."""
+    """The values of a sweep, as they were typed. ConfigError for one that only a search could enumerate, such as
+    interval(0,1)."""
     try:
-        return list(override.sweep_string_iterator())
+        values = list(override.sweep_string_iterator())
     except HydraException:
         raise ConfigError(f"{override.input_line}: list the values, as in {override.key_or_group}=a,b,c") from None
+    typed = [word.strip() for word in raw_value(override.input_line).split(",")]
+    plain = all(map(re.compile(r"[\w.+-]*", re.ASCII).fullmatch, typed))  # else quotes, brackets or range(0,3)
+    return typed if plain and len(typed) == len(values) else values
 
 
 def nearest_key(key: str, known: list[str]) -> str:
@@ -231,16 +383,6 @@ def ending_in(end: str, key: str, known: list[str]) -> list[str]:
     return sorted(
         names, key=lambda name: (-difflib.SequenceMatcher(None, key, name).ratio(), name.startswith("model."))
     )
-
-
-def rewrite(override: Override) -> list[str]:
-    """Free-form sections take any key (their packages check it): `quant.a=b` becomes `++quant.a=b`."""
-    section, *rest = override.key_or_group.split(".")
-    if section not in FREE_FORM or not rest or override.is_delete():
-        return [override.input_line]
-    if section == "quant" and len(rest) == 1 and rest[0] in OPERANDS and str(override.value()) == "none":
-        return [f"++quant.{rest[0]}.{NONE_MARK}=true"]
-    return [f"++{override.input_line.lstrip('+')}"]
 
 
 def without_none_gemms(quant: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:

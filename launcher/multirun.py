@@ -11,9 +11,11 @@ from launcher import slurm
 from launcher.compose import Composed, ConfigError, compose, sweep
 from launcher.slurm import TRAIN
 
+STOPPED = {signal.SIGINT: 130}  # a run that Ctrl-C stopped says 0, but the command didn't do what it was asked to
+
 
 def run_all(overrides: list[str]) -> int:
-    """Check every combination, then run them. Returns the first exit code that isn't 0, else 0.
+    """Check every combination, then run them. Returns the first exit code that isn't 0, 130 after Ctrl-C, else 0.
 
     A failing run doesn't keep the others from running; a stop (Ctrl-C, SIGTERM) does. The same command continues:
     finished runs say so and are passed over.
@@ -22,17 +24,19 @@ def run_all(overrides: list[str]) -> int:
         raise ConfigError("-m runs one process after another and can't run under torchrun; start one torchrun per run")
     jobs = sweep(overrides)
     checked(jobs)
-    codes = []
+    ends, stop = [], 0
     for number, job in enumerate(jobs, 1):
         print(f"\n[{number}/{len(jobs)}] train.py {shlex.join(job)}", flush=True)
-        code, stopped = run_one(job)
-        codes.append(code)
-        if stopped:
+        code, asked = run_one(job)
+        ends.append(code)
+        if asked:
+            stop = STOPPED.get(asked, 0)
             print(f"stopped; {len(jobs) - number} of {len(jobs)} runs not started", file=sys.stderr)
             break
-    for job, code in zip(jobs, codes, strict=False):
-        print(f"{'ok' if code == 0 else f'exit code {code}':<14} {shlex.join(job)}")
-    return next((code for code in codes if code), 0)
+    for number, (job, code) in enumerate(zip(jobs, ends, strict=False), 1):
+        said = "stopped" if asked and number == len(ends) else "ok" if code == 0 else f"exit code {code}"
+        print(f"{said:<14} {shlex.join(job)}")
+    return next((code for code in ends if code), stop)
 
 
 def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
@@ -94,8 +98,9 @@ def show_screens(jobs: list[list[str]], composed: list[Composed], nodes: int, pr
     return outcome.code
 
 
-def run_one(job: list[str]) -> tuple[int, bool]:
-    """(exit code, were we asked to stop): signals are passed on, so that the run saves and ends by itself."""
+def run_one(job: list[str]) -> tuple[int, int]:
+    """(exit code, the signal that asked us to stop or 0): signals are passed on, so that the run saves and ends by
+    itself. After Ctrl-C its code is 0, finished or not."""
     asked = []
     child = subprocess.Popen([sys.executable, str(TRAIN), *job])
 
@@ -106,7 +111,7 @@ def run_one(job: list[str]) -> tuple[int, bool]:
 
     previous = {number: signal.signal(number, pass_on) for number in stop_signals()}
     try:
-        return child.wait(), bool(asked)
+        return child.wait(), asked[0] if asked else 0
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

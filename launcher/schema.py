@@ -1,8 +1,10 @@
 """Registers the typed schema (training/config.py) with Hydra; configs/train.yaml starts from it."""
 
+from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
 from functools import cache
-from typing import get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 
@@ -21,6 +23,22 @@ def register() -> None:
 def known_keys() -> tuple[str, ...]:
     """Every dotted key of the schema, sections included: 'optim', 'optim.lr', ..."""
     return tuple(walk(TrainConfig, ""))
+
+
+@cache
+def text_keys() -> frozenset[str]:
+    """Dotted keys of the fields that hold text, or text or null, and the recipe's name: what is typed there is kept."""
+    return frozenset([*text_walk(TrainConfig, ""), "quant.name"])
+
+
+def text_walk(section: type, prefix: str) -> Iterator[str]:
+    hints = get_type_hints(section)
+    for item in fields(section):
+        kind = hints[item.name]
+        if is_dataclass(kind):
+            yield from text_walk(kind, f"{prefix}{item.name}.")
+        elif kind in (str, Any) or (get_origin(kind) in (Union, UnionType) and str in get_args(kind)):
+            yield prefix + item.name
 
 
 def walk(section: type, prefix: str) -> list[str]:

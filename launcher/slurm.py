@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,7 +188,8 @@ def read_options(name: str, options: dict[str, str]) -> Wish:
 
 def _typed(value: str) -> int | bool | str:
     """submitit writes True as a flag without a value: slurm.exclusive=true is --exclusive."""
-    return int(value) if value.isdigit() else {"true": True, "false": False}.get(value.lower(), value)
+    is_whole = value.isdigit() and str(int(value)) == value  # account=007 stays as it is typed
+    return int(value) if is_whole else {"true": True, "false": False}.get(value.lower(), value)
 
 
 def executor_for(wish: Wish, folder: Path, options: dict[str, str], cluster: str):
@@ -245,7 +247,8 @@ def described(count: int, options: dict[str, str]) -> str:
     folder, rest = split_folder(options)
     wish = read_options(RUNS, rest)
     if importlib.util.find_spec("submitit"):
-        executor_for(wish, folder, rest, "debug" if wish.cluster == SLURM else wish.cluster)  # SLURM's needs srun
+        with tempfile.TemporaryDirectory() as nowhere:  # it makes its folder at once, and a dry run leaves none
+            executor_for(wish, Path(nowhere), rest, "debug" if wish.cluster == SLURM else wish.cluster)  # SLURM's: srun
     each = f"{wish.nodes} node{'s' * (wish.nodes > 1)} x {wish.processes} process{'es' * (wish.processes > 1)}"
     lines = [("dry run", f"{count} job{'s' * (count > 1)} of {each} on {wish.cluster}; nothing is submitted")]
     if wish.cluster == SLURM:

@@ -28,7 +28,8 @@ def read(path: Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
     if "defaults" in values:
         raise error(f"{path}: a recipe doesn't inherit; replace defaults={values['defaults']} by that file's own lines")
     if values.get("name") != path.stem:
-        raise error(f"{path}: name={values.get('name')!r} must be the file's; write name: {path.stem}")
+        quoted = path.stem if yamlfile.is_text(path.stem) else f'"{path.stem}"'
+        raise error(f"{path}: name={values.get('name')!r} must be the file's; write name: {quoted}")
     for gemm, (a, b) in OPERANDS.items():
         if values.get(gemm) == "none":
             raise error(

@@ -4,7 +4,8 @@
     python scripts/cost.py measure='runs/*'      put the speed of finished runs into results/throughput.json
     python scripts/cost.py measure=bench.json device='NVIDIA H100'   the same from scripts/bench/bench_step.py json=...
 
-Other key=value words are overrides of train.py, as for run_grid.py. Hours come from throughput measured on the device
+Other key=value words are overrides of train.py, as for run_grid.py. No text is hashed: where the contents of a file
+would have to tell whether a cell is done, its state is "unknown". Hours come from throughput measured on the device
 that the table names; B200 hours are a prediction from H100 (analysis/costs.py says how). Prices are per GPU-hour.
 """
 
@@ -24,48 +25,29 @@ from analysis.costs import Cell
 from analysis.runs import find_runs
 from analysis.tables import tokens as short
 from base.files import write_json
+from base.fingerprints import only_remembered
 from base.flops import peak_of
 from base.runfolder import read_json
 from base.terminal import quiet_pipes
 from launcher import cellline
-from launcher.cells import CellError
+from launcher.cells import CellError, refuse_twice
 from launcher.compose import Composed, ConfigError, compose
-from training.config import TrainConfig
+from launcher.naming import Numerics
 
 OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
 SPEED = ("tokens_per_second",)
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
 
-def cells_of(line: cellline.CellLine) -> list[Cell]:
-    """All chosen cells. Composing takes long, and cells share most of it: each shape and each recipe composed once."""
-    composed: dict[tuple[str, ...], Composed] = {}
-
-    def once(overrides: list[str]) -> Composed:
-        key = tuple(overrides)
-        if key not in composed:
-            composed[key] = compose([*overrides, *line.extra])
-        return composed[key]
-
-    cells = []
-    for name, overrides in line.cells.items():
-        shape = once([o for o in overrides if not o.startswith(("quant", "seed="))])
-        cells.append(cell_of(name, shape.config, once([o for o in overrides if o.startswith("quant")])))
-    return cells
-
-
-def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
-    """`config`: of the cell but for its recipe, which is that of `recipe`."""
-    import torch
-
-    from quant.plan import plan_of
+def cell_of(name: str, composed: Composed, numerics: Numerics) -> Cell:
+    """What one cell takes. ValueError for numbers that don't fit each other."""
     from training.start.derive import derive
     from training.start.memory import GIB, estimate, kept_of, state_bytes
-    from training.start.shapes import model_of, shape_of
+    from training.start.shapes import shape_of
 
+    config = composed.config
     shape = shape_of(config, config.data.vocab_size)
-    with torch.device("meta"):
-        plan = plan_of(model_of(shape), recipe.config.quant)
+    plan = numerics.plan(config, shape)
     numbers = derive(config, shape.parameters_non_embedding, world=1)
     kept = config.checkpoint.keep_last + (
         numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
@@ -81,7 +63,7 @@ def cell_of(name: str, config: TrainConfig, recipe: Composed) -> Cell:
         name=name,
         model=config.model.name,
         recipe=plan.recipe.name,
-        base_recipe=recipe.choices["quant"],
+        base_recipe=composed.choices["quant"],
         steps=numbers.steps,
         tokens=numbers.tokens,
         flops_per_token=shape.flops_per_token(numbers.seq_len),
@@ -150,6 +132,7 @@ def totals(
 
 def measure(given: list[str]) -> int:
     """Write results/throughput.json; rows of other models and recipes stay. ValueError for any other key."""
+    refuse_twice(given)
     words = dict(word.partition("=")[::2] for word in given)
     for key in words:
         if key not in ("measure", "device", "table"):
@@ -204,11 +187,12 @@ def main(words: list[str]) -> int:
     try:
         if any(word.startswith("measure=") for word in words):
             return measure(words)
-        line = cellline.read(words, OWN)
-        details = line.is_true("details")
-        table = table_for(line.own)
-        cells = cells_of(line)
-        found = {cell.name: states.state_of(line.runs, line.run_name(cell.name)) for cell in cells}
+        with only_remembered():
+            line = cellline.read(words, OWN)
+            details = line.is_true("details")
+            table = table_for(line.own)
+            found = {cell: looked.state for cell, looked in line.look().items()}
+        cells = [cell_of(name, composed, line.composer.numerics) for name, composed in line.cells.items()]
     except (CellError, ConfigError, ValueError, OSError) as error:
         print(f"cost: {error}", file=sys.stderr)
         return 2
@@ -221,7 +205,7 @@ def main(words: list[str]) -> int:
         )
     measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
     print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")
-    states.tell_damaged(found)
+    states.tell_problems(found)
     return 0
 
 

@@ -39,14 +39,13 @@ from base.terminal import outlive_readers, quiet_pipes
 from launcher import cellline, slurm
 from launcher.cells import CellError
 from launcher.cli import take_launcher
-from launcher.compose import ConfigError, compose
+from launcher.compose import ConfigError
 from launcher.slurm import TRAIN
 from training.ranks.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
 POLL_S = 0.5
-MENDED = {"nonfinite=skip", "nonfinite=rollback"}
 
 
 @dataclass
@@ -60,18 +59,27 @@ class Running:
 
 
 def look(line: cellline.CellLine) -> dict[str, states.State]:
-    return {cell: states.state_of(line.runs, line.run_name(cell)) for cell in line.cells}
+    return {cell: found.state for cell, found in line.look().items()}
 
 
 def pending(line: cellline.CellLine, found: dict[str, states.State]) -> list[str]:
     """Cells that nobody has finished or is running, begun ones first: they are nearest to a result. Those that diverged
     only where the command says how to get past that: they would end as before."""
-    begun = {states.STOPPED, states.DIVERGED} if MENDED & set(line.extra) else {states.STOPPED}
+    begun = {states.STOPPED, states.DIVERGED} if mended(line) else {states.STOPPED}
     return [c for wanted in (begun, {states.MISSING}) for c in found if found[c].status in wanted]
 
 
 def command(line: cellline.CellLine, cell: str) -> list[str]:
-    return [sys.executable, str(TRAIN), f"experiment={line.experiment}", f"cell={cell}", *line.extra]
+    words = [f"experiment={line.experiment}", f"cell={cell}", *line.extra]
+    if line.run_name(cell) != line.cells[cell].config.run.name:
+        words.append(f"run.name={line.run_name(cell)}")  # it began under this name and goes on there
+    return [sys.executable, str(TRAIN), *words]
+
+
+def mended(line: cellline.CellLine) -> str:
+    """What the command says about non-finite values, where that gets past them; else ""."""
+    policy = next(iter(line.cells.values())).config.nonfinite
+    return "" if policy == "stop" else f"nonfinite={policy}"
 
 
 def start(line: cellline.CellLine, cell: str, lane: str | None) -> Running | None:
@@ -126,7 +134,7 @@ def run_local(line: cellline.CellLine) -> int:
     lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
     outlive_readers()  # `| head` ends no grid
     found = look(line)
-    is_damaged = states.tell_damaged(found)
+    has_problems = states.tell_problems(found)
     queue, running, failed = pending(line, found), [], []
     stopping: list[int] = []
 
@@ -161,12 +169,15 @@ def run_local(line: cellline.CellLine) -> int:
         for number, handler in previous.items():
             signal.signal(number, handler)
     for cell in [c for c, state in look(line).items() if state.status == states.DIVERGED]:
-        given = " and ".join(MENDED & set(line.extra))
-        hint = f" in spite of {given}" if given else ", left as it is; nonfinite=skip or nonfinite=rollback would go on"
+        hint = (
+            f" in spite of {mended(line)}"
+            if mended(line)
+            else ", left as it is; nonfinite=skip or nonfinite=rollback would go on"
+        )
         print(f"{cell}: diverged{hint}")
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
-    return 1 if failed or is_damaged else EXIT_PREEMPTED if stopping else 0
+    return 1 if failed or has_problems else EXIT_PREEMPTED if stopping else 0
 
 
 def begin(line: cellline.CellLine, cell: str, lanes: list[str | None], running: list[Running]) -> None:
@@ -209,7 +220,7 @@ def submit(line: cellline.CellLine, options: dict[str, str]) -> int:
             write_text(records[cell], job)
             print(f"{cell}: submitted as job {job}")
     print(f"{line.experiment}: {len(cells)} of {len(found)} cells submitted; so far {states.counted(found.values())}")
-    return int(states.tell_damaged(found))
+    return int(states.tell_problems(found))
 
 
 @contextmanager
@@ -233,17 +244,15 @@ def main(words: list[str]) -> int:
     try:
         rest, options = take_launcher(words)
         line = cellline.read(rest, OWN)
-        # One for all: cells differ by what the grid's file says, and a mistake in `extra` would fail in every log.
-        first = [f"experiment={line.experiment}", f"cell={next(iter(line.cells))}"]
-        if compose([*first, *line.extra]).config.dry_run:
-            raise CellError(
-                f"dry_run=true runs no cell: list=true lists them; train.py {' '.join(first)} dry_run=true shows a plan"
-            )
+        name, first = next(iter(line.cells.items()))
+        if first.config.dry_run:
+            shown = f"train.py experiment={line.experiment} cell={name} dry_run=true"
+            raise CellError(f"dry_run=true runs no cell: list=true lists them; {shown} shows a plan")
         if line.is_true("list"):
             found = look(line)
             for cell in pending(line, found):
                 print(shlex.join(command(line, cell)))
-            return int(states.tell_damaged(found))
+            return int(states.tell_problems(found))
         return run_local(line) if options is None else submit(line, options)
     except (CellError, ConfigError, RunError, OSError) as error:
         print(f"run_grid: {error}", file=sys.stderr)

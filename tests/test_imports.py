@@ -20,7 +20,7 @@ MAY = {
     "data": ({"base"}, {"torch", "numpy"}),
     "analysis": ({"base"}, {"numpy", "scipy", "matplotlib"}),
     "training": ({"base", "kernels", "quant", "models", "data"}, {"torch", "numpy", "rich", "safetensors"}),
-    "launcher": ({"base", "configs", "quant", "data", "training"}, {"hydra", "omegaconf", "yaml"}),
+    "launcher": ({"base", "configs", "quant", "data", "training", "analysis"}, {"hydra", "omegaconf", "yaml"}),
 }
 OURS = tuple(MAY)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data import sources
+from base import fingerprints
 from data.assemble import content_fingerprint
 from data.prepare import _wanted, prepare
 from data.spec import DataSpec
@@ -29,7 +29,7 @@ def test_the_kept_corpus_keeps_its_folder(tmp_path, monkeypatch):
     for name, (size, _) in CORPUS.items():
         with open(tmp_path / name, "wb") as file:
             file.truncate(size)
-    monkeypatch.setattr(sources, "sha256_of", lambda path: CORPUS[path.name][1])
+    monkeypatch.setattr(fingerprints, "sha256_of", lambda path: CORPUS[path.name][1])
     spec = DataSpec(name="corpus", files=f"{tmp_path}/train-*.jsonl.zst", val_files=f"{tmp_path}/val.jsonl.zst")
     assert _wanted(spec, tmp_path / "out").folder.name == "corpus-32000-22504204dca6"
 

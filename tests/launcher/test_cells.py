@@ -77,8 +77,9 @@ def test_cells_of_one_run_folder_are_refused():
 
 def test_the_scripts_look_where_the_runs_go():
     words = ["experiment=corpus_screen", "only=bf16/s0"]
-    line = cellline.read([*words, "paths.runs=a", "++paths.runs=b"], {})
-    assert str(line.runs) == "b"
+    assert str(cellline.read([*words, "++paths.runs=b"], {}).runs) == "b"
+    with pytest.raises(experiments.CellError, match=r"paths.runs=a and paths.runs=b: one would be without effect"):
+        cellline.read([*words, "paths.runs=a", "++paths.runs=b"], {})
     with pytest.raises(experiments.CellError, match=r"run\.name=mine: all cells would be one run"):
         cellline.read([*words, "run.name=mine"], {})
 
@@ -88,14 +89,14 @@ def test_an_override_may_not_make_two_cells_one_run():
     with pytest.raises(experiments.CellError, match=r"^\+\+seed=5: cells bf16/s0 and bf16/s1 would be the same run"):
         cellline.read([*words, "++seed=5"], {})
     assert len(cellline.read([*words, "optim.lr=1e-3"], {}).cells) == 3
-    one_seed = cellline.read(["experiment=corpus_screen", "only=*/s0", "seed=5"], {}).cells
-    assert len(one_seed) > 5 and all(cell.endswith("/s0") for cell in one_seed)
+    one_seed = cellline.read(["experiment=corpus_screen", "only=bf16/s0,sr/s0", "seed=5"], {}).cells
+    assert len(one_seed) == 2 and all(cell.endswith("/s0") for cell in one_seed)
 
 
 def test_equal_cells_of_a_file_are_reruns(tmp_path, monkeypatch):
     cells = {"axes": {"change": {"rerun1": [], "rerun2": []}}, "cells": [{"change": ["rerun1", "rerun2"]}]}
     monkeypatch.setattr(cellline.experiments, "load", lambda name: small_grid(**cells))
-    assert len(cellline.read(["experiment=mine", "seed=5"], {}).cells) == 2
+    assert len(cellline.read(["experiment=mine", "++seed=5"], {}).cells) == 2
 
 
 def test_published_grid_has_its_126_cells_and_token_counts():
@@ -234,10 +235,61 @@ def test_run_names_follow_the_cell_and_other_numerics_get_another_name():
     assert name("run.name=mine") == "mine"
 
 
-def test_the_order_and_the_plus_signs_of_extra_words_leave_the_run_its_name():
-    one, other = ["optim.lr=1e-3", "batch.micro=4"], ["batch.micro=4", "++paths.runs=/x", "++optim.lr=1e-3"]
-    assert experiments.run_name("c4_grid", "a", one) == experiments.run_name("c4_grid", "a", other) != "c4_grid-a"
-    assert experiments.run_name("c4_grid", "a", ["+log.every=3", "++run.name=b"]) == "c4_grid-a"
+def named(*extra, cell="bf16/s0"):
+    return compose(["experiment=corpus_screen", f"cell={cell}", *extra]).config.run.name
+
+
+def test_spelling_and_order_of_extra_words_leave_the_run_its_name():
+    one, other = ["optim.lr=1e-3", "batch.micro=4"], ["batch.micro=4", "++paths.runs=/x", "++optim.lr=0.001"]
+    assert named(*one) == named(*other) != named()
+    assert named("+log.every=3") == named("optim.lr=0.0006") == named("batch.sequences=128") == named()
+    assert named("steps=null", "tokens=200015872") == named()  # the same number of steps
+    assert named("quant.fprop.x.select=absmax", cell="sr/s0") == named(cell="sr/s0")
+
+
+def test_a_files_place_leaves_the_run_its_name_and_a_tokenizers_contents_decide(tmp_path):
+    for place, text in (("a", "{}"), ("b", "{ }"), ("c", '{"x": 1}')):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "tokenizer.json").write_text(text)
+    a, b, c = (named(f"data.tokenizer={tmp_path}/{place}") for place in "abc")
+    assert a == b != c and named() not in (a, c)
+    assert named("data=text", "data.files=x.txt", "data.val_files=y.txt") == named("data.path=/shards") == named()
+    assert named("data.max_documents=7") != named()
+
+
+def test_cells_are_composed_with_their_base(tmp_path, monkeypatch):
+    """Alone, the base of a cell would be no configuration: it names no text, which is the command's."""
+    text = "base: [data=text, model=llama_tiny, steps=3]\naxes: {seed: 'seed={integer}'}\ncells: [{seed: [s0, s1]}]"
+    (tmp_path / "mine.yaml").write_text(text)
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    line = cellline.read(["experiment=mine", "data.files=x.txt"], {})
+    assert [composed.config.data.files for composed in line.cells.values()] == ["x.txt", "x.txt"]
+    with pytest.raises(ConfigError, match=r"cell s0: data.files is empty"):
+        cellline.read(["experiment=mine"], {})
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["experiment=corpus_screen", "cell=bf16/s0", "cell=bf16/s1"],
+        ["quant=bf16", "quant=sr"],
+        ["seed=1", "++seed=2"],
+        ["experiment=corpus_screen", "experiment=corpus_noise", "cell=bf16/s0"],
+    ],
+    ids=" ".join,
+)
+def test_a_key_given_twice_is_refused(words):
+    with pytest.raises(ConfigError, match="one would be without effect; give one of them"):
+        compose(words)
+
+
+def test_a_broken_grid_file_stops_only_what_asks_for_it(tmp_path, monkeypatch):
+    (tmp_path / "broken.yaml").write_text("cells: [1\n")
+    (tmp_path / "mine.yaml").write_text("base: []\naxes: {a: {x: []}}\ncells: [{a: x}]")
+    monkeypatch.setattr(experiments, "FOLDER", tmp_path)
+    assert experiments.names() == ["mine"] and experiments.resolve(["seed=1"]).overrides == ["seed=1"]
+    with pytest.raises(experiments.CellError, match=r"broken\.yaml"):
+        experiments.resolve(["experiment=broken", "cell=x"])
 
 
 def test_the_command_line_knows_cells():

@@ -1,15 +1,19 @@
 """The command line: every mistake is one clear error that names what is near, before any work."""
 
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from launcher import cells as experiments
+from launcher import unread
 from launcher.cli import read_command_line
 from launcher.compose import ConfigError, compose, groups, sweep
+from launcher.schema import text_keys
 from quant import library, recipefile
 from training.config import OptimSection
 
@@ -136,8 +140,6 @@ def test_choices_name_the_presets():
 
 
 def test_the_composed_text_composes_again():
-    import yaml
-
     composed = compose(["quant=nvidia", "optim.lr=1e-3", "tokens=1e9"])
     assert yaml.safe_load(composed.yaml)["optim"]["lr"] == 1e-3
     assert yaml.safe_load(composed.yaml)["quant"] == composed.config.quant
@@ -200,7 +202,7 @@ def test_a_mistake_in_yaml_names_the_file(monkeypatch, tmp_path, text, message):
         assert "\n" not in str(caught.value)
     (tmp_path / "configs" / "experiment" / "c4_grid.yaml").write_text(text)
     with pytest.raises(ConfigError, match=r"c4_grid\.yaml"):
-        compose(["seed=1"])
+        compose(["experiment=c4_grid", "cell=x"])
 
 
 def test_a_recipe_that_inherits_is_refused_everywhere(monkeypatch, tmp_path):
@@ -278,3 +280,88 @@ def test_optimizers_have_the_published_values():
     muon = OptimSection("muon", None, [0.8, 0.95], 1e-10, 0.2, None, 0.3, 0.004, 0.5)
     assert compose([]).config.optim == compose(["optim=adamw"]).config.optim == adamw
     assert compose(["optim=muon"]).config.optim == muon
+
+
+@pytest.mark.parametrize("word", ["1.10", "2024_11_05", "1e3", "007", "true", "1.50", "0x10", "nan", "inf"])
+def test_a_text_field_keeps_the_characters_that_were_typed(word, monkeypatch):
+    keys = ("run.name", "data.hub_revision", "data.hub_name", "data.text_key", "logger.wandb.project", "data.id_key")
+    words = [f"{key}={word}" for key in keys]
+    config = compose([*words, "data=hub", "data.hub_path=x", "logger=wandb", f"quant.name={word}"]).config
+    assert [unread.value_at(config, key) for key in keys] == [word] * len(keys) and config.quant["name"] == word
+    monkeypatch.setenv("WORD", word)
+    assert (
+        compose(["run.name=${oc.env:WORD}"]).config.run.name == compose([f"++run.name={word}"]).config.run.name == word
+    )
+    assert yaml.safe_load(compose([f"run.name={word}"]).yaml)["run"]["name"] == word
+
+
+def test_every_text_field_of_the_schema_keeps_its_characters():
+    """All that are declared as text, whatever is added later."""
+    assert {"run.name", "paths.runs", "data.tokenizer", "data.bos", "model.name", "quant.name"} <= text_keys()
+    assert not {"seed", "optim.lr", "evaluate.bf16", "tokens"} & text_keys()
+
+
+def test_null_stays_null_and_a_number_a_number():
+    config = compose(["run.name=null", "data.id_key=null", "optim.lr=1e-3"]).config
+    assert (config.run.name, config.data.id_key, config.optim.lr) == (None, None, 1e-3)
+
+
+def test_a_sweep_keeps_the_characters_that_were_typed():
+    assert sweep(["run.name=1.10,1.20"]) == [["run.name=1.10"], ["run.name=1.20"]]
+    assert sweep(["seed=range(0,2)"]) == [["seed=0"], ["seed=1"]]
+    assert sweep(["run.name='a,b',c"]) == [["run.name='a,b'"], ["run.name=c"]]
+
+
+def test_a_recipe_may_be_called_like_a_number(monkeypatch, tmp_path):
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    monkeypatch.setattr("launcher.compose.ROOT", tmp_path / "configs")
+    text = (ROOT / "configs" / "quant" / "sr.yaml").read_text().replace("name: sr", 'name: "1.10"')
+    (tmp_path / "configs" / "quant" / "1.10.yaml").write_text(text)
+    assert compose(["quant=1.10"]).choices["quant"] == "1.10"
+    (tmp_path / "configs" / "quant" / "1.10.yaml").write_text(text.replace('"1.10"', "1.10"))
+    with pytest.raises(ConfigError, match=r'write name: "1.10"'):
+        compose(["quant=1.10"])
+
+
+WITHOUT_EFFECT = [
+    (["quant=bf16", "quant.fprop.x.rounding=sr"], "fprop.x is not quantized; set quant.fprop.x.grid"),
+    (["quant=quartet2", "quant.dgrad=none", "quant.dgrad.dy.rounding=rtn"], "dgrad.dy is not quantized"),
+    (["quant=bf16", "quant.wgrad.rotation.dim=32"], "no operand of wgrad is quantized"),
+    (["quant=nvidia", "quant.fprop.rotation.signs=fixed"], "fprop isn't rotated; set quant.fprop.rotation.dim"),
+    (["quant=sr", "quant.dgrad.dy.eden_block=rotation"], "set quant.dgrad.dy.rounding=ms_eden"),
+    (["quant=quartet2", "quant.fprop=none", "quant.dgrad.w.source=fprop"], "fprop.w is not quantized"),
+    (["quant=bf16", "++quant.fprop.x={grid: none, source: input, select: absmax}"], "quant.fprop.x.select=absmax"),
+    (["quant=bf16", "rounding_seed=7"], "draws no random bits"),
+    (["schedule.warmup_steps=5", "schedule.warmup_fraction=0.2"], "schedule.warmup_steps is given, too"),
+    (["schedule.warmup_fraction=0.2", "schedule.warmup_tokens=1e6"], "schedule.warmup_tokens is given, too"),
+    (["model.lr=1e-3", "optim.lr=2e-3"], "optim.lr is given, too"),
+    (["data=text", "data.files=a.txt", "data.val_files=b.txt", "data.val_fraction=0.1"], "data.val_fraction=0.1"),
+    (["data.path=shards", "data.text_key=body"], "data.path names text that is tokenized already"),
+    (["data.tokenizer=t.json", "data.vocab_size=500"], "the tokenizer is given"),
+    (["data.bos=BOS"], "set data.tokenizer"),
+    (["data=text", "data.files=a.txt", "data.hub_name=en"], "reads no hub"),
+    (["logger.wandb.project=mine"], "set logger=wandb"),
+]
+
+
+@pytest.mark.parametrize(("overrides", "message"), WITHOUT_EFFECT, ids=lambda value: "|".join(value))
+def test_a_setting_without_effect_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as caught:
+        compose(overrides)
+    assert "has no effect" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["schedule.warmup_steps=5", "schedule.warmup_fraction=null"],
+        ["quant=quartet2", "quant.fprop.x.grid=none", "quant.fprop.x.source=input"],
+        ["quant=sr", "rounding_seed=7"],
+        ["quant=bf16", "rounding_seed=0"],
+        ["quant=bf16", "quant.rules=[{match: 'blocks.0.*', recipe: sr}]", "rounding_seed=7"],
+        ["data.path=shards", "data.packing=bos_bestfit"],
+    ],
+    ids=" ".join,
+)
+def test_a_setting_that_acts_is_taken(overrides):
+    compose(overrides)

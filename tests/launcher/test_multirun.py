@@ -1,5 +1,6 @@
 """-m: every combination in its own process, one after another."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -64,23 +65,26 @@ def test_refused_under_torchrun(jobs, monkeypatch):
         multirun.run_all(["seed=0,1"])
 
 
-def test_a_stop_reaches_the_run_and_ends_the_sequence(tmp_path):
-    """SIGTERM to the parent: the child gets it, ends by itself with its own code, and no further run starts."""
+@pytest.mark.parametrize(("number", "ends", "code"), [("SIGTERM", 75, 75), ("SIGINT", 0, 130), ("SIGINT", 130, 130)])
+def test_a_stop_reaches_the_run_and_ends_the_sequence(tmp_path, number, ends, code):
+    """The child ends by itself with its own code, which after Ctrl-C says nothing, and no further run starts."""
     script = tmp_path / "train.py"
     script.write_text(
         "import signal, sys, time\n"
-        "signal.signal(signal.SIGTERM, lambda *a: sys.exit(75))\n"
+        f"signal.signal(signal.{number}, lambda *a: sys.exit({ends}))\n"
         "print('running', flush=True)\ntime.sleep(60)\n"
     )
-    code = (
+    run = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom launcher import multirun\n"
         f"multirun.TRAIN = Path({str(script)!r})\nsys.exit(multirun.run_all(['seed=0,1,2']))"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     while parent.stdout.readline().strip() != "running":
         time.sleep(0.01)
-    parent.send_signal(signal.SIGTERM)
+    os.killpg(parent.pid, getattr(signal, number))  # as the keyboard does
     out, err = parent.communicate(timeout=60)
-    assert parent.returncode == 75
+    assert parent.returncode == code
     assert "stopped; 2 of 3 runs not started" in err
-    assert "running" not in out
+    assert "running" not in out and out.splitlines()[-1].split() == ["stopped", "seed=0"]

@@ -362,3 +362,16 @@ def test_launcher_words_are_taken_off_the_command_line():
         read_command_line(["launcher=slurm", "slurm.partition"])
     with pytest.raises(ConfigError, match="without launcher=slurm"):
         read_command_line(["slurm.partition=gpu"])
+
+
+def test_a_dry_run_leaves_no_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for more in ({}, {"cluster": "local"}, {"folder": "jobs/of/mine"}):
+        slurm.described(1, {"timeout_min": "60", **more})
+    assert not list(tmp_path.iterdir())
+
+
+def test_words_that_look_like_numbers_stay_as_they_are_typed():
+    options = {"timeout_min": "60", "account": "007", "qos": "1e3", "reservation": "2024_11", "array_parallelism": "4"}
+    given = slurm.read_options("x", options).parameters
+    assert [given[f"slurm_{key}"] for key in options if key != "timeout_min"] == ["007", "1e3", "2024_11", 4]

@@ -15,7 +15,12 @@ from synthetic import write_run
 from analysis import costs, noise, published, states
 from analysis.costs import Cell
 from analysis.runs import find_runs
-from launcher.compose import compose
+from base import fingerprints
+from data.prepare import token_folder
+from data.spec import DataSpec
+from launcher import lookup
+from launcher.compose import Composer, compose
+from launcher.naming import Text
 from training.ranks.distributed import Dist
 from training.start.describe import Request, describe
 from training.start.memory import estimate, kept_of
@@ -32,7 +37,8 @@ def cell(model="llama_30m", recipe="quartet2", base=None, flops_per_token=1000):
 
 def cells(*words):
     module = cost_module()
-    return {cell.name: cell for cell in module.cells_of(module.cellline.read(words, module.OWN))}
+    line = module.cellline.read(words, module.OWN)
+    return {name: module.cell_of(name, composed, line.composer.numerics) for name, composed in line.cells.items()}
 
 
 def cost_module():
@@ -126,7 +132,7 @@ def test_files_that_are_none_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["result.json", "run.json"])
-def test_a_damaged_cell_is_named_with_what_to_type_and_the_others_are_costed(tmp_path, capsys, file):
+def test_a_damaged_cell_is_named_with_what_to_type_and_the_others_are_costed(tmp_path, capsys, no_results, file):
     name = "corpus_screen-bf16-s0"
     (tmp_path / name).mkdir()
     (tmp_path / name / "run.json").write_text("{}")
@@ -165,23 +171,84 @@ def test_throughput_is_read_from_runs_and_mixed_devices_are_refused(tmp_path):
         costs.measured_rows(find_runs([f"{tmp_path}/*"]))
 
 
-def test_the_cost_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path):
-    name = "corpus_ranking-bf16-x1-s0"
-    (tmp_path / "runs" / name).mkdir(parents=True)
-    result = {"status": "finished", "step": 2861, "final_loss": 3.4}
-    (tmp_path / "runs" / name / "result.json").write_text(json.dumps(result))
-    table = {"device": H100, "rows": rows(llama_30m__bf16=1_041_658)}  # 749,993,984 tokens take 0.2 hours
-    table["rows"][0]["flops_per_token"] = FLOPS_30M
+TEXT = Text(32_000, "f" * 8, "t" * 8, "0" * 12)
+
+
+@pytest.fixture
+def no_results(monkeypatch, tmp_path):
+    monkeypatch.setattr(lookup, "RESULTS", tmp_path / "no_results")
+
+
+def finished(folder, experiment, cell, text=TEXT, **more):
+    """A finished run of a cell, on `text`."""
+    composer = Composer()
+    composed = composer.compose([f"experiment={experiment}", f"cell={cell}"])
+    folder.mkdir(parents=True)
+    info = {"hash": "0" * 16, "numerics": composer.numerics.of(composed.config, text), **more}
+    (folder / "run.json").write_text(json.dumps(info))
+    (folder / "result.json").write_text('{"status": "finished", "step": 2861, "final_loss": 3.4}')
+
+
+def test_the_cost_of_a_grid_counts_what_is_done_and_what_is_left(tmp_path, monkeypatch, capsys, no_results):
+    monkeypatch.setattr(lookup, "text_of", lambda config: TEXT)
+    finished(tmp_path / "runs" / "corpus_ranking-bf16-x1-s0", "corpus_ranking", "bf16/x1/s0")
+    table = {"device": H100, "rows": rows(llama_30m__bf16=1_041_658)}
+    table["rows"][0]["flops_per_token"] = FLOPS_30M  # 749,993,984 tokens take 0.2 hours
     (tmp_path / "speed.json").write_text(json.dumps(table))
     words = [f"paths.runs={tmp_path}/runs", f"table={tmp_path}/speed.json", "price=10"]
-    done = cost("experiment=corpus_ranking", "only=bf16/x1/*", *words)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    assert cost_module().main(["experiment=corpus_ranking", "only=bf16/x1/*", *words]) == 0
+    shown = capsys.readouterr().out
+    lines = shown.splitlines()
     assert lines[1].split()[:4] == ["bf16/x1/s0", "done", "2,861", "750M"] and "missing" in lines[2]
     assert f"{FLOPS_30M * 749993984:.2e}" in lines[1] and "0.20" in lines[1].split()
-    assert "1 done, 2 missing" in done.stdout
-    assert f"{H100}: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in done.stdout
-    assert "B200, predicted: 0.3 GPU-hours" in done.stdout
+    assert "1 done, 2 missing" in shown
+    assert f"{H100}: 0.6 GPU-hours, 0.4 of them left, 6 and 4 at 10 a GPU-hour" in shown
+    assert "B200, predicted: 0.3 GPU-hours" in shown
+
+
+def test_nothing_is_hashed_and_what_would_need_it_is_unknown(tmp_path, monkeypatch, capsys, no_results):
+    """Text counts by its contents: known once a run has read it, as the same file at another place then is."""
+    for place in ("a", "b"):
+        (tmp_path / place).mkdir()
+        (tmp_path / place / "t.txt").write_text("some text")
+    monkeypatch.setattr(fingerprints, "sha256_of", lambda path: pytest.fail(f"{path} is read"))
+    key = "0123456789ab"
+    finished(tmp_path / "runs" / "any", "corpus_screen", "bf16/s0", data_path=f"/shards/text-32000-{key}")
+    words = ["experiment=corpus_screen", "cell=bf16/s0", f"paths.runs={tmp_path}/runs", f"paths.data={tmp_path}/shards"]
+    words += ["data=text", "data.val_files=null"]
+    planned = cost_module().main
+    assert planned([*words, f"data.files={tmp_path}/a/t.txt"]) == 0
+    out, error = capsys.readouterr()
+    assert "1 unknown" in out and "bf16/s0: unknown, left alone: " in error
+    assert not (tmp_path / "shards").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(lookup, "RESULTS", tmp_path / "no_results")
+    folder = token_folder(DataSpec(files=f"{tmp_path}/a/t.txt"), tmp_path / "shards")  # as a run would: it hashes
+    run = json.loads((tmp_path / "runs" / "any" / "run.json").read_text())
+    (tmp_path / "runs" / "any" / "run.json").write_text(json.dumps(run | {"data_path": str(folder)}))
+    assert planned([*words, f"data.files={tmp_path}/a/t.txt"]) == 0 and "1 done" in capsys.readouterr().out
+    assert planned([*words, f"data.files={tmp_path}/b/t.txt"]) == 0 and "1 unknown" in capsys.readouterr().out
+    token_folder(DataSpec(files=f"{tmp_path}/b/t.txt"), tmp_path / "shards")
+    assert planned([*words, f"data.files={tmp_path}/b/t.txt"]) == 0 and "1 done" in capsys.readouterr().out
+    (tmp_path / "b" / "t.txt").write_text("other tex")  # of the same size
+    token_folder(DataSpec(files=f"{tmp_path}/b/t.txt"), tmp_path / "shards")
+    assert planned([*words, f"data.files={tmp_path}/b/t.txt"]) == 0 and "1 missing" in capsys.readouterr().out
+
+
+def test_kept_results_are_cells_that_are_done(monkeypatch):
+    """Every kept run of a grid that is as its file says is found by its numerics."""
+    composer = Composer()
+    found = {}
+    for path in sorted(lookup.RESULTS.glob("*/*/run.json")):
+        info = json.loads(path.read_text())
+        if not info.get("experiment") or not (path.parent / "result.json").exists():
+            continue  # typed by hand, or cut
+        text = Text(info["vocab_size"], info["data_fingerprint"], info["tokenizer_hash"])
+        monkeypatch.setattr(lookup, "text_of", lambda config, text=text: text)
+        composed = composer.compose([f"experiment={info['experiment']}", f"cell={info['cell']}"])
+        looked = lookup.Lookup(Path("/nowhere"), composer.numerics)
+        found[path.parent.name] = looked.state_of(info["experiment"], info["cell"], composed).state.status
+    assert len(found) > 50 and set(found.values()) <= {states.DONE, states.DIVERGED}, found
 
 
 def test_nothing_is_left_of_done_and_diverged_cells_and_a_part_of_the_stopped_ones():
@@ -238,7 +305,7 @@ def test_a_reader_that_leaves_early_sees_no_traceback(script):
     """A pipe whose reading end is closed, as `| head` leaves it."""
     reading, writing = os.pipe()
     os.close(reading)
-    command = [sys.executable, str(SCRIPT.with_name(script)), "experiment=corpus_ranking", "only=bf16/x1/s0"]
+    command = [sys.executable, str(SCRIPT.with_name(script)), "experiment=c4_grid", "only=30M/0.75B/bf16"]
     extra = ["list=true"] if script == "run_grid.py" else []
     done = subprocess.run([*command, *extra], stdout=writing, stderr=subprocess.PIPE, timeout=120, text=True)
     os.close(writing)

@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,11 +15,46 @@ from support import wait_until
 
 from analysis import states
 from launcher import cells as experiments
+from launcher import lookup
+from launcher.compose import Composer, compose
+from launcher.naming import Text
 from training.ranks.signals import RunLock
 
 HERE = Path(__file__).parent
 SCRIPT = HERE.parents[1] / "scripts" / "run_grid.py"
 ONLY = "only=bf16/s[0-3]"
+
+
+TEXT = Text(32_000, "f" * 8, "t" * 8, "0" * 12)
+
+
+@pytest.fixture(scope="module")
+def numerics(tmp_path_factory):
+    """A file with the numerics of bf16/s0 to s3, by seed."""
+    composer, table = Composer(), {}
+    for seed in range(4):
+        composed = composer.compose(["experiment=corpus_screen", f"cell=bf16/s{seed}"])
+        table[str(seed)] = composer.numerics.of(composed.config, TEXT)
+    path = tmp_path_factory.mktemp("numerics") / "numerics.json"
+    path.write_text(json.dumps(table))
+    return path
+
+
+@pytest.fixture(autouse=True)
+def known_text(numerics, monkeypatch, tmp_path):
+    """The text is known, and no kept results are there."""
+    monkeypatch.setenv("FAKE_NUMERICS", str(numerics))
+    monkeypatch.setattr(lookup, "text_of", lambda config: TEXT)
+    monkeypatch.setattr(lookup, "RESULTS", tmp_path / "no_results")
+
+
+def describe(folder, seed=0, **changes):
+    """Write run.json of bf16/s<seed>, with other numerics where `changes` says so."""
+    table = json.loads(Path(os.environ["FAKE_NUMERICS"]).read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(
+        json.dumps({"hash": "0123456789", "numerics": table["0"] | {"seed": seed} | changes})
+    )
 
 
 @pytest.fixture
@@ -39,18 +75,20 @@ def start_script(runs, *words):
     code += (
         "m = u.module_from_spec(s); sys.modules['run_grid'] = m; s.loader.exec_module(m); from pathlib import Path\n"
     )
+    code += "from launcher import lookup, naming; lookup.RESULTS = Path('/nowhere')\n"
+    code += f"lookup.text_of = lambda config: naming.{TEXT!r}\n"
     code += f"m.TRAIN = Path({str(HERE / 'fake_train.py')!r}); m.POLL_S = 0.05; sys.exit(m.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "experiment=corpus_screen", ONLY, f"paths.runs={runs}", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def starts(runs, cell):
-    return (runs / experiments.run_name("corpus_screen", cell) / "starts").read_text().splitlines()
+    return (runs / experiments.folder_name("corpus_screen", cell) / "starts").read_text().splitlines()
 
 
 def hold(runs) -> Path:
     """Where a file keeps the run of bf16/s0 from going on."""
-    path = runs / experiments.run_name("corpus_screen", "bf16/s0") / "hold"
+    path = runs / experiments.folder_name("corpus_screen", "bf16/s0") / "hold"
     path.parent.mkdir(parents=True)
     path.touch()
     return path
@@ -75,7 +113,7 @@ def test_one_run_a_gpu_side_by_side(run_grid, tmp_path, monkeypatch, capsys):
     assert "1 running, 2 waiting" in capsys.readouterr().out
 
 
-def test_gpu_slots_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, on_path):
+def test_gpu_lanes_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, on_path):
     on_path(**{"nvidia-smi": "echo 'GPU 0: H100'\necho 'GPU 1: H100'"})
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert run_grid.gpu_lanes("all", 2) == ["0", "1", "0", "1"]
@@ -111,7 +149,7 @@ def test_a_failing_run_is_reported_and_the_others_go_on(run_grid, tmp_path, caps
 
 def test_a_damaged_cell_is_left_alone_and_the_others_run(run_grid, tmp_path, capsys):
     result = tmp_path / "corpus_screen-bf16-s0" / "result.json"
-    result.parent.mkdir()
+    describe(result.parent)
     result.write_text("{bad")
     words = ["experiment=corpus_screen", "only=bf16/s[01]", f"paths.runs={tmp_path}"]
     assert run_grid.main([*words, "list=true"]) == 1
@@ -125,8 +163,7 @@ def test_a_damaged_cell_is_left_alone_and_the_others_run(run_grid, tmp_path, cap
 
 def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path, capsys):
     folder = tmp_path / "corpus_screen-bf16-s0"
-    folder.mkdir()
-    (folder / "run.json").write_text("{}")
+    describe(folder)
     train, bad = '{"kind": "train", "step": 6}\n', '{"kind": "event", "event": "nonfinite", "step": 6, "bad_step": 7}\n'
     (folder / "metrics.jsonl").write_text(train + bad)
     words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"]
@@ -144,9 +181,8 @@ def test_a_diverged_run_is_left_alone_until_told_how_to_go_on(run_grid, tmp_path
 
 def test_a_run_that_diverges_in_spite_of_skip_is_not_told_to_skip(run_grid, tmp_path, capsys):
     words = ["seed=666", f"paths.runs={tmp_path}"]  # which fails
-    folder = tmp_path / experiments.run_name("corpus_screen", "bf16/s0", words)
-    folder.mkdir()
-    (folder / "run.json").write_text("{}")
+    folder = tmp_path / compose(["experiment=corpus_screen", "cell=bf16/s0", *words]).config.run.name
+    describe(folder, 666)
     (folder / "metrics.jsonl").write_text('{"kind": "event", "event": "nonfinite", "step": 6, "bad_step": 7}\n')
     assert run_grid.main(["experiment=corpus_screen", "cell=bf16/s0", *words, "nonfinite=skip"]) == 1
     assert "bf16/s0: diverged in spite of nonfinite=skip\n" in capsys.readouterr().out
@@ -195,10 +231,10 @@ def test_sigterm_while_a_run_is_being_started_reaches_that_run(run_grid, tmp_pat
 
 
 def test_ctrl_c_before_the_first_run_is_one_line(run_grid, tmp_path, monkeypatch, capsys):
-    def interrupted(overrides):
+    def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run_grid, "compose", interrupted)
+    monkeypatch.setattr(run_grid.cellline, "read", interrupted)
     assert run_grid.main(["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}"]) == 130
     assert capsys.readouterr().err == "run_grid: interrupted\n" and not any(tmp_path.iterdir())
 
@@ -319,3 +355,96 @@ def test_mistakes_are_named(run_grid, words, message, capsys, monkeypatch):
     assert run_grid.main(words) == 2
     error = capsys.readouterr().err
     assert re.search(message, error), error
+
+
+def finished(folder, seed=0, **changes):
+    describe(folder, seed, **changes)
+    (folder / "result.json").write_text('{"status": "finished", "step": 20, "final_loss": 3.0}')
+
+
+WORDS = ["experiment=corpus_screen", "only=bf16/s[01]"]
+
+
+def test_a_folder_of_that_name_with_other_numerics_is_not_done(run_grid, tmp_path, capsys):
+    """The grid's file, a recipe, a preset or the text was changed after the run."""
+    for changes, key in (
+        ({"schedule.steps": 6}, "schedule.steps: 6 (stored) -> 3052 (now)"),
+        ({"model.hidden": 5}, "model.hidden: 5 (stored) -> 1792 (now)"),
+        ({"quant.fprop.x.grid": "e2m1"}, "quant.fprop.x.grid: e2m1 (stored) -> none (now)"),
+        ({"data.fingerprint": "other text"}, "data.fingerprint: other text (stored) -> ffffffff (now)"),
+    ):
+        folder = tmp_path / "corpus_screen-bf16-s0"
+        finished(folder, **changes)
+        assert run_grid.main([*WORDS, f"paths.runs={tmp_path}", "list=true"]) == 1
+        out, error = capsys.readouterr()
+        assert "cell=bf16/s1" in out and "cell=bf16/s0" not in out
+        assert error.startswith("bf16/s0: other, left alone: ") and key in error and error.count("\n") == 1
+        subprocess.run(error.partition(" type: ")[2].partition("; or")[0], shell=True, check=True)
+        assert not folder.exists() and (tmp_path / "corpus_screen-bf16-s0-01234567" / "result.json").exists()
+        shutil.rmtree(tmp_path / "corpus_screen-bf16-s0-01234567")
+
+
+def test_done_is_what_a_folder_of_any_name_holds(run_grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lookup, "RESULTS", tmp_path / "results")
+    finished(tmp_path / "runs" / "typed-by-hand", 0)
+    finished(tmp_path / "results" / "kept" / "another", 1)
+    finished(tmp_path / "runs" / "corpus_screen-bf16-s2", 2)
+    words = ["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}/runs", "list=true"]
+    assert run_grid.main(words) == 0
+    assert [word for word in capsys.readouterr().out.split() if "cell=" in word] == ["cell=bf16/s3"]
+
+
+def test_a_run_begun_under_another_name_goes_on_there(run_grid, tmp_path):
+    describe(tmp_path / "typed-by-hand")
+    (tmp_path / "typed-by-hand" / "metrics.jsonl").write_text('{"kind": "train", "step": 1}\n')
+    assert run_grid.main(["experiment=corpus_screen", "cell=bf16/s0", f"paths.runs={tmp_path}"]) == 0
+    assert states.state_of(tmp_path, "typed-by-hand").status == "done"
+    assert not (tmp_path / "corpus_screen-bf16-s0").exists()
+
+
+def test_the_folder_of_the_runs_is_the_composed_one(run_grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SCRATCH", str(tmp_path))
+    finished(tmp_path / "a b" / "corpus_screen-bf16-s0")
+    finished(tmp_path / "runs" / "corpus_screen-bf16-s0")
+    for place in (
+        f'paths.runs="{tmp_path}/a b"',
+        "paths.runs=${oc.env:SCRATCH}/runs",
+        "++paths.runs=${oc.env:SCRATCH}/runs",
+    ):
+        assert run_grid.main([*WORDS, place, "list=true"]) == 0
+        assert capsys.readouterr().out.count("cell=") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a b", "runs"]
+
+
+def test_spelling_makes_no_other_run(run_grid, tmp_path, capsys):
+    finished(tmp_path / "any", **{"schedule.lr_peak": 1e-3})
+    for rate in ("optim.lr=1e-3", "optim.lr=0.001", "++optim.lr=1.0e-03"):
+        assert (
+            run_grid.main(["experiment=corpus_screen", "cell=bf16/s0", f"paths.runs={tmp_path}", rate, "list=true"])
+            == 0
+        )
+        assert capsys.readouterr().out == ""
+
+
+def test_text_that_can_not_be_compared_is_unknown(run_grid, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lookup, "text_of", lambda config: None)
+    finished(tmp_path / "corpus_screen-bf16-s0")
+    finished(tmp_path / "corpus_screen-bf16-s1", 1, **{"schedule.steps": 5})
+    assert run_grid.main([*WORDS, f"paths.runs={tmp_path}", "list=true"]) == 1
+    error = capsys.readouterr().err
+    assert "bf16/s0: unknown, left alone: " in error and "bf16/s1: other, left alone: " in error
+
+
+def test_a_rerun_is_done_by_its_own_run_alone(run_grid, tmp_path, monkeypatch, capsys):
+    """Its numerics are another cell's on purpose."""
+    composed = compose(["experiment=corpus_noise", "cell=screen/bf16/rerun"])
+    numerics = Composer().numerics.of(composed.config, TEXT)
+    info = {"numerics": numerics, "experiment": "corpus_screen", "cell": "bf16/s0"}
+    for name, more in (("first", {}), ("second", {"experiment": "corpus_noise", "cell": "screen/bf16/rerun"})):
+        finished(tmp_path / name)
+        (tmp_path / name / "run.json").write_text(json.dumps(info | more))
+        assert (
+            run_grid.main(["experiment=corpus_noise", "cell=screen/bf16/rerun", f"paths.runs={tmp_path}", "list=true"])
+            == 0
+        )
+        assert ("rerun" in capsys.readouterr().out) == (name == "first")

@@ -3,6 +3,7 @@
 import pytest
 
 from data.spec import DataSpec
+from launcher.compose import compose
 from training.config import BatchSection, ModelSection, OptimSection, ScheduleSection, TrainConfig
 from training.start.derive import derive
 
@@ -103,3 +104,13 @@ def test_the_remedies_work():
         (dict(batch=BatchSection(sequences=8, micro=4)), 2),
     ]:
         derive(config(steps=1, **fields), N_30M, world)
+
+
+def test_a_warm_up_shorter_than_one_step_is_refused():
+    def warmup(tokens):
+        config = compose(["batch.tokens=65536", "steps=100", f"schedule.warmup_tokens={tokens}"]).config
+        return derive(config, 10**6, world=1).schedule.warmup_steps
+
+    assert (warmup(0), warmup(65536), warmup(200_000)) == (0, 1, 3)
+    with pytest.raises(ValueError, match=r"schedule.warmup_tokens=65535 is less than one step of 65536 tokens"):
+        warmup(65535)

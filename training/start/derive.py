@@ -144,6 +144,11 @@ def build_schedule(config: TrainConfig, steps: int, tokens_per_step: int) -> Sch
         warmup = section.warmup_steps
     elif section.warmup_tokens is not None:
         warmup = section.warmup_tokens // tokens_per_step
+        if section.warmup_tokens and not warmup:
+            raise ValueError(
+                f"schedule.warmup_tokens={section.warmup_tokens} is less than one step of {tokens_per_step} tokens: no "
+                "warm-up; raise it, or set schedule.warmup_tokens=0"
+            )
     else:
         warmup = round((section.warmup_fraction or 0.0) * steps)
     return Schedule(
