@@ -48,13 +48,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="run folder, or FOLDER@STEP")
     parser.add_argument("--layers", nargs="+", default=[], metavar="GLOB", help="NVFP4 in these layers alone, each")
-    parser.add_argument("--data", type=Path, help="token folder; default the run's own")
+    parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     arguments = parser.parse_args()
     folder, step = split_step(arguments.run)
     with one_line_errors("score.py") as outcome:
         checkpoint = find_checkpoint(folder, step)
         config, run = stored(folder / CONFIG), read_json(folder / RUN)
-        config.data.path = str(arguments.data or run["data_path"])
+        if arguments.data and config.data.mix:
+            raise ValueError(f"{run['name']} was trained on a mixture: put its folders back where data.mix names them")
+        config.data.path = arguments.data and str(arguments.data)
         scored = score(config, run, checkpoint, step_of(checkpoint), arguments.layers, setup())
         path = scored.save(folder)
         print(report(run["name"], scored))

@@ -19,7 +19,7 @@ from torch import nn
 from base.files import atomic_write, write_json
 from base.runfolder import SCORE
 from data.evalset import EvalSet
-from data.tokens import TokenSet
+from data.mixture import open_tokens
 from kernels import backend
 from quant import library
 from quant.plan import HEAD, quant_linears
@@ -79,13 +79,13 @@ def score(
 ) -> Scored:
     """Score the weights of `checkpoint` under the run's own forward and every one of FORWARDS, on one device.
 
-    config: the run's own; data.path is where its tokens lie. run: its run.json. globs: for each one also `nvfp4` in the
-    layers that it matches, BF16 in the others. Raises ValueError for other text than the run's and for a glob that
-    matches nothing; RuntimeError for what the machine can't do.
+    config: the run's own; data.path, where it is given, is where its tokens lie now. run: its run.json. globs: for each
+    one also `nvfp4` in the layers that it matches, BF16 in the others. Raises ValueError for other text than the run's
+    and for a glob that matches nothing; RuntimeError for what the machine can't do.
     """
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
-    tokens = TokenSet(config.data.path)
+    tokens = open_tokens(config.data, config.data.path or run["data_path"])
     if tokens.fingerprint != run["data_fingerprint"]:
         raise ValueError(f"{tokens.path} is other text than {run['name']} was trained on; give its folder by --data")
     checked = check(config, ranks, tokens.vocab_size)

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from base.runfolder import read_metrics
+from data.prepare import prepare
+from data.spec import DataSpec
 from launcher.compose import compose
 from training.probes import PROBES
 from training.probes.base import Probe
@@ -59,6 +61,25 @@ def run(tmp_path, text_file, token_folder, asides):
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None
 
     return start
+
+
+@pytest.fixture
+def mixed_folders(tmp_path, text_file) -> list[str]:
+    """Two token folders of one tokenizer, of different text."""
+    folders = []
+    for i, rows in enumerate((slice(0, 40), slice(30, 60))):
+        path = tmp_path / f"{i}.jsonl"
+        path.write_text("\n".join(text_file.read_text().splitlines()[rows]))
+        words = {"tokenizer": f"{folders[0]}/tokenizer.json"} if folders else {}
+        spec = DataSpec(files=str(path), vocab_size=280, val_fraction=0.2, workers=1, name=f"t{i}", **words)
+        folders.append(str(prepare(spec, tmp_path / "folders")))
+    return folders
+
+
+@pytest.fixture
+def mix(mixed_folders) -> list[str]:
+    """Overrides of a run on both."""
+    return ["data.files=null", f"data.mix=[{','.join(mixed_folders)}]", "data.weights=[0.75,0.25]"]
 
 
 @pytest.fixture

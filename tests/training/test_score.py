@@ -36,7 +36,6 @@ def trained(run, finished, tmp_path_factory, tmp_path) -> Path:
 
 def scored(folder: Path, step: int, *globs: str):
     config, about = stored(folder / "config.yaml"), json.loads((folder / "run.json").read_text())
-    config.data.path = about["data_path"]
     return score(config, about, find_checkpoint(folder, step), step, globs, CPU)
 
 
@@ -70,6 +69,15 @@ def test_own_and_bf16_are_what_the_run_itself_measured(trained, rows):
     assert np.array_equal(found.nats["nvfp4@*"], found.nats["nvfp4"])
     different = ["bf16", "nvfp4", "nvfp4_x", "nvfp4_w", "nvfp4_absmax", "fp8", "nvfp4@*.mlp.*", "nvfp4@*.attn.*"]
     assert len({table[name]["loss"] for name in different}) == len(different)
+
+
+def test_a_mixture_is_scored_on_the_text_that_it_was_evaluated_on(run, rows, mix, mixed_folders, script):
+    _, folder = run(*mix, "quant=bf16")
+    assert script(str(folder))[0] == 0
+    written = json.loads((folder / "score" / "10.json").read_text())
+    assert written["forwards"]["own"]["loss"] == rows(folder, "eval")[-1]["loss"]
+    code, _, errors = script(str(folder), "--data", mixed_folders[0])
+    assert code == 2 and "mixture" in errors
 
 
 def test_difference_and_its_error_pair_documents(trained):

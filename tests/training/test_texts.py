@@ -8,8 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from data.prepare import prepare
-from data.spec import DataSpec
 from data.tokenizer import TextTokenizer
 from data.tokens import TokenSet
 
@@ -74,15 +72,7 @@ def test_copies_of_validation_text_are_shown_and_recorded(run, tmp_path, text_fi
     assert "copies_of_val" not in json.loads((folder / "run.json").read_text())
 
 
-def test_a_mixture_goes_on_as_if_it_had_not_stopped(run, stop_after, tmp_path, text_file):
-    folders = []
-    for i, rows in enumerate((slice(0, 40), slice(30, 60))):
-        path = tmp_path / f"{i}.jsonl"
-        path.write_text("\n".join(text_file.read_text().splitlines()[rows]))
-        words = {"tokenizer": f"{folders[0]}/tokenizer.json"} if folders else {}
-        spec = DataSpec(files=str(path), vocab_size=280, val_fraction=0.2, workers=1, name=f"t{i}", **words)
-        folders.append(str(prepare(spec, tmp_path / "folders")))
-    mix = ["data.files=null", f"data.mix=[{','.join(folders)}]", "data.weights=[0.75,0.25]"]
+def test_a_mixture_goes_on_as_if_it_had_not_stopped(run, stop_after, mix, mixed_folders):
     _, straight = run(*mix, name="straight")
     with stop_after(6):
         run(*mix, name="stopped")
@@ -94,4 +84,4 @@ def test_a_mixture_goes_on_as_if_it_had_not_stopped(run, stop_after, tmp_path, t
     trained = [{r["step"]: (r["samples"], r["loss"]) for r in part if r["kind"] == "train"} for part in rows]
     assert trained[0] == trained[1] and len(trained[0]) == 10
     info = json.loads((straight / "run.json").read_text())
-    assert info["mixture"].startswith("75 % t0-") and info["data_fingerprint"] != TokenSet(folders[0]).fingerprint
+    assert info["mixture"].startswith("75 % t0-") and info["data_fingerprint"] != TokenSet(mixed_folders[0]).fingerprint
