@@ -5,6 +5,8 @@ key = the 64-bit seed; counter = (element // 4, step, micro-batch, layer << 8 | 
 of devices. A 32-bit word lives in an int64; products wrap modulo 2^64, whose low 64 bits are the exact product.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -60,3 +62,15 @@ def random24(rng: Tensor, layer: Tensor | int, slot: int, count: int) -> Tensor:
 def random_signs(rng: Tensor, layer: Tensor | int, gemm: int, dim: int) -> Tensor:
     """float32 [dim] of +1 and -1: -1 where the top bit of the word of that index in the block is set."""
     return 1.0 - 2.0 * (random_words(rng, layer, gemm, dim) >> 31).to(torch.float32)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random state of one slot in one call. rng: int64 [3] (seed, step, micro-batch); layer: int64 []."""
+
+    rng: Tensor
+    layer: Tensor
+    slot: int = 0
+
+    def random24(self, count: int) -> Tensor:
+        return random24(self.rng, self.layer, self.slot, count)

@@ -149,7 +149,7 @@ def divide(x, d, reciprocal, INTERPRET: tl.constexpr):
 
 @triton.jit
 def e2m1_code(value, source):
-    """nvfp4.encode: grid value -> code 0 .. 15 (int32), the sign bit taken from `source`.
+    """nibbles.encode: grid value -> code 0 .. 15 (int32), the sign bit taken from `source`.
 
     |value| * 2^-126 puts E2M1's subnormal 0.5 on FP32's subnormal 2^-127, so that the code is the bits from 22 up.
     """
@@ -171,7 +171,7 @@ def e4m3_value(byte):
 
 @triton.jit
 def encode_bytes(values, source):
-    """Grid values [G, 2 n] -> int32 [G, n] bytes of two codes (nvfp4.pack: the earlier element in the lower nibble)."""
+    """Grid values [G, 2 n] -> int32 [G, n] bytes of two codes (nibbles.pack: the earlier one in the lower half)."""
     PAIRS: tl.constexpr = [values.shape[0], values.shape[1] // 2, 2]
     if has_e2m1_instruction():
         sign = source.to(tl.int32, bitcast=True) & SIGN_BIT

@@ -7,6 +7,7 @@ values, `operand` hands it over without another quantization. A container of ano
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from kernels import quantize as ops
 from kernels.formats.minifloat import FP8_DTYPES
 from kernels.formats.nvfp4 import NVFP4Tensor
+from kernels.philox import Draw
 from kernels.quantize import Quantized
 from kernels.spec import QuantSpec
 
@@ -30,9 +32,7 @@ class Wish:
     axis: int
     signs: Tensor | None
     amax: str | float
-    rng: Tensor
-    layer: Tensor
-    number: int  # of the slot
+    draw: Draw
     turned: bool
     want: tuple[str, ...]
 
@@ -48,13 +48,11 @@ class Wish:
 
     def quantize(self, x: Tensor) -> Quantized:
         largest = self.largest(ops.amax, x)
-        return ops.quantize(x, self.spec, self.axis, largest, self.signs, self.rng, self.layer, self.number, self.want)
+        return ops.quantize(x, self.spec, self.axis, largest, self.signs, self.draw, self.want)
 
     def requantize(self, p: NVFP4Tensor) -> Quantized:
         largest = self.largest(ops.amax_packed, p)
-        return ops.requantize(
-            p, self.spec, self.axis, largest, self.signs, self.rng, self.layer, self.number, self.want
-        )
+        return ops.requantize(p, self.spec, self.axis, largest, self.signs, self.draw, self.want)
 
 
 def fixed_or(amax: str | float, largest: Tensor) -> Tensor:
@@ -99,11 +97,11 @@ class Packed:
     is_quantized: ClassVar[bool] = True
 
     def tensors(self) -> tuple[Tensor, ...]:
-        return self.packed.codes, self.packed.block_scales, self.packed.global_scale
+        return self.packed.tensors()
 
     @property
     def form(self) -> Callable[..., "Held"]:
-        return packed_of
+        return packed if self.packed.spec is None else partial(packed, spec=self.packed.spec)
 
     def values(self) -> Tensor:
         """What a quantizer reads: without the global scale, which stays outside."""
@@ -119,8 +117,8 @@ class Packed:
         return ops.dequantize(self.packed, 1 if wish.turned else wish.axis)
 
 
-def packed_of(*tensors: Tensor) -> Packed:
-    return Packed(NVFP4Tensor(*tensors))
+def packed(*tensors: Tensor, spec: QuantSpec | None = None) -> Packed:
+    return Packed(NVFP4Tensor.holding(tensors, spec))
 
 
 @dataclass(frozen=True)

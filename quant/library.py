@@ -4,11 +4,11 @@ from typing import Any
 
 from base.tree import flatten
 from base.words import suggestion
-from kernels.spec import default_limits
+from kernels.spec import LATER_FIELDS, SPEC_FIELDS, default_limits, default_scales, frozen, read_level
 from quant import recipefile
 from quant.product import Product
 from quant.products import PRODUCTS
-from quant.recipe import DEFAULT_SCALES, GEMMS, SLOTS, SPEC_FIELDS, Recipe
+from quant.recipe import GEMMS, SLOTS, Recipe
 from quant.recipefile import names
 
 # Keys of a recipe file that aren't the recipe's: of the precision plan (quant/plan.py), and the hooks around a step.
@@ -55,7 +55,7 @@ def label(recipe: Product) -> str:
         return recipe.label
     if recipe.name not in names():
         return recipe.name
-    base, own = flatten(load(recipe.name).to_dict()), flatten(recipe.to_dict())
+    base, own = _all_fields(load(recipe.name)), _all_fields(recipe)
     expected = base | _what_follows(base, own)
     changed = {key: value for key, value in own.items() if expected[key] != value}
     for gemm in GEMMS:
@@ -63,21 +63,28 @@ def label(recipe: Product) -> str:
     return " ".join([recipe.name, *(f"{key}={_short(value)}" for key, value in changed.items())])
 
 
+def _all_fields(recipe: Recipe) -> dict[str, Any]:
+    """{"fprop.x.grid": ...}: also the later fields, which `to_dict` leaves out at their defaults."""
+    said = flatten(recipe.to_dict())
+    usual = {f"{slot}.{name}": value for slot in SLOTS for name, value in LATER_FIELDS.items()}
+    return said | {key: value for key, value in usual.items() if key not in said}
+
+
 def _short(value: Any) -> str:
-    return "+".join(value) if isinstance(value, list) else str(value)
+    return "+".join(map(_short, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _what_follows(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Fields that other fields, changed from `base`, bring with them: limits from table a.1, scales from the grid."""
+    """Fields that other fields, changed from `base`, bring with them: limits, and scales from the grid."""
     follows: dict[str, Any] = {}
     for slot in SLOTS:
-        decides = [f"{slot}.{field}" for field in ("grid", "select", "rounding")]
+        decides = [f"{slot}.{field}" for field in ("grid", "scales", "select", "rounding")]
+        grid, scales, select, rounding = (own[key] for key in decides)
         if any(own[key] != base[key] for key in decides):
-            limits = default_limits(*(own[key] for key in decides))
+            limits = default_limits(frozen(grid), tuple(map(read_level, scales)), select, rounding)
             follows |= dict(zip((f"{slot}.target_max", f"{slot}.scale_cap"), limits, strict=True))
-        grid = own[f"{slot}.grid"]
         if grid != base[f"{slot}.grid"]:
-            follows[f"{slot}.scales"] = list(map(str, DEFAULT_SCALES[grid]))
+            follows[f"{slot}.scales"] = list(map(str, default_scales(frozen(grid))))
     return follows
 
 

@@ -10,15 +10,21 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from base.words import suggestion
-from kernels.spec import NVFP4_SCALES, ROTATION_DIMS, TENSOR_FP32, QuantSpec, ScaleLevel, default_limits
+from kernels.spec import (
+    BF16_BITS,
+    ROTATION_DIMS,
+    SPEC_FIELDS,
+    QuantSpec,
+    default_limits,
+    default_scales,
+    frozen,
+    read_level,
+)
 from quant.names import FPROP_SLOT, GEMMS, OPERANDS, SLOTS
 from quant.slots import Slots
 
 SOURCES = ("input", "fprop", "fprop_transposed")
 SIGNS = ("random", "fixed", "none")
-# The slots' spec fields as they are written in a recipe file; the rest of an Operand is `amax` and `source`.
-SPEC_FIELDS = tuple(field.name for field in fields(QuantSpec))
-DEFAULT_SCALES = {"none": (), "e2m1": NVFP4_SCALES, "e4m3": (TENSOR_FP32,), "e5m2": (TENSOR_FP32,)}
 
 
 @dataclass(frozen=True)
@@ -131,9 +137,7 @@ class Recipe(Slots):
         for gemm in GEMMS:
             out[gemm] = {"rotation": asdict(self.gemm(gemm).rotation)}
             for name, operand in zip(OPERANDS[gemm], self.gemm(gemm).operands, strict=True):
-                spec = {field: getattr(operand.spec, field) for field in SPEC_FIELDS}
-                spec["scales"] = list(map(str, operand.spec.scales))
-                out[gemm][name] = spec | {"amax": operand.amax, "source": operand.source}
+                out[gemm][name] = operand.spec.to_dict() | {"amax": operand.amax, "source": operand.source}
         return out
 
 
@@ -162,19 +166,32 @@ def _operand_from(mapping: Any, path: str) -> Operand:
     _check_keys(values, (*SPEC_FIELDS, "amax", "source"), path)
     if "grid" not in values:
         raise ValueError(f"{path}.grid is missing; give e2m1, e4m3, e5m2, or none for BF16")
-    grid = values["grid"]
     try:
-        for name in {"target_max", "scale_cap"} & values.keys():
+        for name in {"target_max", "scale_cap", "prescale"} & values.keys():
             values[name] = _number(values[name])
+        grid = values["grid"] = _grid(values["grid"])
         levels = values.get("scales")
         if not isinstance(levels, list | tuple | None):
             raise ValueError(f"scales={levels!r}: give a list, such as '[tensor fp32,1x16 e4m3]'")
-        default = DEFAULT_SCALES.get(grid, ()) if isinstance(grid, str) else ()
+        default = default_scales(grid) if isinstance(grid, str | tuple) else ()
         values["scales"] = default if levels is None else tuple(map(read_level, levels))
+        if "search" in values:
+            values["search"] = frozen(values["search"])
         amax, source = values.pop("amax", "exact"), values.pop("source", "input")
         return Operand(QuantSpec.resolve(**values), source, float(amax) if type(amax) is int else amax)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def _grid(given: Any) -> Any:
+    """A name as it is; one table of numbers or a list of tables as tuples of floats."""
+    if not isinstance(given, list | tuple) or all(isinstance(word, str) for word in given):
+        return given
+    tables = given if given and all(isinstance(table, list | tuple) for table in given) else [given]
+    numbers = all(type(level) in (int, float) and math.isfinite(level) for table in tables for level in table)
+    if not numbers:
+        raise ValueError(f"grid={given!r}: give a name, 16 numbers, or a list of such lists")
+    return tuple(tuple(map(float, table)) for table in tables)
 
 
 def _number(value: Any) -> Any:
@@ -195,17 +212,6 @@ def mapping_at(path: str, value: Any) -> Mapping[str, Any]:
     return {} if value is None else value
 
 
-def read_level(text: str) -> ScaleLevel:
-    """ "tensor fp32", "row fp32", "1x16 e4m3", "16x16 e4m3" -> ScaleLevel; str() writes it again."""
-    block, _, number_format = str(text).partition(" ")
-    rows, _, columns = block.partition("x")
-    if rows.isdigit() and columns.isdigit():
-        return ScaleLevel((int(rows), int(columns)), number_format)
-    if block not in ("tensor", "row") or not number_format:
-        raise ValueError(f"scale level {text!r}; write 'tensor fp32', 'row fp32', '1x16 e4m3' or '16x16 e4m3'")
-    return ScaleLevel(block, number_format)
-
-
 def _check_keys(mapping: Mapping[str, Any], known: Any, path: str) -> None:
     for key in mapping:
         if key not in known:
@@ -218,6 +224,14 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
     gemm = recipe.gemm(slot.split(".")[0])
     operand = recipe.operand(slot)
     spec = operand.spec
+    if spec.significant_bits > BF16_BITS:
+        raise ValueError(
+            f"grid={spec.label} under {spec.scales[-1]} has values of {spec.significant_bits} significant bits, "
+            f"and BF16 holds {BF16_BITS}: FP32 operands are not built for training; choose levels of fewer bits"
+        )
+    if spec.is_blocked and not spec.scaling.has_tensor_scale and operand.amax != "exact":
+        scales = ", ".join(map(str, spec.scales))
+        raise ValueError(f"amax={operand.amax}: scales [{scales}] don't depend on it; leave it out")
     if spec.rounding == "ms_eden" and (gemm.rotation.dim is None or gemm.rotation.signs == "none"):
         raise ValueError(
             "rounding=ms_eden is unbiased only behind a random rotation; set its GEMM's rotation.dim, say 128, and "
@@ -252,11 +266,11 @@ def _check_reused(operand: Operand, made: Operand, slot: str) -> None:
         raise ValueError(
             f"source=fprop_transposed, but {origin.removeprefix('quant.')}.grid=none; set quant.{slot}.source=input"
         )
-    if (used.grid, used.scales) != (spec.grid, spec.scales) or not (used.is_square or used.grid != "e2m1"):
+    if (used.grid, used.scales) != (spec.grid, spec.scales) or not (used.is_square or not used.is_blocked):
         raise ValueError("source=fprop_transposed reuses fprop's codes: it needs fprop's grid and scales, 16x16 blocks")
     if spec.rounding != used.rounding:
         raise ValueError(f"rounding={spec.rounding} can't act on fprop's codes as they are; use source=input or fprop")
-    target_max, scale_cap = default_limits(spec.grid, spec.select, spec.rounding)
+    target_max, scale_cap = default_limits(spec.grid, spec.scales, spec.select, spec.rounding)
     for field, here, there, default in (
         ("select", spec.select, used.select, "absmax"),
         ("target_max", spec.target_max, used.target_max, target_max),

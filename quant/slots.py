@@ -19,17 +19,17 @@ from torch import Tensor
 from kernels import backend
 from kernels import gemm as gemms
 from kernels import quantize as ops
+from kernels.philox import Draw
 from kernels.quantize import Quantized
-from kernels.spec import NVFP4_BLOCK
+from kernels.spec import LATER_FIELDS
 from quant.held import Held, Plain, Wish, hold
 from quant.linear import Call
 from quant.names import FPROP_SLOT, GEMMS, SLOTS
 from quant.product import BYTES_BF16, Divisor, Kept, Product
 
+BYTES_FP8 = 1.0
 # Contraction axis of each operand in its natural layout.
 AXES = {"fprop.x": 1, "fprop.w": 1, "dgrad.dy": 1, "dgrad.w": 0, "wgrad.dy": 0, "wgrad.x": 0}
-BYTES_FP8 = 1.0
-BYTES_PACKED = 4.5 / 8  # a 4-bit code and its share of an E4M3 scale per 16
 
 
 class Slots(Product):
@@ -78,7 +78,7 @@ class Slots(Product):
         if not backend.IMPL or gemms.wants() != "packed":
             return None
         for name in GEMMS:
-            if sum(operand.spec.is_nvfp4 for operand in self.gemm(name).operands) == 1:
+            if sum(operand.spec.tensor_core for operand in self.gemm(name).operands) == 1:
                 return (
                     f"one operand of {name} is NVFP4 and the other is not; 4-bit tensor cores need both. "
                     f"Quantize both or neither (quant.{name}=none), or emulate: backend=triton"
@@ -93,12 +93,12 @@ class Slots(Product):
             ("wgrad", "tokens", ("out_features", "in_features")),
         ):
             operands = self.gemm(gemm).operands
-            block = NVFP4_BLOCK if any(operand.spec.is_nvfp4 for operand in operands) else 1
+            block = max(operand.spec.multiple for operand in operands)  # all are powers of two
             forward = gemm == "fprop"
-            yield Divisor(size, self.gemm(gemm).rotation_dim or block, f"rotation or block of {gemm}", forward)
+            yield Divisor(size, max(self.gemm(gemm).rotation_dim or 1, block), f"rotation or block of {gemm}", forward)
             for other, operand, slot in zip(others, operands, _slots(gemm), strict=True):
-                if operand.spec.is_square:
-                    yield Divisor(other, NVFP4_BLOCK, f"rotation or block of {slot}", forward)
+                if operand.spec.rows > 1:
+                    yield Divisor(other, operand.spec.rows, f"rotation or block of {slot}", forward)
 
     def kept_bytes(self) -> Kept:
         """As `forward` decides it: fprop's operand, the backward's own, or the tensor (a weight: the master)."""
@@ -123,9 +123,11 @@ class Slots(Product):
         rotation = self.gemm(slot.split(".")[0]).rotation
         turned = f", rotation {rotation.dim} {rotation.signs}" if rotation.dim else ""
         eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""
-        how = f"{spec.grid} {str(spec.scales[-1]).split()[0]} {spec.select} {spec.rounding}{eden}"
+        how = f"{spec.label} {str(spec.scales[-1]).split()[0]} {spec.select} {spec.rounding}{eden}"
         limits = f"max {spec.target_max:g} cap {spec.scale_cap:g}"
-        return f"{how}, {limits}, source {operand.source}{turned}{_unusual(operand)}"
+        reason = ops.supports(spec, bool(rotation.dim)) if backend.IMPL else None
+        slow = f"; runs the reference: {reason}" if reason else ""
+        return f"{how}, {limits}, source {operand.source}{turned}{_unusual(operand)}{slow}"
 
     # --- the three products ---------------------------------------------------------------------------------------
 
@@ -193,8 +195,7 @@ class Slots(Product):
         operand = self.operand(slot)
         want = self.wants(slot) if want is None else want
         turned = operand.source != "input"
-        draw = call.rng, call.layer, SLOTS.index(slot)
-        wish = Wish(operand.spec, AXES[slot], signs, operand.amax, *draw, turned, want)
+        wish = Wish(operand.spec, AXES[slot], signs, operand.amax, _draw(call, slot), turned, want)
         # Quantized for this slot, or fprop's codes as they are. Behind a rotation only an unquantized operand has
         # source fprop_transposed: it is turned, as its partner is.
         is_made = operand.source == "input" or (operand.source == "fprop_transposed" and signs is None)
@@ -217,11 +218,11 @@ class Slots(Product):
     def wants(self, slot: str) -> tuple[str, ...]:
         """Packed codes for a GEMM that multiplies those, if both its operands have them; else values."""
         operands = self.gemm(slot.split(".")[0]).operands
-        return (gemms.wants() if all(operand.spec.is_nvfp4 for operand in operands) else "values",)
+        return (gemms.wants() if all(operand.spec.tensor_core for operand in operands) else "values",)
 
     def stored(self, slot: str) -> tuple[str, ...]:
         """What `hold` needs of an operand."""
-        return ("packed",) if self.operand(slot).spec.is_nvfp4 else ("values",)
+        return ("packed",) if self.operand(slot).spec.is_blocked else ("values",)
 
     def keeps_fprop(self, slot: str) -> bool:
         """Whether the backward's operand `slot` is made from what fprop multiplied (else from the tensor itself)."""
@@ -237,8 +238,11 @@ class Slots(Product):
     ) -> tuple[Quantized, Quantized]:
         """The operands of two slots from x: the first along axis 1, the second along axis 0."""
         specs = tuple(self.operand(slot).spec for slot in slots)
-        numbers = tuple(SLOTS.index(slot) for slot in slots)
-        return ops.quantize_both(x, specs, signs, call.rng, call.layer, numbers, wants)
+        return ops.quantize_both(x, specs, signs, tuple(_draw(call, slot) for slot in slots), wants)
+
+
+def _draw(call: Call, slot: str) -> Draw:
+    return Draw(call.rng, call.layer, SLOTS.index(slot))
 
 
 def _slots(gemm: str) -> list[str]:
@@ -250,15 +254,13 @@ def _union(*wants: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def bytes_of(operand: Any) -> float:
-    """Bytes of an element as it is kept: BF16, FP8, or packed."""
-    if not operand.is_quantized:
-        return BYTES_BF16
-    return BYTES_PACKED if operand.spec.is_nvfp4 else BYTES_FP8
+    """Bytes of an element as it is kept: BF16, FP8, or packed with its scales."""
+    return operand.spec.bits / 8
 
 
 def _unusual(operand: Any) -> str:
     """The fields that a slot's line names only where they have another value than almost everywhere."""
-    usual = {"eden_space": "tensor", "scale_rounding": "rtn", "tensor_scale": "fp32"}
+    usual = {"eden_space": "tensor", "scale_rounding": "rtn", "tensor_scale": "fp32", **LATER_FIELDS}
     found = {key: getattr(operand.spec, key) for key in usual if getattr(operand.spec, key) != usual[key]}
     found |= {"amax": operand.amax} if operand.amax != "exact" else {}
     return "".join(f", {key} {value}" for key, value in found.items())

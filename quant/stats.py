@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from kernels.formats.minifloat import BY_NAME
 from kernels.quantize import reference_impl as reference
+from kernels.quantize.blocks import Blocks, quantize_blocks
+from kernels.spec import QuantSpec
 from quant.held import Held, Wish
 from quant.plan import quant_linears
 
@@ -34,30 +36,43 @@ class SlotCounter:
 
 
 def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
-    """int64 [] counts of one operand: elements, clipped, zeroed, blocks, underflow_blocks, non_finite.
+    """int64 [] counts of one operand: elements, clipped, zeroed, blocks, underflow_blocks, non_finite, member_1 to 3.
 
-    clipped: elements beyond the grid's largest value. zeroed: non-zero elements with code 0. underflow_blocks: blocks
-    that hold a non-zero element and whose scale rounded to zero. non_finite: 1 if amax was NaN or Inf.
+    clipped: elements beyond the ends of the grid. zeroed: non-zero elements that became 0. underflow_blocks: blocks
+    that hold a non-zero element and whose scale rounded to zero. non_finite: 1 if amax was NaN or Inf. member_i: blocks
+    that took member i of a family that has one.
     """
     spec, axis, signs = wish.spec, wish.axis, wish.signs
     y = reference.stored(x, axis, signs)
     largest = wish.largest(reference.amax, x)
     scale = reference.tensor_scale(largest, spec)
     counts = {"elements": y.new_tensor(y.numel()), "non_finite": (~largest.isfinite()).any()}
-    if not spec.is_nvfp4:
+    if not spec.is_blocked:
         elements = y / (scale if axis == 1 else scale.t())
         zero = reference.round_nearest(elements, BY_NAME[spec.grid]) == 0
         clipped = elements.abs() > BY_NAME[spec.grid].max_value
         counts |= {"clipped": clipped.sum(), "zeroed": (zero & (y != 0)).sum()}
         return {name: value.to(torch.int64) for name, value in counts.items()}
-    blocks = reference.quantize_blocks(y, spec, scale, wish.rng, wish.layer, wish.number, signs)
+    dim = None if signs is None else signs.shape[0]
+    blocks = quantize_blocks(y, spec, scale, wish.draw, dim)
     non_zero = (y != 0).view(blocks.codes.shape)
-    counts["clipped"] = (blocks.elements.abs() > BY_NAME[spec.grid].max_value).sum()
+    counts["clipped"] = clipped(blocks, spec).sum()
     counts["zeroed"] = ((blocks.codes == 0) & non_zero).sum()
     counts["blocks"] = y.new_tensor(blocks.scales.numel())
     vanished = ~blocks.alive & non_zero.any(dim=-1, keepdim=True) & largest.isfinite()
     counts["underflow_blocks"] = vanished.sum()
+    for number in range(1, len(spec.family.members)):
+        counts[f"member_{number}"] = (blocks.members == number).sum()
     return {name: value.to(torch.int64) for name, value in counts.items()}
+
+
+def clipped(blocks: Blocks, spec: QuantSpec) -> Tensor:
+    """Which elements lie beyond the ends of the grid that their block took."""
+    beyond = torch.zeros_like(blocks.elements, dtype=torch.bool)
+    for number, grid in enumerate(spec.family.members):
+        here = (blocks.elements > grid.up) | (blocks.elements < -grid.down)
+        beyond |= here if blocks.members is None else here & (blocks.members == number)
+    return beyond
 
 
 def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[str, dict[str, int]]]:

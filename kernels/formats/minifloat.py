@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.spec import E2M1_MAX, E4M3_MAX, E5M2_MAX
-
+E2M1_MAX = 6.0
+E4M3_MAX = 448.0
+E5M2_MAX = 57344.0
 EXPONENT_MASK = 0x7F800000
 FP32_BIAS, FP32_MANTISSA = 127, 23
 FP32_TINY = 2.0**-126
@@ -30,6 +31,9 @@ class MiniFloat:
 E2M1 = MiniFloat(1, 0, E2M1_MAX)
 E4M3 = MiniFloat(3, -6, E4M3_MAX)
 E5M2 = MiniFloat(2, -14, E5M2_MAX)
+# Formats of scales, without a sign: arXiv 2509.17791, and HiFloat4's (arXiv 2602.11287), whose 2^15 * 1.75 is a NaN.
+UE5M3 = MiniFloat(3, -14, 61440.0)
+E6M2 = MiniFloat(2, -48, 49152.0)
 BY_NAME = {"e2m1": E2M1, "e4m3": E4M3, "e5m2": E5M2}
 FP8_DTYPES = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 

@@ -1,27 +1,38 @@
-"""NVFP4: E2M1 codes, E4M3 block scales, one FP32 global scale. value = code * block_scale * global_scale.
+"""Packed operands: 4-bit codes, a scale for each block, one FP32 scale. value = level * block scale * global scale.
 
-`code * block_scale` has at most 6 significant bits (and magnitude at most 2688), so it is exact in BF16.
+NVFP4 itself is E2M1 codes under E4M3 scales: `code * block_scale` has at most 6 significant bits (and magnitude at most
+2688), so it is exact in BF16. Other families and scales (grids.py, scales.py) lie in the same container.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from kernels.spec import NVFP4_BLOCK
+from kernels.formats.nibbles import pack, pack_twos, unpack, unpack_twos
+from kernels.formats.scales import TILE
+from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+
+NVFP4, NVFP4_SQUARE = (QuantSpec("e2m1", scales) for scales in (NVFP4_SCALES, NVFP4_SQUARE_SCALES))
 
 
 @dataclass(frozen=True)
 class NVFP4Tensor:
     """A packed matrix [R, C]. Not a torch.Tensor: torch operations on it fail loudly.
 
-    codes: uint8 [R, C/2], the even element in the low nibble; sign, two exponent bits, one mantissa bit.
-    block_scales: float8_e4m3fn, [R, C/16] for 1x16 blocks or [R/16, C/16] for 16x16 blocks. global_scale: float32 [].
+    codes: uint8 [R, C/2], the even element in the low nibble (grids.py says what a code is; of E2M1 sign, two exponent
+    bits, one mantissa bit). block_scales: float8_e4m3fn, [R, C/16] for 1x16 blocks or [R/16, C/16] for 16x16 blocks, or
+    what other scales store. global_scale: float32 []. members: uint8 [R, ceil(C/64)] (or R/16), two bits for each
+    block, of a family of three or four; in one of two the sign bit of a block's scale says the second. spec: what the
+    codes and scales are those of; None is NVFP4, with the blocks that the shapes tell.
     """
 
     codes: Tensor
     block_scales: Tensor
     global_scale: Tensor
+    members: Tensor | None = None
+    spec: QuantSpec | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -31,12 +42,49 @@ class NVFP4Tensor:
     def is_square(self) -> bool:
         return self.block_scales.shape[0] != self.codes.shape[0]
 
+    @property
+    def tensor_core(self) -> bool:
+        """Whether NVFP4 tensor cores can read it: E2M1 codes under E4M3 scales."""
+        return self.spec is None
+
+    @property
+    def kind(self) -> QuantSpec:
+        return self.spec or (NVFP4_SQUARE if self.is_square else NVFP4)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that it holds, for autograd to keep; `holding` is the inverse."""
+        parts = self.codes, self.block_scales, self.global_scale
+        return parts if self.members is None else (*parts, self.members)
+
+    @classmethod
+    def holding(cls, tensors: Sequence[Tensor], spec: QuantSpec | None) -> "NVFP4Tensor":
+        return cls(*tensors[:3], tensors[3] if len(tensors) > 3 else None, spec)
+
+    def block_members(self) -> Tensor | None:
+        """uint8 [R, C/16] (or [R/16, C/16]): the member of each block; None in a family of one."""
+        if len(self.kind.family.members) == 1:
+            return None
+        if self.members is not None:
+            return unpack_twos(self.members, self.block_scales.shape[1])
+        return self.block_scales.view(torch.uint8) >> 7
+
+    def levels(self) -> Tensor:
+        """float32 [R, C]: the codes' levels, without any scale."""
+        codes, members, grids = unpack(self.codes), self.block_members(), self.kind.family.members
+        levels = grids[0].decode(codes)
+        if members is None:
+            return levels
+        members = members.repeat_interleave(TILE, dim=1)
+        members = members.repeat_interleave(TILE, dim=0) if self.is_square else members
+        for number, grid in enumerate(grids[1:], start=1):
+            levels = torch.where(members == number, grid.decode(codes), levels)
+        return levels
+
     def values(self) -> Tensor:
-        """float32 [R, C], exact in BF16: codes * block_scales, without the global scale."""
-        scales = self.block_scales.to(torch.float32).repeat_interleave(NVFP4_BLOCK, dim=1)
-        if self.is_square:
-            scales = scales.repeat_interleave(NVFP4_BLOCK, dim=0)
-        return decode(unpack(self.codes)) * scales
+        """float32 [R, C], exact in BF16: levels * block_scales, without the global scale."""
+        scaling = self.kind.scaling
+        scales = scaling.decode(self.block_scales).abs()
+        return self.levels() * scales.repeat_interleave(scaling.group, dim=1)
 
     def transposed(self) -> "NVFP4Tensor":
         """The packed transpose [C, R], with the same codes and scales. ValueError for other than 16x16 blocks."""
@@ -44,36 +92,30 @@ class NVFP4Tensor:
             raise ValueError(
                 "only 16x16 blocks can be transposed; 1x16 blocks must be quantized again along the other axis"
             )
+        members = None if self.members is None else pack_twos(self.block_members().t())
         codes = pack(unpack(self.codes).t().contiguous())
-        return NVFP4Tensor(codes, self.block_scales.t().contiguous(), self.global_scale)
+        return replace(self, codes=codes, block_scales=self.block_scales.t().contiguous(), members=members)
 
     def dequantize(self) -> Tensor:
-        """float32 [R, C] with all scales: (codes * block_scales) * global_scale, one FP32 rounding."""
+        """float32 [R, C] with all scales: (levels * block_scales) * global_scale, one FP32 rounding."""
         return self.values() * self.global_scale
 
 
-def encode(values: Tensor, sign: Tensor) -> Tensor:
-    """uint8 E2M1 codes 0 .. 15. values: FP32 on the E2M1 grid; sign: bool, True for a set sign bit (also on a zero).
-
-    The sign bit is kept on values that round to zero, as the hardware conversion does: code 8 is minus zero.
-    """
-    halves = (values.abs() * 2).to(torch.uint8)  # 0 1 2 3 4 6 8 12 -> codes 0 .. 7
-    magnitude = halves.clamp(max=4) + (halves >= 6) + (halves >= 8) + (halves >= 12)
-    return magnitude.to(torch.uint8) | (sign.to(torch.uint8) << 3)
-
-
-def decode(codes: Tensor) -> Tensor:
-    """FP32 values of E2M1 codes (uint8 0 .. 15): 0 .5 1 1.5 2 3 4 6 and their negatives."""
-    index = (codes & 7).to(torch.float32)
-    magnitude = index * 0.5 + (index - 4).clamp_(min=0) * 0.5 + (index - 6).clamp_(min=0)
-    return torch.where(codes >= 8, -magnitude, magnitude)
-
-
-def pack(codes: Tensor) -> Tensor:
-    """uint8 [R, C] codes -> uint8 [R, C/2], the even element in the low nibble. C must be even."""
-    return codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
-def unpack(packed: Tensor) -> Tensor:
-    """uint8 [R, C/2] -> uint8 [R, C] codes."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(packed.shape[0], -1)
+def pack_levels(
+    levels: Tensor, elements: Tensor, scales: Tensor, members: Tensor | None, global_scale: Tensor, spec: QuantSpec
+) -> NVFP4Tensor:
+    """levels, elements (their signs count): FP32 [R, C]. scales: FP32 [R, groups]; members: uint8 [R, groups] or None,
+    both repeated over the rows of square blocks."""
+    grids = spec.family.members
+    codes = grids[0].encode(levels, elements)
+    if members is not None:
+        wide = members.repeat_interleave(TILE, dim=1)
+        for number, grid in enumerate(grids[1:], start=1):
+            codes = torch.where(wide == number, grid.encode(levels, elements), codes)
+        members = members[:: spec.rows].contiguous()
+    stored = spec.scaling.encode(scales)
+    if len(grids) == 2:
+        stored = (stored.view(torch.uint8) | (members << 7)).view(stored.dtype)
+    named = pack_twos(members) if len(grids) > 2 else None
+    parts = pack(codes), stored, global_scale
+    return NVFP4Tensor(*parts, named, None if spec.tensor_core else spec)

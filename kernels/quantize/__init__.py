@@ -12,22 +12,28 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.formats.nvfp4 import NVFP4Tensor
-from kernels.spec import NVFP4_BLOCK, QuantSpec
+from kernels.philox import Draw
+from kernels.spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class Quantized:
     """An operand ready for `kernels.gemm.gemm`.
 
-    values: x's own layout; exact codes * block_scales (BF16 on a GPU; on a CPU the same BF16-exact values in FP32), or
+    values: x's own layout; exact levels * block_scales (BF16 on a GPU; on a CPU the same BF16-exact values in FP32), or
     codes of FP8, or x itself for grid none (FP32 if it was rotated). None if only "packed" was wanted.
     scale: FP32 for the accumulator: [] or, per row, [rows, 1] / [1, columns]; None means exactly 1 and no operation.
-    packed: the stored operand as NVFP4, if wanted and the grid is e2m1.
+    packed: the stored operand as 4-bit codes and their scales, if wanted and the spec has blocks.
     """
 
     values: Tensor | None
     scale: Tensor | None
     packed: NVFP4Tensor | None = None
+
+
+def supports(spec: QuantSpec, rotated: bool = False) -> str | None:
+    """Why the chosen back end leaves such a quantizer to the reference, or None if it has one of its own."""
+    return backend.impl("quantize").supports(spec, rotated)
 
 
 def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool = False) -> Tensor:
@@ -61,42 +67,38 @@ def quantize(
     axis: int,
     amax: Tensor | None,
     signs: Tensor | None = None,
-    rng: Tensor | None = None,
-    layer: Tensor | None = None,
-    slot: int = 0,
+    draw: Draw | None = None,
     want: tuple[str, ...] = ("values",),
 ) -> Quantized:
     """Rotate (if signs) and quantize x along `axis`.
 
     x: [R, C] bf16 (FP32 holding BF16 values is accepted). amax: from `amax`, or a fixed value; None for grid none.
-    signs: float32 [dim] or None. rng, layer, slot: random bits, needed if spec.draws_random_bits.
+    signs: float32 [dim] or None. draw: random bits, needed if spec.draws_random_bits.
     want: "values", "packed" or both. The rotation is unnormalised: 1/dim per GEMM belongs in gemm's alpha_const.
     NaN or Inf in amax gives scale NaN (codes unspecified), so every output is NaN; amax 0 gives tensor scale 1.
     Raises ValueError for shapes that the block (16) or the rotation does not divide, or missing random state.
     Source: quartet2.md a.1, a.2; design.md 3.
     """
     _check(x, axis, signs)
-    _check_spec(x.shape, spec, axis, signs, rng, layer)
-    return backend.impl("quantize").quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
+    _check_spec(x.shape, spec, axis, signs, draw)
+    return backend.impl("quantize").quantize(x, spec, axis, amax, signs, draw, want)
 
 
 def quantize_both(
     x: Tensor,
     specs: tuple[QuantSpec, QuantSpec],
     signs: tuple[Tensor | None, Tensor | None],
-    rng: Tensor,
-    layer: Tensor,
-    slots: tuple[int, int],
+    draws: tuple[Draw, Draw],
     wants: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> tuple[Quantized, Quantized]:
     """`quantize` along axis 1 and along axis 0, as dY needs: each argument is a pair in that order.
 
     The same results as two calls with the exact amax; a back end may read x fewer times.
     """
-    for axis, (spec, sign) in zip((1, 0), zip(specs, signs, strict=True), strict=True):
+    for axis, spec, sign, draw in zip((1, 0), specs, signs, draws, strict=True):
         _check(x, axis, sign)
-        _check_spec(x.shape, spec, axis, sign, rng, layer)
-    return backend.impl("quantize").quantize_both(x, specs, signs, rng, layer, slots, wants)
+        _check_spec(x.shape, spec, axis, sign, draw)
+    return backend.impl("quantize").quantize_both(x, specs, signs, draws, wants)
 
 
 def requantize(
@@ -105,9 +107,7 @@ def requantize(
     axis: int,
     amax: Tensor | None,
     signs: Tensor | None = None,
-    rng: Tensor | None = None,
-    layer: Tensor | None = None,
-    slot: int = 0,
+    draw: Draw | None = None,
     want: tuple[str, ...] = ("values",),
 ) -> Quantized:
     """Quantize a packed tensor again, usually along its other axis: codes * block_scales in, without the global scale.
@@ -116,8 +116,8 @@ def requantize(
     packed result too). axis refers to p's own [R, C].
     """
     _check(p, axis, signs)
-    _check_spec(p.shape, spec, axis, signs, rng, layer)
-    return backend.impl("quantize").requantize(p, spec, axis, amax, signs, rng, layer, slot, want)
+    _check_spec(p.shape, spec, axis, signs, draw)
+    return backend.impl("quantize").requantize(p, spec, axis, amax, signs, draw, want)
 
 
 def dequantize(p: NVFP4Tensor, axis: int = 1) -> Quantized:
@@ -140,20 +140,13 @@ def _check(x: Tensor | NVFP4Tensor, axis: int, signs: Tensor | None) -> None:
         )
 
 
-def _check_spec(
-    shape: tuple[int, int],
-    spec: QuantSpec,
-    axis: int,
-    signs: Tensor | None,
-    rng: Tensor | None,
-    layer: Tensor | None,
-) -> None:
-    if spec.is_nvfp4 and (shape[axis] % NVFP4_BLOCK or (spec.is_square and shape[1 - axis] % NVFP4_BLOCK)):
+def _check_spec(shape: tuple[int, int], spec: QuantSpec, axis: int, signs: Tensor | None, draw: Draw | None) -> None:
+    if shape[axis] % spec.multiple or shape[1 - axis] % spec.rows:
         raise ValueError(
-            f"shape {tuple(shape)} can't be cut in NVFP4 blocks of 16 along axis {axis}"
+            f"shape {tuple(shape)} can't be cut in {spec.grid} blocks of {spec.multiple} along axis {axis}"
             f"{' and 16x16 tiles' if spec.is_square else ''}; keep the layer in bf16 (quant.rules)"
         )
-    if spec.draws_random_bits and (rng is None or layer is None):
-        raise ValueError(f"rounding={spec.rounding} draws random bits; pass rng (int64 [3]) and layer (int64 [])")
+    if spec.draws_random_bits and draw is None:
+        raise ValueError(f"rounding={spec.rounding} draws random bits; pass draw=Draw(rng, layer, slot)")
     if spec.eden_block == "rotation" and spec.rounding == "ms_eden" and signs is None:
         raise ValueError("eden_block=rotation needs a rotation: pass signs, or use eden_block=16")

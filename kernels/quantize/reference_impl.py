@@ -1,6 +1,7 @@
 """The definition of the quantizers: pure PyTorch, any device, IEEE FP32, true division, parentheses as written.
 
-With y the stored operand [rows, contraction] after rotation, v = target_max, C = scale_cap, blocks g of 16 (or 16x16):
+With y the stored operand [rows, contraction] after rotation, v = target_max, C = scale_cap, blocks g of 16 (or 16x16),
+for NVFP4 (the general form is in blocks.py, other formats in kernels/formats):
 
     T   = amax / (C * v); at least 2^-126; 1 if amax = 0; NaN if amax is not finite; pow2: rounded up
     s_g = rne_e4m3( max_g|y| / (v * T) ); 0 is replaced by 1 and the block's codes are 0 ("dead")
@@ -16,44 +17,27 @@ The sums of MS-EDEN and of rotations run over FP32 in an order that may differ b
 `fold`; all else is the same everywhere, bit for bit.
 """
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from kernels import philox
-from kernels.formats import nvfp4
-from kernels.formats.minifloat import (
-    BY_NAME,
-    E2M1,
-    E4M3,
-    FP32_TINY,
-    next_power_of_two,
-    round_bf16,
-    round_nearest,
-    round_stochastic,
-)
-from kernels.formats.nvfp4 import NVFP4Tensor
+from kernels.formats.minifloat import BY_NAME, FP32_TINY, next_power_of_two, round_bf16, round_nearest
+from kernels.formats.nvfp4 import NVFP4Tensor, pack_levels
+from kernels.philox import Draw
 from kernels.quantize import Quantized
-from kernels.spec import NVFP4_BLOCK, QuantSpec
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """One rounding of the blocks: scaled elements, codes, block scales, and which blocks have a non-zero scale.
-
-    elements, codes: FP32 [rows, groups, 16]. scales, alive: FP32 and bool, [rows, groups, 1], for square tiles repeated
-    over the 16 rows of a tile.
-    """
-
-    elements: Tensor
-    codes: Tensor
-    scales: Tensor
-    alive: Tensor
+from kernels.quantize.blocks import Blocks, quantize_blocks
+from kernels.spec import QuantSpec
 
 
 def unavailable() -> str | None:
     """None: the reference runs wherever PyTorch does."""
+    return None
+
+
+def supports(spec: QuantSpec, rotated: bool) -> str | None:
+    """None: it has every quantizer."""
     return None
 
 
@@ -98,7 +82,9 @@ def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) 
 
 
 def tensor_scale(amax: Tensor, spec: QuantSpec) -> Tensor:
-    """FP32, shaped like amax: T."""
+    """FP32, shaped like amax: T. Where the format has none it is 1, or NaN for a tensor that isn't finite."""
+    if spec.is_blocked and not spec.scaling.has_tensor_scale:
+        return torch.where(amax.isfinite(), torch.ones_like(amax), float("nan"))
     # A tensor as divisor: on CUDA torch multiplies by the reciprocal where the divisor is a Python number.
     scale = (amax / torch.full_like(amax, spec.scale_cap * spec.target_max)).clamp(min=FP32_TINY)
     if spec.tensor_scale == "pow2":
@@ -113,9 +99,7 @@ def quantize(
     axis: int,
     amax: Tensor | None,
     signs: Tensor | None,
-    rng: Tensor | None,
-    layer: Tensor | None,
-    slot: int,
+    draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
     if spec.grid == "none" and signs is None:
@@ -124,32 +108,31 @@ def quantize(
     if spec.grid == "none":
         return Quantized(y if axis == 1 else y.t(), None)
     scale = tensor_scale(amax, spec)
-    if not spec.is_nvfp4:
+    if not spec.is_blocked:
         codes = round_nearest(y / (scale if axis == 1 else scale.t()), BY_NAME[spec.grid])
         return Quantized(_operand(codes, axis), scale)
-    blocks = quantize_blocks(y, spec, scale, rng, layer, slot, signs)
-    values = _operand((blocks.codes * blocks.scales).view(y.shape), axis) if "values" in want else None
-    return Quantized(values, scale, _pack(y, blocks, scale, spec.is_square) if "packed" in want else None)
+    blocks = quantize_blocks(y, spec, scale, draw, None if signs is None else signs.shape[0])
+    outer = scale if spec.prescale == 1 else scale * (1.0 / spec.prescale)
+    values = _operand(blocks.values.view(y.shape), axis) if "values" in want else None
+    return Quantized(values, outer, _pack(blocks, outer, spec) if "packed" in want else None)
 
 
 def quantize_both(
     x: Tensor,
     specs: tuple[QuantSpec, QuantSpec],
     signs: tuple[Tensor | None, Tensor | None],
-    rng: Tensor,
-    layer: Tensor,
-    slots: tuple[int, int],
+    draws: tuple[Draw, Draw],
     wants: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> tuple[Quantized, Quantized]:
-    return each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)
+    return each_axis(quantize, amax, x, specs, signs, draws, wants)
 
 
-def each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants) -> tuple[Quantized, Quantized]:
+def each_axis(quantize, amax, x, specs, signs, draws, wants) -> tuple[Quantized, Quantized]:
     """`quantize_both` as two calls of the functions that are handed in."""
     made = []
-    for axis, spec, sign, slot, want in zip((1, 0), specs, signs, slots, wants, strict=True):
+    for axis, spec, sign, draw, want in zip((1, 0), specs, signs, draws, wants, strict=True):
         largest = None if spec.grid == "none" else amax(x, axis, sign, spec.per_row)
-        made.append(quantize(x, spec, axis, largest, sign, rng, layer, slot, want))
+        made.append(quantize(x, spec, axis, largest, sign, draw, want))
     return made[0], made[1]
 
 
@@ -159,115 +142,20 @@ def requantize(
     axis: int,
     amax: Tensor | None,
     signs: Tensor | None,
-    rng: Tensor | None,
-    layer: Tensor | None,
-    slot: int,
+    draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    out = quantize(p.values(), spec, axis, amax, signs, rng, layer, slot, want)
-    scale = p.global_scale if out.scale is None else out.scale * p.global_scale
-    packed = out.packed and NVFP4Tensor(out.packed.codes, out.packed.block_scales, scale)
-    return Quantized(out.values, scale, packed)
+    return under(p.global_scale, quantize(p.values(), spec, axis, amax, signs, draw, want))
+
+
+def under(outer: Tensor, made: Quantized) -> Quantized:
+    """What was made of a tensor without its outer scale, with that scale."""
+    scale = outer if made.scale is None else made.scale * outer
+    return Quantized(made.values, scale, made.packed and replace(made.packed, global_scale=scale))
 
 
 def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:
     return Quantized(_operand(p.values(), axis), p.global_scale)
-
-
-def quantize_blocks(
-    y: Tensor,
-    spec: QuantSpec,
-    scale: Tensor,
-    rng: Tensor | None,
-    layer: Tensor | None,
-    slot: int,
-    signs: Tensor | None,
-) -> Blocks:
-    """Codes and block scales of the stored, rotated operand y [rows, contraction] under tensor scale `scale`."""
-    groups = y.view(y.shape[0], -1, NVFP4_BLOCK)
-    ratio = _block_max(groups, spec.is_square) / (spec.target_max * scale)
-    branches = 2 if spec.select == "four_over_six" else 1
-    noise = (None,) * branches
-    if spec.rounding == "sr":  # each branch rounds by words of its own
-        noise = philox.random24(rng, layer, slot, branches * y.numel()).view(branches, *groups.shape)
-    blocks = _round_blocks(groups, ratio, scale, noise[0])
-    if spec.select == "four_over_six":
-        blocks = _lower_error(blocks, _round_blocks(groups, 1.5 * ratio, scale, noise[1]), spec.is_square)
-    if spec.rounding == "ms_eden":
-        noise = philox.random24(rng, layer, slot, ratio.numel()).view(ratio.shape)
-        return _correct(blocks, spec, noise, signs)
-    return blocks
-
-
-def _round_blocks(groups: Tensor, ratio: Tensor, scale: Tensor, noise: Tensor | None) -> Blocks:
-    scales = round_nearest(ratio, E4M3)
-    alive = scales > 0
-    # Dividing by infinity gives the dead blocks codes 0 and keeps the sign.
-    elements = groups / torch.where(alive, scales * scale, float("inf"))
-    codes = round_nearest(elements, E2M1) if noise is None else round_stochastic(elements, E2M1, noise)
-    return Blocks(elements, codes, torch.where(alive, scales, 1.0), alive)
-
-
-def _block_max(groups: Tensor, square: bool) -> Tensor:
-    """[rows, groups, 1]; the maximum of a 16x16 tile is repeated over its rows."""
-    row_max = groups.abs().amax(dim=-1, keepdim=True)
-    return _over_tile(row_max, lambda tiles: tiles.amax(dim=1, keepdim=True)) if square else row_max
-
-
-def _over_tile(per_row: Tensor, reduce) -> Tensor:
-    """Reduce [rows, groups, n] over each 16 rows and repeat the result over them."""
-    tiles = per_row.view(per_row.shape[0] // NVFP4_BLOCK, NVFP4_BLOCK, -1)
-    return reduce(tiles).expand(tiles.shape).reshape(per_row.shape)
-
-
-def _lower_error(six: Blocks, four: Blocks, square: bool) -> Blocks:
-    """Four-over-Six: of each block the branch with the lower sum of squared error, in units of the tensor scale."""
-
-    def error(blocks: Blocks) -> Tensor:
-        squares = (blocks.codes - blocks.elements).square()
-        total = _over_tile(squares, lambda tiles: fold(tiles, 1)) if square else squares
-        return torch.where(blocks.alive, blocks.scales.square() * fold(total, -1), float("inf"))
-
-    take_four = error(four) < error(six)
-    return Blocks(
-        torch.where(take_four, four.elements, six.elements),
-        torch.where(take_four, four.codes, six.codes),
-        torch.where(take_four, four.scales, six.scales),
-        torch.where(take_four, four.alive, six.alive),
-    )
-
-
-def fold(x: Tensor, dim: int) -> Tensor:
-    """Sum over `dim`, a power of two kept as size 1, by adding its upper half to its lower half until one is left.
-
-    An order that every back end repeats: the errors of both branches are often equal, and then last bits would decide.
-    """
-    while x.shape[dim] > 1:
-        low, high = x.chunk(2, dim=dim)
-        x = low + high
-    return x
-
-
-def _correct(blocks: Blocks, spec: QuantSpec, noise: Tensor, signs: Tensor | None) -> Blocks:
-    """MS-EDEN: scale each block scale by S and round it stochastically; codes stay."""
-    squares = blocks.elements.square().sum(dim=-1, keepdim=True)
-    products = (blocks.elements * blocks.codes).sum(dim=-1, keepdim=True)
-    if spec.eden_block == "rotation":
-        weights = blocks.scales.square() if spec.eden_space == "tensor" else torch.ones_like(blocks.scales)
-        per_block = signs.shape[0] // NVFP4_BLOCK
-        squares = _sum_groups(weights * squares, per_block)
-        products = _sum_groups(weights * products, per_block)
-    correction = torch.where(products > 0, squares / products, 1.0)
-    scales = round_stochastic(correction * blocks.scales, E4M3, noise)
-    alive = blocks.alive & (scales > 0)
-    codes = torch.where(alive, blocks.codes, 0.0)
-    return Blocks(blocks.elements, codes, torch.where(alive, scales, 1.0), alive)
-
-
-def _sum_groups(per_group: Tensor, count: int) -> Tensor:
-    """Sum [rows, groups, 1] over each `count` groups and repeat the sum over them."""
-    blocks = per_group.view(per_group.shape[0], -1, count)
-    return blocks.sum(dim=-1, keepdim=True).expand(blocks.shape).reshape(per_group.shape)
 
 
 def _operand(values: Tensor, axis: int) -> Tensor:
@@ -276,7 +164,7 @@ def _operand(values: Tensor, axis: int) -> Tensor:
     return values if axis == 1 else values.t()
 
 
-def _pack(y: Tensor, blocks: Blocks, scale: Tensor, square: bool) -> NVFP4Tensor:
-    codes = nvfp4.encode(blocks.codes.view(y.shape), y.signbit())
-    scales = blocks.scales.squeeze(-1).to(torch.float8_e4m3fn)
-    return NVFP4Tensor(nvfp4.pack(codes), scales[::NVFP4_BLOCK].contiguous() if square else scales, scale)
+def _pack(blocks: Blocks, scale: Tensor, spec: QuantSpec) -> NVFP4Tensor:
+    levels, elements = (part.view(part.shape[0], -1) for part in (blocks.codes, blocks.elements))
+    members = None if blocks.members is None else blocks.members.squeeze(-1)
+    return pack_levels(levels, elements, blocks.scales.squeeze(-1), members, scale, spec)

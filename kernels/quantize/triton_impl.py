@@ -11,9 +11,10 @@ from torch import Tensor
 
 from kernels.formats.minifloat import FP8_DTYPES
 from kernels.formats.nvfp4 import NVFP4Tensor
+from kernels.philox import Draw
 from kernels.quantize import Quantized, reference_impl, triton_tiles
 from kernels.quantize.triton_ops import INTERPRET
-from kernels.spec import NVFP4_BLOCK, ROUNDINGS, QuantSpec
+from kernels.spec import NVFP4_BLOCK, QuantSpec
 
 
 def unavailable() -> str | None:
@@ -24,6 +25,19 @@ def unavailable() -> str | None:
         return "needs a CUDA GPU"
     major, minor = torch.cuda.get_device_capability()
     return None if major >= 8 else f"needs sm_80 or newer; this is sm_{major}{minor}"
+
+
+def supports(spec: QuantSpec, rotated: bool) -> str | None:
+    """Why a quantizer is left to the reference: the kernels are written for E2M1 under E4M3 scales, and for FP8."""
+    if spec.grid == "none":
+        return None
+    if not spec.is_blocked:
+        return "FP8 behind a rotation has no kernel" if rotated else None
+    if not spec.tensor_core:
+        return f"{spec.family.name} under {spec.scales[-1]} has no kernel"
+    if spec.select == "search":
+        return "select=search has no kernel"
+    return None
 
 
 def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
@@ -37,7 +51,7 @@ def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
 
 
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
-    if signs is None or per_row:
+    if signs is None or per_row or not p.tensor_core:
         return reference_impl.amax_packed(p, axis, signs, per_row)
     return torch.ops.nibble.amax(p.codes, _scale_bytes(p), *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
@@ -48,23 +62,20 @@ def quantize(
     axis: int,
     amax: Tensor | None,
     signs: Tensor | None,
-    rng: Tensor | None,
-    layer: Tensor | None,
-    slot: int,
+    draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    if spec.grid == "none" or (not spec.is_nvfp4 and signs is not None):
-        return reference_impl.quantize(x, spec, axis, amax, signs, rng, layer, slot, want)
-    if not spec.is_nvfp4:
+    if spec.grid == "none" or supports(spec, signs is not None):
+        return reference_impl.quantize(x, spec, axis, amax, signs, draw, want)
+    if not spec.is_blocked:
         return triton_tiles.quantize_fp8(x, spec, axis, amax)
     if not spec.is_square:
-        return _nvfp4(x, None, None, spec, axis, amax, signs, rng, layer, slot, want)
+        return _nvfp4(x, None, None, spec, axis, amax, signs, draw, want)
     if signs is not None:
         raise ValueError("16x16 blocks can't be rotated along one axis; use 1x16 blocks in this slot, or rotation none")
     results = torch.ops.nibble.quantize_square(
-        x, amax, rng, layer, axis, spec.target_max, spec.scale_cap, spec.tensor_scale == "pow2",
-        spec.select == "four_over_six", spec.rounding, slot, "values" in want, "packed" in want,
-    )  # fmt: skip
+        x, amax, *_random(draw), axis, spec.key, _slot(draw), "values" in want, "packed" in want
+    )
     return _quantized(results, want)
 
 
@@ -72,9 +83,7 @@ def quantize_both(
     x: Tensor,
     specs: tuple[QuantSpec, QuantSpec],
     signs: tuple[Tensor | None, Tensor | None],
-    rng: Tensor,
-    layer: Tensor,
-    slots: tuple[int, int],
+    draws: tuple[Draw, Draw],
     wants: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> tuple[Quantized, Quantized]:
     """One operator where both are 1x16 NVFP4: Inductor writes a fused producer once for each operator that reads it.
@@ -87,23 +96,16 @@ def quantize_both(
     rotated = signs[0] is not None or signs[1] is not None  # not by ==: Dynamo would compare tensors
     if all(spec.grid in FP8_DTYPES for spec in specs) and not rotated:
         return triton_tiles.quantize_fp8_both(x, specs)
-    if any(not spec.is_nvfp4 or spec.is_square for spec in specs):
-        return reference_impl.each_axis(quantize, amax, x, specs, signs, rng, layer, slots, wants)
+    if any(not spec.tensor_core or spec.is_square or supports(spec, rotated) for spec in specs):
+        return reference_impl.each_axis(quantize, amax, x, specs, signs, draws, wants)
     amaxes = (reference_impl.amax(x, 1, None, False),) * 2 if not rotated else (None, None)
     results = torch.ops.nibble.quantize_both(
         x,
         *amaxes,
         *signs,
-        rng,
-        layer,
-        [spec.target_max for spec in specs],
-        [spec.scale_cap for spec in specs],
-        [spec.tensor_scale == "pow2" for spec in specs],
-        [spec.select == "four_over_six" for spec in specs],
-        [ROUNDINGS.index(spec.rounding) for spec in specs],
-        [_eden_groups(spec, sign) for spec, sign in zip(specs, signs, strict=True)],
-        [spec.eden_space == "scaled" for spec in specs],
-        list(slots),
+        *_random(draws[0]),
+        *(spec.key for spec in specs),
+        [draw.slot for draw in draws],
         ["values" in want for want in wants],
         ["packed" in want for want in wants],
     )
@@ -116,21 +118,18 @@ def requantize(
     axis: int,
     amax: Tensor | None,
     signs: Tensor | None,
-    rng: Tensor | None,
-    layer: Tensor | None,
-    slot: int,
+    draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    if not spec.is_nvfp4 or spec.is_square:
-        values = dequantize(p, 1).values
-        out = quantize(values, spec, axis, amax, signs, rng, layer, slot, want)
-        scale = p.global_scale if out.scale is None else out.scale * p.global_scale
-        packed = out.packed and NVFP4Tensor(out.packed.codes, out.packed.block_scales, scale)
-        return Quantized(out.values, scale, packed)
-    return _nvfp4(p.codes, _scale_bytes(p), p.global_scale, spec, axis, amax, signs, rng, layer, slot, want)
+    if not p.tensor_core or not spec.tensor_core or spec.is_square or supports(spec, signs is not None):
+        made = quantize(dequantize(p, 1).values, spec, axis, amax, signs, draw, want)
+        return reference_impl.under(p.global_scale, made)
+    return _nvfp4(p.codes, _scale_bytes(p), p.global_scale, spec, axis, amax, signs, draw, want)
 
 
 def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:
+    if not p.tensor_core:
+        return reference_impl.dequantize(p, axis)
     values = torch.ops.nibble.unpack_values(p.codes, _scale_bytes(p), axis)
     return Quantized(values, p.global_scale)
 
@@ -149,33 +148,20 @@ def _scale_bytes(p: NVFP4Tensor) -> Tensor:
     return scales.view(torch.uint8)
 
 
-def _nvfp4(src, scales, outer, spec, axis, amax, signs, rng, layer, slot, want) -> Quantized:
+def _nvfp4(src, scales, outer, spec, axis, amax, signs, draw, want) -> Quantized:
     results = torch.ops.nibble.quantize(
-        src,
-        scales,
-        outer,
-        amax,
-        signs,
-        rng,
-        layer,
-        axis,
-        spec.target_max,
-        spec.scale_cap,
-        spec.tensor_scale == "pow2",
-        spec.select == "four_over_six",
-        spec.rounding,
-        _eden_groups(spec, signs),
-        spec.eden_space == "scaled",
-        slot,
-        "values" in want,
-        "packed" in want,
+        src, scales, outer, amax, signs, *_random(draw), axis, spec.key, _slot(draw), "values" in want, "packed" in want
     )
     return _quantized(results, want)
 
 
-def _eden_groups(spec: QuantSpec, signs: Tensor | None) -> int:
-    """How many groups of 16 share one MS-EDEN correction."""
-    return signs.shape[0] // NVFP4_BLOCK if spec.eden_block == "rotation" and signs is not None else 1
+def _random(draw: Draw | None) -> tuple[Tensor | None, Tensor | None]:
+    """The tensors of a draw: a torch operator takes no object of ours."""
+    return (None, None) if draw is None else (draw.rng, draw.layer)
+
+
+def _slot(draw: Draw | None) -> int:
+    return 0 if draw is None else draw.slot
 
 
 def _quantized(results, want: tuple[str, ...]) -> Quantized:

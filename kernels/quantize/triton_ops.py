@@ -1,6 +1,6 @@
 """Launches of the Triton quantizers and the torch operators around them, with their fake implementations.
 
-Launch shapes are fixed: what scripts/bench/bench_quantize.py --tune found on an H100, never tuned at run time.
+Launch shapes are fixed: what scripts/bench_quantize.py --tune found on an H100, never tuned at run time.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.philox import ROUNDING_STREAM
 from kernels.quantize import reference_impl
 from kernels.quantize.triton_kernels import (
     ROTATION_TILE,
@@ -18,7 +19,7 @@ from kernels.quantize.triton_kernels import (
     rows_kernel,
     signs_kernel,
 )
-from kernels.spec import NVFP4_BLOCK, ROTATION_DIMS, ROUNDINGS
+from kernels.spec import NVFP4_BLOCK, ROTATION_DIMS, QuantSpec, from_key
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 
@@ -64,11 +65,11 @@ CONFIGS: dict[tuple[str, int], Launch] = {
 }
 
 
-def config_key(is_packed: bool, axis: int, rounding: str, four_over_six: bool, rotated: bool) -> tuple[str, int]:
+def config_key(is_packed: bool, axis: int, spec: QuantSpec, rotated: bool) -> tuple[str, int]:
     """The entry of CONFIGS that a quantizer runs with; "_rows" names those that rows_kernel serves."""
     if is_packed:
-        return f"{rounding}_packed", axis
-    name = "four_over_six" if four_over_six else rounding
+        return f"{spec.rounding}_packed", axis
+    name = "four_over_six" if spec.select == "four_over_six" else spec.rounding
     return (f"{name}_rows", 1) if axis == 1 and not rotated else (name, axis)
 
 
@@ -106,32 +107,26 @@ def launch_quantize(
     rng: Tensor | None,
     layer: Tensor | None,
     axis: int,
-    target: float,
-    cap: float,
-    pow2: bool,
-    four_over_six: bool,
-    rounding: str,
-    eden_groups: int,
-    eden_scaled: bool,
+    spec: str,
     slot: int,
     store_values: bool,
     store_packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, scale, codes, block scale bytes); a tensor that isn't wanted is empty."""
+    """(values, scale, codes, block scale bytes); a tensor that isn't wanted is empty. spec: a QuantSpec's key."""
+    spec = from_key(spec)
     is_packed = src_scales is not None
     src = src.contiguous()
     outputs = allocate(src, is_packed, axis, store_values, store_packed)
     values, scale, codes, block_scales = outputs
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
-    key = config_key(is_packed, axis, rounding, four_over_six, signs is not None)
+    key = config_key(is_packed, axis, spec, signs is not None)
     config = CONFIGS[key]
     if key[0].endswith("_rows"):
         count = rows * columns // NVFP4_BLOCK
         rows_kernel[(triton.cdiv(count, config.tile),)](
             src, amax, rng, layer, values, _words(codes), block_scales, scale, count,
-            TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
-            STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile, INTERPRET=INTERPRET,
-            num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=not four_over_six,
+            **constants(spec, slot), STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile,
+            INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=fuses(spec),
         )  # fmt: skip
         return outputs
     lines, contraction = (rows, columns) if axis == 1 else (columns, rows)
@@ -142,14 +137,35 @@ def launch_quantize(
         layer, values, _words(codes), block_scales, scale, rows, columns,
         columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
         AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
-        TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding,
-        EDEN_GROUPS=eden_groups, SCALED=eden_scaled, PAIRS=contraction % 32 == 0, STREAM=16 + slot,
-        STORE_VALUES=store_values, STORE_PACKED=store_packed,
+        **constants(spec, slot), EDEN_GROUPS=eden_groups(spec, signs), SCALED=spec.eden_space == "scaled",
+        PAIRS=contraction % 32 == 0, STORE_VALUES=store_values, STORE_PACKED=store_packed,
         EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
         STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
-        enable_fp_fusion=not four_over_six,
+        enable_fp_fusion=fuses(spec),
     )  # fmt: skip
     return outputs
+
+
+def constants(spec: QuantSpec, slot: int) -> dict[str, float | bool | str | int]:
+    """Compile-time constants of every kernel that quantizes to NVFP4."""
+    return {
+        "TARGET": spec.target_max,
+        "RANGE": spec.scale_cap * spec.target_max,
+        "POW2": spec.tensor_scale == "pow2",
+        "SELECT_46": spec.select == "four_over_six",
+        "ROUNDING": spec.rounding,
+        "STREAM": ROUNDING_STREAM + slot,
+    }
+
+
+def fuses(spec: QuantSpec) -> bool:
+    """Whether the compiler may fuse products into sums: not into the errors by which 4/6 chooses."""
+    return spec.select != "four_over_six"
+
+
+def eden_groups(spec: QuantSpec, signs: Tensor | None) -> int:
+    """How many groups of 16 share one MS-EDEN correction."""
+    return signs.shape[0] // NVFP4_BLOCK if spec.eden_block == "rotation" and signs is not None else 1
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -231,8 +247,7 @@ _quantize_op = torch.library.custom_op("nibble::quantize", launch_quantize, muta
 
 
 @_quantize_op.register_fake
-def _(src, src_scales, src_global, amax, signs, rng, layer, axis, target, cap, pow2, four_over_six, rounding,
-      eden_groups, eden_scaled, slot, store_values, store_packed):  # fmt: skip
+def _(src, src_scales, src_global, amax, signs, rng, layer, axis, spec, slot, store_values, store_packed):
     return allocate(src, src_scales is not None, axis, store_values, store_packed)
 
 
@@ -256,13 +271,8 @@ def _quantize_both_op(
     signs0: Tensor | None,
     rng: Tensor,
     layer: Tensor,
-    targets: list[float],
-    caps: list[float],
-    pow2: list[bool],
-    four_over_six: list[bool],
-    roundings: list[int],
-    eden_groups: list[int],
-    eden_scaled: list[bool],
+    spec1: str,
+    spec0: str,
     slots: list[int],
     store_values: list[bool],
     store_packed: list[bool],
@@ -270,17 +280,15 @@ def _quantize_both_op(
     if amax1 is None:
         amax1, amax0 = _both_amaxes(x, signs1, signs0)
     results = ()
-    for i, (axis, amax, signs) in enumerate(((1, amax1, signs1), (0, amax0, signs0))):
+    for i, (axis, amax, signs, spec) in enumerate(((1, amax1, signs1, spec1), (0, amax0, signs0, spec0))):
         results += launch_quantize(
-            x, None, None, amax, signs, rng, layer, axis, targets[i], caps[i], pow2[i], four_over_six[i],
-            ROUNDINGS[roundings[i]], eden_groups[i], eden_scaled[i], slots[i], store_values[i], store_packed[i],
-        )  # fmt: skip
+            x, None, None, amax, signs, rng, layer, axis, spec, slots[i], store_values[i], store_packed[i]
+        )
     return results
 
 
 @_quantize_both_op.register_fake
-def _(x, amax1, amax0, signs1, signs0, rng, layer, targets, caps, pow2, four_over_six, roundings, eden_groups,
-      eden_scaled, slots, store_values, store_packed):  # fmt: skip
+def _(x, amax1, amax0, signs1, signs0, rng, layer, spec1, spec0, slots, store_values, store_packed):
     return (
         *allocate(x, False, 1, store_values[0], store_packed[0]),
         *allocate(x, False, 0, store_values[1], store_packed[1]),

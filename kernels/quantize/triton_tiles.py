@@ -13,8 +13,8 @@ from torch import Tensor
 from kernels.formats.minifloat import FP8_DTYPES
 from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_kernels import load_tile, quantize_groups, tensor_scale
-from kernels.quantize.triton_ops import INTERPRET, allocate
-from kernels.spec import NVFP4_BLOCK, QuantSpec
+from kernels.quantize.triton_ops import INTERPRET, allocate, constants, fuses
+from kernels.spec import NVFP4_BLOCK, QuantSpec, from_key
 from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
 
 
@@ -167,16 +167,12 @@ def _quantize_square_op(
     rng: Tensor | None,
     layer: Tensor | None,
     axis: int,
-    target: float,
-    cap: float,
-    pow2: bool,
-    four_over_six: bool,
-    rounding: str,
+    spec: str,
     slot: int,
     store_values: bool,
     store_packed: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x = x.contiguous()
+    spec, x = from_key(spec), x.contiguous()
     outputs = allocate(x, False, axis, store_values, store_packed, NVFP4_BLOCK)
     values, scale, codes, block_scales = outputs
     rows, columns, row_stride, column_stride = _stored_shape(x, axis)
@@ -184,15 +180,14 @@ def _quantize_square_op(
     grid = (triton.cdiv(rows * columns // NVFP4_BLOCK**2, tiles_a_program),)
     square_kernel[grid](
         x, amax, rng, layer, values, codes, block_scales, scale, rows, columns, row_stride, column_stride,
-        TARGET=target, RANGE=cap * target, POW2=pow2, SELECT_46=four_over_six, ROUNDING=rounding, STREAM=16 + slot,
-        STORE_VALUES=store_values, STORE_PACKED=store_packed, TILES=tiles_a_program, INTERPRET=INTERPRET, num_warps=4,
-        enable_fp_fusion=not four_over_six,
+        **constants(spec, slot), STORE_VALUES=store_values, STORE_PACKED=store_packed, TILES=tiles_a_program,
+        INTERPRET=INTERPRET, num_warps=4, enable_fp_fusion=fuses(spec),
     )  # fmt: skip
     return outputs
 
 
 @_quantize_square_op.register_fake
-def _(x, amax, rng, layer, axis, target, cap, pow2, four_over_six, rounding, slot, store_values, store_packed):
+def _(x, amax, rng, layer, axis, spec, slot, store_values, store_packed):
     return allocate(x, False, axis, store_values, store_packed, NVFP4_BLOCK)
 
 

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.formats import minifloat, nvfp4
+from kernels.formats import minifloat, nibbles
 from kernels.selftest.probes import probes
 from kernels.selftest.verdicts import Line, judge
 from kernels.triton_common import encode_bytes, encode_words, has_e2m1_instruction, round_e2m1
@@ -39,7 +39,7 @@ def check(device: str) -> Line:
     x = probes(minifloat.E2M1)
     x = F.pad(x, (0, -x.numel() % (16 * BLOCK))).view(-1, 16).to(device)
     expected = minifloat.round_nearest(x, minifloat.E2M1)
-    codes = nvfp4.pack(nvfp4.encode(expected, x.signbit()))
+    codes = nibbles.pack(nibbles.encode(expected, x.signbit()))
     values, from_words, from_bytes = convert(x)
     pairs = {
         "values": (values.view(torch.int32), expected.view(torch.int32)),

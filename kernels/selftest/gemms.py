@@ -36,7 +36,7 @@ def random_operand(rows: int, k: int, seed: int, device: str) -> NVFP4Tensor:
     generator = torch.Generator(device).manual_seed(seed)
     x = torch.randn(rows, k, generator=generator, device=device).to(torch.bfloat16)
     amax = reference_impl.amax(x, 1, None, False)
-    return reference_impl.quantize(x, RTN, 1, amax, None, None, None, 0, ("packed",)).packed
+    return reference_impl.quantize(x, RTN, 1, amax, None, None, ("packed",)).packed
 
 
 def bound(a: NVFP4Tensor, b: NVFP4Tensor, d: Tensor, alpha_const: float) -> Tensor:

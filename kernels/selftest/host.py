@@ -3,7 +3,7 @@
 import torch
 
 from kernels import build, host_checks
-from kernels.formats import minifloat, nvfp4, scale_layout
+from kernels.formats import minifloat, nibbles, scale_layout
 from kernels.gemm.nvfp4 import gemm_nvfp4
 from kernels.gemm.packed import operands
 from kernels.selftest.gemms import exact_operand
@@ -36,7 +36,7 @@ def _layout() -> Line:
 
 def _formats() -> Line:
     x = torch.exp2(torch.empty(200_000).uniform_(-12, 10, generator=torch.Generator().manual_seed(0)))
-    e2m1 = nvfp4.encode(minifloat.round_nearest(x, minifloat.E2M1), x.signbit())
+    e2m1 = nibbles.encode(minifloat.round_nearest(x, minifloat.E2M1), x.signbit())
     e4m3 = minifloat.round_nearest(x, minifloat.E4M3).to(torch.float8_e4m3fn).view(torch.uint8)
     failures = [
         f"{name} by {by}: {count} of {x.numel()} codes differ"

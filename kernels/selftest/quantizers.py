@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.formats.nvfp4 import NVFP4Tensor
+from kernels.philox import Draw
 from kernels.quantize import reference_impl
 from kernels.selftest.verdicts import NOT_HERE, Line, judge
 from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
@@ -82,7 +83,7 @@ def run(module, slot: Slot, x: Tensor | NVFP4Tensor, rng: Tensor, layer: Tensor)
     signs = None if slot.dim is None else module.rht_signs(rng, layer, 1, slot.dim, False)
     amax, own = amax_of(reference_impl, slot, x, signs), amax_of(module, slot, x, signs)
     quantize = module.requantize if slot.again else module.quantize
-    packed = quantize(x, slot.spec, slot.axis, amax, signs, rng, layer, 3, ("packed",)).packed
+    packed = quantize(x, slot.spec, slot.axis, amax, signs, Draw(rng, layer, 3), ("packed",)).packed
     return packed, float((own - amax).abs() / amax.clamp(min=torch.finfo(torch.float32).tiny))
 
 

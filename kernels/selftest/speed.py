@@ -17,6 +17,7 @@ from kernels import quantize as ops
 from kernels.gemm import cutlass_impl
 from kernels.gemm.packed import rules
 from kernels.gemm.packed.operands import prepare
+from kernels.philox import Draw
 from kernels.selftest.gemms import exact_operand
 from kernels.selftest.shapes import PUBLISHED, PUBLISHED_5090, Layers
 from kernels.selftest.shapes import gemms as gemms_of
@@ -86,10 +87,10 @@ class Quartet2:
 
     def product(self, dy, other, axis: int, gemm: int, slot: int, kind: str, out_dtype: torch.dtype) -> Tensor:
         signs = ops.rht_signs(self.rng, self.layer, gemm, ROTATION)
-        rest = signs, self.rng, self.layer
+        draws = [Draw(self.rng, self.layer, number) for number in (slot, slot + 1)]
         want = (gemms.wants(),)
-        a = ops.quantize(dy, MS_EDEN, axis, ops.amax(dy, axis, signs), *rest, slot, want)
-        b = ops.requantize(other, MS_EDEN, 0, ops.amax_packed(other, 0, signs), *rest, slot + 1, want)
+        a = ops.quantize(dy, MS_EDEN, axis, ops.amax(dy, axis, signs), signs, draws[0], want)
+        b = ops.requantize(other, MS_EDEN, 0, ops.amax_packed(other, 0, signs), signs, draws[1], want)
         return gemms.gemm(a, b, kind, 1 / ROTATION, out_dtype)
 
 

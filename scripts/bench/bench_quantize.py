@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from base.files import write_json
-from kernels.spec import TABLE_A1
+from kernels.spec import NVFP4_SCALES, QuantSpec
 
 try:
     from triton.testing import do_bench
@@ -99,7 +99,7 @@ def operands(rows: int, columns: int) -> dict[str, Tensor]:
     signs = triton_impl.rht_signs(rng, layer, 2, 128, False)
     amax = x.abs().amax().float() * 4
     first = triton_ops.launch_quantize(
-        x, None, None, amax, None, None, None, 1, 6.0, 448.0, False, False, "rtn", 1, False, 0, False, True
+        x, None, None, amax, None, None, None, 1, QuantSpec.resolve("e2m1", NVFP4_SCALES).key, 0, False, True
     )
     return dict(x=x, rng=rng, layer=layer, signs=signs, amax=amax, codes=first[2], scales=first[3], outer=first[1])
 
@@ -109,10 +109,11 @@ def call(case: Case, o: dict[str, Tensor]):
     source = (o["codes"], o["scales"]) if case.packed_in else (o["x"], None)
     signs = o["signs"] if case.dim > 1 else None
     if case.op == "quantize":
-        target, cap = TABLE_A1["four_over_six" if case.four_over_six else "absmax", case.rounding]
+        select = "four_over_six" if case.four_over_six else "absmax"
+        spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, select, case.rounding)
         return triton_ops.launch_quantize(
-            *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, target, cap, False,
-            case.four_over_six, case.rounding, 1, False, 4, True, case.packed_out,
+            *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, spec.key, 4, True,
+            case.packed_out,
         )  # fmt: skip
     if case.op == "amax":
         return triton_ops.launch_amax(*source, *(signs if case.axis in (a, 2) else None for a in (0, 1)))

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from base.files import write_json
-from kernels.formats import nvfp4
+from kernels.formats import nibbles
+from kernels.philox import Draw
 from kernels.quantize import Quantized, reference_impl
 from kernels.spec import FP8_SCALES, NO_CLIP_MAX, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
@@ -157,17 +158,17 @@ def run(case: Case, x: Tensor) -> dict[str, float]:
         fixed, signs = (reference_impl.rht_signs(rng, layer, 2, case.rotation, kind) for kind in (True, False))
         fast = (triton_impl.rht_signs(rng, layer, 2, case.rotation, kind) for kind in (True, False))
         shares["signs"] = max(_share(got, expected) for got, expected in zip(fast, (fixed, signs), strict=True))
-    want = ("values", "packed") if spec.is_nvfp4 else ("values",)
+    want = ("values", "packed") if spec.is_blocked else ("values",)
     if case.source == "packed":
         first = reference_impl.amax(x, 1, None, False)
-        x = reference_impl.quantize(x, SPECS["rtn_46"], 1, first, None, None, None, 0, ("packed",)).packed
+        x = reference_impl.quantize(x, SPECS["rtn_46"], 1, first, None, None, ("packed",)).packed
         amax = [m.amax_packed(x, case.axis, signs, spec.per_row) for m in (reference_impl, triton_impl)]
         calls = [m.requantize for m in (reference_impl, triton_impl)]
     else:
         amax = [m.amax(x, case.axis, signs, spec.per_row) for m in (reference_impl, triton_impl)]
         calls = [m.quantize for m in (reference_impl, triton_impl)]
     shares["amax_ulp"] = _relative(amax[1], amax[0])
-    expected, got = (call(x, spec, case.axis, amax[0], signs, rng, layer, 5, want) for call in calls)
+    expected, got = (call(x, spec, case.axis, amax[0], signs, Draw(rng, layer, 5), want) for call in calls)
     return shares | _compare(got, expected)
 
 
@@ -179,10 +180,11 @@ def both_axes_agree(x: Tensor, spec: QuantSpec, rotations: tuple[int, int]) -> b
         for gemm, dim in zip((1, 2), rotations, strict=True)
     ]
     want = ("values", "packed")
-    got = triton_impl.quantize_both(x, (spec, spec), tuple(signs), rng, layer, (2, 4), (want, want))
-    for axis, slot, sign, one in zip((1, 0), (2, 4), signs, got, strict=True):
+    draws = [Draw(rng, layer, slot) for slot in (2, 4)]
+    got = triton_impl.quantize_both(x, (spec, spec), tuple(signs), tuple(draws), (want, want))
+    for axis, draw, sign, one in zip((1, 0), draws, signs, got, strict=True):
         largest = triton_impl.amax(x, axis, sign, spec.per_row)
-        two = triton_impl.quantize(x, spec, axis, largest, sign, rng, layer, slot, want)
+        two = triton_impl.quantize(x, spec, axis, largest, sign, draw, want)
         if any(_compare(one, two).values()):
             return False
     return True
@@ -190,7 +192,7 @@ def both_axes_agree(x: Tensor, spec: QuantSpec, rotations: tuple[int, int]) -> b
 
 def dequantizing_agrees(x: Tensor, spec: QuantSpec, axis: int) -> bool:
     """Whether packed x turns into the reference's values bit for bit, as row-major BF16 along either axis."""
-    packed = reference_impl.quantize(x, spec, 1, x.abs().amax().float(), None, None, None, 0, ("packed",)).packed
+    packed = reference_impl.quantize(x, spec, 1, x.abs().amax().float(), None, None, ("packed",)).packed
     got = triton_impl.dequantize(packed, axis).values
     return got.is_contiguous() and torch.equal(got.float(), reference_impl.dequantize(packed, axis).values.float())
 
@@ -211,7 +213,7 @@ def _compare(got: Quantized, expected: Quantized) -> dict[str, float]:
 
 def _codes(q: Quantized) -> Tensor:
     """Unpacked codes with minus zero as zero: a tensor core gives +0 where the input was -0."""
-    codes = nvfp4.unpack(q.packed.codes)
+    codes = nibbles.unpack(q.packed.codes)
     return torch.where(codes == 8, 0, codes)
 
 

@@ -5,7 +5,7 @@ import torch
 from support import FP4_RECIPES
 
 from kernels import backend, build, host_checks
-from kernels.formats import minifloat, nvfp4, scale_layout
+from kernels.formats import minifloat, nibbles, scale_layout
 from kernels.gemm.nvfp4 import gemm_nvfp4
 from kernels.gemm.packed import operands
 from kernels.quantize import reference_impl
@@ -43,7 +43,7 @@ def test_scale_offsets_equal_the_index_map_of_cutlass(operand, shape):
 @pytest.mark.parametrize("by", ["cutlass", "cuda"])
 def test_e2m1_codes_equal_the_host_converters(by):
     x = probes(minifloat.E2M1)
-    codes = nvfp4.encode(minifloat.round_nearest(x, minifloat.E2M1), x.signbit())
+    codes = nibbles.encode(minifloat.round_nearest(x, minifloat.E2M1), x.signbit())
     assert torch.equal(codes, host_checks.encode(x, "e2m1", by))
 
 
@@ -57,7 +57,7 @@ def test_e4m3_scales_equal_the_host_converters(format, by):
 
 def test_all_codes_decode_to_the_values_of_cutlass():
     codes = torch.arange(16, dtype=torch.uint8)
-    assert torch.equal(nvfp4.decode(codes), host_checks.decode(codes, "e2m1"))
+    assert torch.equal(nibbles.decode(codes), host_checks.decode(codes, "e2m1"))
     scales = torch.arange(127, dtype=torch.uint8)  # 127 is NaN; scales have no sign
     assert torch.equal(scales.view(torch.float8_e4m3fn).to(torch.float32), host_checks.decode(scales, "ue4m3"))
 

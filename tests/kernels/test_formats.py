@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kernels.formats import nvfp4
+from kernels.formats import nibbles
 from kernels.formats.minifloat import (
     E2M1,
     E4M3,
@@ -106,14 +106,14 @@ def test_next_power_of_two():
 
 def test_every_nvfp4_code_round_trips():
     codes = torch.arange(16, dtype=torch.uint8)
-    values = nvfp4.decode(codes)
+    values = nibbles.decode(codes)
     assert values.abs().tolist() == E2M1_VALUES * 2
     assert torch.equal(values.signbit(), codes >= 8)
-    assert torch.equal(nvfp4.encode(values, values.signbit()), codes)
+    assert torch.equal(nibbles.encode(values, values.signbit()), codes)
     every_pair = torch.stack(torch.meshgrid(codes, codes, indexing="ij"), dim=-1).view(-1, 2)
-    packed = nvfp4.pack(every_pair)
+    packed = nibbles.pack(every_pair)
     assert packed[1, 0] == 0x10 and packed[16, 0] == 0x01  # the even element is the low nibble
-    assert torch.equal(nvfp4.unpack(packed), every_pair)
+    assert torch.equal(nibbles.unpack(packed), every_pair)
 
 
 def test_code_times_scale_is_exact_in_bf16():

@@ -6,7 +6,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernels import backend, build
 from kernels.formats import scale_layout
-from kernels.formats.nvfp4 import NVFP4Tensor, unpack
+from kernels.formats.nibbles import unpack
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.gemm import cutlass_impl, packed_emulated_impl, scaled_mm_impl
 from kernels.gemm.nvfp4 import gemm_nvfp4
 from kernels.gemm.packed import operands, rules
@@ -20,7 +21,7 @@ SQUARE = QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES)
 def packed(rows: int, k: int, seed: int, spec: QuantSpec = RTN) -> NVFP4Tensor:
     x = torch.randn(rows, k, generator=torch.Generator().manual_seed(seed)).to(torch.bfloat16)
     amax = reference_impl.amax(x, 1, None, False)
-    return reference_impl.quantize(x, spec, 1, amax, None, None, None, 0, ("packed",)).packed
+    return reference_impl.quantize(x, spec, 1, amax, None, None, ("packed",)).packed
 
 
 @pytest.mark.parametrize("kind", ["fprop", "dgrad", "wgrad"])
@@ -76,7 +77,7 @@ def test_tile_choice():
 def fake_cuda(operand: NVFP4Tensor) -> NVFP4Tensor:
     """The same shapes as fake CUDA tensors, inside a FakeTensorMode."""
     return NVFP4Tensor(
-        *(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in vars(operand).values()),
+        *(torch.empty(t.shape, dtype=t.dtype, device="cuda") for t in operand.tensors()),
     )
 
 

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from kernels import backend, philox
+from kernels.philox import Draw
 from kernels.quantize import amax, amax_packed, dequantize, quantize, quantize_both, requantize, rht_signs
-from kernels.quantize.reference_impl import hadamard, quantize_blocks
+from kernels.quantize.blocks import quantize_blocks
+from kernels.quantize.reference_impl import hadamard
 from kernels.spec import (
     NO_CLIP_MAX,
     NVFP4_SCALES,
@@ -32,7 +34,7 @@ def reference():
 
 
 def run(x, spec, axis=1, signs=None, slot=2):
-    return quantize(x, spec, axis, amax(x, axis, signs, spec.per_row), signs, RNG, LAYER, slot, BOTH)
+    return quantize(x, spec, axis, amax(x, axis, signs, spec.per_row), signs, Draw(RNG, LAYER, slot), BOTH)
 
 
 def block(*values: float) -> torch.Tensor:
@@ -147,10 +149,10 @@ def test_worst_case_scales_do_not_clip_under_sr():
     y = torch.zeros(256, 16)
     y[:, 0] = maxima
     for spec, clips in ((SR, False), (QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr", target_max=6.0), True)):
-        blocks = quantize_blocks(y, spec, torch.tensor(1.0), RNG, LAYER, 0, None)
+        blocks = quantize_blocks(y, spec, torch.tensor(1.0), Draw(RNG, LAYER), None)
         assert (blocks.elements.abs().max() > 6.0) == clips
     # The worst: 1.0570 rounds down to 1.
-    out = quantize(block(5.96875), SR, 1, torch.tensor(NO_CLIP_MAX * 448.0), None, RNG, LAYER, 0, BOTH)
+    out = quantize(block(5.96875), SR, 1, torch.tensor(NO_CLIP_MAX * 448.0), None, Draw(RNG, LAYER), BOTH)
     assert out.scale == 1.0 and out.packed.block_scales.float()[0, 0] == 1.0 and out.values[0, 0] == 6.0
 
 
@@ -316,9 +318,9 @@ def test_requantize_is_quantize_of_the_values_with_the_global_scale_outside():
     x = torch.randn(32, 64, generator=torch.Generator().manual_seed(8)).mul(1e-4).bfloat16()
     p = run(x, FOUR_OVER_SIX).packed
     signs = rht_signs(RNG, LAYER, 2, 32)
-    out = requantize(p, MS_EDEN, 0, amax_packed(p, 0, signs), signs, RNG, LAYER, 5, BOTH)
+    out = requantize(p, MS_EDEN, 0, amax_packed(p, 0, signs), signs, Draw(RNG, LAYER, 5), BOTH)
     twin = p.values().bfloat16()
-    direct = quantize(twin, MS_EDEN, 0, amax(twin, 0, signs), signs, RNG, LAYER, 5, BOTH)
+    direct = quantize(twin, MS_EDEN, 0, amax(twin, 0, signs), signs, Draw(RNG, LAYER, 5), BOTH)
     assert torch.equal(out.values, direct.values)
     assert out.scale == direct.scale * p.global_scale == out.packed.global_scale
     plain = dequantize(p)
@@ -329,9 +331,9 @@ def test_requantize_is_quantize_of_the_values_with_the_global_scale_outside():
 def test_both_axes_at_once_are_two_calls():
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(10)).bfloat16()
     signs = rht_signs(RNG, LAYER, 1, 32), rht_signs(RNG, LAYER, 2, 64)
-    both = quantize_both(x, (MS_EDEN, SR), signs, RNG, LAYER, (2, 4), (BOTH, BOTH))
+    both = quantize_both(x, (MS_EDEN, SR), signs, tuple(Draw(RNG, LAYER, slot) for slot in (2, 4)), (BOTH, BOTH))
     for out, spec, axis, sign, slot in zip(both, (MS_EDEN, SR), (1, 0), signs, (2, 4), strict=True):
-        one = quantize(x, spec, axis, amax(x, axis, sign), sign, RNG, LAYER, slot, BOTH)
+        one = quantize(x, spec, axis, amax(x, axis, sign), sign, Draw(RNG, LAYER, slot), BOTH)
         assert torch.equal(out.values, one.values) and out.scale == one.scale
         assert torch.equal(out.packed.codes, one.packed.codes)
 
@@ -342,7 +344,7 @@ def test_values_are_exact_in_bf16_and_sr_gives_neighbours():
         values = run(x, spec, signs=signs).values
         assert torch.equal(values.bfloat16().float(), values)
     draws = torch.stack(
-        [quantize(x, SR, 1, amax(x, 1), None, torch.tensor([s, 0, 0]), LAYER, 2).values for s in range(8)]
+        [quantize(x, SR, 1, amax(x, 1), None, Draw(torch.tensor([s, 0, 0]), LAYER, 2)).values for s in range(8)]
     )
     assert (draws.unique(dim=0).shape[0]) == 8
     nearest_values = quantize(

@@ -5,6 +5,7 @@ import torch
 import torch._dynamo.testing
 
 pytest.importorskip("triton")
+from kernels.philox import Draw
 from kernels.quantize import triton_impl
 from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
@@ -24,12 +25,11 @@ def randn(rows: int, columns: int) -> torch.Tensor:
 def layer_pass(x: torch.Tensor, dy: torch.Tensor, rng: torch.Tensor, layer: torch.Tensor) -> list[torch.Tensor]:
     """What quartet2 does with X and dY in one layer, without the GEMMs."""
     signs = [triton_impl.rht_signs(rng, layer, gemm, 128, False) for gemm in (1, 2)]
-    q = triton_impl.quantize(
-        x, RTN_46, 1, triton_impl.amax(x, 1, None, False), None, None, None, 0, ("values", "packed")
-    )
+    q = triton_impl.quantize(x, RTN_46, 1, triton_impl.amax(x, 1, None, False), None, None, ("values", "packed"))
     again = triton_impl.amax_packed(q.packed, 0, signs[1], False)
-    x_again = triton_impl.requantize(q.packed, EDEN, 0, again, signs[1], rng, layer, 5, ("values",))
-    dgrad, wgrad = triton_impl.quantize_both(dy, (EDEN, EDEN), tuple(signs), rng, layer, (2, 4), BOTH)
+    x_again = triton_impl.requantize(q.packed, EDEN, 0, again, signs[1], Draw(rng, layer, 5), ("values",))
+    draws = Draw(rng, layer, 2), Draw(rng, layer, 4)
+    dgrad, wgrad = triton_impl.quantize_both(dy, (EDEN, EDEN), tuple(signs), draws, BOTH)
     return [q.values, q.scale, x_again.values, x_again.scale, dgrad.values, dgrad.scale, wgrad.values, wgrad.scale]
 
 
@@ -52,7 +52,7 @@ def test_a_layer_traces_into_one_graph_that_serves_every_step_and_layer():
 
 def test_fake_implementations_give_the_shapes_of_the_kernels():
     x, amax = randn(128, 256), torch.tensor(4.0, device="cuda")
-    q = triton_impl.quantize(x, SQUARE, 1, amax, None, None, None, 0, ("values", "packed"))
+    q = triton_impl.quantize(x, SQUARE, 1, amax, None, None, ("values", "packed"))
     nibble = torch.ops.nibble
     for op, arguments in (
         (
@@ -63,7 +63,7 @@ def test_fake_implementations_give_the_shapes_of_the_kernels():
         (nibble.unpack_values.default, (q.packed.codes, q.packed.block_scales.view(torch.uint8), 0)),
         (nibble.quantize_fp8.default, (x, amax, 0, 448.0, False, False, True)),
         (nibble.quantize_fp8_both.default, (x, amax, amax, [448.0] * 2, [False] * 2, [False] * 2, [True] * 2)),
-        (nibble.quantize_square.default, (x, amax, None, None, 0, 6.0, 448.0, False, True, "rtn", 1, True, True)),
+        (nibble.quantize_square.default, (x, amax, None, None, 0, SQUARE.key, 1, True, True)),
     ):
         torch.library.opcheck(op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -77,8 +77,8 @@ def test_nan_and_inf_give_a_nan_scale(axis: int, bad: float):
     for sign in (None, signs):
         amax = triton_impl.amax(x, axis, sign, False)
         assert not amax.isfinite()
-        assert triton_impl.quantize(x, RTN_46, axis, amax, sign, None, None, 0, ("values",)).scale.isnan()
-    assert triton_impl.quantize(x, E5M2, axis, amax, None, None, None, 0, ("values",)).scale.isnan()
+        assert triton_impl.quantize(x, RTN_46, axis, amax, sign, None, ("values",)).scale.isnan()
+    assert triton_impl.quantize(x, E5M2, axis, amax, None, None, ("values",)).scale.isnan()
 
 
 def test_a_rotation_that_does_not_fit_the_tile_is_refused():

@@ -92,7 +92,7 @@ def test_packed_operands_with_other_scales_are_refused(scales):
     for read in (
         lambda: triton_impl.dequantize(p, 1),
         lambda: triton_impl.amax_packed(p, 0, signs, False),
-        lambda: triton_impl.requantize(p, spec, 0, torch.ones(()), signs, None, None, 5, ("values",)),
+        lambda: triton_impl.requantize(p, spec, 0, torch.ones(()), signs, None, ("values",)),
     ):
         with pytest.raises(ValueError, match=r"packed \[32, 64\] has .*the Triton back end reads .*backend=reference"):
             read()

@@ -6,6 +6,7 @@ from support import SLOT_RECIPES
 from torch import Tensor, nn
 
 from kernels import backend
+from kernels.philox import Draw
 from kernels.quantize import amax, amax_packed, quantize, requantize, rht_signs
 from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 from quant import library
@@ -68,7 +69,7 @@ TABLE = {
 def exact(x: Tensor, slot: int, axis: int, quantizer: QuantSpec, signs: Tensor | None) -> Tensor:
     """FP64 value of an operand, in its natural layout, with all scales."""
     largest = None if quantizer.grid == "none" else amax(x, axis, signs, quantizer.per_row)
-    out = quantize(x, quantizer, axis, largest, signs, RNG, torch.tensor(LAYER), slot)
+    out = quantize(x, quantizer, axis, largest, signs, Draw(RNG, torch.tensor(LAYER), slot))
     return out.values.double() * (1.0 if out.scale is None else out.scale.double())
 
 
@@ -76,7 +77,7 @@ def exact_again(x: Tensor, first: QuantSpec, slot: int, quantizer: QuantSpec, si
     """FP64 value of an operand quantized along axis 1 by `first` and again along axis 0."""
     p = quantize(x, first, 1, amax(x, 1), want=("packed",)).packed
     largest = amax_packed(p, 0, signs)
-    out = requantize(p, quantizer, 0, largest, signs, RNG, torch.tensor(LAYER), slot)
+    out = requantize(p, quantizer, 0, largest, signs, Draw(RNG, torch.tensor(LAYER), slot))
     return out.values.double() * out.scale.double()
 
 

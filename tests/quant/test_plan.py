@@ -8,6 +8,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from kernels import backend
+from kernels.philox import Draw
 from kernels.quantize import amax, quantize
 from quant import library
 from quant.linear import QuantLinear
@@ -197,7 +198,7 @@ def test_slot_counters_use_the_random_bits_of_their_slot():
     stats = slot_stats(layer, lambda: layer(x.requires_grad_()).backward(dy))[""]
     for slot, axis in (("dgrad.dy", 1), ("wgrad.dy", 0)):
         spec = layer.recipe.operand(slot).spec
-        codes = quantize(dy, spec, axis, amax(dy, axis), None, rng, index, SLOTS.index(slot)).values
+        codes = quantize(dy, spec, axis, amax(dy, axis), None, Draw(rng, index, SLOTS.index(slot))).values
         assert stats[slot]["zeroed"] == int(((codes == 0) & (dy != 0)).sum())
 
 
@@ -234,3 +235,12 @@ def test_a_gemm_with_one_nvfp4_operand_is_refused_by_the_packed_back_end():
     planned = resolve(model, Precision.from_dict(half))
     with pytest.raises(ValueError, match=r"one operand of fprop is NVFP4 and the other is not.*backend=triton"):
         convert(model, planned, torch.zeros(3, dtype=torch.int64))
+
+
+def test_a_slot_without_a_kernel_says_that_it_runs_the_reference(monkeypatch):
+    triton_impl = pytest.importorskip("kernels.quantize.triton_impl")
+    monkeypatch.setitem(backend.IMPL, "quantize", triton_impl)
+    lines = library.load("quartet2_tables").describe("one")
+    slow = [line.split()[0] for line in lines if "runs the reference: tables under 1x16 e4m3 has no kernel" in line]
+    assert slow == ["fprop.x", "fprop.w"]
+    assert not any("reference" in line for line in library.load("quartet2").describe("one"))

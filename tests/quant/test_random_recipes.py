@@ -14,16 +14,19 @@ from kernels import backend
 from quant.linear import QuantLinear
 from quant.recipe import OPERANDS, Recipe
 
+OTHERS = (["1x32 e8m0"], ["1x16 ue5m3"])
 COUNT, WORST = 200, 0.45
 M, K, N = 128, 128, 256
 REFERENCE, PACKED = {"quantize": "reference", "gemm": "reference"}, {"quantize": "reference", "gemm": "packed_emulated"}
 
 
 def random_operand(draw: random.Random, slot: str) -> dict:
-    grid = draw.choice(["none", "e2m1", "e2m1", "e2m1", "e4m3", "e5m2"])
+    grid = draw.choice(["none", "e2m1", "e2m1", "e2m1", "e2m1", "e4m3", "e5m2", "if4", "sfp4", "po2_mix", "hif4"])
     operand = {"grid": grid, "tensor_scale": draw.choice(["fp32", "pow2"])}
-    if grid == "e2m1":
-        operand["scales"] = draw.choice([["tensor fp32", "1x16 e4m3"], ["tensor fp32", "16x16 e4m3"]])
+    if grid == "hif4":
+        operand["tensor_scale"] = "fp32"
+    elif grid not in ("none", "e4m3", "e5m2"):
+        operand["scales"] = draw.choice([*[["tensor fp32", "1x16 e4m3"], ["tensor fp32", "16x16 e4m3"]] * 2, *OTHERS])
         operand["rounding"] = draw.choice(["rtn", "sr", "ms_eden"])
         operand["select"] = draw.choice(["absmax", "four_over_six"])
         operand["eden_block"] = draw.choice([16, "rotation"])

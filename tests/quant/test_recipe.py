@@ -1,13 +1,13 @@
-"""Recipes as data: table a.1, the strict mapping, errors that name the way out, the files of configs/quant."""
+"""Recipes as data: limits, the strict mapping, errors that name the way out, the files of configs/quant."""
 
 import json
 
 import pytest
 from support import SLOT_RECIPES
 
-from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec, ScaleLevel
+from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec, ScaleLevel, read_level
 from quant import library
-from quant.recipe import Recipe, read_level
+from quant.recipe import SLOTS, Recipe
 
 
 def changed(name: str, path: str, value) -> dict:
@@ -16,17 +16,19 @@ def changed(name: str, path: str, value) -> dict:
     *parents, last = path.split(".")
     node = mapping
     for parent in parents:
-        node = node[parent]
+        node = node.setdefault(parent, {})
     node[last] = value
     return mapping
 
 
-def test_table_a1():
+def test_limits():
     table = {
         ("absmax", "rtn"): (6.0, 448.0),
         ("four_over_six", "rtn"): (6.0, 256.0),
         ("absmax", "sr"): (6 * 16 / 17, 448.0),
         ("absmax", "ms_eden"): (6 * (16 / 17) / 0.93, 256.0),
+        ("four_over_six", "ms_eden"): (6 * (16 / 17) / 0.93, 256.0),
+        ("search", "rtn"): (6.0, 256.0),
     }
     for (select, rounding), (target, cap) in table.items():
         spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, select, rounding)
@@ -34,28 +36,51 @@ def test_table_a1():
     assert QuantSpec.resolve("e2m1", NVFP4_SCALES, target_max=5.5).target_max == 5.5
 
 
-@pytest.mark.parametrize("rounding", ["sr", "ms_eden"])
-def test_combinations_outside_the_table_need_both_numbers(rounding):
-    with pytest.raises(ValueError, match=r"not in table a\.1"):
+def test_a_biased_combination_needs_both_numbers():
+    rounding = "sr"
+    with pytest.raises(ValueError, match=r"has no limits"):
         QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six", rounding)
-    with pytest.raises(ValueError, match=r"not in table a\.1"):
+    with pytest.raises(ValueError, match=r"has no limits"):
         QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six", rounding, target_max=5.6)
     spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, "four_over_six", rounding, target_max=5.6, scale_cap=256)
     assert (spec.target_max, spec.scale_cap) == (5.6, 256)
 
 
 @pytest.mark.parametrize("name", SLOT_RECIPES)
-def test_recipe_files_round_trip_and_spell_out_every_field(name):
+def test_recipe_files_round_trip_and_say_only_what_differs(name):
     recipe = library.load(name)
     assert recipe.name == name
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
-    mapping = library.mapping(name)
-    fields = set(recipe.to_dict()["fprop"]["x"])
-    for gemm, operands in {"fprop": "x w", "dgrad": "dy w", "wgrad": "dy x"}.items():
-        assert set(mapping[gemm]["rotation"]) == {"dim", "rounds", "signs"}
-        assert all(set(mapping[gemm][operand]) == fields for operand in operands.split())
-    assert mapping["rules"] == [] and mapping["high_precision"] == {"first": 0, "last": 0}
     assert library.label(recipe) == name
+    mapping = library.mapping(name)
+    for slot in SLOTS:
+        gemm, operand = slot.split(".")
+        for field in {*mapping[gemm][operand]} - {"grid"}:
+            short = {key: value for key, value in mapping[gemm][operand].items() if key != field}
+            try:
+                changed = Recipe.from_dict({**mapping, gemm: {**mapping[gemm], operand: short}})
+            except ValueError:
+                continue
+            assert changed != recipe, f"{slot}.{field} is at its default"
+
+
+def test_what_a_file_leaves_out_is_in_the_resolved_recipe():
+    slot = library.load("bf16").to_dict()["fprop"]["x"]
+    assert {"grid", "scales", "select", "rounding", "target_max", "tensor_scale", "amax", "source"} <= set(slot)
+    assert library.load("quartet2").to_dict()["dgrad"]["rotation"] == {"dim": 128, "rounds": 1, "signs": "random"}
+
+
+def test_later_fields_stand_in_a_recipe_only_where_they_are_used():
+    """Every kept run keeps its hash: it knew nothing of them."""
+    first = set(library.load("quartet2").to_dict()["fprop"]["x"])
+    mapping = changed("quartet2", "fprop.x.select", "search")
+    assert set(library.build(mapping).to_dict()["fprop"]["x"]) == first
+    mapping["fprop"]["x"]["search"] = [0, 5]
+    searched = library.build(mapping)
+    assert searched.to_dict()["fprop"]["x"]["search"] == (0, 5)
+    assert set(searched.to_dict()["fprop"]["x"]) == first | {"search"}
+    assert library.label(searched) == "quartet2 fprop.x.select=search fprop.x.search=0+5"
+    assert Recipe.from_dict(json.loads(json.dumps(searched.to_dict()))) == searched
 
 
 @pytest.mark.parametrize(
@@ -138,7 +163,7 @@ def test_none_under_a_name_without_a_file_is_refused():
         ("quartet2", "fprop.x.rounding", "nearest", "rounding='nearest' is unknown; use one of rtn, sr, ms_eden"),
         ("quartet2", "fprop.x.grid", "e3m0", "grid='e3m0' is unknown"),
         ("quartet2", "fprop.x.grid", "e4m3", "grid=e4m3 takes select=absmax"),
-        ("quartet2", "dgrad.dy.select", "four_over_six", r"not in table a\.1"),
+        ("sr", "dgrad.dy.select", "four_over_six", r"has no limits"),
         (
             "quartet2",
             "dgrad.rotation.dim",
@@ -196,9 +221,35 @@ def test_none_under_a_name_without_a_file_is_refused():
         ("quartet2", "dgrad.dy.eden_block", 16.0, r"eden_block=16\.0 is unknown; use one of 16, rotation"),
         ("quartet2", "name", None, "quant.name=None: give a word"),
         ("nvidia", "wgrad.x.scales", ["tensor fp32", "16x16 e4m3"], "16x16 blocks can't be rotated along one axis"),
+        ("quartet2", "fprop.x.grid", "gridflip", "9 significant bits, and BF16 holds 8"),
+        ("nvfp4_rtn", "fprop.x.grid", [[*range(-8, 7), 10.1]], r"tables under .* significant bits, and BF16 holds 8"),
+        ("quartet2", "fprop.x.grid", "po2_mix", "select=four_over_six fits E2M1 levels; grid=po2_mix has none: use"),
+        ("nvfp4_rtn", "fprop.x.grid", [1, 2, 3], "15 or 16 rising numbers"),
+        ("nvfp4_rtn", "fprop.x.grid", [[1, "a"]], "give a name, 16 numbers, or a list of such lists"),
+        ("nvfp4_rtn", "fprop.x.grid", "po3", "grid='po3' is unknown; use one of none, e4m3, e5m2, e2m1, int4"),
+        ("sr", "dgrad.dy.select", "search", "select=search is for grid=e2m1, rounding=rtn"),
+        ("nvfp4_rtn", "fprop.x.search", [0, 2], r"search=\[0, 2\] is for select=search; got select=absmax"),
+        ("nvfp4_rtn", "fprop.x.scale_rule", "ceil", r"scale_rule=ceil is for scales \[1x32 e8m0\]"),
+        ("nvfp4_rtn", "fprop.x.prescale", 0.75, r"prescale=0\.75 is for scales \[1x32 e8m0\]"),
+        ("nvfp4_rtn", "fprop.x.macro_bits", 5, r"macro_bits=5 is for scales \[1x32 e8m0\]"),
+        ("nvfp4_rtn", "fprop.x.grid", "hif4", None),
+        ("quartet2", "fprop.x.grid", "hif4", "grid=hif4 takes select=absmax and rounding=rtn"),
+        ("sr", "dgrad.dy.grid", "hif4", "rounding=ms_eden|grid=hif4 takes select=absmax and rounding=rtn"),
+        ("quartet2", "dgrad.dy.grid", "hif4", "ms_eden corrects E4M3 scales"),
+        ("nvfp4_rtn", "fprop.x.scales", ["1x32 e8m0"], None),
+        ("quartet2", "fprop.x.scales", ["1x32 e8m0"], "select=four_over_six needs E4M3 scales"),
+        ("sr", "dgrad.dy.scales", ["1x32 e8m0"], "scale_rule=floor clips, .*set scale_rule=ceil or prescale=0.75"),
+        ("quartet2", "dgrad.dy.scales", ["1x32 e8m0"], "ms_eden corrects E4M3 scales; .* use rtn or sr"),
+        ("nvfp4_rtn", "fprop.x.scales", ["1x64 e6m2", "1x8 e1", "1x4 e1"], "grid=e2m1 takes scales"),
+        ("int4", "fprop.x.scales", ["1x32 e8m0"], r"are built for grid=e2m1; grid=int4 needs"),
+        ("int4", "wgrad.dy.eden_block", "rotation", None),
+        ("quartet2_upstream", "dgrad.dy.grid", "int4", "eden_space=scaled is upstream's for grid=e2m1"),
     ],
 )
 def test_errors_name_the_way_out(name, path, value, message):
+    if message is None:  # the legal neighbour of what is refused
+        library.build(changed(name, path, value))
+        return
     with pytest.raises(ValueError, match=message):
         library.build(changed(name, path, value))
 

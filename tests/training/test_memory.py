@@ -9,12 +9,12 @@ from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import plan_of
 from quant.product import Kept
-from quant.slots import BYTES_PACKED
 from training.start.memory import GIB, estimate, kept_of
 from training.start.shapes import shape_of
 
 CONFIG = LlamaConfig(layers=2, width=1000, heads=10, hidden=3000, vocab_size=5000)
 ENDS, BLOCK = 2 * 5000 * 1000, 4 * 1000**2 + 3 * 1000 * 3000 + 2 * 1000 + 500  # the last norm is dealt to the blocks
+BYTES_PACKED = 4.5 / 8  # a 4-bit code and its share of an E4M3 scale per 16
 BF16, PACKED = Kept(), Kept(BYTES_PACKED, BYTES_PACKED)
 
 
@@ -85,7 +85,7 @@ def test_within_15_percent_of_the_peaks_measured_on_one_h100(model, recipe, meas
         ("quartet2", Kept(0.5625, 0.5625)),
         ("sr", Kept(0.5625, 0.5625)),
         ("nvfp4_rtn", Kept(0.5625, 0.0)),  # dgrad.w is made from the master again
-        ("nvidia", Kept(0.5625, 0.5625)),
+        ("nvidia", Kept(0.5625, 0.50390625)),  # one scale for 16x16 weights
         ("fp8", Kept(1.0, 1.0)),
     ],
 )

@@ -33,10 +33,11 @@ def _gemm(
     Raises ValueError where one operand is NVFP4 and the other is not: no tensor core multiplies FP4 by BF16, and a slot
     that the hardware can't do is emulated only when asked for.
     """
-    if a.packed is not None and b.packed is not None:
-        return multiply(a.packed, b.packed, alpha_const, out_dtype, kind, product)
-    if a.packed is not None or b.packed is not None:
-        packed, other = ("first", "second") if a.packed is not None else ("second", "first")
+    left, right = (q.packed if q.packed is not None and q.packed.tensor_core else None for q in (a, b))
+    if left is not None and right is not None:
+        return multiply(left, right, alpha_const, out_dtype, kind, product)
+    if left is not None or right is not None:
+        packed, other = ("first", "second") if left is not None else ("second", "first")
         raise ValueError(
             f"{kind}: the {packed} operand is NVFP4, the {other} is not; FP4 tensor cores (gemm={name}) need both. "
             "Quantize both slots or neither, or ask for the emulation: kernels.backend.use({'gemm': 'reference'})"
@@ -77,6 +78,10 @@ def values_unavailable() -> str | None:
 def _check(name: str, operand: NVFP4Tensor) -> None:
     """Raise ValueError, naming the tensor and the rule, unless `operand` is a well-formed NVFP4Tensor."""
     codes, scales, scale = operand.codes, operand.block_scales, operand.global_scale
+    if not operand.tensor_core:
+        raise ValueError(
+            f"{name}: {operand.kind.label} is not NVFP4, which is all that tensor cores read; multiply values"
+        )
     if codes.dim() != 2 or codes.dtype != torch.uint8:
         raise ValueError(f"{name}.codes: got {codes.dtype} {list(codes.shape)}; need uint8 [rows, K / 2]")
     rows, k = operand.shape
