@@ -9,7 +9,7 @@ import torch
 
 from kernels import backend
 from kernels.spec import NVFP4_SCALES, QuantSpec
-from quant import audit, library
+from quant import audit, library, recipefile
 from quant.audit import Quantizer
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "quant_audit.py"
@@ -139,8 +139,8 @@ def test_unknown_recipe_is_one_clear_error(script, capsys):
 def test_a_broken_recipe_file_is_named_and_the_others_are_audited(script, monkeypatch, tmp_path, capsys):
     for name, text in (("broken", "fprop: {x: [1\n"), ("unknown", "name: unknown\nfprop: {x: {grid: e9}}\n")):
         (tmp_path / f"{name}.yaml").write_text(text)
-    (tmp_path / "fp8.yaml").write_text((library.FOLDER / "fp8.yaml").read_text())
-    monkeypatch.setattr(library, "FOLDER", tmp_path)
+    (tmp_path / "fp8.yaml").write_text((recipefile.FOLDER / "fp8.yaml").read_text())
+    monkeypatch.setattr(recipefile, "FOLDER", tmp_path)
     loaded, broken = script.load([])
     assert [recipe.name for recipe in loaded] == ["fp8"] and len(broken) == 2 and "broken.yaml" in broken[0]
     with pytest.raises(SystemExit):
