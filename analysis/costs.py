@@ -19,7 +19,7 @@ from base.runfolder import RunError
 TABLE = Path(__file__).resolve().parents[1] / "results" / "throughput.json"
 ROW_NAMES, ROW_NUMBERS = ("model", "recipe"), ("flops_per_token", "tokens_per_second")
 # Dense BF16 peak as NVIDIA states it. Prediction for B200: the MFU measured on an H100 in BF16, whatever the recipe:
-# native NVFP4 GEMMs pay from about 3B parameters on (docs/published.md#6-speed), and none of these grids has such a model.
+# native NVFP4 GEMMs pay from about 3B parameters on (docs/published.md#6-speed), which none of these grids reaches.
 B200_PEAK = 2250e12
 
 

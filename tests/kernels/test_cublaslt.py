@@ -76,9 +76,9 @@ def fake_library(monkeypatch):
     library = FakeLibrary()
     monkeypatch.setattr(cublaslt, "handle", lambda index: (library, ctypes.c_void_p()))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0}))
-    cublaslt.plan.cache_clear()
+    cublaslt.algorithm_of.cache_clear()
     yield library
-    cublaslt.plan.cache_clear()
+    cublaslt.algorithm_of.cache_clear()
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0])
