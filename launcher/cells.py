@@ -132,6 +132,15 @@ def refuse_twice(words: list[str]) -> None:
             raise CellError(f"{key}={first} and {key}={value}: one would be without effect; give one of them")
 
 
+def layered(*layers: list[str]) -> list[str]:
+    """One command line of several lists of overrides: of a key in two of them the later value stays."""
+    found: dict[str, str] = {}
+    for word in itertools.chain(*layers):
+        found.pop(setting(word)[0], None)
+        found[setting(word)[0]] = word
+    return list(found.values())
+
+
 def resolve(overrides: list[str]) -> Resolved:
     """Write `experiment=<grid> cell=<name>` out; other overrides follow and win. Without a grid nothing changes.
 

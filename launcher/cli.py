@@ -52,7 +52,7 @@ class CommandLine:
 
 
 def read_command_line(arguments: list[str]) -> CommandLine:
-    """Raises ConfigError for an unknown flag."""
+    """Raises ConfigError for an unknown flag and for a key given twice."""
     overrides, multirun, wants_config = [], False, False
     rest = iter(arguments)
     for word in rest:
@@ -70,6 +70,10 @@ def read_command_line(arguments: list[str]) -> CommandLine:
             raise ConfigError(f"unknown flag {word}{near}; settings are key=value, see --help")
         else:
             overrides.append(word)
+    try:
+        refuse_twice(overrides)
+    except CellError as error:
+        raise ConfigError(str(error)) from error
     overrides, slurm = take_launcher(overrides)
     if wants_config and multirun:
         raise ConfigError("--cfg job prints one run's configuration: leave out --multirun, and give one value a key")
@@ -84,10 +88,6 @@ def take_launcher(words: list[str]) -> tuple[list[str], dict[str, str] | None]:
     for word in own:
         if "=" not in word:
             raise ConfigError(f"can't read {word!r}; write {word}=...")
-    try:
-        refuse_twice(own)
-    except CellError as error:
-        raise ConfigError(str(error)) from error
     options = dict(word.removeprefix("slurm.").split("=", 1) for word in own)
     launcher = options.pop("launcher", "local")
     if launcher not in ("local", "slurm"):

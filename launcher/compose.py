@@ -105,12 +105,14 @@ def groups() -> dict[str, list[str]]:
     return {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
 
 
-def compose(overrides: list[str]) -> Composed:
+def compose(overrides: list[str], typed: bool = True) -> Composed:
     """Compose configs/train.yaml with `overrides`. Raises ConfigError, and nothing else, for a user's mistake.
+
+    `typed`: by a person, who is told of a setting that would have no effect; tests lay one list over another.
 
     `experiment=<grid> cell=<name>` is written out first (launcher/cells.py); both names are then among the choices.
     """
-    return Composer().compose(overrides)
+    return Composer().compose(overrides, typed)
 
 
 class Composer:
@@ -129,15 +131,14 @@ class Composer:
         self.numerics = naming.Numerics()
         register()
 
-    def compose(self, overrides: list[str]) -> Composed:
+    def compose(self, overrides: list[str], typed: bool = True) -> Composed:
         """As the function `compose`."""
         try:
-            experiments.refuse_twice(overrides)
-            return self.composed(experiments.resolve(overrides))
+            return self.composed(experiments.resolve(overrides), typed)
         except experiments.CellError as error:
             raise ConfigError(str(error)) from error
 
-    def composed(self, resolved: experiments.Resolved) -> Composed:
+    def composed(self, resolved: experiments.Resolved, typed: bool = True) -> Composed:
         """Of one run; a cell's is named after it where its overrides name none. ConfigError."""
         parsed = [self._parse(text) for text in resolved.overrides]
         for override in parsed:
@@ -154,8 +155,8 @@ class Composer:
             config = OmegaConf.to_object(tree)
             config.quant = self._recipe(lines, [override for override in values if is_of_recipe(override)], tree)
             # Beside others, a cell's own settings may go unread.
-            typed = parsed[len(parsed) - len(resolved.extra) :] if resolved.extra else parsed
-            unread.check({key for override in typed for key in typed_keys(override)}, config)
+            given = parsed[len(parsed) - len(resolved.extra) :] if resolved.extra else parsed
+            unread.check({key for override in given if typed for key in typed_keys(override)}, config)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(one_line(error)) from error
         except yaml.YAMLError as error:

@@ -25,7 +25,7 @@ from launcher.compose import compose
 def main(overrides: list[str]) -> int:
     """Prepare, pack if asked, print the folder; returns the exit status."""
     try:
-        config = compose(overrides).config
+        config = compose(overrides, typed=False).config  # the command that an error prints lists all that a text says
         folder = prepare(config.data, config.paths.data)
         if config.data.packing == "bos_bestfit":
             for split in ("train", "val"):

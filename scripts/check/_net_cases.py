@@ -311,7 +311,8 @@ def train_results(folder: Path, name: str, overrides: list[str]) -> Results:
     handle = register_optimizer_step_post_hook(seen)
     places = [f"data.files={folder / 'text.jsonl'}", f"paths.data={folder / 'tokens'}", f"paths.runs={folder / 'runs'}"]
     try:
-        code = train.main([*SMALL, *places, f"run.name={name}", *overrides])
+        words = [*SMALL, *places, f"run.name={name}", *overrides]
+        code = train.main(list({word.partition("=")[0]: word for word in words}.values()))  # the later one counts
     finally:
         handle.remove()
     out: Results = {f"{name}/exit": code}

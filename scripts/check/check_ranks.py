@@ -39,6 +39,7 @@ from verify_resume import REPOSITORY, TINY_MODEL, last_step, train_lines, wait_f
 from base.files import write_json
 from base.processes import descendants, kill_tree, send
 from base.runfolder import CHECKPOINTS, read_metrics
+from launcher.cells import layered
 
 QUIET = ["evaluate.every=null", "evaluate.final_tokens=8192", "evaluate.slots=false"]
 RECIPES = ("bf16", "quartet2")
@@ -69,7 +70,8 @@ def start(arguments: argparse.Namespace, name: str, world: int, *overrides: str,
     else:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     places = [f"paths.runs={arguments.out}", f"run.name={name}"]
-    command = [*launch, str(REPOSITORY / "train.py"), *arguments.data.split(), *QUIET, *overrides, *places]
+    words = layered(arguments.data.split(), QUIET, overrides, places)
+    command = [*launch, str(REPOSITORY / "train.py"), *words]
     with open(arguments.out / f"{name}.log", "a") as log:
         process = subprocess.Popen(
             command, stdout=log, stderr=log, cwd=REPOSITORY, env=environment, start_new_session=True

@@ -69,7 +69,8 @@ def run(tree: Path, *words: str) -> str:
 
 def train(tree: Path, folder: Path, overrides: list[str]) -> None:
     places = [f"data.files={folder.parent / 'text.jsonl'}", f"paths.data={folder.parent}", f"paths.runs={folder}"]
-    run(tree, "train.py", *SMALL, *places, *overrides)
+    words = [*SMALL, *places, *overrides]
+    run(tree, "train.py", *{word.partition("=")[0]: word for word in words}.values())  # of a key the later value counts
 
 
 def seen(tree: Path, folder: Path, step: int) -> dict[str, str]:

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 from base.processes import kill_tree  # noqa: E402
 from base.runfolder import CHECKPOINTS, read_metrics  # noqa: E402
 from base.terminal import between, positive  # noqa: E402
+from launcher.cells import layered  # noqa: E402
 from training.checkpoint.manifest import checkpoints, latest_good  # noqa: E402
 from training.checkpoint.state import read_all  # noqa: E402
 
@@ -72,16 +73,11 @@ class Kill:
 
 
 def command(arguments: argparse.Namespace, folder: Path, world: int, parallel: str) -> list[str]:
-    overrides = [
-        *(TINY if not any(o.startswith("model=") for o in arguments.overrides) else []),
-        f"steps={arguments.steps}",
-        f"checkpoint.every={arguments.every}",
-        "log.every=1",  # this script sees every step as it happens
-        *arguments.overrides,
-        f"run.name={folder.name}",
-        f"paths.runs={folder.parent}",
-        f"parallel={parallel}",
-    ]
+    usual = TINY if not any(o.startswith("model=") for o in arguments.overrides) else []
+    length = [f"steps={arguments.steps}", f"checkpoint.every={arguments.every}"]
+    length.append("log.every=1")  # this script sees every step as it happens
+    places = [f"run.name={folder.name}", f"paths.runs={folder.parent}", f"parallel={parallel}"]
+    overrides = layered(usual, length, arguments.overrides, places)
     launch = [sys.executable]
     if world > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from launcher.cells import layered
+
 TINY = [
     "model=llama_tiny",
     "model.layers=1",
@@ -64,6 +66,6 @@ def overrides(text_file, tokens, tmp_path):
 
     def build(name: str, *more: str, runs: Path = tmp_path / "runs") -> list[str]:
         places = [f"data.files={text_file}", f"paths.data={tokens}", f"paths.runs={runs}", f"run.name={name}"]
-        return [*TINY, *OPTIONS, *places, *more]
+        return layered(TINY, OPTIONS, places, more)
 
     return build

@@ -54,7 +54,7 @@ class Ranks:
             # threads that do so at once end in "Invalid thread pool!". The parent has one thread, too (conftest.py).
             torch.set_num_threads(1)
             patch(rank)
-            composed = compose(overrides)
+            composed = compose(overrides, typed=False)
             with one_line_errors() as outcome:
                 outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, "test"))
             code = outcome.code

@@ -6,6 +6,7 @@ import pytest
 from analysis import published
 from launcher import cellline
 from launcher import cells as experiments
+from launcher.cli import read_command_line
 from launcher.compose import ConfigError, compose, sweep
 from quant import library
 from training.start.derive import derive
@@ -274,13 +275,15 @@ def test_cells_are_composed_with_their_base(tmp_path, monkeypatch):
         ["experiment=corpus_screen", "cell=bf16/s0", "cell=bf16/s1"],
         ["quant=bf16", "quant=sr"],
         ["seed=1", "++seed=2"],
+        ["launcher=slurm", "slurm.nodes=1", "slurm.nodes=2"],
         ["experiment=corpus_screen", "experiment=corpus_noise", "cell=bf16/s0"],
     ],
     ids=" ".join,
 )
 def test_a_key_given_twice_is_refused(words):
     with pytest.raises(ConfigError, match="one would be without effect; give one of them"):
-        compose(words)
+        read_command_line(words)
+    assert experiments.layered(["a=1", "b=2"], ["+a=3"], ["c"]) == ["b=2", "+a=3", "c"]
 
 
 def test_a_broken_grid_file_stops_only_what_asks_for_it(tmp_path, monkeypatch):

@@ -55,9 +55,7 @@ def run(tmp_path, text_file, token_folder, asides):
     def start(*overrides: str, name: str | None = "test") -> tuple[int, Path]:
         places = [f"data.files={text_file}", f"paths.data={token_folder}", f"paths.runs={tmp_path / 'runs'}"]
         named = [] if name is None else [f"run.name={name}"]
-        given = {word.partition("=")[0] for word in overrides}
-        usual = [word for word in (*SMALL, *places) if word.partition("=")[0] not in given]
-        composed = compose([*usual, *named, *overrides, *asides])
+        composed = compose([*SMALL, *places, *named, *overrides, *asides], typed=False)
         code = launch(Request(composed.config, composed.yaml, composed.choices, "test"))
         folders = sorted((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None

@@ -12,7 +12,7 @@ N = 30_482_560
 
 
 def digest(*overrides: str) -> str:
-    config = compose(["model=llama_30m", *overrides]).config
+    config = compose(["model=llama_30m", *overrides], typed=False).config
     return hash_of(numerics(config, derive(config, N, world=1), {}, 32000, {}))
 
 
