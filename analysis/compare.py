@@ -118,8 +118,13 @@ def _split_at(step: int, label: str, runs: list[Run]) -> tuple[tuple[Run, ...], 
 
 
 def _without_seed(run: Run) -> tuple:
-    """Hashable numerics without the seed, which tells the runs of a group apart."""
-    numerics = run.info["numerics"]
+    """Hashable numerics without the seed, which tells the runs of a group apart.
+
+    Forks of several trunks that differ by their seed are one group. Its n is the number of trunks: tails of one trunk
+    that differ in their rounding are reruns of one seed."""
+    numerics, parent = run.info["numerics"], run.info.get("parent")
+    if parent:
+        numerics = numerics | {"fork.parent": None, "rounding_seed": parent["rounding_seed"]}
     return tuple(sorted((k, str(v)) for k, v in numerics.items() if k != "seed"))
 
 

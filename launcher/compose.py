@@ -26,10 +26,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import configs
+from base.fork import parent_of
 from base.words import suggestion
 from base.yamlfile import gist
 from launcher import cells as experiments
-from launcher import naming, unread
+from launcher import fork, naming, unread
 from launcher.schema import FREE_FORM, known_keys, register, text_keys
 from quant import recipefile
 from quant.recipe import OPERANDS
@@ -149,6 +150,10 @@ class Composer:
             base, choices = self._base(lines)
             tree = pickle.loads(base)
             values = [override for override in parsed if not self._is_choice(override)]
+            if forked := [override.value() for override in values if override.key_or_group == "fork"]:
+                asked = {override.key_or_group: None for override in parsed if self._is_choice(override)}
+                choices = {group: option for group, option in choices.items() if group in asked}
+                tree, lines = self._fork(str(forked[-1]), lines, list(asked), values, tree)
             for override in values:
                 if not is_of_recipe(override):
                     apply(override, tree)
@@ -182,6 +187,19 @@ class Composer:
             return naming.cell_name(resolved, config, plain, self.numerics)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def _fork(
+        self, text: str, lines: tuple[str, ...], asked: list[str], values: list[Override], fresh: DictConfig
+    ) -> tuple[DictConfig, tuple[str, ...]]:
+        """(the parent's tree with the groups that are asked for, a key of its own for its recipe)."""
+        runs = [override.value() for override in values if override.key_or_group == "paths.runs"]
+        parent = parent_of(text, runs[-1] if runs else fresh.paths.runs)
+        tree, recipe = fork.inherited(parent)
+        own, file = self._recipes[lines]
+        key = (f"fork={parent.folder}@{parent.step}", *lines)
+        self._recipes[key] = fork.take_groups(asked, tree, recipe, fresh, own), file if "quant" in asked else {}
+        fork.make_room([override.key_or_group for override in values if override.value() is not None], tree)
+        return tree, key
 
     def _is_choice(self, override: Override) -> bool:
         return override.key_or_group in self._groups

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from base.files import json_hash
+from base.fork import ForkError, parent_of
 from launcher import cells as experiments
 from training.config import TrainConfig
 
@@ -51,32 +52,48 @@ class Numerics:
         shape = shape_of(config, text.vocab_size)
         numbers = derive(config, shape.parameters_non_embedding, world=1)
         data = {"fingerprint": text.fingerprint, "tokenizer": text.tokenizer, "packing": config.data.packing}
-        _, plan, around = self._plan(config, shape)
-        flat = numerics(config, numbers, plan, text.vocab_size, data, around)
+        _, plan, around = self._plan(config, shape, numbers.steps)
+        flat = numerics(config, numbers, plan, text.vocab_size, data, around) | fork_identity(config)
         return json.loads(json.dumps(flat))  # tuples are lists there
 
     def plan(self, config: TrainConfig, shape: Any) -> Any:
         """The precision plan; what it says of a layer doesn't depend on the vocabulary."""
-        return self._plan(config, shape)[0]
+        return self._plan(config, shape, 0)[0]
 
-    def _plan(self, config: TrainConfig, shape: Any) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """(precision plan, its part of the numerics, that of the hooks)."""
+    def _plan(self, config: TrainConfig, shape: Any, steps: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+        """(precision plan, its part of the numerics and that of its phases over these steps, that of the hooks)."""
         import torch
 
+        from quant.phases import numerics as phase_numerics
+        from quant.phases import phases_of
         from quant.plan import plan_of
         from quant.recipe import mapping_at
         from training import hooks
         from training.records.identity import plan_numerics
         from training.start.shapes import model_of
 
-        key = json.dumps([asdict(config.model), config.batch.seq_len, config.quant, config.hooks], sort_keys=True)
+        of_optimizer = hooks.of_optimizer(config.optim)
+        parts = [asdict(config.model), config.batch.seq_len, config.quant, config.hooks, of_optimizer]
+        key = json.dumps([*parts, steps if config.quant.get("phases") else 0], sort_keys=True)
         if key not in self._plans:
             with torch.device("meta"):
                 model = model_of(shape)
             plan = plan_of(model, config.quant)
-            found = hooks.read(model.hooks, mapping_at("quant.hooks", config.quant.get("hooks")), config.hooks)
-            self._plans[key] = plan, plan_numerics(plan), hooks.numerics(found)
+            own = mapping_at("quant.hooks", config.quant.get("hooks"))
+            found = hooks.read(model, model.hooks, own, config.hooks, of_optimizer)
+            later = phases_of(model, config.quant, plan, steps) if steps else ()
+            self._plans[key] = plan, plan_numerics(plan) | phase_numerics(later, plan_numerics), hooks.numerics(found)
         return self._plans[key]
+
+
+def fork_identity(config: TrainConfig) -> dict[str, Any]:
+    """What a fork adds to the numerics; its parent's name where the parent isn't there yet."""
+    if not config.fork:
+        return {}
+    try:
+        return parent_of(config.fork, config.paths.runs).identity
+    except ForkError:
+        return {"fork.parent": config.fork}
 
 
 def cell_name(

@@ -12,7 +12,7 @@ from quant.recipe import GEMMS, SLOTS, Recipe
 from quant.recipefile import names
 
 # Keys of a recipe file that aren't the recipe's: of the precision plan (quant/plan.py), and the hooks around a step.
-PLAN_KEYS = ("rules", "high_precision", "hooks")
+PLAN_KEYS = ("rules", "high_precision", "hooks", "phases")
 
 
 def mapping(name: str) -> dict[str, Any]:

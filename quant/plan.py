@@ -153,6 +153,16 @@ def resolve(model: nn.Module, precision: Precision) -> Plan:
     return Plan(_label(precision), tuple(entries), precision.recipe)
 
 
+def check_supported(plan: Plan) -> None:
+    """RuntimeError where this machine can't run a recipe, ValueError where the chosen back ends can't multiply a
+    layer's operands."""
+    for entry in plan.entries:
+        if reason := entry.recipe.unsupported():
+            raise ValueError(f"{entry.name}: {reason}")
+    for recipe in plan.recipes:
+        recipe.require()
+
+
 def convert(model: nn.Module, plan: Plan, rng: Tensor) -> nn.Module:
     """Replace every nn.Linear by its recipe's layer with the same Parameter and name, in place.
 
@@ -161,11 +171,7 @@ def convert(model: nn.Module, plan: Plan, rng: Tensor) -> nn.Module:
     Raises RuntimeError where this machine can't run a recipe, and ValueError where the chosen back ends can't multiply
     a layer's operands, before any layer is replaced.
     """
-    for entry in plan.entries:
-        if reason := entry.recipe.unsupported():
-            raise ValueError(f"{entry.name}: {reason}")
-    for recipe in plan.recipes:
-        recipe.require()
+    check_supported(plan)
     for entry in plan.entries:
         parent_name, _, child = entry.name.rpartition(".")
         parent = model.get_submodule(parent_name)

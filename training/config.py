@@ -88,6 +88,8 @@ class OptimSection:
     eps: float = 1e-8
     weight_decay: float = 0.1  # on the linear weights of the blocks only
     clip: float | None = 1.0  # global gradient norm; null: logged but not clipped
+    train: list[str] | None = None  # globs over parameters' names; null: all. Others are frozen from train_from on
+    train_from: float = 0.0  # share of the run's steps
     # Muon only: `lr` is that of the blocks' matrices; these are AdamW's, at width 768 for the first two.
     embed_lr: float = 0.3
     head_lr: float = 0.004
@@ -105,13 +107,17 @@ class OptimSection:
             in_range(f"optim.{name}", getattr(self, name), 0.0, 1e3)
         in_range("optim.eps", self.eps, SMALLEST_EPS, 1.0)
         in_range("optim.weight_decay", self.weight_decay, 0.0, 1e3)
+        in_range("optim.train_from", self.train_from, 0.0, 1.0)
+        if self.train is None and self.train_from:
+            raise ValueError(f"optim.train_from={self.train_from:g} acts with optim.train only, such as ['*norm*']")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise ValueError(f"optim.clip={self.clip:g}: needs a positive number, or null for no clipping")
 
 
 @dataclass
 class ScheduleSection:
-    """`cosine`: cosine-shaped warm-up and decay. `wsd`: linear warm-up, flat, linear decay over `decay_fraction`."""
+    """`cosine`: cosine-shaped warm-up and decay. `wsd`: linear warm-up, flat, a decay over `decay_fraction`. `linear`:
+    linear warm-up, then linear decay to the end. `constant`: linear warm-up, then flat."""
 
     name: str = "cosine"
     warmup_fraction: float | None = 0.1  # of the steps, unless warmup_steps or warmup_tokens is given
@@ -120,9 +126,11 @@ class ScheduleSection:
     start_factor: float = 0.01  # lr at step 0 over the peak
     end_factor: float = 0.1  # lr at the last step over the peak
     decay_fraction: float = 0.4  # wsd only
+    decay_shape: str = "linear"  # wsd only: linear, or sqrt for 1 - sqrt(share of the decay)
 
     def __post_init__(self) -> None:
-        self.name = choice("schedule.name", self.name, ("cosine", "wsd"))
+        self.name = choice("schedule.name", self.name, ("cosine", "wsd", "linear", "constant"))
+        self.decay_shape = choice("schedule.decay_shape", self.decay_shape, ("linear", "sqrt"))
         self.warmup_steps = whole("schedule.warmup_steps", self.warmup_steps, 0)
         self.warmup_tokens = whole("schedule.warmup_tokens", self.warmup_tokens, 0)
         at_most_one(self, "schedule.", ("warmup_steps", "warmup_tokens"))
@@ -167,12 +175,15 @@ class CheckpointSection:
     every: float | None = 500  # steps; null: only when stopped and at the end
     keep_last: int = 2
     keep_every: int | None = None  # steps; these are never deleted
+    at: list[float] = field(default_factory=list)  # shares of the run; saved there too, and never deleted
     asynchronous: bool = True  # files are written while training goes on
 
     def __post_init__(self) -> None:
         self.every = whole("checkpoint.every", self.every, null="for the end only")
         self.keep_last = whole("checkpoint.keep_last", self.keep_last)
         self.keep_every = whole("checkpoint.keep_every", self.keep_every)
+        for share in self.at:
+            in_range("checkpoint.at", share, 0.0, 1.0)
 
 
 @dataclass
@@ -242,6 +253,7 @@ class TrainConfig:
     run: RunSection = field(default_factory=RunSection)
     paths: PathsSection = field(default_factory=PathsSection)
     seed: int = 0
+    fork: str | None = None  # RUN@STEP: go on from that checkpoint of another run, with its configuration
     tokens: float | None = None  # length of the run; null and no steps: 20 per non-embedding parameter
     steps: float | None = None
     parallel: str = "auto"

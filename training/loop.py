@@ -109,7 +109,7 @@ class Trainer:
         self._restart_clock()
         while self.state.step < self.numbers.steps:
             level = self._train_step()
-            save = bool(level) or self._due(self.p.config.checkpoint.every)
+            save = bool(level) or self._due(self.p.config.checkpoint.every) or self.state.step in self.p.checkpointer.at
             step = self.state.step
             probes = {} if level else self._due_probes(at_evaluation=False)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation

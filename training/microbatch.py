@@ -28,6 +28,9 @@ class MicroBatch:
     def release(self) -> None:
         """Give back memory that is kept between calls, before something else needs as much."""
 
+    def use(self, variant: int) -> None:
+        """What is launched from now on differs from what other variants launch (another recipe)."""
+
     def launch(self, tokens: Tensor) -> Tensor:
         nats = self._loss(tokens)
         (nats / self._tokens_per_step).backward()
@@ -87,3 +90,24 @@ class GraphedMicroBatch(MicroBatch):
         self._graphs[first] = graph
         if first:
             self._gradients = [parameter.grad for parameter in self._parameters]
+
+
+class SwitchedMicroBatch(MicroBatch):
+    """A graphed micro-batch for each variant in use, since a graph repeats the kernels that it has captured."""
+
+    def __init__(self, make: Callable[[], MicroBatch]):
+        self._make = make
+        self._each: dict[int, MicroBatch] = {}
+        self.use(0)
+
+    def use(self, variant: int) -> None:
+        if variant not in self._each:
+            self._each[variant] = self._make()
+        self._current = self._each[variant]
+
+    def __call__(self, tokens: Tensor, first: bool, last: bool) -> Tensor:
+        return self._current(tokens, first, last)
+
+    def release(self) -> None:
+        for micro_batch in self._each.values():
+            micro_batch.release()

@@ -22,6 +22,7 @@ from data.evalset import EvalSet
 from data.mixture import open_tokens
 from kernels import backend
 from quant import library
+from quant.phases import scored
 from quant.plan import HEAD, quant_linears
 from quant.recipe import GEMMS, OPERANDS, Recipe
 from training.checkpoint.state import load_model
@@ -89,7 +90,7 @@ def score(
     if tokens.fingerprint != run["data_fingerprint"]:
         raise ValueError(f"{tokens.path} is other text than {run['name']} was trained on; give its folder by --data")
     checked = check(config, ranks, tokens.vocab_size)
-    shape, plan, numbers = checked.shape, checked.plan, checked.numbers
+    shape, plan, numbers = checked.shape, checked.plans[scored(checked.phases, step)], checked.numbers
     check_recipes(plan, recompute=False)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed

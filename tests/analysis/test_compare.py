@@ -1,4 +1,5 @@
 import csv
+import itertools
 import json
 import math
 import re
@@ -482,3 +483,18 @@ def test_approximate_bits_per_byte_are_marked_in_every_table(tmp_path):
     write_run(tmp_path / "exact", "bf16", 0, 3.0)
     assert "~" not in compare(f"{tmp_path}/exact/*", "--out", out).stdout
     assert "final_bpb_approximate" not in (out / "compare.csv").read_text()
+
+
+def test_forks_are_grouped_by_trunk_and_n_is_the_number_of_trunks(tmp_path):
+    three_seeds(tmp_path, "bf16", (0, 0, 0))
+    label = "quartet2@85 > quartet2 fprop=none"
+    for seed, tail in itertools.product(range(3), range(2)):
+        parent = {"hash": f"trunk{seed}", "trunk": f"trunk{seed}", "step": 85, "rounding_seed": None}
+        numerics = {"fork.parent": f"trunk{seed}", "fork.step": 85} | ({"rounding_seed": tail} if tail else {})
+        ends = {"final": 3.0 + 0.02 * seed + 0.03 + 0.01 * tail, "name": f"tail-{seed}-{tail}"}
+        write_run(tmp_path, "quartet2", seed, label=label, numerics=numerics, parent=parent, **ends)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    rows = table(groups, pick_baseline(groups, None))
+    forked = next(row for row in rows if row.gap is not None)
+    assert (len(groups), forked.seeds, forked.runs) == (2, 3, 6)
+    assert forked.gap.mean == pytest.approx(0.035)

@@ -55,6 +55,19 @@ def test_cuda_graphs_change_no_bit(run, rows, recipe):
     assert found["true"] == found["false"]
 
 
+@pytest.mark.parametrize("phase", ["from: .5", "share: .5, seed: 1"])
+def test_phases_under_cuda_graphs_change_no_bit(run, rows, phase):
+    """A switch in the middle, and steps drawn between the two recipes, each with graphs of its own."""
+    found = {}
+    for graphs in ("true", "false"):
+        torch.compiler.reset()
+        more = ["batch.micro=4", "evaluate.every=4", f"quant.phases=[{{{phase}, set: {{fprop: none}}}}]"]
+        words = ["quant=quartet2", "compile=true", f"cuda_graphs={graphs}"]
+        _, folder = run(*SHAPE, *words, *more, name=f"graphs-{graphs}")
+        found[graphs] = [(row["loss"], row["grad_norm"]) for row in rows(folder, "train")]
+    assert found["true"] == found["false"]
+
+
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2"])
 def test_no_step_synchronizes_and_nothing_recompiles_after_the_second(run, watch, recipe):
     from torch._dynamo.utils import counters

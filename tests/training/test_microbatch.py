@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.microbatch import GraphedMicroBatch, MicroBatch
+from training.microbatch import GraphedMicroBatch, MicroBatch, SwitchedMicroBatch
 
 
 class Loss(nn.Module):
@@ -79,3 +79,25 @@ def test_graphed_steps_equal_plain_ones_also_after_a_release(played):
             graphed.release()
     # The first step is eager; two graphs in the second one, and two again after the release.
     assert captures == [True, False, True, False]
+
+
+def test_each_variant_has_graphs_of_its_own_until_they_are_released():
+    made = []
+
+    class Counted(MicroBatch):
+        def __init__(self):
+            self.calls, self.released = 0, 0
+            made.append(self)
+
+        def __call__(self, tokens, first, last):
+            self.calls += 1
+
+        def release(self):
+            self.released += 1
+
+    switched = SwitchedMicroBatch(Counted)
+    for variant in (0, 1, 0, 0):
+        switched.use(variant)
+        switched(None, True, True)
+    switched.release()
+    assert [one.calls for one in made] == [3, 1] and [one.released for one in made] == [1, 1]

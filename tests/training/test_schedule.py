@@ -5,7 +5,9 @@ import math
 import pytest
 import torch
 
+from launcher.compose import compose
 from training.optim.schedule import Schedule
+from training.start.derive import derive
 
 
 def cosine(steps: int = 100, warmup: int = 10, lr: float = 1.2e-3) -> Schedule:
@@ -47,6 +49,36 @@ def test_wsd_by_hand():
     schedule = Schedule("wsd", 1.0, 100, 10, start_factor=0.0, end_factor=0.0, decay_steps=40)
     assert [schedule.lr(step) for step in (0, 4, 9, 10, 59, 60)] == pytest.approx([0.1, 0.5, 1.0, 1.0, 1.0, 1.0])
     assert [schedule.lr(step) for step in (61, 80, 99)] == pytest.approx([39 / 40, 20 / 40, 1 / 40])
+
+
+def test_wsd_falls_by_the_root_of_the_share_that_is_done():
+    schedule = Schedule("wsd", 1.0, 100, 0, start_factor=0.0, end_factor=0.2, decay_steps=40, decay_shape="sqrt")
+    rates = [schedule.lr(step) for step in (59, 60, 70, 76)]
+    assert rates == pytest.approx([1.0, 1.0, 0.2 + 0.8 * 0.5, 0.2 + 0.8 * (1 - 0.4**0.5)])
+
+
+@pytest.mark.parametrize(
+    ("words", "rates"),
+    [
+        (["schedule=constant"], [0.25, 1.0, 1.0, 1.0]),
+        (["schedule=linear"], [0.25, 1.0, 1 - 18 / 36, 1 / 36]),
+        (["schedule=linear", "schedule.end_factor=0.5"], [0.25, 1.0, 0.75, 0.5 + 0.5 / 36]),
+        (["schedule=wsd_sqrt", "schedule.warmup_steps=4"], [0.25, 1.0, 1.0, 1 - (7 / 8) ** 0.5]),
+        (["schedule=cosine", "schedule.end_factor=0", "schedule.warmup_steps=4"], [0.01, 1.0, None, 0.0]),
+    ],
+)
+def test_schedules_by_name(words, rates):
+    """40 steps, 4 of them warm-up: the rates of steps 0, 3, 22 and 39 over the peak."""
+    config = compose([*words, "steps=40", "optim.lr=1"]).config
+    schedule = derive(config, 10**6, world=1).schedule
+    for step, rate in zip((0, 3, 22, 39), rates, strict=True):
+        assert rate is None or schedule.lr(step) == pytest.approx(rate, abs=1e-12), step
+
+
+def test_a_decay_that_is_not_read_is_refused():
+    for words in (["schedule=cosine", "schedule.decay_shape=sqrt"], ["schedule=constant", "schedule.end_factor=0.5"]):
+        with pytest.raises(ValueError, match="doesn't read it; schedule=wsd does"):
+            derive(compose([*words, "steps=40"]).config, 10**6, world=1)
 
 
 def test_wsd_end_factor_is_where_it_would_arrive():

@@ -171,11 +171,11 @@ def step_of(folder: Path) -> int:
     return int(STEP_NAME.fullmatch(folder.name)[1])
 
 
-def prune(root: Path, saved: int, keep_last: int, keep_every: int) -> None:
-    """Delete all before step `saved` but the newest `keep_last`, that one included, and those whose step is a multiple
-    of `keep_every` (0: no such). Later ones are damaged, or the run would have gone on from there: they must not count
-    as kept, and stay to be looked at until the run gets there again."""
+def prune(root: Path, saved: int, keep_last: int, keep_every: int, at: frozenset[int] = frozenset()) -> None:
+    """Delete all before step `saved` but the newest `keep_last`, that one included, those of the steps `at`, and those
+    whose step is a multiple of `keep_every` (0: no such). Later ones are damaged, or the run would have gone on from
+    there: they must not count as kept, and stay to be looked at until the run gets there again."""
     past = [path for path in checkpoints(root) if step_of(path) <= saved]
     for path in past[:-keep_last]:
-        if not (keep_every and step_of(path) % keep_every == 0):
+        if step_of(path) not in at and not (keep_every and step_of(path) % keep_every == 0):
             shutil.rmtree(set_aside(path))

@@ -45,6 +45,7 @@ class Job:
     meta: dict[str, Any]
     keep_last: int
     keep_every: int
+    at: frozenset[int] = frozenset()
 
 
 class PublishThread(threading.Thread):
@@ -141,4 +142,4 @@ def _publish_checkpoint(job: Job, files: dict[str, dict[str, Any]]) -> None:
     fsync_folder(job.final.parent)
     if aside is not None:
         shutil.rmtree(aside)
-    prune(job.final.parent, step_of(job.final), job.keep_last, job.keep_every)
+    prune(job.final.parent, step_of(job.final), job.keep_last, job.keep_every, job.at)

@@ -37,6 +37,7 @@ from training.checkpoint.storage import (
     first_names,
     read_index,
 )
+from training.optim.groups import create_state
 
 # What index, manifest and the file system's own records take beside the tensors.
 SPARE_BYTES = 64 * 2**20
@@ -114,20 +115,6 @@ def _non_finite_here(tensors: dict[str, Tensor]) -> list[str]:
     return []
 
 
-def _create_optimizer_state(state: TrainState) -> None:
-    """Let every optimizer allocate its state by one step with zero gradients. The weights that this may change are
-    overwritten by the load that follows."""
-    for optimizer in state.optimizers:
-        if optimizer.state:
-            continue
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.requires_grad:
-                    parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
 @contextmanager
 def _one_process_notice_hidden() -> Any:
     """DCP warns at each call that it runs without a process group; that is how we run at world size 1."""
@@ -149,7 +136,8 @@ class Checkpointer:
 
     Every method is collective: all ranks call it at the same step. `group` is a CPU (gloo) process group; None at
     world size 1. `on_saved` gets a Saved on every rank, from the thread that calls `save` or `wait`. `before_save`
-    may raise, to keep a state from being saved. `newest`: a step that is on disk already, just loaded.
+    may raise, to keep a state from being saved. `newest`: a step that is on disk already, just loaded. `at`: steps that
+    are never deleted either.
     """
 
     def __init__(
@@ -163,13 +151,14 @@ class Checkpointer:
         on_saved: Callable[[Saved], None] = lambda report: None,
         before_save: Callable[[], None] = lambda: None,
         newest: int | None = None,
+        at: frozenset[int] = frozenset(),
     ) -> None:
         if keep_last < 1:
             raise ValueError(f"checkpoint.keep_last={keep_last}: at least 1, or nothing could be resumed")
         if keep_every < 0:
             raise ValueError(f"checkpoint.keep_every={keep_every}: a number of steps, or 0 for none")
         self.root = Path(run_dir) / CHECKPOINTS
-        self.keep_last, self.keep_every = keep_last, keep_every
+        self.keep_last, self.keep_every, self.at = keep_last, keep_every, at
         self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
         self._buffers = StagingBuffers()
         self._pending: tuple[PublishThread, Saved] | None = None
@@ -264,6 +253,7 @@ class Checkpointer:
             meta=meta,
             keep_last=self.keep_last,
             keep_every=self.keep_every,
+            at=self.at,
         )
 
     def _check_space(self, nbytes: int) -> None:
@@ -276,17 +266,22 @@ class Checkpointer:
             )
 
 
-def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = None) -> None:
+def load(
+    path: str | Path, state: TrainState, group: dist.ProcessGroup | None = None, parent: str | None = None
+) -> list[str]:
     """Fill `state` in place from the checkpoint folder `path` (verify it first: manifest.latest_good). Collective.
 
     Works for any world size and wrapper, whatever they were at the save. Raises CheckpointError if the checkpoint is of
     another run (hash), or its tensors aren't exactly the state's (names, shapes, dtypes), and nothing is loaded then;
     or if it holds a value that isn't finite (written before saves were checked). Only probes may come and go between
     two starts of a run: one that the checkpoint doesn't know begins anew.
+
+    `parent`: the hash of the run that this one is a fork of, whose checkpoint it is; then hooks may be others too.
+    Returns the names of the hooks that the checkpoint holds nothing of.
     """
     path = Path(path)
     meta = read_meta(path)
-    if state.hash and meta["hash"] != state.hash:
+    if state.hash and meta["hash"] != (parent or state.hash):
         raise CheckpointError(
             f"{path} belongs to a run with numerics hash {meta['hash']}, this one has {state.hash}. Give this run "
             "another run.name, or move that folder away"
@@ -294,13 +289,15 @@ def load(path: str | Path, state: TrainState, group: dist.ProcessGroup | None = 
     weights = {f"model.{name}": value for name, value in state.model.state_dict().items()}
     index = read_index(path)
     _check_same(path, {k: v for k, v in index.items() if k.startswith("model.")}, weights)
-    _create_optimizer_state(state)
+    create_state(state.optimizers)
     tensors = state_tensors(state, meta["step"])
-    known = {name: value for name, value in tensors.items() if not name.startswith("probes.") or name in index}
-    _check_same(path, {k: v for k, v in index.items() if not k.startswith("probes.") or k in known}, known)
+    free = ("probes.", "hooks.") if parent else ("probes.",)
+    known = {name: value for name, value in tensors.items() if not name.startswith(free) or name in index}
+    _check_same(path, {k: v for k, v in index.items() if not k.startswith(free) or k in known}, known)
     read_tensors(path, known, group)
     _refuse_bad(path, known, group)
     state.step, state.tokens, state.extra = meta["step"], meta["tokens"], meta["extra"]
+    return [name for name in state.hooks if not any(key.startswith(f"hooks.{name}.") for key in index)]
 
 
 def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:

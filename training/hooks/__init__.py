@@ -3,21 +3,27 @@
 A new hook is one file beside this one (base.py says what it may do) and one line in HOOKS.
 """
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from torch import nn
+
+from training.config import OptimSection
 from training.hooks.base import Hook, Run
 from training.hooks.ema import Ema
+from training.hooks.train_only import TrainOnly
 from training.options import read_options
 
-HOOKS: dict[str, type[Hook]] = {"ema": Ema}
+HOOKS: dict[str, type[Hook]] = {"ema": Ema, "train_only": TrainOnly}
 
 
-def read(*wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read(model: nn.Module, *wanted: Mapping[str, Any]) -> dict[str, Any]:
     """{name: checked options} of what model, recipe and configuration ask for, each {name: {option: value}}.
 
-    Raises ValueError for an unknown hook or option, a wrong value, and for one hook that is wanted in two ways.
+    Raises ValueError for an unknown hook or option, a wrong value, what doesn't fit the model (it may lie on the meta
+    device), and for one hook that is wanted in two ways.
     """
     found: dict[str, Any] = {}
     for some in wanted:
@@ -27,7 +33,16 @@ def read(*wanted: Mapping[str, Any]) -> dict[str, Any]:
                 raise ValueError(
                     f"hooks.{name}: wanted with {asdict(found[name])} and with {asdict(options)}; leave one of them out"
                 )
+    for name, options in found.items():
+        HOOKS[name].check(options, model)
     return found
+
+
+def of_optimizer(section: OptimSection) -> dict[str, Any]:
+    """The hook that optim.train asks for."""
+    if section.train is None:
+        return {}
+    return {"train_only": {"names": tuple(section.train), "start": section.train_from}}
 
 
 def build(wanted: Mapping[str, Any], run: Run) -> dict[str, Hook]:
@@ -36,8 +51,10 @@ def build(wanted: Mapping[str, Any], run: Run) -> dict[str, Hook]:
 
 
 def numerics(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """For a run's identity; {} without hooks, so that runs older than hooks keep their hash."""
-    return {"hooks": {name: asdict(options) or True for name, options in wanted.items()}} if wanted else {}
+    """For a run's identity, as run.json gives it back; {} without hooks, so that runs older than hooks keep their
+    hash."""
+    found = {name: asdict(options) or True for name, options in wanted.items()}
+    return {"hooks": json.loads(json.dumps(found))} if found else {}
 
 
 def bytes_per_parameter(wanted: Mapping[str, Any]) -> float:

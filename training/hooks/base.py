@@ -48,6 +48,11 @@ class Hook:
     def __init__(self, options: Any, run: Run):
         self.options, self.run = options, run
 
+    @classmethod
+    def check(cls, options: Any, model: nn.Module) -> None:
+        """Raise ValueError, before the run, where the options don't fit the model (on the meta device, plain linears).
+        What concerns the options alone their dataclass has checked."""
+
     def begin(self, step: int) -> None:
         """A run begins, or goes on from `step` without the state of this hook. The weights are there."""
 

@@ -1,5 +1,6 @@
 """AdamW with the published runs' groups, or Muon beside it, and gradient clipping that never waits for the device."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -84,3 +85,19 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
     if max_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
+
+
+def create_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Let every optimizer that has no state yet allocate it, by one step with zero gradients. Fused AdamW and Muon,
+    which can skip a step, leave weights and counters as they are; others may not: before weights are loaded only."""
+    for optimizer in optimizers:
+        if optimizer.state:
+            continue
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        held = getattr(optimizer, "found_inf", None)
+        optimizer.found_inf = torch.ones((), device=parameters[0].device)
+        optimizer.step()
+        optimizer.found_inf = held
+        optimizer.zero_grad(set_to_none=True)

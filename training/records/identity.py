@@ -35,7 +35,8 @@ def numerics(
     paths. They may change the last bits of a sum, never what is computed.
     """
     model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "lr", "micro_tokens")}
-    optim = {key: value for key, value in asdict(config.optim).items() if key != "lr"}
+    # The rate is the schedule's, what is trained a hook's.
+    optim = {k: v for k, v in asdict(config.optim).items() if k not in ("lr", "train", "train_from")}
     # Fields that came later appear only where they are used, so that older runs keep their hash.
     if config.model.family == FIRST:
         del model["family"]
@@ -53,7 +54,7 @@ def numerics(
             **nudges,
             **(hooks or {}),
             "optim": optim,
-            "schedule": asdict(numbers.schedule),
+            "schedule": numbers.schedule.to_dict(),
             "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},
         }
     )

@@ -33,12 +33,12 @@ class MetricsFile:
         """All whole rows. RunError for a line that is none."""
         return read_metrics(self.run_dir)
 
-    def truncate(self, step: int) -> int:
+    def truncate(self, step: int, begins: int = 0) -> int:
         """Drop measurements after `step` (events stay: they are history); atomic. Returns how many rows went. Warns
-        where the last steps before it are not there."""
+        where the last steps before it are not there. `begins`: the step from which on the run is this folder's."""
         rows = self.rows()
         kept = [row for row in rows if row["kind"] == "event" or row["step"] <= step]
-        last = max((row["step"] for row in kept), default=0)
+        last = max((row["step"] for row in kept), default=begins)
         if last < step:
             print(f"warning: {self.path} has nothing of steps {last + 1} to {step}: were lines removed?", flush=True)
         with atomic_write(self.path) as file:

@@ -1,5 +1,6 @@
 """The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -16,12 +17,12 @@ from data.mixture import open_loader
 from data.tokens import TokenSet
 from models.shape import DecoderShape
 from quant.library import label
-from quant.plan import Plan, convert
+from quant.plan import Plan, check_supported, convert
 from training.checkpoint.manifest import latest_good, problems, remove_temporary
 from training.checkpoint.state import Checkpointer, TrainState, load
 from training.config import TrainConfig
 from training.loss import LossModel
-from training.microbatch import GraphedMicroBatch, MicroBatch
+from training.microbatch import GraphedMicroBatch, MicroBatch, SwitchedMicroBatch
 from training.ranks.distributed import Dist
 from training.ranks.parallel import Parallel, choose, parallelize
 from training.recompute import recompute_blocks
@@ -78,10 +79,10 @@ def build_loss(
 
 
 def check_recipes(plan: Plan, recompute: bool) -> None:
-    """RuntimeError where this machine lacks what a recipe needs, ValueError for recomputation where a second forward
-    would compute something else."""
+    """RuntimeError where this machine lacks what a recipe needs, ValueError for back ends that can't multiply a layer's
+    operands, and for recomputation where a second forward would compute something else."""
+    check_supported(plan)
     for recipe in plan.recipes:
-        recipe.require()
         if recompute and not recipe.recomputable:
             raise ValueError(f"recompute=true isn't possible with recipe {label(recipe)}; set recompute=false")
 
@@ -102,7 +103,7 @@ def build_micro_batch(
     """Forward and backward of one micro-batch, replayed as a CUDA graph where is_graphed says so."""
     arguments = (loss, tokens_per_step, parallel.accumulate)
     if is_graphed(config, plan.fullgraph, parallel.mode, device):
-        return GraphedMicroBatch(*arguments, loss.parameters())
+        return SwitchedMicroBatch(lambda: GraphedMicroBatch(*arguments, loss.parameters()))
     return MicroBatch(*arguments)
 
 
@@ -143,10 +144,10 @@ def resume(folder: RunFolder, state: TrainState, ranks: Dist) -> bool:
 
 
 def open_checkpointer(
-    folder: RunFolder, config: TrainConfig, ranks: Dist, tokens: TokenSet, newest: int | None
+    folder: RunFolder, config: TrainConfig, ranks: Dist, tokens: TokenSet, steps: int, newest: int | None
 ) -> Checkpointer:
-    """Saves into the run folder as config.checkpoint says; altered token shards are noticed before each save. `newest`:
-    the step that was just loaded."""
+    """Saves into the run folder as config.checkpoint says; altered token shards are noticed before each save. `steps`:
+    the run's; `newest`: the step that was just loaded."""
     section = config.checkpoint
     return Checkpointer(
         folder.path,
@@ -156,6 +157,7 @@ def open_checkpointer(
         group=ranks.group,
         before_save=tokens.check_unchanged,
         newest=newest,
+        at=frozenset(math.ceil(share * steps) for share in section.at),
     )
 
 
@@ -164,7 +166,7 @@ def open_loggers(folder: RunFolder, config: TrainConfig, run: dict[str, Any], ra
     file = MetricsFile(folder.path)
     if not ranks.is_main:
         return Loggers(file, {})
-    file.truncate(step)
+    file.truncate(step, begins=run.get("parent", {}).get("step", 0))
     commit = (folder.read("env.json") or {}).get("commit", "unknown")
 
     def past() -> list[dict[str, Any]]:

@@ -94,12 +94,15 @@ def check_optimizer(config: TrainConfig) -> None:
 def check_unread(config: TrainConfig) -> None:
     """Raise ValueError for an option that this optimizer or schedule doesn't read: a sweep over it would be reruns."""
     unread = [] if config.optim.name == "muon" else [("optim", name, "muon") for name in MUON_ONLY]
-    unread += [] if config.schedule.name == "wsd" else [("schedule", "decay_fraction", "wsd")]
+    decay = [("schedule", name, "wsd") for name in ("decay_fraction", "decay_shape")]
+    unread += [] if config.schedule.name == "wsd" else decay
+    unread += [("schedule", "end_factor", "wsd")] if config.schedule.name == "constant" else []
     for group, name, reader in unread:
         section = getattr(config, group)
         if getattr(section, name) != getattr(type(section)(), name):
             value = getattr(section, name)
-            raise ValueError(f"{group}.{name}={value:g}: {group}={section.name} doesn't read it; {group}={reader} does")
+            shown = value if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"{group}.{name}={shown}: {group}={section.name} doesn't read it; {group}={reader} does")
 
 
 def batch_sequences(config: TrainConfig) -> int:
@@ -151,6 +154,7 @@ def build_schedule(config: TrainConfig, steps: int, tokens_per_step: int) -> Sch
             )
     else:
         warmup = round((section.warmup_fraction or 0.0) * steps)
+    decays = {"wsd": round(section.decay_fraction * steps), "linear": steps - warmup}
     return Schedule(
         name=section.name,
         lr_peak=config.model.lr if config.optim.lr is None else config.optim.lr,
@@ -158,5 +162,6 @@ def build_schedule(config: TrainConfig, steps: int, tokens_per_step: int) -> Sch
         warmup_steps=warmup,
         start_factor=section.start_factor,
         end_factor=section.end_factor,
-        decay_steps=round(section.decay_fraction * steps) if section.name == "wsd" else 0,
+        decay_steps=decays.get(section.name, 0),
+        decay_shape=section.decay_shape,
     )

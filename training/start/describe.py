@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 
+from base.fork import Parent
 from data.mixture import Mixture
 from data.tokens import TokenSet
 from models.shape import DecoderShape
 from quant import recipefile
+from quant.phases import Phase, phases_of
+from quant.phases import numerics as phase_numerics
 from quant.plan import Plan, plan_of
 from quant.recipe import mapping_at
 from training import hooks, probes
@@ -17,10 +20,11 @@ from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
+from training.start import fork
 from training.start.build import is_compiled, is_graphed
 from training.start.cautions import cpu_seconds, many_epochs, slow, too_large
 from training.start.derive import Numbers, derive
-from training.start.memory import estimate, kept_of
+from training.start.memory import MemoryEstimate, estimate, kept_of
 from training.start.screen import StartScreen
 from training.start.shapes import model_of, shape_of
 
@@ -37,13 +41,34 @@ class Request:
 
 @dataclass(frozen=True)
 class Checked:
-    """What follows from the configuration alone. `hooks` and `probes`: {name: checked options}."""
+    """What follows from the configuration alone. `plan`: outside of the phases. `hooks` and `probes`: {name: checked
+    options}."""
 
     shape: DecoderShape
     plan: Plan
+    phases: tuple[Phase, ...]
     numbers: Numbers
     hooks: dict[str, Any]
     probes: dict[str, Any]
+
+    @property
+    def plans(self) -> list[Plan]:
+        """All that some step of the run computes by."""
+        return [self.plan, *(phase.plan for phase in self.phases)]
+
+    @property
+    def label(self) -> str:
+        """The recipe's and the phases', for tables."""
+        steps = self.numbers.steps
+        shares = [f"{phase.first / steps:.3g}-{phase.end / steps:.3g}" for phase in self.phases]
+        drawn = [f" x {phase.share:.3g}" if phase.share < 1 else "" for phase in self.phases]
+        later = [f"{a}{b}: {p.plan.label}" for a, b, p in zip(shares, drawn, self.phases, strict=True)]
+        return "; ".join([self.plan.label, *later])
+
+    def plan_json(self) -> dict[str, Any]:
+        """plan.json: what every layer does, in every phase."""
+        later = [phase.to_dict() | {"plan": phase.plan.to_dict()} for phase in self.phases]
+        return self.plan.to_dict() | ({"phases": later} if later else {})
 
 
 @dataclass(frozen=True)
@@ -52,6 +77,7 @@ class Description(Checked):
 
     tokens: TokenSet | None
     run: dict[str, Any]
+    parent: Parent | None
 
     @property
     def train_tokens(self) -> int | None:
@@ -67,9 +93,14 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
         model = model_of(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
     plan = plan_of(model, config.quant)
-    plan.check_tokens(numbers.micro_tokens)
-    found = hooks.read(model.hooks, mapping_at("quant.hooks", config.quant.get("hooks")), config.hooks)
-    return Checked(shape, plan, numbers, found, probes.read(config, has_slots(plan), bool(found)))
+    phases = phases_of(model, config.quant, plan, numbers.steps)
+    plans = [plan, *(phase.plan for phase in phases)]
+    for one in plans:
+        one.check_tokens(numbers.micro_tokens)
+    recipes = mapping_at("quant.hooks", config.quant.get("hooks"))
+    found = hooks.read(model, model.hooks, recipes, config.hooks, hooks.of_optimizer(config.optim))
+    looking = probes.read(config, any(map(has_slots, plans)), bool(found))
+    return Checked(shape, plan, phases, numbers, found, looking)
 
 
 def has_slots(plan: Plan) -> bool:
@@ -85,8 +116,13 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
     around = hooks.numerics(checked.hooks)
-    flat = numerics(config, checked.numbers, plan_numerics(checked.plan), vocab_size, fingerprints, around)
-    run = run_info(request, checked, flat) | {
+    quant = plan_numerics(checked.plan) | phase_numerics(checked.phases, plan_numerics)
+    flat = numerics(config, checked.numbers, quant, vocab_size, fingerprints, around)
+    parent = fork.parent(config)
+    if parent:
+        fork.check(parent, flat, checked.numbers, tokens)
+        flat |= parent.identity
+    run = run_info(request, checked, flat, parent) | {
         "vocab_size": vocab_size,
         **({"mixture": tokens.label} if isinstance(tokens, Mixture) else {}),
         "data_path": str(tokens.path.resolve()) if tokens else None,
@@ -94,10 +130,10 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
         "data_fingerprint": fingerprints["fingerprint"],
         "tokenizer_hash": fingerprints["tokenizer"],
     }
-    return Description(**vars(checked), tokens=tokens, run=run)
+    return Description(**vars(checked), tokens=tokens, run=run, parent=parent)
 
 
-def run_info(request: Request, checked: Checked, flat: dict[str, Any]) -> dict[str, Any]:
+def run_info(request: Request, checked: Checked, flat: dict[str, Any], parent: Parent | None = None) -> dict[str, Any]:
     """run.json, but for what it says of the data. `flat`: what the hash covers; without the data's fingerprint a name
     of ours ends with <hash>."""
     config, digest = request.config, hash_of(flat)
@@ -112,7 +148,9 @@ def run_info(request: Request, checked: Checked, flat: dict[str, Any]) -> dict[s
         "parameters": shape.parameters,
         "parameters_non_embedding": shape.parameters_non_embedding,
         "recipe": plan.recipe.name,
-        "recipe_label": plan.label,
+        "recipe_label": fork.label(parent, checked.label) if parent else checked.label,
+        **({"parent": parent.lineage} if parent else {}),
+        **({"phases": [phase.to_dict() for phase in checked.phases]} if checked.phases else {}),
         "seed": config.seed,
         "tokens": numbers.tokens,
         "steps": numbers.steps,
@@ -164,17 +202,8 @@ def screen(
     mode = choose(config.parallel, ranks, described.shape.parameters)
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
     name = described.run["name"]
-    memory = estimate(
-        described.shape,
-        described.numbers.micro_tokens,
-        kept_of(described.plan),
-        shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
-        recompute=config.recompute,
-        accumulates=described.numbers.accumulation > 1,
-        replicated=mode == "ddp",
-        optimizer=config.optim.name,
-        hooks=hooks.bytes_per_parameter(described.hooks),
-    )
+    graphed = is_graphed(config, described.plan.fullgraph, mode, ranks.device)
+    memory = expected_memory(config, described, ranks, mode, graphed)
     return str(
         StartScreen(
             name=name,
@@ -183,13 +212,15 @@ def screen(
             gpu=gpu,
             backends=backends or {"asked for": config.backend},
             compiled=is_compiled(config, ranks.device),
-            graphed=is_graphed(config, described.plan.fullgraph, mode, ranks.device),
+            graphed=graphed,
             fullgraph=described.plan.fullgraph,
             parallel=mode,
             model=config.model.name,
             shape=described.shape,
             recipe=described.plan.label,
             plan_lines=described.plan.table().splitlines(),
+            fork=fork.told(described.parent, described.run["numerics"]) if described.parent else None,
+            phases=[line for phase in described.phases for line in (str(phase), *phase.plan.table().splitlines())],
             numbers=described.numbers,
             data=config.data.name if described.tokens is None else _data_name(described.tokens),
             train_tokens=described.train_tokens,
@@ -202,3 +233,32 @@ def screen(
 def _data_name(tokens: TokenSet) -> str:
     copies = tokens.copies_of_val
     return tokens.label + (f" ({copies:,} train rows are copies of validation rows)" if copies else "")
+
+
+def expected_memory(
+    config: TrainConfig, described: Description, ranks: Dist, mode: str, graphed: bool
+) -> MemoryEstimate:
+    """Of the phase that takes most. Where a phase draws its steps, the graphs of both its recipes stay."""
+
+    def of(plan: Plan) -> MemoryEstimate:
+        return estimate(
+            described.shape,
+            described.numbers.micro_tokens,
+            kept_of(plan),
+            shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
+            recompute=config.recompute,
+            accumulates=described.numbers.accumulation > 1,
+            replicated=mode == "ddp",
+            optimizer=config.optim.name,
+            hooks=hooks.bytes_per_parameter(described.hooks),
+        )
+
+    usual = of(described.plan)
+    found = [usual]
+    for phase in described.phases:
+        own = of(phase.plan)
+        if graphed and phase.share < 1:
+            again = own.parts["activations"] + own.parts["temporaries"] + own.parts["gradients"]
+            own = MemoryEstimate(usual.parts | {"graphs of the drawn steps": again})
+        found.append(own)
+    return max(found, key=lambda estimate: estimate.total)

@@ -17,6 +17,7 @@ from training import hooks, probes
 from training.checkpoint.state import TrainState
 from training.config import TrainConfig
 from training.hooks.base import Run
+from training.hooks.phases import Phases
 from training.loop import Parts, Trainer
 from training.optim.groups import build_optimizers
 from training.ranks.distributed import Dist, setup, teardown
@@ -25,6 +26,7 @@ from training.ranks.watchdog import Watchdog
 from training.records.console import Console
 from training.records.loggers import check_asked_for
 from training.records.runfolder import ROOM_FOR_RUNS, RunFolder, device_name, environment, moved
+from training.start import fork
 from training.start.build import (
     Texts,
     build_loss,
@@ -72,15 +74,16 @@ def train(request: Request, ranks: Dist) -> int:
     config = request.config
     set_torch_flags(config)
     backends = backend.use(config.backend, ranks.device.type)
-    plan = check(config, ranks, config.data.vocab_size).plan  # text may take hours to prepare
-    check_recipes(plan, config.recompute)
+    for plan in check(config, ranks, config.data.vocab_size).plans:  # text may take hours to prepare
+        check_recipes(plan, config.recompute)
     ranks.on_main(lambda: check_asked_for(config.logger))
     tokens = open_tokens(
         config.data, ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len)))
     )
     described = describe(request, ranks, tokens)
     texts = open_texts(config, tokens)
-    check_evaluations(config, texts, described.plan, described.numbers)
+    for plan in described.plans:
+        check_evaluations(config, texts, plan, described.numbers)
     folder = RunFolder(Path(config.paths.runs) / described.run["name"])
     text = screen(request, described, ranks, backends)
     lock = RunLock(folder.path)
@@ -99,7 +102,7 @@ def train(request: Request, ranks: Dist) -> int:
         env = environment(ranks.device, ranks.world, backends, config_files(request.choices, described.plan))
         if warning := moved(folder.read(ENV), env):
             print(warning, flush=True)
-        folder.write_start(described.run, request.yaml, described.plan.to_dict(), env, text)
+        folder.write_start(described.run, request.yaml, described.plan_json(), env, text)
         return True
 
     try:
@@ -124,21 +127,22 @@ def run_in(
     micro_batch = build_micro_batch(
         loss, config, described.plan, parallel, described.numbers.tokens_per_step, ranks.device
     )
-    state = TrainState(
-        model,
-        optimizers,
-        hooks=hooks.build(described.hooks, Run(loss, optimizers, described.numbers.steps, micro_batch)),
-        probes=probes.build(described.probes),
-        hash=described.run["hash"],
-    )
+    run = Run(loss, optimizers, described.numbers.steps, micro_batch)
+    around = hooks.build(described.hooks, run)
+    if described.phases:
+        around = {"phases": Phases(described.plan, described.phases, run)} | around
+    state = TrainState(model, optimizers, around, probes.build(described.probes), hash=described.run["hash"])
     resumed = resume(folder, state, ranks)
-    if not resumed:
+    if not resumed and described.parent:
+        fork.begin(described.parent, state, ranks)
+    elif not resumed:
         for hook in state.hooks.values():
             hook.begin(0)
     loggers = open_loggers(folder, config, described.run, ranks, state.step)
     console = Console(ranks.is_main, described.numbers.steps, state.step)
-    checkpointer = open_checkpointer(folder, config, ranks, described.tokens, state.step if resumed else None)
-    if config.checkpoint.every is not None:
+    newest = state.step if resumed else None
+    checkpointer = open_checkpointer(folder, config, ranks, described.tokens, described.numbers.steps, newest)
+    if config.checkpoint.every is not None or config.checkpoint.at:
         checkpointer.reserve(state)
     trainer = Trainer(
         Parts(

@@ -26,6 +26,8 @@ class StartScreen:
     shape: DecoderShape
     recipe: str
     plan_lines: list[str]
+    phases: list[str]
+    fork: str | None
     numbers: Numbers
     data: str
     train_tokens: int | None
@@ -38,6 +40,7 @@ class StartScreen:
         count = f"{shape.parameters_non_embedding:,} parameters + {ends:,} in embedding and lm_head"
         lines = [
             ("run", f"{self.name} -> {self.folder}"),
+            *([("fork", self.fork)] if self.fork else []),
             ("device", f"{self.device}, {n.world} process{'es' if n.world > 1 else ''}, parallel={self.parallel}"),
             ("back ends", ", ".join(f"{op}: {name}" for op, name in self.backends.items())),
             ("compile", self._compile()),
@@ -47,6 +50,7 @@ class StartScreen:
             ),
             ("recipe", self.recipe),
             *(("", line) for line in self.plan_lines),
+            *(("phase" if line.startswith("steps ") else "", line) for line in self.phases),
             ("data", f"{self.data}, vocabulary {shape.vocab_size:,}{self._epochs()}"),
             ("length", f"{n.steps:,} steps x {n.tokens_per_step:,} tokens = {n.tokens:,} tokens"),
             ("batch", self._batch()),
