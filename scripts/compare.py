@@ -1,6 +1,7 @@
 """Compare training runs: table, loss curves, gap curves, and a report in one HTML file.
 
 python scripts/compare.py 'runs/*' --baseline bf16 --out comparison
+python scripts/compare.py 'runs/*' --contrast quartet2:.25,bf16:.75 --margin 3e-3     # different, equivalent or open
 """
 
 import argparse
@@ -14,12 +15,16 @@ from base.terminal import one_line_on_ctrl_c
 if __name__ == "__main__":
     one_line_on_ctrl_c("compare")
 
-from analysis import noise, pairs, published, tables
+from analysis import contrasts, noise, pairs, published, tables
 from analysis.alike import differences
 from analysis.compare import Group, Row, group_runs, pick_baseline, table
+from analysis.contrasts import Contrast
+from analysis.pairing import Floor
 from analysis.runs import find_runs
 from base.files import write_text
-from base.terminal import existing, positive, quiet_pipes
+from base.terminal import between, existing, positive, quiet_pipes
+
+MARGIN = 3e-3  # nats: what no claim here calls a difference
 
 
 def arguments() -> argparse.Namespace:
@@ -33,7 +38,26 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--published", type=existing, default=published.DEFAULT_PATH, help="published runs to set beside ours"
     )
+    parser.add_argument(
+        "--contrast",
+        action="append",
+        metavar="RECIPE:WEIGHT,...",
+        help="judge each other recipe against this mixture, such as quartet2:.25,bf16:.75; may be given several times",
+    )
+    parser.add_argument(
+        "--margin", type=between(1e-9, 1), help="nats within which a contrast is equivalent (default: 3e-3); alone it "
+        "judges each recipe against the baseline"
+    )  # fmt: skip
     return parser.parse_args()
+
+
+def judged(args: argparse.Namespace, groups: list[Group], base: Group, floor: Floor | None) -> list[Contrast] | None:
+    """The contrasts that were asked for; None without any."""
+    if args.contrast is None and args.margin is None:
+        return None
+    labels = [group.label for group in groups]
+    mixtures = [contrasts.parse(text, labels) for text in args.contrast or [f"{base.label}:1"]]
+    return contrasts.contrasts(groups, mixtures, args.margin or MARGIN, floor)
 
 
 def write(
@@ -44,8 +68,9 @@ def write(
     rows: list[Row],
     notes: list[str],
     found: list[pairs.Pair],
+    claims: list[Contrast] | None,
 ) -> list[Path]:
-    """compare.{csv,md,png,html} and pairs.csv in `out`; returns their paths."""
+    """compare.{csv,md,png,html}, pairs.csv and, for `claims`, contrasts.csv in `out`; returns their paths."""
     from analysis import plots, report
 
     points = published.load(args.published) if args.published.exists() else {}
@@ -53,10 +78,14 @@ def write(
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")] + [out / "pairs.csv"]
     write_text(paths[0], tables.to_csv(rows))
     below = [f"{tables.NOTE} {judged_by(rows, found)}", *(f"**Mixed:** {note}" for note in notes)]
+    below += [] if claims is None else [f"```\n{contrasts.text(claims)}\n```"]
     write_text(paths[1], "\n\n".join([tables.markdown(rows).rstrip("\n"), *below]) + "\n")
     plots.save(plots.figure(groups, base, rows), paths[2])
     write_text(paths[3], report.build(groups, base, rows, notes, found, points))
     write_text(paths[4], pairs.to_csv(found))
+    if claims is not None:
+        paths.append(out / "contrasts.csv")
+        write_text(paths[-1], contrasts.to_csv(claims))
     return paths
 
 
@@ -79,13 +108,16 @@ def main() -> int:
         order = [row.label for row in rows]
         groups.sort(key=lambda group: order.index(group.label))  # one order, so one colour, in all outputs
         found = pairs.pairs(groups, floor)
-        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes, found)
+        claims = judged(args, groups, base, floor)
+        paths = write(args, args.out or runs[0].path.parent / "compare", groups, base, rows, notes, found, claims)
     except (ValueError, OSError) as error:
         print(f"compare: {error}", file=sys.stderr)
         return 2
     for note in notes:
         print(f"MIXED: {note}")
     print(tables.text(rows), tables.NOTE, judged_by(rows, found), sep="\n\n")
+    if claims is not None:
+        print("\n" + contrasts.text(claims))
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0
 
