@@ -18,7 +18,8 @@ BAD_ROWS = ("error", "skip")
 VAL_COPIES = ("keep", "drop")
 # 25M tokens of two bytes: no shard is over 50 MB, so that shards travel in small pieces.
 SHARD_TOKENS = 25_000_000
-# The published runs cut 0.05 % of the C4 train documents with this seed (docs/published.md#1-scaling-protocol-llama-on-c4).
+# The published runs cut 0.05 % of the C4 train documents with this seed
+# (docs/published.md#1-scaling-protocol-llama-on-c4).
 PAPER_VAL_FRACTION = 0.0005
 PAPER_SPLIT_SEED = 2357
 
@@ -95,7 +96,7 @@ class DataSpec:
             )
         if self.tokenizer is None and self.bos and not self.path:
             raise ValueError(
-                f"data.bos={self.bos} names a token of a given tokenizer; add data.tokenizer=..., or leave data.bos out"
+                f"data.bos={self.bos} has no effect without a tokenizer; add data.tokenizer=..., or leave data.bos out"
             )
         if not 0 < self.val_fraction < 1:
             raise ValueError(f"data.val_fraction={self.val_fraction} must lie between 0 and 1")

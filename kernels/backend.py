@@ -2,7 +2,8 @@
 
 Each operation is a folder `kernels/<op>/` with `<name>_impl.py` files that hold the same functions and
 `unavailable() -> str | None` (the reason, or None). IMPL is the one mutable global of the project: a filled dict
-traces under torch.compile(fullgraph=True), choosing inside the call does not (style.md 3.4).
+traces under torch.compile(fullgraph=True), choosing inside the call does not
+(docs/numerics.md#7-what-is-equal-what-is-bounded).
 """
 
 from collections.abc import Mapping

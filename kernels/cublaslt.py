@@ -1,8 +1,10 @@
 """cuBLASLt's matrix product with alpha and beta on the device, through ctypes.
 
 torch.mm has no alpha on a device tensor; its FP32 output with a multiplication afterwards costs 16 to 26 % more than
-BF16 output (kernels.md 8). cuBLASLt applies a device alpha to the FP32 accumulator in the epilogue, before the one
-rounding to the output type: exactly design.md 3.1. The library is the one torch has loaded; nothing is built.
+BF16 output (docs/kernels.md#4-cublaslt). cuBLASLt applies a device alpha to the FP32 accumulator in the epilogue,
+before the one
+rounding to the output type: exactly docs/numerics.md#1-values-and-scales. The library is the one torch has loaded;
+nothing is built.
 
 cuBLASLt is column-major. For row-major out[P, Q] = left[P, k] right[k, Q] it is asked for out^T = right^T left^T: its A
 is `right`, its B is `left`, m = Q, n = P. A row-major matrix is its own transpose read column-major, so an operand is

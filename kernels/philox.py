@@ -1,7 +1,8 @@
 """Counter-based random bits: Philox4x32-10 in torch int64 arithmetic (Salmon et al., SC 2011).
 
 key = the 64-bit seed; counter = (element // 4, step, micro-batch, layer << 8 | stream); output word = element % 4
-(design.md 3.5). Nothing is stored: the same numbers give the same bits on resume, in recomputation and on any number
+(docs/numerics.md#5-random-bits). Nothing is stored: the same numbers give the same bits on resume, in recomputation
+and on any number
 of devices. A 32-bit word lives in an int64; products wrap modulo 2^64, whose low 64 bits are the exact product.
 """
 

@@ -1,7 +1,8 @@
 """Triton building blocks of the 4-bit quantizers: rounding, division, Philox bits, E2M1 and E4M3 codes.
 
 Everything here is FP32 and 32-bit integer arithmetic without float8 casts, so that the kernels compile for every
-architecture and the interpreter, whose float8 casts are wrong (kernels.md 6), gives the same bits. What it can't run
+architecture and the interpreter, whose float8 casts are wrong (docs/kernels.md#5-triton), gives the same bits. What
+it can't run
 (PTX, fused multiply-add) has another branch for it, by INTERPRET; and E2M1 on Blackwell has a conversion instruction
 that replaces the arithmetic (`has_e2m1_instruction`). The definition is
 kernels/formats (minifloat.py, nvfp4.py) and kernels/philox.py; each function below names the one it repeats.
@@ -91,7 +92,8 @@ def stochastic_e2m1(x, random24, INTERPRET: tl.constexpr):
     Between neighbours low <= |x| < low + step: up iff |x| - random24 * 2^-24 * step > low, so the result is that
     difference rounded up to a multiple of step. Upward rounding of the difference itself can't carry it past one.
 
-    Not cvt.rs.satfinite.e2m1x4: its random bits are not design.md's Philox words, and sm_120 has no such instruction.
+    Not cvt.rs.satfinite.e2m1x4: its random bits are not the contract's (docs/numerics.md#5-random-bits), and sm_120
+    has no such instruction.
     """
     magnitude = tl.minimum(tl.abs(x), 6.0)
     power = binade(tl.maximum(magnitude, 1.0))  # 2 * step

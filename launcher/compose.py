@@ -405,7 +405,8 @@ def ending_in(end: str, key: str, known: list[str]) -> list[str]:
 
 
 def without_none_gemms(quant: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Write a GEMM given as `none` out: both grids none, each operand's source kept (docs/concepts.md#three-gemms-six-slots). `base`: the
+    """Write a GEMM given as `none` out: both grids none, each operand's source kept
+    (docs/concepts.md#three-gemms-six-slots). `base`: the
     recipe file that `quant` started from."""
     for gemm, slots in OPERANDS.items():
         given = quant.get(gemm)

@@ -75,8 +75,8 @@ def form_label(spec: QuantSpec) -> str:
     return f"{grid}{block} {number_format}{rule}{prescale}"
 
 
-# A branch chosen after random rounding: not a recipe, kept as the example of a bias (recipes.md 6.3; published bias
-# 706e-6 on N(0,1), quartet2.md d.3).
+# A branch chosen after random rounding: not a recipe, kept as the example of a bias (docs/numerics.md#8-limits;
+# published: 706e-6 on N(0,1), docs/published.md#4-quantizer-errors).
 BIASED_EXAMPLE = Quantizer(
     QuantSpec.resolve(
         "e2m1",
@@ -93,7 +93,8 @@ MS_EDEN = Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden"),
 MS_EDEN_128 = Quantizer(QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation"), 128)
 
 # Relative MSE x1e-3 on N(0,1), keyed by a quantizer's label without its rotation. Sources: issue 2's figures, which are
-# Quartet II's Table 1 to more digits (quartet2.md d.3); the FP8 rows are recipes.md 1.
+# Quartet II's Table 1 to more digits (docs/published.md#4-quantizer-errors); the FP8 rows are
+# docs/published.md#4-quantizer-errors.
 PUBLISHED_MSE = {
     "1x16 rtn": 9.05,
     "1x16 rtn +4/6": 7.56,
@@ -108,7 +109,7 @@ PUBLISHED_MSE = {
     "e5m2 tensor fp32": 2.78,
 }
 # The same of other formats, as an independent implementation measured them on 2^21 elements, for want of published
-# figures with as many digits (docs/recipes.md).
+# figures with as many digits (docs/recipes/README.md).
 PUBLISHED_MSE |= {
     "1x16 rtn +search -1..5": 6.65,
     "1x16 rtn +search 0..5": 6.99,

@@ -58,7 +58,7 @@ class Wish:
 def fixed_or(amax: str | float, largest: Tensor) -> Tensor:
     """A fixed amax is that of the tensor the quantizer sees: rotated, not normalised, without an outer scale.
 
-    NaN where the measured one, `largest`, is not finite: a bad number must reach the output (docs/numerics.md#edges).
+    NaN where the measured one, `largest`, is not finite: a bad number must reach the output (docs/numerics.md#6-edges).
     """
     if amax == "exact":
         return largest

@@ -1,7 +1,7 @@
 """A recipe: how the operands of a linear layer's three GEMMs are quantized. Frozen plain data, built from a mapping.
 
 The GEMMs and their operands: quant/names.py. What a recipe computes: quant/slots.py.
-Source: design.md section 2.
+Source: docs/concepts.md#three-gemms-six-slots.
 """
 
 import math

@@ -65,13 +65,16 @@ class ModelSection:
     rope_theta: float = 1e4
     residual_dtype: str = "float32"
     lr: float = 1.2e-3
-    micro_tokens: int = 65536  # default micro-batch; part of the numerics, so it never follows from the machine
+    # Defaults of the batch and the micro-batch. Part of the numerics, so they never follow from the machine.
+    batch_tokens: int = 262144  # the published runs' 512 sequences of 512
+    micro_tokens: int = 65536
 
     def __post_init__(self) -> None:
         self.family = choice("model.family", self.family, tuple(FAMILIES))
         in_range("model.lr", self.lr, 1e-12, 1e3)
         in_range("model.norm_eps", self.norm_eps, 0.0, 1.0)
         in_range("model.rope_theta", self.rope_theta, 1.0, 1e12)
+        self.batch_tokens = whole("model.batch_tokens", self.batch_tokens)
         self.micro_tokens = whole("model.micro_tokens", self.micro_tokens)
 
 

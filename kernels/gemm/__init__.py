@@ -20,7 +20,7 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
     multiplied once by a.scale * b.scale * alpha_const and rounded once to out_dtype (bfloat16 or float32).
     alpha_const: 1/dim of the unnormalised rotation, else 1. Without scales and with alpha 1 it is the plain GEMM.
     Only the order of summation differs between back ends. Raises ValueError if the contraction dims differ.
-    Source: design.md 3.1.
+    Source: docs/numerics.md#1-values-and-scales.
     """
     if kind not in GEMMS:
         raise ValueError(f"kind={kind!r}; use one of {', '.join(GEMMS)}")

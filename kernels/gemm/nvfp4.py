@@ -33,7 +33,8 @@ def gemm_nvfp4(
     library call of the emulated path, with operands in their natural layout, so that both train bitwise alike.
     backend: cutlass, scaled_mm or packed_emulated; each module's unavailable() says whether it runs here.
     Raises ValueError for a wrong dtype, shape, layout or device (it names the tensor and the rule) and RuntimeError
-    for a kernel that fails. Source: NVFP4's definition (kernels/formats/nvfp4.py); csrc/AUDIT.md for the CUTLASS call.
+    for a kernel that fails. Source: NVFP4's definition (kernels/formats/nvfp4.py); kernels/csrc/AUDIT.md for the
+    CUTLASS call.
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}; need one of {', '.join(BACKENDS)}")

@@ -40,7 +40,8 @@ def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool = Fal
     """float32 [dim] of +1 and -1: the diagonal D of the rotation x -> (D x) H, the same for both operands of a GEMM.
 
     rng: int64 [3] (seed, step, micro-batch); layer: int64 []; gemm: 0 fprop, 1 dgrad, 2 wgrad. fixed drops step,
-    micro-batch and layer (all 0). Word i of Philox decides sign i: -1 if its top bit is set. Source: design.md 3.5.
+    micro-batch and layer (all 0). Word i of Philox decides sign i: -1 if its top bit is set. Source:
+    docs/numerics.md#5-random-bits.
     """
     return backend.impl("quantize").rht_signs(rng, layer, gemm, dim, fixed)
 
@@ -77,7 +78,7 @@ def quantize(
     want: "values", "packed" or both. The rotation is unnormalised: 1/dim per GEMM belongs in gemm's alpha_const.
     NaN or Inf in amax gives scale NaN (codes unspecified), so every output is NaN; amax 0 gives tensor scale 1.
     Raises ValueError for shapes that the block (16) or the rotation does not divide, or missing random state.
-    Source: quartet2.md a.1, a.2; design.md 3.
+    Source: docs/numerics.md#8-limits and #9-ms-eden.
     """
     _check(x, axis, signs)
     _check_spec(x.shape, spec, axis, signs, draw)

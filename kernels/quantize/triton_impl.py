@@ -1,6 +1,7 @@
 """Fused quantizers in Triton: the functions of reference_impl.py on any CUDA GPU, launched as torch custom operators.
 
-Bits agree with the reference as design.md 3.7 says. Every 1x16 NVFP4 slot, rotated or not, along either axis, from BF16
+Bits agree with the reference as docs/numerics.md#7-what-is-equal-what-is-bounded says. Every 1x16 NVFP4 slot, rotated
+or not, along either axis, from BF16
 or packed codes, runs triton_kernels.quantize_kernel (rows_kernel along rows without a rotation); maxima of rotated
 tensors its amax_kernel; 16x16 tiles and FP8 are in triton_tiles.py, launches in triton_ops.py. The maximum of a tensor
 that nothing rotates stays plain PyTorch, so that Inductor computes it inside the kernel that produces the tensor.

@@ -13,7 +13,8 @@ from kernels.quantize import reference_impl
 from kernels.selftest.verdicts import NOT_HERE, Line, judge
 from kernels.spec import NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
-# Where a rotation or a sum decides, the order of FP32 sums may move this share of codes and scales (design.md 3.7).
+# Where a rotation or a sum decides, the order of FP32 sums may move this share of codes and scales
+# (docs/numerics.md#7-what-is-equal-what-is-bounded).
 SUM_ORDER_SHARE = 1e-5
 # Largest relative rounding error of one FP32 sum; a rotation of dim values is dim of them at most.
 FP32_STEP = 2.0**-24

@@ -39,7 +39,8 @@ PRESETS = (
     Layers("llama_1b9", 2560, 6912),
 )
 
-# The layers that the published speed tables are about (quartet2.md d.6 names the sizes only; the widths are Llama's).
+# The layers that the published speed tables are about (docs/published.md#6-speed names the sizes only; the widths are
+# Llama's).
 PUBLISHED = (
     Layers("800M", 2048, 5632),
     Layers("3B", 3072, 8192),

@@ -1,7 +1,8 @@
 """How long a Llama block's linear layers take, forward and backward, against BF16 and FP8, beside published figures.
 
 What is timed is the arithmetic of the layer: quantize (amax included), three GEMMs; no optimizer, no weight update. FP8
-is per tensor, current scaling, with torch._scaled_mm. Published: quartet2.md d.6 (Quartet II's notebook log, RTX 5090;
+is per tensor, current scaling, with torch._scaled_mm. Published: docs/published.md#6-speed (Quartet II's notebook log,
+RTX 5090;
 amax given from outside there), forward and forward + backward over BF16.
 """
 

@@ -1,8 +1,10 @@
 """Compare every Triton quantizer with the reference: python scripts/check/check_fast.py [--workers 14 | --small]
 
 Runs on the GPU, or on a CPU under TRITON_INTERPRET=1 (use --small). All slots of the recipes, both axes, packed and
-BF16 sources, the input families of docs/numerics.md#7-what-is-equal-what-is-bounded, ragged sizes. Prints the share of codes and block scales that differ
-and fails (exit code 1) where it exceeds what docs/numerics.md#7-what-is-equal-what-is-bounded allows: 0 for RTN, SR and 4/6 without rotation, else 1e-5;
+BF16 sources, the input families of docs/numerics.md#7-what-is-equal-what-is-bounded, ragged sizes. Prints the share
+of codes and block scales that differ
+and fails (exit code 1) where it exceeds what docs/numerics.md#7-what-is-equal-what-is-bounded allows: 0 for RTN, SR
+and 4/6 without rotation, else 1e-5;
 tensor scale, amax and signs always equal where no rotation precedes them.
 """
 

@@ -70,7 +70,7 @@ def test_overrides_give_the_same_spec_through_shell_and_hydra(spec):
         ),
         ({"source": "pydocs", "files": None, "hub_path": "a/b"}, r"data\.hub_path is given.*add data=hub"),
         ({"source": "hub", "hub_path": "a/b"}, r"data\.files is given.*add data\.source=files"),
-        ({"bos": "<s>"}, r"data\.bos=<s> names a token of a given tokenizer; add data\.tokenizer"),
+        ({"bos": "<s>"}, r"data\.bos=<s> has no effect without a tokenizer; add data\.tokenizer"),
         ({"bad_rows": "warn"}, r"data\.bad_rows='warn' is none of error, skip"),
         ({"val_copies": "yes"}, r"data\.val_copies='yes' is none of keep, drop"),
         ({"vocab_size": 256}, r"data\.vocab_size=256: a byte-level BPE needs 257"),

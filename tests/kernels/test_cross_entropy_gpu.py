@@ -51,7 +51,7 @@ for softcap in (None, 2.0, 15.0):
     written = logits.clone()
     nats = triton_impl.nats_of(written, targets, softcap, True)
     torch.testing.assert_close(nats, expected, rtol=1e-5, atol=1e-5)
-    # One step of BF16: the interpreter truncates what a GPU rounds (kernels.md 6).
+    # One step of BF16: the interpreter truncates what a GPU rounds (docs/kernels.md#5-triton).
     torch.testing.assert_close(written.float(), weight.grad.t(), rtol=2**-7, atol=1e-6)
 print("same")
 """

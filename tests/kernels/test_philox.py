@@ -1,4 +1,4 @@
-"""Philox4x32-10 against the known-answer vectors of Random123, and the counters of design.md 3.5."""
+"""Philox4x32-10 against the known-answer vectors of Random123, and the counters of docs/numerics.md#5-random-bits."""
 
 import pytest
 import torch

@@ -28,7 +28,7 @@ def gradients(function, inputs, outputs_gradients) -> list[torch.Tensor]:
 
 def assert_one_rounding_apart(got, expected) -> None:
     """Equal up to FP32 operations in another order: at most one step of BF16, and that seldom; always one step where
-    the interpreter truncates what a GPU rounds (kernels.md 6)."""
+    the interpreter truncates what a GPU rounds (docs/kernels.md#5-triton)."""
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
         torch.testing.assert_close(ours, theirs, rtol=2**-7 if ours.dtype == torch.bfloat16 else 1e-5, atol=1e-5)

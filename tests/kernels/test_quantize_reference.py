@@ -118,7 +118,8 @@ def test_block_whose_scale_vanishes_stores_one_and_zero_codes():
 
 
 def test_tiny_tensors_are_not_clamped():
-    # Gradients have amax 1e-5 and less; down to FP32's smallest normal the tensor scale follows (recipes.md 6.1).
+    # Gradients have amax 1e-5 and less; down to FP32's smallest normal the tensor scale follows
+    # (docs/numerics.md#6-edges).
     for exponent in (-20, -60, -100):
         x = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
         small = (x.float() * 2.0**exponent).bfloat16()

@@ -338,7 +338,7 @@ WITHOUT_EFFECT = [
     (["data=text", "data.files=a.txt", "data.val_files=b.txt", "data.val_fraction=0.1"], "data.val_fraction=0.1"),
     (["data.path=shards", "data.text_key=body"], "data.path names text that is tokenized already"),
     (["data.tokenizer=t.json", "data.vocab_size=500"], "the tokenizer is given"),
-    (["data.bos=BOS"], "set data.tokenizer"),
+    (["data.bos=BOS"], "add data.tokenizer="),
     (["data=text", "data.files=a.txt", "data.hub_name=en"], "reads no hub"),
     (["logger.wandb.project=mine"], "set logger=wandb"),
 ]

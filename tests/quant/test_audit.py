@@ -40,7 +40,8 @@ def test_published_errors_within_one_percent(quantizer, mse):
 
 
 def test_alignment_of_upstreams_correction_shows_its_shrinkage():
-    # quartet2.md d.3: 5.9e-4 for the sum in scaled space, 7e-6 in tensor space. On 8 x 2M elements the noise is 3e-5.
+    # docs/published.md#4-quantizer-errors: 5.9e-4 for the sum in scaled space, 7e-6 in tensor space. On 8 x 2M
+    # elements the noise is 3e-5.
     x = audit.gaussian((2048, 2048), 0)
     upstream = Quantizer(library.load("quartet2_upstream").operand("dgrad.dy").spec, 128)
     mean = {q: sum(audit.errors(q, x, seed)[1] for seed in range(1, 4)) / 3 for q in (upstream, audit.MS_EDEN_128)}
@@ -57,7 +58,7 @@ def test_bias_curves_tell_biased_from_unbiased(monkeypatch):
     curves = {q.label: audit.bias_curve(q, x) for q in (audit.SR, audit.MS_EDEN, audit.BIASED_EXAMPLE)}
     assert [curve.is_biased for curve in curves.values()] == [False, False, True]
     biased = curves[audit.BIASED_EXAMPLE.label]
-    assert biased.bias == pytest.approx(706e-6, rel=0.1)  # quartet2.md d.3
+    assert biased.bias == pytest.approx(706e-6, rel=0.1)  # docs/published.md#4-quantizer-errors
     for label in (audit.SR.label, audit.MS_EDEN.label):
         errors = curves[label].errors
         assert errors[0] / errors[-1] == pytest.approx(64, rel=0.1)

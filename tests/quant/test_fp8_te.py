@@ -412,7 +412,8 @@ def test_products_are_fp8_close_to_exact(real_te, scaling):
     exact = {"y": x32 @ w.T, "dx": dy32 @ w, "dw": dy32.flatten(0, 1).T @ x32.flatten(0, 1)}
     assert y.dtype == dx.dtype == torch.bfloat16 and dw.dtype == torch.float32
     for name, value in {"y": y, "dx": dx, "dw": dw}.items():
-        # E4M3 x E4M3 0.037, E5M2 x E4M3 0.059 (recipes.md section 1); below 0.01 it would not be FP8 at all.
+        # E4M3 x E4M3 0.037, E5M2 x E4M3 0.059 (docs/published.md#4-quantizer-errors); below 0.01 it would not be FP8
+        # at all.
         assert 0.01 < relative(value, exact[name]) < 0.08, name
 
 

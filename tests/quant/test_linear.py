@@ -40,7 +40,7 @@ def run(recipe: Recipe, x: Tensor, w: Tensor, dy: Tensor, compiled=None) -> tupl
     return y.detach(), x.grad, linear.weight.grad
 
 
-# --- FP64 from the same codes: the recipe table of design.md 2.1, written out a second time ---
+# --- FP64 from the same codes: the recipe table of docs/recipes/README.md, written out a second time ---
 
 
 def spec(grid: str, rounding: str = "rtn", select: str = "absmax", scales=NVFP4_SCALES, **eden) -> QuantSpec:
@@ -332,7 +332,7 @@ def test_fixed_amax_takes_the_place_of_the_measured_one():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("name", ["quartet2", "nvidia", "fp8"])
 def test_a_fixed_amax_hides_no_bad_number(name, bad):
-    """design.md 3.6. Without the measured amax Inf would saturate, and packed codes have no NaN."""
+    """docs/numerics.md#6-edges. Without the measured amax Inf would saturate, and packed codes have no NaN."""
     recipe = with_fixed_amax(name, 3.0)
     x, w, dy = tensors(15)
     x[3, 4] = bad

@@ -4,7 +4,8 @@ Built on torch.distributed.checkpoint's planners, so that what N ranks saved can
 neither. Names don't depend on any wrapper: `model.<name>`, `optim.<i>.<parameter>.<state>`, `hooks.<hook>.<key>`,
 `probes.<probe>.<key>`. Hyper-parameters (learning rate, decay) are not stored: they are functions of the config and of
 the step, and the config's hash is checked.
-There is no generator state to store (design.md 3.5). Format and what counts as damaged: storage.py and manifest.py.
+There is no generator state to store (docs/numerics.md#5-random-bits). Format and what counts as damaged: storage.py
+and manifest.py.
 """
 
 import shutil

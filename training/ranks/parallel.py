@@ -7,7 +7,8 @@
 
 All modes produce the same gradient up to the order of FP32 summation: each rank sums its micro-batches in FP32, already
 weighted by the tokens of the global batch, and the ranks' sums are added, never averaged. Communication waits for the
-last micro-batch of a step. amax and tensor scales are taken after the gather, on whole weights (docs/numerics.md#3-scope).
+last micro-batch of a step. amax and tensor scales are taken after the gather, on whole weights
+(docs/numerics.md#3-scope).
 Gathered weights stay for the whole step, since its gradients are kept whole as well; where memory is worth more than
 time (recompute=true) every forward and backward gathers anew. Both are the same bits.
 
@@ -186,7 +187,8 @@ def exact_spans(block: nn.Module, shards: int) -> list[tuple[int, int]]:
 class Bf16Gather:
     """All-gather for fully_shard that sends linear weights in BF16 and gives FP32 tensors holding the BF16 values.
 
-    Every linear layer rounds its weight to BF16 first (docs/numerics.md#2-dtypes), so this is exact, at half the traffic.
+    Every linear layer rounds its weight to BF16 first (docs/numerics.md#2-dtypes), so this is exact, at half the
+    traffic.
     FSDP2's own MixedPrecisionPolicy(param_dtype=bfloat16) is not: autograd would then round dW to the weight's BF16.
     Everything else (norm gains) travels in FP32.
     """

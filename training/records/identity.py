@@ -34,7 +34,8 @@ def numerics(
     Left out on purpose: world size, parallel mode, back end, compile, logging, evaluation and checkpoint intervals,
     paths. They may change the last bits of a sum, never what is computed.
     """
-    model = {key: value for key, value in asdict(config.model).items() if key not in ("name", "lr", "micro_tokens")}
+    defaults = ("name", "lr", "batch_tokens", "micro_tokens")  # what follows from them is below
+    model = {key: value for key, value in asdict(config.model).items() if key not in defaults}
     # The rate is the schedule's, what is trained a hook's.
     optim = {k: v for k, v in asdict(config.optim).items() if k not in ("lr", "train", "train_from")}
     # Fields that came later appear only where they are used, so that older runs keep their hash.

@@ -38,7 +38,7 @@ GRAPHS_PER_METHOD = 64
 
 
 def set_torch_flags(config: TrainConfig) -> None:
-    """Exact FP32 (no TF32), no reduced-precision sums (design.md 3.2), and the same bits in every run."""
+    """Exact FP32 (no TF32), no reduced-precision sums (docs/numerics.md#2-dtypes), and the same bits in every run."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.use_deterministic_algorithms(config.deterministic)

@@ -9,7 +9,6 @@ from training.optim.schedule import Schedule
 TOKENS_PER_PARAMETER = 20  # length of a run that names neither tokens nor steps, per non-embedding parameter
 MUON_IS_FOR = "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
 MOST_STEPS = 10**9  # a slip of the keyboard above
-DEFAULT_BATCH_TOKENS = 262144  # the published runs' 512 sequences of 512
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def batch_sequences(config: TrainConfig) -> int:
     batch = config.batch
     if batch.sequences is not None:
         return batch.sequences
-    tokens = batch.tokens if batch.tokens is not None else DEFAULT_BATCH_TOKENS
+    tokens = batch.tokens if batch.tokens is not None else config.model.batch_tokens
     if tokens % batch.seq_len:
         raise ValueError(
             f"batch.tokens={tokens} is not a multiple of batch.seq_len={batch.seq_len}; "

@@ -9,7 +9,7 @@ from models.shape import DecoderShape
 from training.config import ModelSection, TrainConfig
 
 # Fields of the model section that are no sizes.
-NO_SIZES = {"name", "family", "lr", "micro_tokens"}
+NO_SIZES = {"name", "family", "lr", "batch_tokens", "micro_tokens"}
 
 
 def shape_of(config: TrainConfig, vocab_size: int) -> DecoderShape:
