@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from base.files import ROOM_FOR_TOKENS, disk_full_explained, expanded, json_hash, locked, make_folder, say, write_json
+from data import valsets
 from data.assemble import FORMAT, EmptySideError, assemble
 from data.open import open_source
 from data.parts import tokenize_source
@@ -37,6 +38,7 @@ def ensure(spec: DataSpec, root: Path | str, seq_len: int | None = None) -> Path
 
     Raises FileNotFoundError with the command to type when the source is large and not yet prepared.
     """
+    valsets.folders(spec)  # a wrong name is told before hours of work
     if spec.mix:
         spec.check()
         folders = [_token_folder(folder, "data.mix") for folder in spec.mixed_folders()]

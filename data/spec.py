@@ -1,6 +1,7 @@
 """What text a run reads and how it becomes tokens: plain fields that a Hydra schema can embed."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from shlex import quote
 from typing import Any
@@ -36,6 +37,7 @@ class DataSpec:
     path: str | None = None  # an already prepared token folder; nothing else is looked at then
     mix: Any = None  # prepared token folders to train on together; the first one's validation text counts
     weights: Any = None  # the share of each, adding up to 1
+    val_sets: Any = None  # further texts to evaluate on: a mapping of names to prepared token folders
     source: str = "files"  # files | hub | pydocs | tokens (files of token ids: data/ids.py)
 
     files: Any = None  # path, glob, or list of them: .txt .jsonl .json .parquet, the text ones also .gz .zst
@@ -167,6 +169,8 @@ def hydra_value(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, (int, float)):
         return str(value)
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{k}:{hydra_value(v)}" for k, v in value.items()) + "}"
     if isinstance(value, str):
         return value if _reads_as_text(value) else f'"{_BEFORE_QUOTE.sub(_escaped, value)}"'
     return "[" + ",".join(hydra_value(v) for v in value) + "]"

@@ -8,7 +8,8 @@ from training.config import TrainConfig
 
 WARMUPS = ("warmup_fraction", "warmup_steps", "warmup_tokens")
 RANDOM = ("sr", "ms_eden")
-OF_ANY_TEXT = ("path", "packing", "workers", "verify")  # of the data section, read beside data.path
+# Of the data section, read beside data.path or data.mix.
+OF_ANY_TEXT = ("path", "mix", "weights", "val_sets", "packing", "workers", "verify")
 Unread = tuple[str, str]  # (key, why it has no effect and what to type)
 
 
@@ -78,8 +79,9 @@ def text(given: set[str], config: TrainConfig) -> Iterator[Unread]:
         for key in sorted(given & {f"data.{name}" for name in names}) if is_unread else ():
             yield key, why
     others = {key for key in given if key.startswith("data.")} - {f"data.{name}" for name in OF_ANY_TEXT}
-    for key in sorted(others) if data.path else ():
-        yield key, "data.path names text that is tokenized already; set data.path=null"
+    for name in ("path", "mix"):
+        for key in sorted(others) if getattr(data, name) else ():
+            yield key, f"data.{name} names text that is tokenized already; set data.{name}=null"
 
 
 def text_rules(data: Any) -> Iterator[tuple[tuple[str, ...], bool, str]]:

@@ -58,6 +58,7 @@ class Parts:
     sample_hashes: Callable[[int, int], list[str]]  # first step, count -> hash of each one's samples, over all ranks
     evalset: EvalSet
     final_evalset: EvalSet
+    named_evalsets: dict[str, tuple[EvalSet, EvalSet]]  # name -> (during training, at the end)
     flops_per_token: int
     checkpointer: Checkpointer
     loggers: Loggers
@@ -270,7 +271,7 @@ class Trainer:
 
         return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)
 
-    def _evaluate(self, evalset: EvalSet) -> dict[str, float | None]:
+    def _evaluate(self, evalset: EvalSet, at_end: bool = False) -> dict[str, float | None]:
         """Score, write eval/<step>.npz, the eval row and those of the probes; returns {loss, bpb, se, ...}."""
         step = self.state.step
         for hook in self.state.hooks.values():
@@ -283,6 +284,7 @@ class Trainer:
             beside |= probe.scores(context)
         if self.p.ranks.is_main:
             save_rows(segments_file(self.p.folder.path, step), evalset, nats)
+        summary |= self._evaluate_named(at_end)
         # `targets`: how much was scored, so that no reader has to open the rows of every evaluation to know it.
         scored = {"tokens": self.state.tokens, "targets": evalset.targets}
         self._log({"kind": "eval", "step": step, **scored, **summary, **beside, "time": time.time()})
@@ -295,6 +297,20 @@ class Trainer:
             f"{about}{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
         )
         return summary
+
+    def _evaluate_named(self, at_end: bool) -> dict[str, float | None]:
+        """Score data.val_sets; returns {loss/<name>, bpb/<name>, se/<name>}, the rows go to eval/<name>/<step>.npz."""
+        found: dict[str, float | None] = {}
+        for name, lists in self.p.named_evalsets.items():
+            evalset = lists[at_end]
+            nats = self._score(evalset)
+            summary = evalset.summary(nats)
+            if self.p.ranks.is_main:
+                rows = segments_file(self.p.folder.path, self.state.step)
+                save_rows(rows.parent / name / rows.name, evalset, nats)
+            found |= {f"{key}/{name}": value for key, value in summary.items()}
+            self.p.console.say(f"  {name}: {summary['loss']:.4f} nats/token over {evalset.targets:,} tokens")
+        return found
 
     def _due_probes(self, at_evaluation: bool) -> dict[str, Probe]:
         found = {name: probe for name, probe in self.state.probes.items() if probe.at_evaluation == at_evaluation}
@@ -338,7 +354,7 @@ class Trainer:
         if self.state.step != self._resumed_at:
             self._save(wait=True)
         # Killed between its evaluation and its result: scoring again would be a second row of one step.
-        final = self._evaluated() or self._evaluate(self.p.final_evalset)
+        final = self._evaluated() or self._evaluate(self.p.final_evalset, at_end=True)
         self.event("finish")
         if self.p.ranks.is_main:
             result = self._result(final)
@@ -360,6 +376,7 @@ class Trainer:
             "final_bpb": final["bpb"],
             **({"final_bpb_approximate": True} if final.get("bpb_approximate") else {}),
             "final_se": final["se"],
+            **{f"final_{key}": value for key, value in final.items() if "/" in key},
             "wall_s": self._wall_s(),
             "train_loss_last": train[-1]["loss"] if train else None,
             "ms_per_step_median": median(row["ms_per_step"] for row in train) if train else None,

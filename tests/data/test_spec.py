@@ -47,6 +47,7 @@ def test_c4_and_fineweb_are_the_published_protocols():
             tokenizer="t.json",
             id_key=None,
         ),
+        DataSpec(files="a.txt", val_sets={"web": "a b/c", "code-2": "$d"}),
         DataSpec(source="hub", hub_path="org/name", hub_streaming=False, val_fraction=0.25, name="it's"),
     ],
 )

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from data.prepare import prepare
+from data.spec import DataSpec
 from data.tokenizer import TextTokenizer
 from data.tokens import TokenSet
 
@@ -85,3 +87,48 @@ def test_a_mixture_goes_on_as_if_it_had_not_stopped(run, stop_after, mix, mixed_
     assert trained[0] == trained[1] and len(trained[0]) == 10
     info = json.loads((straight / "run.json").read_text())
     assert info["mixture"].startswith("75 % t0-") and info["data_fingerprint"] != TokenSet(mixed_folders[0]).fingerprint
+
+
+def test_named_texts_are_scored_beside_the_validation_text(run, tmp_path, text_file, token_folder, capsys):
+    """With the losses that a run has whose own validation text they are; rows, results and screen have their names."""
+    lines = text_file.read_text().splitlines()
+    _, alone = run(name="alone")
+    own = Path(json.loads((alone / "run.json").read_text())["data_path"])
+    (tmp_path / "o.jsonl").write_text("\n".join(lines[:20]))
+    spec = DataSpec(files=f"{tmp_path}/o.jsonl", tokenizer=f"{own}/tokenizer.json", val_fraction=0.3, workers=1)
+    other = prepare(spec, tmp_path / "other")
+    sets = f"data.val_sets={{own: {own}, other: {other}}}"
+    _, folder = run(sets, "evaluate.tokens=128", name="named")
+    text = capsys.readouterr().out
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert [row["loss/own"] == row["loss"] and row["se/own"] == row["se"] for row in evals] == [True, True]
+    assert all(row["loss/other"] != row["loss"] for row in evals) and "  other: " in text
+    result = json.loads((folder / "result.json").read_text())
+    assert (
+        result["final_loss/own"]
+        == result["final_loss"]
+        == json.loads((alone / "result.json").read_text())["final_loss"]
+    )
+    assert result["final_bpb/other"] > 0
+    whole, first = (np.load(folder / "eval" / "other" / f"{step}.npz")["tokens"].sum() for step in (10, 5))
+    assert whole == TokenSet(other).split("val").length - 1 and first == 128
+    info, plain = (json.loads((one / "run.json").read_text()) for one in (folder, alone))
+    assert info["val_sets"]["other"] == TokenSet(other).fingerprint and info["hash"] == plain["hash"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("data.val_sets={a: nowhere}", r"data\.val_sets\.a=nowhere is no token folder"),
+        ("data.val_sets=[nowhere]", r"needed are names and folders"),
+        ("data.val_sets={1: nowhere}", r"the name 1 must begin with a letter"),
+        ("data.val_sets={a: FOLDER}", r"data\.val_sets\.a: .* has another tokenizer"),
+    ],
+)
+def test_named_texts_that_cannot_be_scored_are_refused_before_training(run, tmp_path, text_file, words, message):
+    if "FOLDER" in words:
+        spec = DataSpec(files=str(text_file), vocab_size=280, val_fraction=0.3, workers=1)
+        words = words.replace("FOLDER", str(prepare(spec, tmp_path / "other")))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run(words)

@@ -183,29 +183,34 @@ class Texts:
     train: Loader
     evaluation: EvalSet
     final: EvalSet
+    named: dict[str, tuple[EvalSet, EvalSet]]  # data.val_sets: (during training, at the end)
 
 
-def open_texts(config: TrainConfig, tokens: TokenSet) -> Texts:
-    """A list longer than val means all of val. ValueError where a split or a list is too short for one sequence."""
+def open_texts(config: TrainConfig, tokens: TokenSet, named: dict[str, TokenSet] | None = None) -> Texts:
+    """`named`: further texts to evaluate on. A list longer than val means all of val. ValueError where a split or a
+    list is too short for one sequence."""
     seq_len, packing = config.batch.seq_len, config.data.packing
-    there = available(tokens, seq_len, packing)
 
     @cache
-    def fixed_list(count: int | None) -> EvalSet:
-        return EvalSet(tokens, seq_len, count, packing)
+    def fixed_list(text: TokenSet, count: int | None) -> EvalSet:
+        return EvalSet(text, seq_len, count, packing)
 
-    def listed(count: int | None) -> EvalSet:
-        return fixed_list(None if count is None or count >= there else count)
+    def lists(text: TokenSet) -> tuple[EvalSet, EvalSet]:
+        there = available(text, seq_len, packing)
+        counts = (config.evaluate.tokens, config.evaluate.final_tokens)
+        during, final = (fixed_list(text, None if n is None or n >= there else n) for n in counts)
+        return during, final
 
     train = open_loader(tokens, seq_len, config.seed, packing)
-    return Texts(train, listed(config.evaluate.tokens), listed(config.evaluate.final_tokens))
+    return Texts(train, *lists(tokens), {name: lists(text) for name, text in (named or {}).items()})
 
 
 def check_evaluations(config: TrainConfig, texts: Texts, plan: Plan, numbers: Numbers) -> None:
     """ValueError, with what to type, where an evaluation's last batch has a number of tokens that the recipe can't
     take: training would go well until then."""
-    during = {} if config.evaluate.every is None else {"tokens": texts.evaluation}
-    for key, evalset in {**during, "final_tokens": texts.final}.items():
+    lists = [(texts.evaluation, texts.final), *texts.named.values()]
+    during = [] if config.evaluate.every is None else [("tokens", first) for first, _ in lists]
+    for key, evalset in [*during, *(("final_tokens", last) for _, last in lists)]:
         odd = evalset.sequences % numbers.micro
         if odd * numbers.seq_len % plan.forward_divisor:
             fitting = evalset.sequences - odd

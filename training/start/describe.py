@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from base.fork import Parent
+from data import valsets
 from data.mixture import Mixture
 from data.tokens import TokenSet
 from models.shape import DecoderShape
@@ -125,6 +126,7 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
     run = run_info(request, checked, flat, parent) | {
         "vocab_size": vocab_size,
         **({"mixture": tokens.label} if isinstance(tokens, Mixture) else {}),
+        **({"val_sets": valsets.fingerprints(config.data)} if config.data.val_sets else {}),
         "data_path": str(tokens.path.resolve()) if tokens else None,
         **({"copies_of_val": tokens.copies_of_val} if tokens and tokens.copies_of_val else {}),
         "data_fingerprint": fingerprints["fingerprint"],

@@ -12,6 +12,7 @@ from base.files import disk_full_explained, make_folder
 from base.runfolder import ENV
 from data.mixture import open_tokens
 from data.prepare import ensure
+from data.valsets import open_val_sets
 from kernels import backend
 from training import hooks, probes
 from training.checkpoint.state import TrainState
@@ -81,7 +82,7 @@ def train(request: Request, ranks: Dist) -> int:
         config.data, ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len)))
     )
     described = describe(request, ranks, tokens)
-    texts = open_texts(config, tokens)
+    texts = open_texts(config, tokens, open_val_sets(config.data, tokens))
     for plan in described.plans:
         check_evaluations(config, texts, plan, described.numbers)
     folder = RunFolder(Path(config.paths.runs) / described.run["name"])
@@ -161,6 +162,7 @@ def run_in(
             ),
             evalset=texts.evaluation,
             final_evalset=texts.final,
+            named_evalsets=texts.named,
             flops_per_token=described.shape.flops_per_token(config.batch.seq_len),
             checkpointer=checkpointer,
             loggers=loggers,
