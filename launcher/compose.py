@@ -150,7 +150,8 @@ class Composer:
             base, choices = self._base(lines)
             tree = pickle.loads(base)
             values = [override for override in parsed if not self._is_choice(override)]
-            if forked := [override.value() for override in values if override.key_or_group == "fork"]:
+            forked = [override.value() for override in values if override.key_or_group == "fork"]
+            if forked and resolved.cell is None:  # a cell says everything itself, before its parent is there
                 asked = {override.key_or_group: None for override in parsed if self._is_choice(override)}
                 choices = {group: option for group, option in choices.items() if group in asked}
                 tree, lines = self._fork(str(forked[-1]), lines, list(asked), values, tree)

@@ -80,7 +80,7 @@ class Numerics:
                 model = model_of(shape)
             plan = plan_of(model, config.quant)
             own = mapping_at("quant.hooks", config.quant.get("hooks"))
-            found = hooks.read(model, model.hooks, own, config.hooks, of_optimizer)
+            found = hooks.read(model, plan, model.hooks, own, config.hooks, of_optimizer)
             later = phases_of(model, config.quant, plan, steps) if steps else ()
             self._plans[key] = plan, plan_numerics(plan) | phase_numerics(later, plan_numerics), hooks.numerics(found)
         return self._plans[key]

@@ -10,7 +10,8 @@ A cell is locked while it runs, by the run itself: killing this script, even wit
 second one started beside it or after it takes only what nobody runs. Ctrl-C, SIGTERM and a closed terminal stop the
 runs after their current step, saved; the same command goes on. On SLURM a cell whose job waits or runs is not submitted
 again. A cell that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given. A
-damaged one is named, left alone, and makes the exit code 1.
+damaged one is named, left alone, and makes the exit code 1. A cell that is a fork waits until its parent, another cell
+or a run that is there, has the checkpoint.
 """
 
 import os
@@ -33,6 +34,7 @@ if __name__ == "__main__":
 
 from analysis import states
 from base.files import write_text
+from base.fork import ForkError, parent_of
 from base.processes import stop_signals
 from base.runfolder import RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
@@ -41,6 +43,7 @@ from launcher.cells import CellError
 from launcher.cli import take_launcher
 from launcher.compose import ConfigError
 from launcher.slurm import TRAIN
+from training.config import TrainConfig
 from training.ranks.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
@@ -154,10 +157,13 @@ def run_local(line: cellline.CellLine) -> int:
     )
     try:
         while (queue and not stopping) or running:
-            while queue and lanes and not stopping:
-                begin(line, queue.pop(0), lanes, running)
+            while lanes and not stopping and (cell := next_ready(line, queue)):
+                queue.remove(cell)
+                begin(line, cell, lanes, running)
                 if stopping:
                     pass_on()  # to the one being started, too: `stop` didn't know it. A second SIGTERM does no harm
+            if queue and not running and not next_ready(line, queue):
+                break  # forks of what no cell trains
             time.sleep(POLL_S)
             for run in [r for r in running if r.process.poll() is not None]:
                 running.remove(run)
@@ -175,9 +181,25 @@ def run_local(line: cellline.CellLine) -> int:
             else ", left as it is; nonfinite=skip or nonfinite=rollback would go on"
         )
         print(f"{cell}: diverged{hint}")
+    for cell in [] if stopping else queue:
+        print(f"{cell}: left alone, fork={line.cells[cell].config.fork} has no checkpoint to go on from")
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
-    return 1 if failed or has_problems else EXIT_PREEMPTED if stopping else 0
+    return 1 if failed or has_problems or (queue and not stopping) else EXIT_PREEMPTED if stopping else 0
+
+
+def next_ready(line: cellline.CellLine, queue: list[str]) -> str | None:
+    """The first cell that can start: a fork waits for its parent's checkpoint, which another cell may be making."""
+    return next((cell for cell in queue if is_ready(line.cells[cell].config)), None)
+
+
+def is_ready(config: TrainConfig) -> bool:
+    if config.fork is None:
+        return True
+    try:
+        return parent_of(config.fork, config.paths.runs).checkpoint.exists()
+    except ForkError:
+        return False
 
 
 def begin(line: cellline.CellLine, cell: str, lanes: list[str | None], running: list[Running]) -> None:
@@ -213,6 +235,8 @@ def submit(line: cellline.CellLine, options: dict[str, str]) -> int:
             job = records[cell].read_text() if records[cell].exists() else None
             if job in waiting:
                 print(f"{cell}: in the queue as job {job}, left alone")
+            elif not is_ready(line.cells[cell].config):
+                print(f"{cell}: its parent has no such checkpoint yet; run the same command again when it has")
             else:
                 cells.append(cell)
         jobs = slurm.submit(line.experiment, folder, [command(line, cell) for cell in cells], options)

@@ -14,8 +14,8 @@ import pytest
 from support import wait_until
 
 from analysis import states
+from launcher import cellline, lookup
 from launcher import cells as experiments
-from launcher import lookup
 from launcher.compose import Composer, compose
 from launcher.naming import Text
 from training.ranks.signals import RunLock
@@ -448,3 +448,31 @@ def test_a_rerun_is_done_by_its_own_run_alone(run_grid, tmp_path, monkeypatch, c
             == 0
         )
         assert ("rerun" in capsys.readouterr().out) == (name == "first")
+
+
+def test_forks_wait_for_their_trunks_checkpoint_and_are_named_if_it_never_comes(
+    run_grid, tmp_path, monkeypatch, capsys
+):
+    """A trunk, a fork of it, and a fork at a step that the trunk doesn't keep."""
+    line = cellline.read(
+        ["experiment=corpus_tails", "only=trunk/s0,same_85/s0,fprop_bf16_70/s0", f"paths.runs={tmp_path}"], {}
+    )
+    started = []
+    monkeypatch.setattr(
+        type(line), "look", lambda self: dict.fromkeys(self.cells, lookup.Found(states.State("missing"), None))
+    )
+
+    def start(line, cell, lane):
+        started.append(cell)
+        if cell == "trunk/s0":
+            folder = tmp_path / "corpus_tails-trunk-s0"
+            (folder / "checkpoints" / "step_00002595").mkdir(parents=True)
+            for name, text in (("run.json", "{}"), ("config.yaml", "")):
+                (folder / name).write_text(text)
+        return run_grid.Running(cell, lane, subprocess.Popen(["true"]))
+
+    monkeypatch.setattr(run_grid, "start", start)
+    line.own.update({"gpus": "all", "per_gpu": "1"})
+    assert run_grid.run_local(line) == 1
+    assert started == ["trunk/s0", "same_85/s0"]
+    assert "fprop_bf16_70/s0: left alone, fork=corpus_tails-trunk-s0@2137 has no checkpoint" in capsys.readouterr().out

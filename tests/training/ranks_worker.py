@@ -81,7 +81,7 @@ def build(case: str, ranks: distributed.Dist) -> Job:
     loss = TinyLoss(model)
     wrapped = parallel.parallelize(loss, parallel.choose(mode, ranks, 0), ranks, bool(regather))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    around = hooks.build(hooks.read({"ema": {}}), Run(loss, [optimizer], STEPS))
+    around = hooks.build(hooks.read(model, None, {"ema": {}}), Run(loss, [optimizer], STEPS))
     around["ema"].begin(0)
     return Job(loss, wrapped, TrainState(model, [optimizer], around), config, rng)
 

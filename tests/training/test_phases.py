@@ -149,6 +149,7 @@ def made_trunk(run, trunk_folder):
             *SHORT,
             "checkpoint.at=[.5]",
             "checkpoint.every=null",
+            "checkpoint.keep_last=1",
             f"paths.runs={trunk_folder}",
             name="trunk",
         )

@@ -10,16 +10,18 @@ from typing import Any
 
 from torch import nn
 
+from quant.plan import Plan
 from training.config import OptimSection
 from training.hooks.base import Hook, Run
 from training.hooks.ema import Ema
+from training.hooks.osci_reset import OsciReset
 from training.hooks.train_only import TrainOnly
 from training.options import read_options
 
-HOOKS: dict[str, type[Hook]] = {"ema": Ema, "train_only": TrainOnly}
+HOOKS: dict[str, type[Hook]] = {"ema": Ema, "osci_reset": OsciReset, "train_only": TrainOnly}
 
 
-def read(model: nn.Module, *wanted: Mapping[str, Any]) -> dict[str, Any]:
+def read(model: nn.Module, plan: Plan, *wanted: Mapping[str, Any]) -> dict[str, Any]:
     """{name: checked options} of what model, recipe and configuration ask for, each {name: {option: value}}.
 
     Raises ValueError for an unknown hook or option, a wrong value, what doesn't fit the model (it may lie on the meta
@@ -34,7 +36,7 @@ def read(model: nn.Module, *wanted: Mapping[str, Any]) -> dict[str, Any]:
                     f"hooks.{name}: wanted with {asdict(found[name])} and with {asdict(options)}; leave one of them out"
                 )
     for name, options in found.items():
-        HOOKS[name].check(options, model)
+        HOOKS[name].check(options, model, plan)
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quant.plan import Plan
 from training.microbatch import MicroBatch
 from training.options import NoOptions
 
@@ -49,9 +50,9 @@ class Hook:
         self.options, self.run = options, run
 
     @classmethod
-    def check(cls, options: Any, model: nn.Module) -> None:
-        """Raise ValueError, before the run, where the options don't fit the model (on the meta device, plain linears).
-        What concerns the options alone their dataclass has checked."""
+    def check(cls, options: Any, model: nn.Module, plan: Plan) -> None:
+        """Raise ValueError, before the run, where the options don't fit the model (on the meta device, plain linears)
+        or its layers' recipes. What concerns the options alone their dataclass has checked."""
 
     def begin(self, step: int) -> None:
         """A run begins, or goes on from `step` without the state of this hook. The weights are there."""

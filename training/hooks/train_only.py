@@ -11,6 +11,7 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from base.words import suggestion
+from quant.plan import Plan
 from training.hooks.base import Hook, Run
 from training.optim.groups import create_state
 
@@ -33,7 +34,7 @@ class TrainOnly(Hook):
         self._frozen = [p for name, p in named if not any(fnmatchcase(name, glob) for glob in options.names)]
 
     @classmethod
-    def check(cls, options: TrainOnlyOptions, model: nn.Module) -> None:
+    def check(cls, options: TrainOnlyOptions, model: nn.Module, plan: Plan) -> None:
         known = [name for name, _ in model.named_parameters()]
         for glob in options.names:
             if not any(fnmatchcase(name, glob) for name in known):

@@ -99,7 +99,7 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
     for one in plans:
         one.check_tokens(numbers.micro_tokens)
     recipes = mapping_at("quant.hooks", config.quant.get("hooks"))
-    found = hooks.read(model, model.hooks, recipes, config.hooks, hooks.of_optimizer(config.optim))
+    found = hooks.read(model, plan, model.hooks, recipes, config.hooks, hooks.of_optimizer(config.optim))
     looking = probes.read(config, any(map(has_slots, plans)), bool(found))
     return Checked(shape, plan, phases, numbers, found, looking)
 
