@@ -15,7 +15,7 @@ from kernels.quantize import reference_impl as reference
 from kernels.quantize.blocks import Blocks, quantize_blocks
 from kernels.spec import QuantSpec
 from quant.held import Held, Wish
-from quant.plan import quant_linears
+from quant.plan import quant_linears, remembering
 
 
 class SlotCounter:
@@ -84,7 +84,7 @@ def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[s
     for module in layers.values():
         module.watch = SlotCounter()
     try:
-        with torch.compiler.set_stance("force_eager"):
+        with torch.compiler.set_stance("force_eager"), remembering(model):
             step_fn()
         return {
             name: {
