@@ -56,7 +56,7 @@ def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
     dim = None if signs is None else signs.shape[0]
     blocks = quantize_blocks(y, spec, scale, wish.draw, dim)
     non_zero = (y != 0).view(blocks.codes.shape)
-    counts["clipped"] = clipped(blocks, spec).sum()
+    counts["clipped"] = beyond_grid(blocks, spec).sum()
     counts["zeroed"] = ((blocks.codes == 0) & non_zero).sum()
     counts["blocks"] = y.new_tensor(blocks.scales.numel())
     vanished = ~blocks.alive & non_zero.any(dim=-1, keepdim=True) & largest.isfinite()
@@ -66,7 +66,7 @@ def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
     return {name: value.to(torch.int64) for name, value in counts.items()}
 
 
-def clipped(blocks: Blocks, spec: QuantSpec) -> Tensor:
+def beyond_grid(blocks: Blocks, spec: QuantSpec) -> Tensor:
     """Which elements lie beyond the ends of the grid that their block took."""
     beyond = torch.zeros_like(blocks.elements, dtype=torch.bool)
     for number, grid in enumerate(spec.family.members):
