@@ -50,8 +50,8 @@ def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
     if not spec.is_blocked:
         elements = y / (scale if axis == 1 else scale.t())
         zero = reference.round_nearest(elements, BY_NAME[spec.grid]) == 0
-        clipped = elements.abs() > BY_NAME[spec.grid].max_value
-        counts |= {"clipped": clipped.sum(), "zeroed": (zero & (y != 0)).sum()}
+        beyond = elements.abs() > BY_NAME[spec.grid].max_value
+        counts |= {"clipped": beyond.sum(), "zeroed": (zero & (y != 0)).sum()}
         return {name: value.to(torch.int64) for name, value in counts.items()}
     dim = None if signs is None else signs.shape[0]
     blocks = quantize_blocks(y, spec, scale, wish.draw, dim)
