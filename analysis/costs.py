@@ -37,6 +37,7 @@ class Cell:
     flops_per_token: int
     memory_gib: float
     disk_gib: float
+    begins: int = 0  # the step of its parent at which a fork begins
 
     @property
     def flops(self) -> float:

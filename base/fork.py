@@ -52,15 +52,21 @@ class Parent:
         }
 
 
-def parent_of(fork: str, runs: str | Path) -> Parent:
-    """The parent that `fork` names: a folder, or the name of one in `runs`. ForkError where there is none."""
+def step_of(fork: str) -> int:
+    """The step at which the fork begins. ForkError where none is named."""
     where, _, step = fork.rpartition("@")
     if not where or not step.isdigit():
         raise ForkError(f"fork={fork}: {FORM}")
+    return int(step)
+
+
+def parent_of(fork: str, runs: str | Path) -> Parent:
+    """The parent that `fork` names: a folder, or the name of one in `runs`. ForkError where there is none."""
+    step, where = step_of(fork), fork.rpartition("@")[0]
     folder = Path(where) if "/" in where else Path(runs) / where
     try:
         if not (folder / RUN).exists() or not (folder / CONFIG).exists():
             raise ForkError(f"fork={fork}: {folder} is no run's folder; {FORM}")
-        return Parent(folder, int(step), read_json(folder / RUN))
+        return Parent(folder, step, read_json(folder / RUN))
     except RunError as error:
         raise ForkError(f"fork={fork}: {error}") from None

@@ -41,7 +41,7 @@ class Numerics:
     """What the hash of a run covers, of many cells; each shape and recipe is resolved once."""
 
     def __init__(self) -> None:
-        self._plans: dict[str, tuple[Any, dict[str, Any], dict[str, Any]]] = {}
+        self._plans: dict[str, tuple[list[Any], dict[str, Any], dict[str, Any]]] = {}
 
     def of(self, config: TrainConfig, text: Text) -> dict[str, Any]:
         """As run.json has it; ValueError for numbers that don't fit each other."""
@@ -56,12 +56,12 @@ class Numerics:
         flat = numerics(config, numbers, plan, text.vocab_size, data, around) | fork_identity(config)
         return json.loads(json.dumps(flat))  # tuples are lists there
 
-    def plan(self, config: TrainConfig, shape: Any) -> Any:
-        """The precision plan; what it says of a layer doesn't depend on the vocabulary."""
-        return self._plan(config, shape, 0)[0]
+    def plans(self, config: TrainConfig, shape: Any, steps: int) -> list[Any]:
+        """The precision plan, then those of its phases; what they say of a layer doesn't depend on the vocabulary."""
+        return self._plan(config, shape, steps)[0]
 
-    def _plan(self, config: TrainConfig, shape: Any, steps: int) -> tuple[Any, dict[str, Any], dict[str, Any]]:
-        """(precision plan, its part of the numerics and that of its phases over these steps, that of the hooks)."""
+    def _plan(self, config: TrainConfig, shape: Any, steps: int) -> tuple[list[Any], dict[str, Any], dict[str, Any]]:
+        """(precision plans, their part of the numerics over these steps, that of the hooks)."""
         import torch
 
         from quant.phases import numerics as phase_numerics
@@ -81,8 +81,9 @@ class Numerics:
             plan = plan_of(model, config.quant)
             own = mapping_at("quant.hooks", config.quant.get("hooks"))
             found = hooks.read(model, plan, model.hooks, own, config.hooks, of_optimizer)
-            later = phases_of(model, config.quant, plan, steps) if steps else ()
-            self._plans[key] = plan, plan_numerics(plan) | phase_numerics(later, plan_numerics), hooks.numerics(found)
+            phases = phases_of(model, config.quant, plan, steps)
+            quant = plan_numerics(plan) | phase_numerics(phases, plan_numerics)
+            self._plans[key] = [plan, *(phase.plan for phase in phases)], quant, hooks.numerics(found)
         return self._plans[key]
 
 

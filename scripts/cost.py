@@ -27,6 +27,7 @@ from analysis.tables import tokens as short
 from base.files import write_json
 from base.fingerprints import only_remembered
 from base.flops import peak_of
+from base.fork import step_of
 from base.runfolder import read_json
 from base.terminal import quiet_pipes
 from launcher import cellline
@@ -40,34 +41,35 @@ HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "h
 
 
 def cell_of(name: str, composed: Composed, numerics: Numerics) -> Cell:
-    """What one cell takes. ValueError for numbers that don't fit each other."""
+    """What one cell takes, a fork from its parent's step on, in the phase that takes most. ValueError for numbers that
+    don't fit each other."""
     from training.start.derive import derive
     from training.start.memory import GIB, estimate, kept_of, state_bytes
     from training.start.shapes import shape_of
 
     config = composed.config
     shape = shape_of(config, config.data.vocab_size)
-    plan = numerics.plan(config, shape)
     numbers = derive(config, shape.parameters_non_embedding, world=1)
-    kept = config.checkpoint.keep_last + (
-        numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
-    )
-    memory = estimate(
-        shape,
-        numbers.micro_tokens,
-        kept_of(plan),
-        accumulates=numbers.accumulation > 1,
-        optimizer=config.optim.name,
+    plans = numerics.plans(config, shape, numbers.steps)
+    begins = step_of(config.fork) if config.fork else 0
+    steps = numbers.steps - begins
+    kept = config.checkpoint.keep_last + len(config.checkpoint.at)
+    kept += numbers.steps // config.checkpoint.keep_every if config.checkpoint.keep_every else 0
+    accumulates, optimizer = numbers.accumulation > 1, config.optim.name
+    memory = max(
+        estimate(shape, numbers.micro_tokens, kept_of(plan), accumulates=accumulates, optimizer=optimizer).total
+        for plan in plans
     )
     return Cell(
         name=name,
         model=config.model.name,
-        recipe=plan.recipe.name,
+        recipe=plans[0].recipe.name,
         base_recipe=composed.choices["quant"],
-        steps=numbers.steps,
-        tokens=numbers.tokens,
+        steps=steps,
+        begins=begins,
+        tokens=steps * numbers.tokens_per_step,
         flops_per_token=shape.flops_per_token(numbers.seq_len),
-        memory_gib=memory.total,
+        memory_gib=memory,
         disk_gib=kept * state_bytes(shape, config.optim.name) / GIB,
     )
 
@@ -105,12 +107,17 @@ def row(cell: Cell, state: states.State, table: dict, peak: float | None) -> tup
     )
 
 
+def done(cell: Cell, state: states.State) -> float:
+    """The share of the cell's own steps that is there."""
+    return max(0, state.step - cell.begins) / cell.steps
+
+
 def totals(
     cells: list[Cell], found: dict[str, states.State], table: dict, peak: float | None, own: dict[str, str]
 ) -> list[str]:
     """Sums over all cells and over what is left to run; a cell in progress counts by the steps it still needs."""
     over = (states.DONE, states.DEAD, states.DIVERGED)
-    left = {c.name: 0.0 if found[c.name].status in over else 1 - found[c.name].step / c.steps for c in cells}
+    left = {c.name: 0.0 if found[c.name].status in over else 1 - done(c, found[c.name]) for c in cells}
     lines = [states.counted(found.values())]
     disk = sum(c.disk_gib for c in cells)
     lines.append(f"{sum(c.flops for c in cells):.3g} FLOPs, {disk:.1f} GiB of checkpoints if all are kept")

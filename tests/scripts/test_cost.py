@@ -99,6 +99,15 @@ def test_disk_is_what_the_kept_checkpoints_take():
     assert found.disk_gib == pytest.approx(12 * (30_482_560 + 2 * 32_000 * 640) / 2**30)
 
 
+def test_a_fork_costs_what_it_trains_and_a_trunk_the_disk_of_what_it_keeps():
+    found = cells("experiment=corpus_tails", "only=trunk/s0,fprop_bf16_95/s0")
+    trunk, tail = found["trunk/s0"], found["fprop_bf16_95/s0"]
+    assert (trunk.steps, tail.steps, tail.tokens) == (3052, 152, 152 * 65_536)
+    assert trunk.disk_gib == pytest.approx(7 * tail.disk_gib)
+    phased = cells("experiment=corpus_tails", "cell=trunk/s0", "quant.phases=[{from: .5, set: {fprop: none}}]")
+    assert phased["trunk/s0"].memory_gib == tail.memory_gib > trunk.memory_gib
+
+
 def test_memory_is_what_the_start_screen_of_the_run_says():
     found = cells("experiment=corpus_screen", "only=fp8/s0,quartet2_forward/s0")
     for name in ("fp8/s0", "quartet2_forward/s0"):
