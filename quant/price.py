@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from quant.names import FPROP_SLOT, GEMMS, OPERANDS
 from quant.plan import HEAD, Entry, Plan
-from quant.products.te import Fp8TE
-from quant.recipe import Operand, Recipe
+from quant.product import Product
+from quant.recipe import Operand
 
 CAST_BYTES = 4 + 2  # of an FP32 master weight to BF16, which every recipe reads
 AMAX_BYTES = READ_BYTES = 2  # a pass over BF16 for the largest magnitude, and one to quantize
@@ -27,22 +27,19 @@ class Kind:
     native: bool = True
 
 
-BF16, FP8 = Kind(16), Kind(8)
-
-
 def bits_of(operand: Operand) -> int:
     if not operand.is_quantized:
         return 16
     return 8 if operand.spec.grid in ("e4m3", "e5m2") else 4
 
 
-def kind_of(recipe: Recipe | Fp8TE, gemm: str) -> Kind:
-    """ValueError for a product whose GEMMs aren't known here."""
-    if isinstance(recipe, Fp8TE):
-        return FP8
-    if not isinstance(recipe, Recipe):
-        raise ValueError(f"no price is known of {recipe.name}: quant/price.py counts recipes of six slots and fp8_te")
-    operands = recipe.gemm(gemm).operands
+def kind_of(recipe: Product, gemm: str) -> Kind:
+    """ValueError for a product that doesn't say the bits of its GEMMs."""
+    operands = [operand for slot, operand in recipe.operands().items() if slot.startswith(gemm)]
+    if not operands and recipe.gemm_bits is None:
+        raise ValueError(f"no price is known of {recipe.name}: it has neither operand slots nor gemm_bits")
+    if not operands:
+        return Kind(recipe.gemm_bits)
     bits = max(map(bits_of, operands))
     return Kind(bits, bits > 4 or all(operand.spec.tensor_core for operand in operands))
 
@@ -75,22 +72,23 @@ def _entry_bytes(entry: Entry, tokens: int) -> float:
     rows, columns = entry.shape
     elements = {"x": tokens * columns, "w": rows * columns, "dy": tokens * rows}
     moved = elements["w"] * CAST_BYTES
-    if isinstance(entry.recipe, Fp8TE):  # both directions of each tensor, from one pass for the amax
-        return moved + sum(elements.values()) * (AMAX_BYTES + READ_BYTES + 2 * STORED_BYTES[8])
+    if not entry.recipe.operands():  # both directions of each tensor, from one pass for the amax
+        return moved + sum(elements.values()) * (AMAX_BYTES + READ_BYTES + 2 * STORED_BYTES[entry.recipe.gemm_bits])
     for gemm in GEMMS:
         for name in OPERANDS[gemm]:
             moved += elements[name] * operand_bytes(entry.recipe, f"{gemm}.{name}")
     return moved
 
 
-def operand_bytes(recipe: Recipe, slot: str) -> float:
+def operand_bytes(recipe: Product, slot: str) -> float:
     """Of one element of a slot."""
-    operand = recipe.operand(slot)
+    operands = recipe.operands()
+    operand = operands[slot]
     if not operand.is_quantized:
         return 0.0
     stored = STORED_BYTES[bits_of(operand)]
     swizzle = SWIZZLE_BYTES if operand.spec.is_blocked else 0.0
-    made = recipe.operand(f"fprop.{FPROP_SLOT[slot]}") if slot in FPROP_SLOT else None
+    made = operands[f"fprop.{FPROP_SLOT[slot]}"] if slot in FPROP_SLOT else None
     if operand.source != "input" and made.is_quantized:
         used = STORED_BYTES[bits_of(made)]
         if operand.source == "fprop_transposed":

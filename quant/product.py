@@ -49,6 +49,8 @@ class Product:
     label: str | None = None
     # False: torch.compile breaks its graph at each layer, and no CUDA graph can hold it.
     fullgraph: ClassVar[bool] = True
+    # Of the operands of every GEMM, where `operands` doesn't say them; None: quant/price.py has no price of it.
+    gemm_bits: ClassVar[int | None] = None
 
     @property
     def is_quantized(self) -> bool:

@@ -49,6 +49,7 @@ class Fp8TE(Product):
 
     is_quantized: ClassVar[bool] = True
     fullgraph: ClassVar[bool] = False
+    gemm_bits: ClassVar[int] = 8
 
     def __post_init__(self):
         if self.scaling not in SCALINGS:

@@ -11,6 +11,7 @@ from kernels.quantize.reference_impl import hadamard
 from quant import library, products
 from quant.held import Plain
 from quant.plan import convert, plan_of, quant_linears, unquantized
+from quant.price import kind_of
 from quant.product import Product
 from quant.recipe import Recipe
 
@@ -162,6 +163,13 @@ def test_every_recipe_answers_the_questions(name):
     assert hash(recipe) == hash(library.load(name)) and library.label(recipe).startswith(name)
     assert all(divisor.number > 0 and divisor.what for divisor in recipe.divisors())
     assert recipe.kept_bytes().inputs <= 2
+
+
+def test_a_price_is_known_of_what_says_its_bits(model):
+    assert kind_of(library.load("fp8_te"), "dgrad").bits == 8
+    assert kind_of(library.load("quartet2"), "dgrad").bits == 4
+    with pytest.raises(ValueError, match="no price is known of mean_split.*gemm_bits"):
+        kind_of(model["up"].recipe, "fprop")
 
 
 def test_layers_are_found_whatever_multiplies_in_them(model):
