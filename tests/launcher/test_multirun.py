@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -81,9 +80,12 @@ def test_a_stop_reaches_the_run_and_ends_the_sequence(tmp_path, number, ends, co
     parent = subprocess.Popen(
         [sys.executable, "-c", run], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
-    while parent.stdout.readline().strip() != "running":
-        time.sleep(0.01)
-    os.killpg(parent.pid, getattr(signal, number))  # as the keyboard does
+    while (line := parent.stdout.readline()).strip() != "running":
+        assert line, parent.stderr.read()  # it ended
+    if number == "SIGINT":
+        os.killpg(parent.pid, signal.SIGINT)  # as the keyboard does
+    else:
+        parent.send_signal(signal.SIGTERM)
     out, err = parent.communicate(timeout=60)
     assert parent.returncode == code
     assert "stopped; 2 of 3 runs not started" in err
