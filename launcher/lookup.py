@@ -143,6 +143,8 @@ def text_of(config: Any) -> Text | None:
     from data.prepare import token_folder  # here: a grid without any run needs no text
 
     try:
+        if config.data.mix:
+            return _text_of_mixture(config)
         folder = token_folder(config.data, config.paths.data)
     except NotRememberedError:
         return None if config.data.source == "hub" else UNREAD
@@ -156,6 +158,13 @@ def text_of(config: Any) -> Text | None:
         return Text(tokenizer["vocab_size"], manifest["fingerprint"], tokenizer["hash"], key)
     except (OSError, RunError, KeyError, TypeError):
         return Text(config.data.vocab_size, key=key)
+
+
+def _text_of_mixture(config: Any) -> Text:
+    from data.mixture import open_tokens
+
+    tokens = open_tokens(config.data, "")
+    return Text(tokens.vocab_size, tokens.fingerprint, tokens.tokenizer_hash)
 
 
 def read(folder: Path) -> Stored | None:

@@ -20,8 +20,9 @@ from training.config import TrainConfig
 HARMLESS = ("paths", "run", "log", "logger", "evaluate", "probes", "checkpoint")
 HARMLESS += ("parallel", "backend", "compile", "cuda_graphs", "watchdog_s", "deterministic", "dry_run", "recompute")
 HARMLESS += ("nonfinite",)
-# Where text lies and what it is called; `path` names text by itself.
-PLACES = ("name", "path", "files", "val_files", "tokenizer", "workers", "verify")
+# Of the data section: where text lies and what it is called, and what is only looked at; `path` and `mix` name text by
+# themselves.
+ASIDE = ("name", "path", "mix", "weights", "files", "val_files", "val_sets", "workers", "verify")
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def cell_name(
     text = Text(config.data.vocab_size)
     now = numerics.of(config, text) | _text_fields(config)
     before = {} if plain is None else numerics.of(plain, Text(plain.data.vocab_size)) | _text_fields(plain)
-    if plain is not None and (config.data.path or plain.data.path):  # whose text is only known when it is opened
+    given = [side.data.path or side.data.mix for side in (config, plain) if side is not None]
+    if plain is not None and any(given):  # whose text is only known when it is opened
         now, before = ({k: v for k, v in side.items() if not k.startswith("text.")} for side in (now, before))
     changed = {key: now.get(key) for key in now.keys() | before.keys() if now.get(key) != before.get(key)}
     digest = hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:8]
@@ -118,15 +120,14 @@ def cell_name(
 def _outside(config: TrainConfig) -> dict[str, Any]:
     """The configuration without what is harmless."""
     values = {key: value for key, value in asdict(config).items() if key not in HARMLESS}
-    places = {"files", "val_files", "path", "name", "workers", "verify"}
-    values["data"] = {key: value for key, value in values["data"].items() if key not in places}
+    values["data"] = {key: value for key, value in values["data"].items() if key not in ASIDE}
     return values
 
 
 def _text_fields(config: TrainConfig) -> dict[str, Any]:
     """What of a text decides its tokens, but for its files' contents, which the run itself looks at."""
     spec = config.data
-    fields = {f"text.{key}": value for key, value in asdict(spec).items() if key not in PLACES}
+    fields = {f"text.{key}": value for key, value in asdict(spec).items() if key not in (*ASIDE, "tokenizer")}
     if not spec.tokenizer:
         return fields
     fields = {k: v for k, v in fields.items() if k not in ("text.vocab_size", "text.tokenizer_train_bytes")}

@@ -255,6 +255,9 @@ def test_a_files_place_leaves_the_run_its_name_and_a_tokenizers_contents_decide(
     a, b, c = (named(f"data.tokenizer={tmp_path}/{place}") for place in "abc")
     assert a == b != c and named() not in (a, c)
     assert named("data=text", "data.files=x.txt", "data.val_files=y.txt") == named("data.path=/shards") == named()
+    assert (
+        named("data=text", "data.mix=[/a,/b]", "data.weights=[.5,.5]") == named("data.val_sets={other: /c}") == named()
+    )
     assert named("data.max_documents=7") != named()
 
 
