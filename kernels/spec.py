@@ -69,7 +69,7 @@ SCALINGS: dict[tuple[ScaleLevel, ...], Scaling] = {
     NVFP4_SCALES: E4M3Blocks(),
     NVFP4_SQUARE_SCALES: E4M3Blocks(rows=NVFP4_BLOCK, bits=8 / NVFP4_BLOCK**2),
     (TENSOR_FP32, *UE5M3_SCALES): UE5M3Blocks(has_tensor_scale=True),
-    UE5M3_SCALES: UE5M3Blocks(),
+    UE5M3_SCALES: UE5M3Blocks(is_narrow=True),
     MXFP4_SCALES: PowersOfTwo(),
     HIF4_SCALES: HiFloat4(),
 }

@@ -16,7 +16,7 @@ from kernels.formats.selects import GROWING_SCALE_CAP
 from kernels.gemm import gemm
 from kernels.philox import Draw
 from kernels.quantize import Quantized
-from kernels.quantize.reference_impl import hadamard
+from kernels.rotation import is_heavy, restored
 from kernels.spec import NO_CLIP_MAX, NVFP4_SCALES, QuantSpec, default_limits
 from quant.held import fixed_or
 from quant.recipe import SLOTS, Recipe
@@ -38,6 +38,7 @@ class Quantizer:
     spec: QuantSpec
     rotation_dim: int | None
     signs: str = "random"
+    rounds: int | str = 1
     amax: str | float = "exact"
 
     @property
@@ -52,6 +53,7 @@ class Quantizer:
             + f" amax {self.amax}" * (self.amax != "exact")
         )
         turned = f" rht{self.rotation_dim}" * bool(self.rotation_dim)
+        turned += f" {self.rounds} rounds" * (bool(turned) and self.rounds != 1)
         turned += f" {self.signs} signs" * (bool(turned) and self.signs != "random")
         if not spec.is_blocked:
             return f"{spec.grid} {spec.scales[0]}{unusual}{turned}"
@@ -149,8 +151,8 @@ def quantizers(recipes: list[Recipe]) -> dict[Quantizer, list[str]]:
         for slot in SLOTS:
             operand, gemm = recipe.operand(slot), recipe.gemm(slot.split(".")[0])
             if operand.is_quantized and operand.source != "fprop_transposed":
-                signs = gemm.rotation.signs if gemm.rotation_dim else "random"
-                quantizer = Quantizer(operand.spec, gemm.rotation_dim, signs, operand.amax)
+                how = (gemm.rotation.signs, gemm.rotation.rounds) if gemm.rotation_dim else ("random", 1)
+                quantizer = Quantizer(operand.spec, gemm.rotation_dim, *how, operand.amax)
                 found.setdefault(quantizer, []).append(f"{recipe.name}.{slot}")
     return found
 
@@ -188,28 +190,26 @@ INPUTS: dict[str, Callable[[tuple[int, int], int], Tensor]] = {
 def draw(quantizer: Quantizer, x: Tensor, seed: int, slot: int = 0) -> tuple[Quantized, Tensor | None]:
     """One quantization along axis 1 and its signs; every `seed` is another step: all random bits but fixed signs."""
     rng, layer = torch.tensor([0, seed, 0], device=x.device), torch.tensor(0, device=x.device)
-    spec, signs = quantizer.spec, _signs(quantizer, rng, layer)
+    spec, signs = quantizer.spec, _signs(quantizer, rng, layer, x)
     largest = fixed_or(quantizer.amax, ops.amax(x, 1, signs, spec.per_row))
     return ops.quantize(x, spec, 1, largest, signs, Draw(rng, layer, slot)), signs
 
 
-def _signs(quantizer: Quantizer, rng: Tensor, layer: Tensor) -> Tensor | None:
+def _signs(quantizer: Quantizer, rng: Tensor, layer: Tensor, x: Tensor) -> Tensor | None:
+    """x decides alone where the rounds depend on what is rotated."""
     dim = quantizer.rotation_dim
     if not dim:
         return None
-    if quantizer.signs == "none":
-        return torch.ones(dim, device=rng.device)
-    return ops.rht_signs(rng, layer, 0, dim, quantizer.signs == "fixed")
+    if quantizer.rounds == "auto":
+        return ops.rotation_by_need(rng, layer, 0, dim, quantizer.signs, is_heavy(x, 1, dim))
+    return ops.rotation(rng, layer, 0, dim, quantizer.rounds, quantizer.signs)
 
 
 def estimate(quantizer: Quantizer, x: Tensor, seed: int) -> Tensor:
     """FP32 Q(x) in x's own coordinates: dequantized and rotated back."""
     out, signs = draw(quantizer, x, seed)
     y = out.values.to(torch.float32) * out.scale
-    if signs is None:
-        return y
-    dim = signs.shape[0]
-    return ((y.view(-1, dim) @ hadamard(dim, x.device)) * (signs / dim)).view(x.shape)
+    return y if signs is None else restored(y, signs)
 
 
 def errors(quantizer: Quantizer, x: Tensor, seed: int = 1) -> tuple[float, float]:

@@ -77,7 +77,7 @@ class Multiply(torch.autograd.Function):
             kept.append(form(*parts[:count]))
             parts = parts[count:]
         needed = ctx.needs_input_grad[:2]
-        a, b = recipe.gradients(call, dy.contiguous(), needed)
+        a, b = recipe.gradients(call, dy.contiguous(), needed, kept)
         dx = recipe.input_gradient(call, a, kept) if needed[0] else None
         dw = recipe.weight_gradient(call, b, kept) if needed[1] else None
         return dx, dw, None, None, None, None, None

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from base.words import suggestion
@@ -201,19 +200,6 @@ def changed(model: nn.Module, change: Callable[[Product], Product]) -> Iterator[
     finally:
         for layer, recipe in before.items():
             layer.recipe = recipe
-
-
-@contextmanager
-def remembering(model: nn.Module) -> Iterator[None]:
-    """What layers remember from batch to batch (fp8_te's amax histories) is afterwards as it was before: for forwards
-    and backwards that are no part of training."""
-    before = [(buffer, buffer.clone()) for layer in quant_linears(model).values() for buffer in layer.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in before:
-                buffer.copy_(value)
 
 
 def unquantized(model: nn.Module) -> AbstractContextManager[None]:

@@ -107,8 +107,10 @@ class Product:
         """Y bf16, and what the backward needs: containers of quant/held.py, none unless `keep`."""
         raise NotImplementedError
 
-    def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool]) -> tuple[Any, Any]:
-        """dY as the two gradients take it, made together since it is read once; anything where it isn't needed."""
+    def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool], kept: Sequence[Any]) -> tuple[Any, Any]:
+        """dY as the two gradients take it, made together since it is read once; anything where it isn't needed.
+
+        kept: what `forward` kept."""
         raise NotImplementedError
 
     def input_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:

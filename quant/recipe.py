@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from base.words import suggestion
+from kernels.rotation import ROUNDS
 from kernels.spec import (
     BF16_BITS,
     ROTATION_DIMS,
@@ -31,12 +32,12 @@ SIGNS = ("random", "fixed", "none")
 class Rotation:
     """The random Hadamard transform of both operands of a GEMM along the contraction; dim None: no rotation.
 
-    signs: random (fresh per step and micro-batch), fixed (one vector for ever), none (all +1). rounds is 1: a second
-    round is not built.
+    signs: random (fresh per step and micro-batch), fixed (one vector for ever), none (all +1). rounds: 1, 2, 3, or
+    auto: two where blocks with few large elements hold much of an operand, else one (kernels/rotation.py).
     """
 
     dim: int | None = None
-    rounds: int = 1
+    rounds: int | str = 1
     signs: str = "random"
 
     def __post_init__(self):
@@ -44,8 +45,13 @@ class Rotation:
             raise ValueError(f"rotation.dim={self.dim!r}; use null or one of {', '.join(map(str, ROTATION_DIMS))}")
         if self.signs not in SIGNS:
             raise ValueError(f"rotation.signs={self.signs!r}; use one of {', '.join(SIGNS)}")
-        if type(self.rounds) is not int or self.rounds != 1:
-            raise ValueError(f"rotation.rounds={self.rounds!r}; only 1 is implemented")
+        if type(self.rounds) not in (int, str) or self.rounds not in ROUNDS:
+            raise ValueError(f"rotation.rounds={self.rounds!r}; use one of {', '.join(map(str, ROUNDS))}")
+        if self.rounds != 1 and self.signs == "none":
+            raise ValueError(
+                f"rotation.rounds={self.rounds} with rotation.signs=none: two rounds without signs undo each other; "
+                "use rotation.signs=random"
+            )
 
 
 @dataclass(frozen=True)
@@ -53,7 +59,7 @@ class Operand:
     """One slot: its quantizer, where its tensor comes from, and how its amax is found: "exact" or a fixed value.
 
     A fixed value is compared with what is quantized: behind a rotation with the rotated, unnormalised tensor, whose
-    elements are sqrt(dim) times larger.
+    elements are sqrt(dim) times larger for each round.
     """
 
     spec: QuantSpec
@@ -86,6 +92,12 @@ class Gemm:
     def rotation_dim(self) -> int | None:
         """dim of the rotation that runs: none where neither operand is quantized."""
         return self.rotation.dim if self.is_quantized else None
+
+    @property
+    def alpha(self) -> float:
+        """What undoes the unnormalised rotation, on the accumulator: 1/dim for each round; `auto` counts as two."""
+        rounds = 2 if self.rotation.rounds == "auto" else self.rotation.rounds
+        return 1.0 / self.rotation_dim**rounds if self.rotation_dim else 1.0
 
 
 @dataclass(frozen=True)
@@ -237,6 +249,8 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
             "rounding=ms_eden is unbiased only behind a random rotation; set its GEMM's rotation.dim, say 128, and "
             "rotation.signs=random"
         )
+    if gemm.rotation.rounds == "auto" and gemm.rotation.dim is not None:
+        _check_auto(operand, slot)
     if spec.is_square and gemm.rotation.dim is not None and operand.source != "fprop_transposed":
         raise ValueError(
             "16x16 blocks can't be rotated along one axis; use scales [tensor fp32, 1x16 e4m3] here, or set its GEMM's "
@@ -249,6 +263,12 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
     used = recipe.operand(f"fprop.{FPROP_SLOT[slot]}").spec
     if used.grid != "none" and recipe.fprop.rotation.dim is not None:
         raise ValueError(f"source={operand.source}: fprop's operand is rotated along its own contraction; use input")
+    unscaled = used.grid != "none" and not (used.is_blocked and not used.scaling.has_tensor_scale)
+    if spec.is_blocked and spec.scaling.is_narrow and unscaled:
+        raise ValueError(
+            f"source={operand.source}: codes of fprop without their tensor scale are beyond scales [{spec.scales[0]}, "
+            "...], which have none; use input"
+        )
     if used.per_row:
         raise ValueError(f"source={operand.source}: fprop's operand has a scale per row of the other axis; use input")
     if operand.source == "fprop_transposed" and operand.is_quantized:
@@ -257,6 +277,19 @@ def _check_slot(recipe: Recipe, slot: str) -> None:
                 "source=fprop_transposed reuses fprop's codes, which are not rotated; set rotation.dim=null"
             )
         _check_reused(operand, recipe.operand(f"fprop.{FPROP_SLOT[slot]}"), slot)
+
+
+def _check_auto(operand: Operand, slot: str) -> None:
+    """Whether a second round is needed is known when both operands are there, and their sizes with it."""
+    if operand.amax != "exact":
+        raise ValueError(
+            f"amax={operand.amax} and rotation.rounds=auto: how large rotated elements are is not fixed; use 2"
+        )
+    if slot == "wgrad.x" and operand.source == "input" and operand.is_quantized:
+        raise ValueError(
+            "rotation.rounds=auto looks at dY and X together, but this X is quantized in the forward; set source=fprop "
+            "here, or rotation.rounds=2"
+        )
 
 
 def _check_reused(operand: Operand, made: Operand, slot: str) -> None:

@@ -21,6 +21,7 @@ from kernels import gemm as gemms
 from kernels import quantize as ops
 from kernels.philox import Draw
 from kernels.quantize import Quantized
+from kernels.rotation import is_heavy, partner
 from kernels.spec import LATER_FIELDS
 from quant.held import Held, Plain, Wish, hold
 from quant.linear import Call
@@ -121,27 +122,28 @@ class Slots(Product):
         if operand.source == "fprop_transposed":
             return f"codes of fprop.{FPROP_SLOT[slot]}"
         rotation = self.gemm(slot.split(".")[0]).rotation
-        turned = f", rotation {rotation.dim} {rotation.signs}" if rotation.dim else ""
+        rounds = f" {rotation.rounds} rounds" if rotation.rounds != 1 else ""
+        turned = f", rotation {rotation.dim} {rotation.signs}{rounds}" if rotation.dim else ""
         eden = f" per {spec.eden_block}" if spec.rounding == "ms_eden" else ""
         how = f"{spec.label} {str(spec.scales[-1]).split()[0]} {spec.select} {spec.rounding}{eden}"
         limits = f"max {spec.target_max:g} cap {spec.scale_cap:g}"
-        reason = ops.supports(spec, bool(rotation.dim)) if backend.IMPL else None
+        reason = ops.supports(spec, _most_rounds(rotation)) if backend.IMPL else None
         slow = f"; runs the reference: {reason}" if reason else ""
         return f"{how}, {limits}, source {operand.source}{turned}{_unusual(operand)}{slow}"
 
     # --- the three products ---------------------------------------------------------------------------------------
 
     def forward(self, call: Call, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Sequence[Held]]:
-        signs = self.signs(call, "fprop")
+        signs = self.signs(call, "fprop", Plain(x), Plain(weight))
         qx, kept_x = self.input_operands(call, Plain(x), signs, keep)
-        qw, kept_w = self.weight_operand(call, Plain(weight), signs, keep)
+        qw, kept_w = self.weight_operand(call, Plain(weight), self.partner("fprop", signs), keep)
         y = self.multiply(qx, qw, "fprop", torch.bfloat16)
         return y, (kept_w, kept_x) if keep else ()
 
-    def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool]) -> tuple:
+    def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool], kept: Sequence[Held]) -> tuple:
         """(operand, signs of its GEMM) twice. From one call where both are quantized: then dY is read less often."""
         slots = ("dgrad.dy", "wgrad.dy")
-        signs = self.signs(call, "dgrad"), self.signs(call, "wgrad")
+        signs = self.signs(call, "dgrad", Plain(dy), kept[0]), self.signs(call, "wgrad", Plain(dy), kept[1])
         if all(needed) and self._together(call, slots):
             made = self._both_axes(call, dy, slots, signs, tuple(map(self.wants, slots)))
             return tuple(zip(made, signs, strict=True))
@@ -152,16 +154,17 @@ class Slots(Product):
 
     def input_gradient(self, call: Call, dy: tuple, kept: Sequence[Held]) -> Tensor:
         a, signs = dy
-        return self.multiply(a, self.operand_of(call, kept[0], "dgrad.w", signs), "dgrad", torch.bfloat16)
+        b = self.operand_of(call, kept[0], "dgrad.w", self.partner("dgrad", signs))
+        return self.multiply(a, b, "dgrad", torch.bfloat16)
 
     def weight_gradient(self, call: Call, dy: tuple, kept: Sequence[Held]) -> Tensor:
         a, signs = dy
-        return self.multiply(a, self.operand_of(call, kept[1], "wgrad.x", signs), "wgrad", torch.float32)
+        b = self.operand_of(call, kept[1], "wgrad.x", self.partner("wgrad", signs))
+        return self.multiply(a, b, "wgrad", torch.float32)
 
     def multiply(self, a: Quantized, b: Quantized, name: str, out_dtype: torch.dtype) -> Tensor:
-        """One GEMM; 1/dim of the unnormalised rotation goes into the scalar on the FP32 accumulator."""
-        dim = self.gemm(name).rotation_dim
-        return gemms.gemm(a, b, name, 1.0 / dim if dim else 1.0, out_dtype)
+        """One GEMM; what undoes the unnormalised rotation goes into the scalar on the FP32 accumulator."""
+        return gemms.gemm(a, b, name, self.gemm(name).alpha, out_dtype)
 
     def input_operands(self, call: Call, x: Plain, signs: Tensor | None, keep: bool) -> tuple[Quantized, Held]:
         """X as operand of fprop, and what is kept of it; made together where wgrad quantizes x itself."""
@@ -205,15 +208,23 @@ class Slots(Product):
             call.watch.count(slot, held, wish)
         return held.quantize(wish)
 
-    def signs(self, call: Call, name: str) -> Tensor | None:
-        """float32 [dim] shared by both operands of the GEMM, or None without a rotation."""
+    def signs(self, call: Call, name: str, *operands: Held) -> Tensor | None:
+        """The rotation of the GEMM's first operand (ops.rotation), or None without one; `partner` is the second's.
+
+        operands: what they are made from, in slot order; where the rounds depend on them."""
         gemm = self.gemm(name)
         if gemm.rotation_dim is None:
             return None
-        if gemm.rotation.signs == "none":
-            return torch.ones(gemm.rotation_dim, device=call.rng.device)
-        fixed = gemm.rotation.signs == "fixed"
-        return ops.rht_signs(call.rng, call.layer, GEMMS.index(name), gemm.rotation_dim, fixed)
+        place = call.rng, call.layer, GEMMS.index(name), gemm.rotation_dim
+        if gemm.rotation.rounds != "auto":
+            return ops.rotation(*place, gemm.rotation.rounds, gemm.rotation.signs)
+        checked = zip(operands, _slots(name), strict=True)
+        heavy = [is_heavy(held.values(), AXES[slot], gemm.rotation_dim) for held, slot in checked]
+        return ops.rotation_by_need(*place, gemm.rotation.signs, heavy[0] | heavy[1])
+
+    def partner(self, name: str, signs: Tensor | None) -> Tensor | None:
+        """The second operand's rotation: the same, but for a power of two where the rounds depend on the operands."""
+        return partner(signs) if signs is not None and self.gemm(name).rotation.rounds == "auto" else signs
 
     def wants(self, slot: str) -> tuple[str, ...]:
         """Packed codes for a GEMM that multiplies those, if both its operands have them; else values."""
@@ -239,6 +250,10 @@ class Slots(Product):
         """The operands of two slots from x: the first along axis 1, the second along axis 0."""
         specs = tuple(self.operand(slot).spec for slot in slots)
         return ops.quantize_both(x, specs, signs, tuple(_draw(call, slot) for slot in slots), wants)
+
+
+def _most_rounds(rotation: Any) -> int:
+    return 0 if rotation.dim is None else 2 if rotation.rounds == "auto" else rotation.rounds
 
 
 def _draw(call: Call, slot: str) -> Draw:

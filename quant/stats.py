@@ -15,7 +15,7 @@ from kernels.quantize import reference_impl as reference
 from kernels.quantize.blocks import Blocks, quantize_blocks
 from kernels.spec import QuantSpec
 from quant.held import Held, Wish
-from quant.plan import quant_linears, remembering
+from quant.plan import quant_linears
 
 
 class SlotCounter:
@@ -50,10 +50,10 @@ def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
     if not spec.is_blocked:
         elements = y / (scale if axis == 1 else scale.t())
         zero = reference.round_nearest(elements, BY_NAME[spec.grid]) == 0
-        beyond = elements.abs() > BY_NAME[spec.grid].max_value
-        counts |= {"clipped": beyond.sum(), "zeroed": (zero & (y != 0)).sum()}
+        clipped = elements.abs() > BY_NAME[spec.grid].max_value
+        counts |= {"clipped": clipped.sum(), "zeroed": (zero & (y != 0)).sum()}
         return {name: value.to(torch.int64) for name, value in counts.items()}
-    dim = None if signs is None else signs.shape[0]
+    dim = None if signs is None else signs.shape[-1]
     blocks = quantize_blocks(y, spec, scale, wish.draw, dim)
     non_zero = (y != 0).view(blocks.codes.shape)
     counts["clipped"] = beyond_grid(blocks, spec).sum()
@@ -84,7 +84,7 @@ def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[s
     for module in layers.values():
         module.watch = SlotCounter()
     try:
-        with torch.compiler.set_stance("force_eager"), remembering(model):
+        with torch.compiler.set_stance("force_eager"):
             step_fn()
         return {
             name: {

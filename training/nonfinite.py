@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from quant.names import GEMMS
-from quant.plan import changed, quant_linears, remembering, unquantized
+from quant.plan import changed, quant_linears, unquantized
 from training.checkpoint.manifest import latest_good, step_of
 from training.checkpoint.state import load, non_finite, state_tensors
 from training.checkpoint.storage import NonFiniteState, first_names
@@ -202,7 +202,7 @@ def first_bad(loss: nn.Module, model: nn.Module, tokens: Tensor, accumulate: Cal
     for layer, module in quant_linears(model).items():
         _observe(layer, module, look, handles)
     try:
-        with torch.compiler.set_stance("force_eager"), accumulate(True), remembering(model):
+        with torch.compiler.set_stance("force_eager"), accumulate(True):
             nats = loss(tokens)
             look("loss", "cross-entropy", "nats", nats)
             nats.backward()

@@ -34,7 +34,8 @@ class Extent:
 class Scaling:
     """group: elements along the contraction under one scale. multiple: what must divide the contraction. rows: of a
     block. bits: of all scales, a value. has_tensor_scale: an FP32 number for the tensor lies over the blocks' scales.
-    significands: the integers that a scale's significand can be. corrected: MS-EDEN's growing scale can be stored."""
+    significands: the integers that a scale's significand can be. corrected: MS-EDEN's growing scale can be stored.
+    is_narrow: the largest scale is one that an operand's codes, taken without their outer scale, can ask for."""
 
     group: int = 16
     multiple: int = 16
@@ -43,6 +44,7 @@ class Scaling:
     has_tensor_scale: bool = False
     corrected: bool = False
     significands: range = range(1, 2)
+    is_narrow: bool = False
 
     def extent(self, groups: Tensor, sides: bool) -> Extent:
         """sides: the grid isn't symmetric, so both reaches are wanted."""
@@ -195,6 +197,7 @@ class HiFloat4(Scaling):
     group: int = 4
     multiple: int = 64
     significands: range = range(4, 8)
+    is_narrow: bool = True
 
     def wanted(self, extent: Extent, up: float, down: float, T: Tensor) -> Tensor:
         return extent.largest

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kernels import backend
+from kernels import rotation as rotations
 from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.philox import Draw
 from kernels.spec import QuantSpec
@@ -31,9 +32,9 @@ class Quantized:
     packed: NVFP4Tensor | None = None
 
 
-def supports(spec: QuantSpec, rotated: bool = False) -> str | None:
-    """Why the chosen back end leaves such a quantizer to the reference, or None if it has one of its own."""
-    return backend.impl("quantize").supports(spec, rotated)
+def supports(spec: QuantSpec, rounds: int = 0) -> str | None:
+    """Why the chosen back end leaves a quantizer behind so many rounds of rotation to the reference, or None."""
+    return backend.impl("quantize").supports(spec, rounds)
 
 
 def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool = False) -> Tensor:
@@ -46,10 +47,28 @@ def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool = Fal
     return backend.impl("quantize").rht_signs(rng, layer, gemm, dim, fixed)
 
 
+def rotation(rng: Tensor, layer: Tensor, gemm: int, dim: int, rounds: int, signs: str) -> Tensor:
+    """What the quantizers below take as `signs`: for one round signs [dim]; for two a matrix [dim, dim] of integers,
+    exact in BF16; for three [2, dim, dim], whose parts are. signs: random, fixed or none."""
+    if signs == "none":
+        return torch.ones(dim, device=rng.device)
+    drawn = rht_signs(rng, layer, gemm, dim if rounds == 1 else dim * 2 ** (rounds - 1), signs == "fixed")
+    if rounds == 1:
+        return drawn
+    matrix = rotations.merged(drawn[: rounds * dim], dim)
+    return matrix if rounds == 2 else rotations.two_parts(matrix)
+
+
+def rotation_by_need(rng: Tensor, layer: Tensor, gemm: int, dim: int, signs: str, heavy: Tensor) -> Tensor:
+    """`rotation` of two rounds where `heavy` (bool []), else of one, as a matrix for a GEMM's first operand; its second
+    takes kernels.rotation.partner of it, and the scalar is 1/dim^2 either way."""
+    return rotations.chosen(rht_signs(rng, layer, gemm, 2 * dim, signs == "fixed"), dim, heavy)
+
+
 def amax(x: Tensor, axis: int, signs: Tensor | None = None, per_row: bool = False) -> Tensor:
     """float32 max |x| of the rotated operand: [] or, per row of the stored operand, [rows, 1] / [1, columns].
 
-    x: [R, C] bf16. With signs [dim]: of (signs * x) times the unnormalised Hadamard matrix in blocks of dim along
+    x: [R, C] bf16. With signs (`rotation`): of x times the unnormalised rotation in blocks of dim along
     `axis`, in FP32. NaN and Inf propagate. Raises ValueError if dim does not divide the contraction.
     """
     _check(x, axis, signs)
@@ -74,8 +93,9 @@ def quantize(
     """Rotate (if signs) and quantize x along `axis`.
 
     x: [R, C] bf16 (FP32 holding BF16 values is accepted). amax: from `amax`, or a fixed value; None for grid none.
-    signs: float32 [dim] or None. draw: random bits, needed if spec.draws_random_bits.
-    want: "values", "packed" or both. The rotation is unnormalised: 1/dim per GEMM belongs in gemm's alpha_const.
+    signs: from `rotation`, or None. draw: random bits, needed if spec.draws_random_bits.
+    want: "values", "packed" or both. The rotation is unnormalised: 1/dim per GEMM
+    and round belongs in gemm's alpha_const.
     NaN or Inf in amax gives scale NaN (codes unspecified), so every output is NaN; amax 0 gives tensor scale 1.
     Raises ValueError for shapes that the block (16) or the rotation does not divide, or missing random state.
     Source: docs/numerics.md#8-limits and #9-ms-eden.
@@ -134,9 +154,9 @@ def _check(x: Tensor | NVFP4Tensor, axis: int, signs: Tensor | None) -> None:
         raise ValueError(f"an operand is [rows, columns] with axis 0 or 1; got shape {tuple(x.shape)}, axis {axis}")
     if isinstance(x, Tensor) and x.dtype not in (torch.bfloat16, torch.float32):
         raise ValueError(f"quantizers read bfloat16; got {x.dtype}")
-    if signs is not None and x.shape[axis] % signs.shape[0]:
+    if signs is not None and x.shape[axis] % signs.shape[-1]:
         raise ValueError(
-            f"contraction of {x.shape[axis]} is not a multiple of the rotation's dim {signs.shape[0]}; choose a "
+            f"contraction of {x.shape[axis]} is not a multiple of the rotation's dim {signs.shape[-1]}; choose a "
             "smaller rotation.dim for this GEMM, a batch whose tokens it divides, or bf16 for this layer (quant.rules)"
         )
 

@@ -28,6 +28,7 @@ from kernels.formats.nvfp4 import NVFP4Tensor, pack_levels
 from kernels.philox import Draw
 from kernels.quantize import Quantized
 from kernels.quantize.blocks import Blocks, quantize_blocks
+from kernels.rotation import rotated
 from kernels.spec import QuantSpec
 
 
@@ -36,7 +37,7 @@ def unavailable() -> str | None:
     return None
 
 
-def supports(spec: QuantSpec, rotated: bool) -> str | None:
+def supports(spec: QuantSpec, rounds: int) -> str | None:
     """None: it has every quantizer."""
     return None
 
@@ -47,23 +48,12 @@ def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> T
     return philox.random_signs(rng, layer, gemm, dim)
 
 
-def hadamard(dim: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """[dim, dim] of +1 and -1 in Sylvester's order: entry (i, j) is -1 to the number of bits that i and j share."""
-    matrix = torch.ones(1, 1, device=device, dtype=dtype)
-    while matrix.shape[0] < dim:
-        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)), 0)
-    return matrix
-
-
 def stored(x: Tensor, axis: int, signs: Tensor | None) -> Tensor:
-    """FP32 [rows, contraction], contiguous, rotated: (signs * x) @ H in blocks along the contraction, unnormalised."""
+    """FP32 [rows, contraction], contiguous, rotated in blocks along the contraction, unnormalised (rotation.py)."""
     y = (x if axis == 1 else x.t()).to(torch.float32).contiguous()
     if torch.compiler.is_compiling():
         y = round_bf16(y)  # Inductor drops a BF16 rounding that is fused with this read; a no-op on BF16 values
-    if signs is None:
-        return y
-    rotated = (y.view(-1, signs.shape[0]) * signs) @ hadamard(signs.shape[0], y.device)
-    return rotated.view(y.shape)
+    return y if signs is None else rotated(y, signs)
 
 
 def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
@@ -111,7 +101,7 @@ def quantize(
     if not spec.is_blocked:
         codes = round_nearest(y / (scale if axis == 1 else scale.t()), BY_NAME[spec.grid])
         return Quantized(_operand(codes, axis), scale)
-    blocks = quantize_blocks(y, spec, scale, draw, None if signs is None else signs.shape[0])
+    blocks = quantize_blocks(y, spec, scale, draw, None if signs is None else signs.shape[-1])
     outer = scale if spec.prescale == 1 else scale * (1.0 / spec.prescale)
     values = _operand(blocks.values.view(y.shape), axis) if "values" in want else None
     return Quantized(values, outer, _pack(blocks, outer, spec) if "packed" in want else None)

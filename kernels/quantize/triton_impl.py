@@ -28,17 +28,22 @@ def unavailable() -> str | None:
     return None if major >= 8 else f"needs sm_80 or newer; this is sm_{major}{minor}"
 
 
-def supports(spec: QuantSpec, rotated: bool) -> str | None:
+def supports(spec: QuantSpec, rounds: int) -> str | None:
     """Why a quantizer is left to the reference: the kernels are written for E2M1 under E4M3 scales, and for FP8."""
     if spec.grid == "none":
         return None
     if not spec.is_blocked:
-        return "FP8 behind a rotation has no kernel" if rotated else None
+        return "FP8 behind a rotation has no kernel" if rounds else None
     if not spec.tensor_core:
         return f"{spec.family.name} under {spec.scales[-1]} has no kernel"
     if spec.select == "search":
         return "select=search has no kernel"
-    return None
+    return "three rounds of rotation have no kernel" if rounds > 2 else None
+
+
+def _rounds(signs: Tensor | None) -> int:
+    """Of a rotation, by its shape (kernels.quantize.rotation)."""
+    return 0 if signs is None else signs.ndim
 
 
 def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> Tensor:
@@ -46,13 +51,13 @@ def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> T
 
 
 def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
-    if signs is None or per_row:
+    if signs is None or per_row or _rounds(signs) > 2:
         return reference_impl.amax(x, axis, signs, per_row)
     return torch.ops.nibble.amax(x, None, *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
 
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
-    if signs is None or per_row or not p.tensor_core:
+    if signs is None or per_row or _rounds(signs) > 2 or not p.tensor_core:
         return reference_impl.amax_packed(p, axis, signs, per_row)
     return torch.ops.nibble.amax(p.codes, _scale_bytes(p), *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
@@ -66,7 +71,7 @@ def quantize(
     draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    if spec.grid == "none" or supports(spec, signs is not None):
+    if spec.grid == "none" or supports(spec, _rounds(signs)):
         return reference_impl.quantize(x, spec, axis, amax, signs, draw, want)
     if not spec.is_blocked:
         return triton_tiles.quantize_fp8(x, spec, axis, amax)
@@ -97,7 +102,7 @@ def quantize_both(
     rotated = signs[0] is not None or signs[1] is not None  # not by ==: Dynamo would compare tensors
     if all(spec.grid in FP8_DTYPES for spec in specs) and not rotated:
         return triton_tiles.quantize_fp8_both(x, specs)
-    if any(not spec.tensor_core or spec.is_square or supports(spec, rotated) for spec in specs):
+    if any(not spec.tensor_core or spec.is_square or supports(spec, max(map(_rounds, signs))) for spec in specs):
         return reference_impl.each_axis(quantize, amax, x, specs, signs, draws, wants)
     amaxes = (reference_impl.amax(x, 1, None, False),) * 2 if not rotated else (None, None)
     results = torch.ops.nibble.quantize_both(
@@ -122,7 +127,7 @@ def requantize(
     draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    if not p.tensor_core or not spec.tensor_core or spec.is_square or supports(spec, signs is not None):
+    if not p.tensor_core or not spec.tensor_core or spec.is_square or supports(spec, _rounds(signs)):
         made = quantize(dequantize(p, 1).values, spec, axis, amax, signs, draw, want)
         return reference_impl.under(p.global_scale, made)
     return _nvfp4(p.codes, _scale_bytes(p), p.global_scale, spec, axis, amax, signs, draw, want)

@@ -11,7 +11,6 @@ import triton
 from torch import Tensor
 
 from kernels.philox import ROUNDING_STREAM
-from kernels.quantize import reference_impl
 from kernels.quantize.triton_kernels import (
     ROTATION_TILE,
     amax_kernel,
@@ -19,6 +18,7 @@ from kernels.quantize.triton_kernels import (
     rows_kernel,
     signs_kernel,
 )
+from kernels.rotation import hadamard
 from kernels.spec import NVFP4_BLOCK, ROTATION_DIMS, QuantSpec, from_key
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -76,11 +76,25 @@ def config_key(is_packed: bool, axis: int, spec: QuantSpec, rotated: bool) -> tu
 @lru_cache
 def rotation_matrix(dim: int, device: torch.device) -> Tensor:
     """BF16 [128, 128]: block-diagonal Hadamard (identity for dim 1), columns permuted as triton_kernels.py explains."""
+    block = hadamard(dim, torch.device("cpu"))
+    matrix = torch.block_diag(*[block] * (ROTATION_TILE.value // dim))[:, permutation(torch.device("cpu"))]
+    return matrix.to(torch.bfloat16).contiguous().to(device)
+
+
+@lru_cache
+def permutation(device: torch.device) -> Tensor:
     n = torch.arange(ROTATION_TILE.value)
     j, lane, b = n // 8, (n % 8) // 2, n % 2
-    block = reference_impl.hadamard(dim, torch.device("cpu"))
-    matrix = torch.block_diag(*[block] * (ROTATION_TILE.value // dim))[:, 32 * lane + 2 * j + b]
-    return matrix.to(torch.bfloat16).contiguous().to(device)
+    return (32 * lane + 2 * j + b).to(device)
+
+
+def rotation_and_signs(signs: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """(BF16 [128, 128], columns permuted; FP32 [dim] signs of its rows, or None: a merged rotation has them in it)."""
+    dim = _dim(signs)
+    if signs is None or signs.ndim == 1:
+        return rotation_matrix(dim, device), signs
+    blocks = torch.block_diag(*[signs] * (ROTATION_TILE.value // dim))
+    return blocks[:, permutation(device)].to(torch.bfloat16), None
 
 
 def grid_size(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
@@ -92,7 +106,7 @@ def grid_size(tiles: int, device: torch.device, per_multiprocessor: int) -> tupl
 
 
 def _dim(signs: Tensor | None) -> int:
-    dim = 1 if signs is None else signs.shape[0]
+    dim = 1 if signs is None else signs.shape[-1]
     if dim not in (1, *ROTATION_DIMS):
         raise ValueError(f"the Triton back end rotates by 16, 32, 64 or 128, not {dim}: use the reference back end")
     return dim
@@ -132,11 +146,12 @@ def launch_quantize(
     lines, contraction = (rows, columns) if axis == 1 else (columns, rows)
     tiles = triton.cdiv(lines, config.tile) * triton.cdiv(contraction, ROTATION_TILE.value)
     dim = _dim(signs)
+    matrix, diagonal = rotation_and_signs(signs, src.device)
     quantize_kernel[grid_size(tiles, src.device, config.programs)](
-        _words(src) if is_packed else src, src_scales, src_global, rotation_matrix(dim, src.device), signs, amax, rng,
+        _words(src) if is_packed else src, src_scales, src_global, matrix, diagonal, amax, rng,
         layer, values, _words(codes), block_scales, scale, rows, columns,
         columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
-        AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=signs is not None,
+        AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=diagonal is not None,
         **constants(spec, slot), EDEN_GROUPS=eden_groups(spec, signs), SCALED=spec.eden_space == "scaled",
         PAIRS=contraction % 32 == 0, STORE_VALUES=store_values, STORE_PACKED=store_packed,
         EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
@@ -165,7 +180,7 @@ def fuses(spec: QuantSpec) -> bool:
 
 def eden_groups(spec: QuantSpec, signs: Tensor | None) -> int:
     """How many groups of 16 share one MS-EDEN correction."""
-    return signs.shape[0] // NVFP4_BLOCK if spec.eden_block == "rotation" and signs is not None else 1
+    return signs.shape[-1] // NVFP4_BLOCK if spec.eden_block == "rotation" and signs is not None else 1
 
 
 def _words(codes: Tensor) -> Tensor:
@@ -205,9 +220,13 @@ def launch_amax(
     config = CONFIGS["amax_packed" if is_packed else "amax", 2 if along0 and along1 else int(along1)]
     tile_r, tile_c = 128 if along0 else config.tile, 128 if along1 else config.tile
     tiles = triton.cdiv(rows, tile_r) * triton.cdiv(columns, tile_c)
-    dim = _dim(signs0 if along0 else signs1)
+    signs = signs0 if along0 else signs1
+    dim, (matrix, diagonal) = _dim(signs), rotation_and_signs(signs, src.device)
+    if diagonal is None:  # a merged rotation, along one axis
+        ones = torch.ones(dim, device=src.device)
+        signs0, signs1 = (ones if along else None for along in (along0, along1))
     amax_kernel[grid_size(tiles, src.device, config.programs)](
-        _words(src) if is_packed else src, src_scales, rotation_matrix(dim, src.device), signs0, signs1, amax0, amax1,
+        _words(src) if is_packed else src, src_scales, matrix, signs0, signs1, amax0, amax1,
         plain, rows, columns, columns // 8, columns // 16, dim,
         ALONG_0=along0, ALONG_1=along1, PLAIN=plain is not None, PACKED=is_packed,
         SQUARE=is_packed and src_scales.shape[0] != rows,
@@ -252,12 +271,12 @@ def _(src, src_scales, src_global, amax, signs, rng, layer, axis, spec, slot, st
 
 
 def _both_amaxes(x: Tensor, signs1: Tensor | None, signs0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of axis 1 and of axis 0, at least one of them rotated; from one read unless the rotations differ in size."""
+    """Of axis 1 and of axis 0, at least one of them rotated; from one read if only signs differ."""
     if signs1 is None or signs0 is None:
         plain = x.new_zeros((), dtype=torch.float32)
         rotated = launch_amax(x, None, signs0, signs1, plain)
         return (rotated[0], plain) if signs0 is None else (plain, rotated[1])
-    if signs1.shape == signs0.shape:
+    if signs1.shape == signs0.shape and signs1.ndim == 1:
         return launch_amax(x, None, signs0, signs1)
     return launch_amax(x, None, None, signs1)[0], launch_amax(x, None, signs0, None)[1]
 

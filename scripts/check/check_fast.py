@@ -32,6 +32,7 @@ from base.files import write_json
 from kernels.formats import nibbles
 from kernels.philox import Draw
 from kernels.quantize import Quantized, reference_impl
+from kernels.rotation import merged
 from kernels.spec import FP8_SCALES, NO_CLIP_MAX, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
 try:
@@ -192,6 +193,21 @@ def both_axes_agree(x: Tensor, spec: QuantSpec, rotations: tuple[int, int]) -> b
     return True
 
 
+def two_rounds_agree(x: Tensor, spec: QuantSpec, axis: int, dim: int) -> bool:
+    """Whether a merged rotation of two rounds gives what the reference gives, but for the order of sums."""
+    rng, layer = torch.tensor([99, 3, 1], device=x.device), torch.tensor(2, device=x.device)
+    matrix = merged(reference_impl.rht_signs(rng, layer, 1, 2 * dim, False), dim)
+    first = reference_impl.quantize(x, SPECS["rtn_46"], 1, x.abs().amax().float(), None, None, ("packed",)).packed
+    want, draw, same = ("values", "packed"), Draw(rng, layer, 4), []
+    for source, measure, call in ((x, "amax", "quantize"), (first, "amax_packed", "requantize")):
+        both = [reference_impl, triton_impl]
+        amaxes = [getattr(module, measure)(source, axis, matrix, False) for module in both]
+        same.append(_relative(amaxes[1], amaxes[0]) <= 2 * dim)
+        results = [getattr(module, call)(source, spec, axis, amaxes[0], matrix, draw, want) for module in both]
+        same.append(max(_compare(results[1], results[0]).values()) <= 16 / x.numel())
+    return all(same)
+
+
 def dequantizing_agrees(x: Tensor, spec: QuantSpec, axis: int) -> bool:
     """Whether packed x turns into the reference's values bit for bit, as row-major BF16 along either axis."""
     packed = reference_impl.quantize(x, spec, 1, x.abs().amax().float(), None, None, ("packed",)).packed
@@ -293,6 +309,11 @@ def single_rows() -> list[dict]:
     rows = [
         {"spec": f"both axes {spec}", "rotation": max(dims), "ok": both_axes_agree(x, every[spec], dims)}
         for spec, dims in pairs
+    ]
+    turned = itertools.product(("rtn_46", "sr", "ms_eden"), (1, 0), (16, 32))
+    rows += [
+        {"spec": f"two rounds {spec}", "rotation": dim, "ok": two_rounds_agree(x, every[spec], axis, dim)}
+        for spec, axis, dim in turned
     ]
     unpacked = itertools.product(("rtn_46", "square_rtn"), (1, 0))
     return rows + [

@@ -14,7 +14,7 @@ from kernels.formats.selects import Candidate
 from kernels.philox import Draw
 from kernels.quantize import amax, amax_packed, quantize, requantize, rht_signs
 from kernels.quantize.blocks import best_of, quantize_blocks, round_blocks, squared_error
-from kernels.quantize.reference_impl import hadamard
+from kernels.rotation import hadamard
 from kernels.spec import (
     HIF4_SCALES,
     MXFP4_SCALES,

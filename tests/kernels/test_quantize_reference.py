@@ -9,7 +9,7 @@ from kernels import backend, philox
 from kernels.philox import Draw
 from kernels.quantize import amax, amax_packed, dequantize, quantize, quantize_both, requantize, rht_signs
 from kernels.quantize.blocks import quantize_blocks
-from kernels.quantize.reference_impl import hadamard
+from kernels.rotation import hadamard
 from kernels.spec import (
     NO_CLIP_MAX,
     NVFP4_SCALES,

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from kernels import backend
-from kernels.quantize.reference_impl import hadamard
 from quant import library, products
 from quant.held import Plain
 from quant.plan import convert, plan_of, quant_linears, unquantized
@@ -46,8 +45,8 @@ class MeanSplit(Product):
         y, kept = self.slots.forward(call, (x.float() - mean).to(torch.bfloat16), weight, keep)
         return (y.float() + mean @ weight.t()).to(torch.bfloat16), (*kept, Plain(mean)) if keep else ()
 
-    def gradients(self, call, dy: Tensor, needed):
-        a, b = self.slots.gradients(call, dy, needed)
+    def gradients(self, call, dy: Tensor, needed, kept):
+        a, b = self.slots.gradients(call, dy, needed, kept)
         return a, (b, dy)
 
     def input_gradient(self, call, dy, kept):
@@ -57,36 +56,6 @@ class MeanSplit(Product):
         quantized, plain = dy
         dw = self.slots.weight_gradient(call, quantized, kept)
         return dw + plain.float().sum(0).unsqueeze(1) @ kept[2].x
-
-
-@dataclass(frozen=True)
-class TrustMask(Product):
-    """Slots whose dX is zero where fprop clipped: masked in the rotated space, then turned back."""
-
-    slots: Recipe
-    limit: float
-    name: str = "trust_mask"
-
-    def rotated(self, call, x: Tensor, back: bool = False) -> Tensor:
-        signs = self.slots.signs(call, "fprop")
-        h = hadamard(signs.shape[0], x.device)
-        blocks = x.float().view(len(x), -1, signs.shape[0])
-        turned = (blocks @ h) * signs / signs.shape[0] if back else (blocks * signs) @ h
-        return turned.view(x.shape)
-
-    def forward(self, call, x: Tensor, weight: Tensor, keep: bool):
-        y, kept = self.slots.forward(call, x, weight, keep)
-        return y, (*kept, Plain(self.rotated(call, x).abs() <= self.limit)) if keep else ()
-
-    def gradients(self, call, dy: Tensor, needed):
-        return self.slots.gradients(call, dy, needed)
-
-    def input_gradient(self, call, dy, kept):
-        dx = self.rotated(call, self.slots.input_gradient(call, dy, kept)) * kept[2].x
-        return self.rotated(call, dx, back=True).to(torch.bfloat16)
-
-    def weight_gradient(self, call, dy, kept):
-        return self.slots.weight_gradient(call, dy, kept)
 
 
 @pytest.fixture
@@ -124,22 +93,6 @@ def test_a_product_of_its_own_is_planned_converted_and_multiplies(model):
     assert error(split[0], exact[0]) < 0.01 < 0.05 < error(slots[0], exact[0])
     assert torch.equal(split[1], slots[1])
     assert error(split[2], exact[2]) < 0.02 < 0.05 < error(slots[2], exact[2])
-
-
-def test_a_mask_of_the_input_gradient_in_the_rotated_space():
-    backend.use("reference")
-    mapping = library.mapping("nvfp4_rtn")
-    mapping["fprop"] = {**mapping["fprop"], "rotation": {"dim": 16}}
-    slots = library.build(mapping)
-    torch.manual_seed(0)
-    x, dy = torch.randn(M, K).bfloat16(), torch.randn(M, N).bfloat16()
-    layer = slots.build(nn.Linear(K, N, bias=False), 0, RNG)
-    plain = gradients(layer, x, dy)
-    for limit, share in ((1e9, 1.0), (4.0, 0.68), (0.0, 0.0)):  # the rotation by 16 makes a normal's sigma 4
-        layer.recipe = TrustMask(slots, limit)
-        y, dx, dw = gradients(layer, x, dy)
-        assert torch.equal(y, plain[0]) and torch.equal(dw, plain[2])
-        assert float((dx.norm() / plain[1].norm()) ** 2) == pytest.approx(share, abs=0.03)
 
 
 def test_it_compiles_without_a_graph_break(model):

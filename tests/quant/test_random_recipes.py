@@ -15,7 +15,7 @@ from quant.linear import QuantLinear
 from quant.recipe import OPERANDS, Recipe
 
 OTHERS = (["1x32 e8m0"], ["1x16 ue5m3"])
-COUNT, WORST = 200, 0.45
+COUNT, WORST = 120, 0.45
 M, K, N = 128, 128, 256
 REFERENCE, PACKED = {"quantize": "reference", "gemm": "reference"}, {"quantize": "reference", "gemm": "packed_emulated"}
 
@@ -44,6 +44,7 @@ def random_recipe(draw: random.Random) -> Recipe:
         for gemm, names in OPERANDS.items():
             dims = [None, None, 16, 32, 128] if gemm != "fprop" else [None, None, None, 16]
             rotation = {"dim": draw.choice(dims), "signs": draw.choice(["random", "fixed", "none"])}
+            rotation["rounds"] = draw.choice([1, 1, 2, 3, "auto"])
             mapping[gemm] = {"rotation": rotation} | {n: random_operand(draw, f"{gemm}.{n}") for n in names}
         try:
             return Recipe.from_dict(mapping)
