@@ -22,7 +22,7 @@ def shape_of(config: TrainConfig, vocab_size: int) -> DecoderShape:
     for name in names:
         value = getattr(given, name)
         if name not in known and value != getattr(usual, name):
-            raise ValueError(f"model.{name}={value:g}: model.family={given.family} has none; leave it out")
+            raise ValueError(f"model.{name}={value}: model.family={given.family} has none; leave it out")
     sizes = {name: getattr(given, name) for name in names if name in known}
     return shape(**sizes, vocab_size=vocab_size, max_seq_len=config.batch.seq_len)
 
