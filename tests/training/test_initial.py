@@ -153,9 +153,8 @@ def test_another_checkpoint_is_another_run(exported, run):
 
 def test_a_model_that_is_not_the_checkpoints_is_told_what_to_type(exported, run):
     with pytest.raises(ValueError, match=r"another model.*type model\.") as refused:
-        run(
-            f"init.from={exported}", f"data.tokenizer={exported}", "model.hidden=256", "model.kv_heads=1", name="second"
-        )
+        given = [f"init.from={exported}", f"data.tokenizer={exported}"]
+        run(*given, "model.hidden=256", "model.kv_heads=1", name="second")
     words = shlex.split(re.search(r"type (model\..*)", str(refused.value))[1])
     assert set(words) == {"model.hidden=128", "model.kv_heads=null"}
 
@@ -175,7 +174,7 @@ def test_text_of_another_tokenizer_is_refused_before_it_is_prepared(exported, ru
         run(f"init.from={exported}", name="second")
     path = json.loads((tmp_path / "runs" / "first" / "run.json").read_text())["data_path"]
     with pytest.raises(ValueError, match=r"another tokenizer; type data\.tokenizer="):
-        run(f"init.from={exported}", f"data.path={path}", "data.files=null", name="second")
+        run(f"init.from={exported}", f"data.path={path}", name="second")
 
 
 def damaged(folder: Path, change) -> Source:
