@@ -140,6 +140,14 @@ def test_training_begins_where_the_checkpoint_was(run, rows, tmp_path, stop_afte
     assert [row["loss"] for row in rows(stopped, "train")] == losses
 
 
+def test_a_grid_knows_what_its_cells_begin_with(exported, tmp_path):
+    from launcher.naming import Numerics, Text
+
+    words = ["model=llama_tiny", f"init.from={exported}", f"paths.data={tmp_path}", "data=text", "data.files=x"]
+    flat = Numerics().of(compose(words, typed=False).config, Text(300))
+    assert flat["init.from"] == Source(str(exported)).fingerprint(tmp_path)
+
+
 def test_another_checkpoint_is_another_run(exported, run):
     from safetensors.torch import load_file, save_file
 

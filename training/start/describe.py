@@ -21,7 +21,7 @@ from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
-from training.start import fork
+from training.start import fork, initial
 from training.start.build import is_compiled, is_graphed
 from training.start.cautions import cpu_seconds, many_epochs, slow, too_large
 from training.start.derive import Numbers, derive
@@ -120,10 +120,10 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
     checked = check(config, ranks, vocab_size)
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
-    around, init = hooks.numerics(checked.hooks), None
+    around = hooks.numerics(checked.hooks)
     if source := source_of(config):
         check_tokenizer(source, vocab_size, fingerprints["tokenizer"])
-        init = source.fingerprint()
+    init = ranks.on_main(lambda: initial.identity(config))  # the file of remembered sums is one process's
     quant = plan_numerics(checked.plan) | phase_numerics(checked.phases, plan_numerics)
     flat = numerics(config, checked.numbers, quant, vocab_size, fingerprints, around, init)
     parent = fork.parent(config)

@@ -15,7 +15,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from base.files import json_hash, sha256_of
+from base.files import json_hash
+from base.fingerprints import sums
 from data.spec import DataSpec
 from models.llama import LlamaConfig, permute_from_half_split
 from training.config import ModelSection, TrainConfig
@@ -67,9 +68,9 @@ class Source:
                 "it with transformers' save_pretrained"
             )
 
-    def fingerprint(self) -> str:
-        """SHA-256 over the weights' files."""
-        return hashlib.sha256("".join(sha256_of(file) for file in self.files).encode()).hexdigest()
+    def fingerprint(self, root: Path) -> str:
+        """SHA-256 over the sums of the weights' files, which are remembered under `root` (base/fingerprints.py)."""
+        return hashlib.sha256("".join(sums(self.files, root)).encode()).hexdigest()
 
     def where(self) -> dict[str, Path]:
         """{tensor: its file}."""
@@ -201,3 +202,9 @@ class Weights:
 
 def source_of(config: TrainConfig) -> Source | None:
     return Source(config.init["from"]) if config.init.get("from") is not None else None
+
+
+def identity(config: TrainConfig) -> str | None:
+    """What the run's hash has of the checkpoint that it begins with; None without one."""
+    source = source_of(config)
+    return source and source.fingerprint(Path(config.paths.data))
