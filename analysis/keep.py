@@ -92,8 +92,16 @@ def without_paths(content: dict) -> dict:
     content = {key: value for key, value in content.items() if key != "data_path"}
     if content.get("command"):
         script, *words = words_of(content["command"])
-        content["command"] = shlex.join([Path(script).name, *(word for word in words if not word.startswith(PLACES))])
+        words = [named(word) for word in words if not word.startswith(PLACES)]
+        content["command"] = shlex.join([Path(script).name, *words])
+    if "parent" in content:
+        content["parent"] = {key: value for key, value in content["parent"].items() if key != "folder"}
     return content
+
+
+def named(word: str) -> str:
+    """A fork's parent by its name alone: fork=/somewhere/runs/NAME@STEP as fork=runs/NAME@STEP."""
+    return f"fork=runs/{Path(word).name}" if word.startswith("fork=") else word
 
 
 def words_of(command: str) -> list[str]:

@@ -158,3 +158,14 @@ def test_losses_under_other_forwards_are_kept(tmp_path):
     assert json.loads((kept / "score" / "100.json").read_text()) == {"step": 100}
     shutil.rmtree(original / "score")
     assert not list((keep(read_run(original), tmp_path / "kept") / "score").iterdir())
+
+
+def test_a_fork_keeps_its_parents_name_but_not_its_place(tmp_path):
+    original = write_run(tmp_path / "runs")
+    info = json.loads((original / "run.json").read_text())
+    info |= {"command": "train.py fork=/home/me/runs/trunk@70 quant.fprop=none"}
+    info |= {"parent": {"name": "trunk", "folder": "/home/me/runs/trunk", "step": 70}}
+    (original / "run.json").write_text(json.dumps(info))
+    kept = json.loads((keep(read_run(original), tmp_path / "kept") / "run.json").read_text())
+    assert kept["command"] == "train.py fork=runs/trunk@70 quant.fprop=none"
+    assert kept["parent"] == {"name": "trunk", "step": 70}

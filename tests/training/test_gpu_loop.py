@@ -4,11 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; run by hand: pytest -m gpu"),
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; run by hand: pytest -m gpu")
+# Each of the others compiles another quarter of a minute for the same code paths: pytest -m gpu_long.
+RECIPES = [
+    *(pytest.param(name, marks=pytest.mark.gpu) for name in ("bf16", "fp8", "quartet2")),
+    *(pytest.param(name, marks=pytest.mark.gpu_long) for name in ("nvidia", "sr", "tetrajet2")),
 ]
-RECIPES = ["bf16", "fp8", "nvidia", "sr", "tetrajet2", "quartet2"]
 # Widths that every back end's tiles divide; ten steps.
 SHAPE = ["model.width=256", "model.heads=2", "model.hidden=256", "batch.seq_len=128", "evaluate.every=null"]
 
@@ -42,6 +43,7 @@ def test_fast_back_end_follows_the_reference(run, rows, recipe):
     np.testing.assert_allclose(losses["auto"], losses["reference"], rtol=2e-2)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "fp8", "quartet2"])
 def test_cuda_graphs_change_no_bit(run, rows, recipe):
     """Two micro-batches a step, so that both graphs are used, and an evaluation that makes them be captured again; the
@@ -55,6 +57,7 @@ def test_cuda_graphs_change_no_bit(run, rows, recipe):
     assert found["true"] == found["false"]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("phase", ["from: .5", "share: .5, seed: 1"])
 def test_phases_under_cuda_graphs_change_no_bit(run, rows, phase):
     """A switch in the middle, and steps drawn between the two recipes, each with graphs of its own."""
@@ -68,6 +71,7 @@ def test_phases_under_cuda_graphs_change_no_bit(run, rows, phase):
     assert found["true"] == found["false"]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2"])
 def test_no_step_synchronizes_and_nothing_recompiles_after_the_second(run, watch, recipe):
     from torch._dynamo.utils import counters
@@ -88,6 +92,7 @@ def test_no_step_synchronizes_and_nothing_recompiles_after_the_second(run, watch
     assert compiled[-1] == compiled[1]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("recipe", ["bf16", "quartet2"])
 def test_two_runs_are_bitwise_equal(run, rows, recipe):
     _, one = run(*SHAPE, f"quant={recipe}", name="one")

@@ -56,8 +56,11 @@ def test_an_untracked_file_in_use_makes_it_dirty(repository, tmp_path, monkeypat
     assert code_state([mine])["untracked"] == ["configs/quant/mine.yaml"] and code_state([mine])["dirty"] is True
     outside = tmp_path.parent / "outside.yaml"
     assert code_state([outside])["untracked"] == ["outside.yaml"]
-    module = type(sys)("hack")
-    module.__file__ = str(root / "hack.py")
+    module, unreal = type(sys)("hack"), type(sys)("unreal")
+    module.__file__, unreal.__file__ = str(root / "hack.py"), "_unreal.py"  # the second as torch._classes has it
+    monkeypatch.setitem(sys.modules, "unreal", unreal)
+    monkeypatch.chdir(root)
+    assert code_state()["untracked"] == [] and code_state()["dirty"] is False
     monkeypatch.setitem(sys.modules, "hack", module)
     assert code_state()["untracked"] == ["hack.py"] and code_state()["dirty"] is True
 

@@ -108,10 +108,11 @@ def code_state(configs: Iterable[Path] = ()) -> dict[str, Any]:
 
 
 def imported_files() -> list[Path]:
-    """Modules under our root that this process has imported; not an environment that lies there."""
+    """Modules under our root that this process has imported; not an environment that lies there, nor what has no file
+    but a name for one (torch._ops says it is "_ops.py", wherever we are)."""
     prefix = Path(sys.prefix).resolve()
     found = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
-    paths = [Path(file).resolve() for file in found if file]
+    paths = [Path(file).resolve() for file in found if file and Path(file).is_absolute()]
     return [path for path in paths if path.is_relative_to(ROOT) and not path.is_relative_to(prefix)]
 
 
