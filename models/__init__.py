@@ -6,6 +6,8 @@ A new model is one file and one line of FAMILIES. The class says everything that
     optimizer      the optimizer that its presets' peak rates are made for: "adamw" or "muon"
     scalar_rates   under Muon: {parameter that is no matrix of a block, embedding or head: share of the scalars' rate}
     hooks          what happens around a training step because of the model: {name: options} (training/hooks)
+    refuses        {"muon" or "export": why not with this family}; export needs no word where it is not built
+    head_weight    FP32 [V, D]: what the loss multiplies hidden states by
     decays(name)   whether weight decay applies to a parameter
 """
 
@@ -13,7 +15,7 @@ from importlib import import_module
 from typing import Any
 
 # By dotted name: a list of the families needs no torch.
-FAMILIES = {"llama": "models.llama.Llama", "nanochat": "models.nanochat.Nanochat"}
+FAMILIES = {"llama": "models.llama.Llama", "nanochat": "models.nanochat.Nanochat", "ngpt": "models.ngpt.Ngpt"}
 FIRST = "llama"  # the one that identities of runs don't name
 
 

@@ -114,6 +114,7 @@ class Nanochat(nn.Module):
     # The stream's scales act on everything after them and get a hundredth of the other scalars' rate.
     scalar_rates: Mapping[str, float] = {"residual_scales": 0.01, "embedding_scales": 1.0}
     hooks: Mapping[str, Mapping[str, Any]] = {}
+    refuses: Mapping[str, str] = {}
     softcap = SOFTCAP
 
     def __init__(self, config: NanochatConfig, compute_dtype: torch.dtype = torch.bfloat16):
@@ -127,6 +128,10 @@ class Nanochat(nn.Module):
         self.embedding_scales = nn.Parameter(torch.empty(config.layers))
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
         self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim), persistent=False)
+
+    @property
+    def head_weight(self) -> Tensor:
+        return self.lm_head.weight
 
     @staticmethod
     def decays(name: str) -> bool:

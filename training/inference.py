@@ -47,9 +47,7 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[nn.Modul
     config = built.Shape(**{name: stored[name] for name in known & stored.keys()}, max_seq_len=run["seq_len"])
     model = built(config, compute_dtype=torch.float32)
     meta = load_model(path, model)
-    model.rope.copy_(
-        rope_table(config.max_seq_len, config.head_dim, config.rope_theta, getattr(config, "rope_llama3", ()))
-    )
+    model.rope.copy_(rope_table(config.max_seq_len, config.head_dim, config.rope_theta))
     return model.eval(), run, meta["step"]
 
 
@@ -73,17 +71,13 @@ def run_tokenizer(run: dict[str, Any], given: Path | None = None) -> TextTokeniz
 def check_exportable(model: nn.Module) -> None:
     """Raise ValueError for a model that transformers_config and transformers_weights don't know."""
     if not isinstance(model, Llama):
-        raise ValueError(f"{type(model).__name__} can't be exported to transformers; only the llama family can")
+        why = f": {reason}" if (reason := model.refuses.get("export")) else ""
+        raise ValueError(f"{type(model).__name__} can't be exported to transformers; only the llama family can{why}")
 
 
 def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:
     """config.json of transformers' LlamaForCausalLM. A document ends where the next one's BOS follows, so that is the
     end of text, too. No padding token here: transformers would never train its row of the embedding again."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_llama3:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3", **dict(zip(names, config.rope_llama3, strict=True))}
-        rope[names[-1]] = int(rope[names[-1]])
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -92,18 +86,17 @@ def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, An
         "intermediate_size": config.hidden,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads,
+        "num_key_value_heads": config.heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        # transformers 5 reads rope_parameters, earlier ones rope_theta and rope_scaling
+        # transformers 5 reads rope_parameters, earlier ones rope_theta
         "rope_theta": config.rope_theta,
-        "rope_parameters": rope,
-        **({"rope_scaling": rope} if config.rope_llama3 else {}),
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": config.tied,
+        "tie_word_embeddings": False,
         "bos_token_id": bos_id,
         "eos_token_id": bos_id,
     }
@@ -116,17 +109,15 @@ def transformers_weights(model: Llama) -> dict[str, Tensor]:
     out = {
         "model.embed_tokens.weight": state["embed.weight"],
         "model.norm.weight": state["norm.weight"],
+        "lm_head.weight": state["lm_head.weight"],
     }
-    if not model.config.tied:
-        out["lm_head.weight"] = state["lm_head.weight"]
-    kv_heads, kv_width = model.config.kv_heads or model.config.heads, model.config.kv_width
     for i in range(model.config.layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        q, k, v = state[ours + "attn.qkv.weight"].split((model.config.width, kv_width, kv_width))
+        q, k, v = state[ours + "attn.qkv.weight"].chunk(3)
         gate, up = state[ours + "mlp.gate_up.weight"].chunk(2)
         out |= {
             theirs + "self_attn.q_proj.weight": permute_for_half_split(q, model.config.heads),
-            theirs + "self_attn.k_proj.weight": permute_for_half_split(k, kv_heads),
+            theirs + "self_attn.k_proj.weight": permute_for_half_split(k, model.config.heads),
             theirs + "self_attn.v_proj.weight": v,
             theirs + "self_attn.o_proj.weight": state[ours + "attn.out.weight"],
             theirs + "mlp.gate_proj.weight": gate,

@@ -11,7 +11,7 @@ from kernels.quantize import amax, amax_packed, quantize, requantize, rht_signs
 from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 from quant import library
 from quant.linear import QuantLinear
-from quant.recipe import GEMMS, SLOTS, Recipe
+from quant.recipe import GEMMS, SLOTS, Operand, Recipe
 
 M, K, N = 256, 128, 384
 RNG, LAYER = torch.tensor([11, 5, 3]), 6
@@ -66,9 +66,11 @@ TABLE = {
 }
 
 
-def exact(x: Tensor, slot: int, axis: int, quantizer: QuantSpec, signs: Tensor | None) -> Tensor:
+def exact(x: Tensor, slot: int, axis: int, operand: Operand, signs: Tensor | None) -> Tensor:
     """FP64 value of an operand, in its natural layout, with all scales."""
-    largest = None if quantizer.grid == "none" else amax(x, axis, signs, quantizer.per_row)
+    quantizer = operand.spec
+    measured = None if quantizer.grid == "none" else amax(x, axis, signs, quantizer.per_row)
+    largest = measured if operand.amax == "exact" else torch.full_like(measured, operand.amax)
     out = quantize(x, quantizer, axis, largest, signs, Draw(RNG, torch.tensor(LAYER), slot))
     return out.values.double() * (1.0 if out.scale is None else out.scale.double())
 
@@ -84,16 +86,17 @@ def exact_again(x: Tensor, first: QuantSpec, slot: int, quantizer: QuantSpec, si
 def in_fp64(name: str, x: Tensor, w: Tensor, dy: Tensor) -> list[tuple[Tensor, Tensor]]:
     """(product, sum of absolute products) of the three GEMMs in FP64."""
     recipe = library.load(name)
-    specs = [recipe.operand(slot).spec for slot in SLOTS]
+    operands = [recipe.operand(slot) for slot in SLOTS]
+    specs = [operand.spec for operand in operands]
     w = w.bfloat16()
     dims = [recipe.gemm(gemm).rotation_dim for gemm in GEMMS]
     signs = [rht_signs(RNG, torch.tensor(LAYER), i, dim) if dim else None for i, dim in enumerate(dims)]
-    qx, qw = exact(x, 0, 1, specs[0], signs[0]), exact(w, 1, 1, specs[1], signs[0])
-    d_dy, w_dy = exact(dy, 2, 1, specs[2], signs[1]), exact(dy, 4, 0, specs[4], signs[2])
+    qx, qw = exact(x, 0, 1, operands[0], signs[0]), exact(w, 1, 1, operands[1], signs[0])
+    d_dy, w_dy = exact(dy, 2, 1, operands[2], signs[1]), exact(dy, 4, 0, operands[4], signs[2])
     d_w, w_x = (
         exact_again(tensor, specs[first], slot, specs[slot], signs[gemm])
         if recipe.operand(SLOTS[slot]).source == "fprop"
-        else exact(tensor, slot, 0, specs[slot], signs[gemm])
+        else exact(tensor, slot, 0, operands[slot], signs[gemm])
         for tensor, first, slot, gemm in ((w, 1, 3, 1), (x, 0, 5, 2))
     )
     pairs = [(a, b, dim or 1) for (a, b), dim in zip(((qx, qw.t()), (d_dy, d_w), (w_dy.t(), w_x)), dims, strict=True)]

@@ -14,11 +14,12 @@ from quant.plan import Plan
 from training.config import OptimSection
 from training.hooks.base import Hook, Run
 from training.hooks.ema import Ema
+from training.hooks.normalize import Normalize
 from training.hooks.osci_reset import OsciReset
 from training.hooks.train_only import TrainOnly
 from training.options import read_options
 
-HOOKS: dict[str, type[Hook]] = {"ema": Ema, "osci_reset": OsciReset, "train_only": TrainOnly}
+HOOKS: dict[str, type[Hook]] = {"ema": Ema, "normalize": Normalize, "osci_reset": OsciReset, "train_only": TrainOnly}
 
 
 def read(model: nn.Module, plan: Plan, *wanted: Mapping[str, Any]) -> dict[str, Any]:

@@ -79,7 +79,10 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
 
 def check_optimizer(config: TrainConfig) -> None:
     """A preset's peak rate belongs to one optimizer: a Llama's to AdamW, nanochat's to Muon."""
-    rate_is_muons = family(config.model.family).optimizer == "muon"
+    model = family(config.model.family)
+    rate_is_muons = model.optimizer == "muon"
+    if config.optim.name == "muon" and (why := model.refuses.get("muon")):
+        raise ValueError(f"optim=muon isn't possible with model={config.model.name}: {why}. Use optim=adamw")
     if config.optim.name == "muon" and not rate_is_muons:
         raise ValueError(MUON_IS_FOR)
     check_unread(config)
