@@ -121,7 +121,7 @@ def test_every_recipe_answers_the_questions(name):
 def test_a_price_is_known_of_what_says_its_bits(model):
     assert kind_of(library.load("fp8_te"), "dgrad").bits == 8
     assert kind_of(library.load("quartet2"), "dgrad").bits == 4
-    with pytest.raises(ValueError, match="no price is known of mean_split.*gemm_bits"):
+    with pytest.raises(ValueError, match=r"no price is known of mean_split.*gemm_bits"):
         kind_of(model["up"].recipe, "fprop")
 
 
