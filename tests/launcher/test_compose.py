@@ -276,8 +276,9 @@ def test_ctrl_c_before_training_is_one_line():
 
 def test_optimizers_have_the_published_values():
     """Written out: a default of the schema and a YAML file could drift together."""
-    adamw = OptimSection("adamw", None, [0.9, 0.95], 1e-8, 0.1, 1.0, 0.3, 0.004, 0.5)
-    muon = OptimSection("muon", None, [0.8, 0.95], 1e-10, 0.2, None, 0.3, 0.004, 0.5)
+    rates = {"lr": None, "embed_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.5}
+    adamw = OptimSection("adamw", betas=[0.9, 0.95], eps=1e-8, weight_decay=0.1, clip=1.0, **rates)
+    muon = OptimSection("muon", betas=[0.8, 0.95], eps=1e-10, weight_decay=0.2, clip=None, **rates)
     assert compose([]).config.optim == compose(["optim=adamw"]).config.optim == adamw
     assert compose(["optim=muon"]).config.optim == muon
 
