@@ -78,7 +78,7 @@ def text(given: set[str], config: TrainConfig) -> Iterator[Unread]:
     for names, is_unread, why in text_rules(data):
         for key in sorted(given & {f"data.{name}" for name in names}) if is_unread else ():
             yield key, why
-    others = {key for key in given if key.startswith("data.")} - {f"data.{name}" for name in OF_ANY_TEXT}
+    others = {key for key in given if key.startswith("data.") and key.split(".")[1] not in OF_ANY_TEXT}
     for name in ("path", "mix"):
         for key in sorted(others) if getattr(data, name) else ():
             yield key, f"data.{name} names text that is tokenized already; set data.{name}=null"

@@ -338,6 +338,10 @@ WITHOUT_EFFECT = [
     (["model.lr=1e-3", "optim.lr=2e-3"], "optim.lr is given, too"),
     (["data=text", "data.files=a.txt", "data.val_files=b.txt", "data.val_fraction=0.1"], "data.val_fraction=0.1"),
     (["data.path=shards", "data.text_key=body"], "data.path names text that is tokenized already"),
+    (
+        ["data.mix=[a,b]", "data.weights=[0.5,0.5]", "data.text_key=body"],
+        "data.mix names text that is tokenized already",
+    ),
     (["data.tokenizer=t.json", "data.vocab_size=500"], "the tokenizer is given"),
     (["data.bos=BOS"], "add data.tokenizer="),
     (["data=text", "data.files=a.txt", "data.hub_name=en"], "reads no hub"),
@@ -361,6 +365,8 @@ def test_a_setting_without_effect_is_refused(overrides, message):
         ["quant=bf16", "rounding_seed=0"],
         ["quant=bf16", "quant.rules=[{match: 'blocks.0.*', recipe: sr}]", "rounding_seed=7"],
         ["data.path=shards", "data.packing=bos_bestfit"],
+        ["data.path=shards", "data.val_sets={web: c}"],
+        ["data.mix=[a,b]", "data.weights=[0.5,0.5]", "data.val_sets={web: c}", "data.verify=true"],
     ],
     ids=" ".join,
 )
