@@ -234,7 +234,7 @@ def describe(findings: list[Finding], state: list[str]) -> str:
     if weights := [name.removeprefix("model.") for name in state if name.startswith("model.")]:
         return f"Weights that are not finite: {first_names(weights)}."
     if state:
-        return f"Optimizer state that is not finite: {first_names(state)}."
+        return f"State beside the weights that is not finite: {first_names(state)}."
     bad = [finding for finding in findings if finding.first is not None]
     if not bad:
         return "The replay is finite: not a property of the data or the recipe (a hardware fault, or a transient one)."

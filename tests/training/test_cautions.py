@@ -33,7 +33,9 @@ def test_the_estimate_is_what_was_measured_within_a_factor_of_two():
         assert rate / 2 < 1024 / seconds_of(*words, threads=1) < rate * 2, recipe
 
 
-@pytest.mark.parametrize("given", [[], ["batch.tokens=262144"], ["batch.micro=32"]])
+@pytest.mark.parametrize(
+    "given", [["batch.sequences=512"], ["batch.tokens=262144"], ["batch.sequences=512", "batch.micro=32"]]
+)
 def test_a_start_on_a_cpu_says_what_a_step_takes_and_what_to_type(given):
     words = ["model=llama_tiny", "quant=quartet2", "data=text", "data.files=x.txt", *given]
 

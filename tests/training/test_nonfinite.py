@@ -16,7 +16,7 @@ from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import non_finite, read_all
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained
-from training.nonfinite import Guard, NonFiniteError
+from training.nonfinite import Guard, NonFiniteError, describe
 from training.start import build as building_blocks
 
 BAD_STEP = 7  # 1-based; checkpoint.every=5 and log.every=4 put it after a checkpoint and inside a logging window
@@ -235,6 +235,14 @@ def test_an_eps_that_is_zero_in_fp32_is_refused(eps):
     """A row of the embedding without a gradient would be 0 / 0 at the first step."""
     with pytest.raises(ConfigError, match=rf"optim\.eps={eps}: needs"):
         compose([f"optim.eps={eps}"])
+
+
+def test_state_beside_the_weights_is_named():
+    """Moments that overflow, and what hooks keep; weights first, since the rest follows from them."""
+    assert describe([], ["optim.0.embed.weight.exp_avg_sq"]).endswith("optim.0.embed.weight.exp_avg_sq.")
+    assert "weights" in describe([], ["hooks.ema.embed.weight"])
+    assert "embed.weight" in describe([], ["model.embed.weight", "optim.0.norm.weight.exp_avg"])
+    assert "norm" not in describe([], ["model.embed.weight", "optim.0.norm.weight.exp_avg"])
 
 
 def test_the_check_of_a_state_is_exact():
