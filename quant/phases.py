@@ -119,7 +119,13 @@ def _plan(where: str, model: nn.Module, mapping: Mapping[str, Any], values: dict
 
     def change(recipe: Mapping[str, Any]) -> Any:
         merged = merge(recipe, values["set"])
-        for slot in lost_sources(merged):
+        try:
+            return library.build(merged)
+        except ValueError as error:
+            lost = lost_sources(merged)
+            if not lost:
+                raise ValueError(f"{where}: {error}") from None
+        for slot in lost:
             gemm, operand = slot.split(".")
             if not values["add_sources"]:
                 raise ValueError(

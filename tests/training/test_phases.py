@@ -1,6 +1,7 @@
 """Precision phases and forks in whole runs: a phased run is the fork at that step, and both resume bit for bit."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -123,6 +124,16 @@ def test_a_fork_of_something_else_is_refused(run, made_trunk, tmp_path, words, t
     with pytest.raises(ValueError, match=told):
         run_fork(run, made_trunk, 5, *words, name="refused")
     assert not (made_trunk.parent / "refused").exists()
+
+
+def test_a_fork_that_has_a_checkpoint_goes_on_without_its_parents(run, made_trunk, stop_after):
+    copy = made_trunk.parent / "copy"
+    shutil.copytree(made_trunk, copy)
+    with stop_after(7):
+        run_fork(run, copy, 5, "checkpoint.every=null", name="tail")
+    shutil.rmtree(copy / "checkpoints")
+    code, _ = run_fork(run, copy, 5, "checkpoint.every=null", name="tail")
+    assert code == 0
 
 
 def test_a_fork_without_its_parent_says_what_is_there(run, made_trunk):

@@ -64,9 +64,14 @@ def check(parent: Parent, numerics: dict[str, Any], numbers: Numbers, tokens: To
         )
     if parent.step >= numbers.steps:
         raise ForkError(f"{who}: nothing is left to train of {numbers.steps} steps; give an earlier step or steps=")
+
+
+def check_there(parent: Parent) -> None:
+    """Raise ForkError where the parent's checkpoint is gone. A fork that has one of its own doesn't need it."""
     there = checkpoints(parent.checkpoint.parent)
     if parent.checkpoint not in there:
         known = ", ".join(str(step_of(path)) for path in there) or "none"
+        who = f"fork={parent.folder}@{parent.step}"
         raise ForkError(f"{who}: no checkpoint of that step is there; there are: {known}")
 
 

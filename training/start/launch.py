@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from base.files import disk_full_explained, make_folder
-from base.runfolder import ENV
+from base.runfolder import CHECKPOINTS, ENV
 from data.mixture import open_tokens
 from data.prepare import ensure
 from data.valsets import open_val_sets
 from kernels import backend
 from training import hooks, probes
+from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import TrainState
 from training.config import TrainConfig
 from training.hooks.base import Run
@@ -86,6 +87,8 @@ def train(request: Request, ranks: Dist) -> int:
     for plan in described.plans:
         check_evaluations(config, texts, plan, described.numbers)
     folder = RunFolder(Path(config.paths.runs) / described.run["name"])
+    if described.parent and not checkpoints(folder.path / CHECKPOINTS):
+        fork.check_there(described.parent)
     text = screen(request, described, ranks, backends)
     lock = RunLock(folder.path)
 
