@@ -1,6 +1,7 @@
 """What the numerics hash covers and what it leaves out, key by key; the names of grid cells follow it."""
 
 import json
+import shlex
 from dataclasses import fields
 from pathlib import Path
 
@@ -181,9 +182,20 @@ KEPT = sorted((Path(__file__).parents[2] / "results").glob("corpus_*/*/run.json"
 def test_a_kept_run_has_the_hash_that_its_command_has_today(path):
     """A later field of recipe or configuration must be left out where it isn't used, or no older run can be resumed."""
     kept = json.loads(path.read_text())
-    composed = compose([f"experiment={kept['experiment']}", f"cell={kept['cell']}"])
+    words, lineage = words_of_kept(kept), kept.get("parent")
+    composed = compose(words)
     request = Request(composed.config, composed.yaml, composed.choices, kept["command"])
     today = describe(request, Dist(0, 1, 0, torch.device("cpu")), tokens=None).run["numerics"]
+    today |= {"fork.parent": lineage["hash"], "fork.step": lineage["step"]} if lineage else {}
     data = {key: value for key, value in kept["numerics"].items() if key.startswith("data.")}
     assert today | data == kept["numerics"]
     assert hash_of(today | data) == kept["hash"]
+
+
+def words_of_kept(kept: dict) -> list[str]:
+    """The overrides of a cell; of a fork its parent's, then what was typed beside fork=."""
+    if "parent" not in kept:
+        return [f"experiment={kept['experiment']}", f"cell={kept['cell']}"]
+    (parent,) = (json.loads(path.read_text()) for path in KEPT if path.parent.name == kept["parent"]["name"])
+    typed = [word for word in shlex.split(kept["command"])[1:] if word.startswith("quant.")]
+    return [*words_of_kept(parent), *typed]
