@@ -6,11 +6,16 @@ from collections.abc import Callable
 from quant import library
 from quant.names import SLOTS
 
-# Of the files in configs/quant: recipes of six slots, and among them those whose six operands are all 4-bit.
+# Of the files in configs/quant: recipes of six slots.
 SLOT_RECIPES = [name for name in library.names() if library.load(name).operands()]
-FP4_RECIPES = [
-    name for name in SLOT_RECIPES if all(library.load(name).operand(slot).spec.grid == "e2m1" for slot in SLOTS)
-]
+# One of each kind, where a test of a recipe takes seconds: without those that differ from another by grids alone.
+VARIANTS = (
+    "fp4_all_the_way", "hif4_rht_fwd", "mxfp4", "quartet2_eden46", "quartet2_if4", "quartet2_po2", "quartet2_po2_fwd",
+    "quartet2_po4", "quartet2_search", "quartet2_sfp4_fwd", "tseng", "ufp4", "ufp4_eden",
+)  # fmt: skip
+KINDS = [name for name in SLOT_RECIPES if name not in VARIANTS]
+# Among them those whose six operands 4-bit tensor cores can read.
+FP4_RECIPES = [name for name in KINDS if all(library.load(name).operand(slot).spec.tensor_core for slot in SLOTS)]
 
 
 def wait_until(condition: Callable[[], object], limit_s: float = 60, every_s: float = 0.02) -> None:

@@ -136,31 +136,40 @@ class Quarters(Grid):
 @dataclass(frozen=True)
 class Table(Grid):
     """Any levels: nearest, a tie to the smaller magnitude, so that a mirrored table rounds mirrored; the code counts
-    levels from the lowest."""
+    levels from the lowest.
+
+    Levels enter as scalars, one comparison each: a tensor of them would be copied to the device at every call, which a
+    CUDA graph can't hold, and Inductor fuses comparisons."""
 
     @property
-    def thresholds(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Midpoints of neighbours: the negative ones, and the others."""
-        middle = [(low + high) / 2 for low, high in pairwise(self.levels)]
-        return tuple(t for t in middle if t < 0), tuple(t for t in middle if t >= 0)
+    def thresholds(self) -> tuple[float, ...]:
+        """Midpoints of neighbours."""
+        return tuple((low + high) / 2 for low, high in pairwise(self.levels))
 
     def nearest(self, x: Tensor) -> Tensor:
-        negative, others = (x.new_tensor(part) for part in self.thresholds)
-        index = torch.bucketize(x, negative, right=True) + torch.bucketize(x, others)
-        return x.new_tensor(self.levels)[index]
+        q = torch.full_like(x, self.levels[0])
+        for threshold, level in zip(self.thresholds, self.levels[1:], strict=True):
+            q = torch.where(x >= threshold if threshold < 0 else x > threshold, level, q)
+        return q
 
     def stochastic(self, x: Tensor, random24: Tensor) -> Tensor:
-        levels = x.new_tensor(self.levels)
         x = x.clamp(self.levels[0], self.levels[-1])
-        low = (torch.bucketize(x, levels, right=True) - 1).clamp_(0, len(self.levels) - 2)
-        below, above = levels[low], levels[low + 1]
+        below, above = torch.full_like(x, self.levels[0]), torch.full_like(x, self.levels[1])
+        for low, high in pairwise(self.levels[1:]):
+            below, above = torch.where(x >= low, low, below), torch.where(x >= low, high, above)
         return torch.where(random24 < (x - below) / (above - below) * RANDOM_RANGE, above, below)
 
     def encode(self, q: Tensor, x: Tensor) -> Tensor:
-        return torch.bucketize(q, q.new_tensor(self.levels)).to(torch.uint8)
+        codes = torch.zeros_like(q, dtype=torch.uint8)
+        for level in self.levels[:-1]:
+            codes += q > level
+        return codes
 
     def decode(self, codes: Tensor) -> Tensor:
-        return torch.tensor(self.levels, device=codes.device)[codes.to(torch.int64)]
+        q = torch.full_like(codes, self.levels[0], dtype=torch.float32)
+        for code, level in enumerate(self.levels[1:], start=1):
+            q = torch.where(codes == code, level, q)
+        return q
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kernels.formats.minifloat import E4M3, E6M2, FP32_BIAS, FP32_MANTISSA, UE5M3, round_bf16, round_nearest
 
 TILE = 16  # rows of a square block
+SEVENTH = 0.142578125  # 1/7 in BF16
 MANTISSA_MASK = (1 << FP32_MANTISSA) - 1
 
 
@@ -165,7 +166,8 @@ class PowersOfTwo(Scaling):
         fours = wanted.view(wanted.shape[0], -1, 4)
         largest = fours.amax(dim=-1, keepdim=True)
         step = 1 << (FP32_MANTISSA - self.macro_bits)
-        mantissa = (largest / largest.new_tensor(6.0)).view(torch.int32) & MANTISSA_MASK
+        # A tensor as divisor: on CUDA torch multiplies by the reciprocal where the divisor is a Python number.
+        mantissa = (largest / torch.full_like(largest, 6.0)).view(torch.int32) & MANTISSA_MASK
         mantissa = (mantissa + (step - 1)) & -step
         factor = ((mantissa & MANTISSA_MASK) | (FP32_BIAS << FP32_MANTISSA)).view(torch.float32)
         factor = torch.where(largest >= 2.0**-120, factor, 1.0)  # below, the quotient has no leading bit to rely on
@@ -205,8 +207,7 @@ class HiFloat4(Scaling):
     def round(self, wanted: Tensor) -> Tensor:
         fours = wanted.view(wanted.shape[0], -1, 16)
         eights = fours.unflatten(-1, (8, 2)).amax(dim=-1)
-        seventh = round_bf16(fours.new_tensor(1 / 7))
-        s = round_bf16(eights.amax(dim=-1, keepdim=True) * seventh)
+        s = round_bf16(eights.amax(dim=-1, keepdim=True) * SEVENTH)
         s = round_nearest(s.clamp(2.0**E6M2.min_exponent, E6M2.max_value), E6M2)
         reciprocal = bf16_reciprocal(s)
         by8 = torch.where(eights * reciprocal >= 4, 2.0, 1.0).repeat_interleave(2, dim=-1)

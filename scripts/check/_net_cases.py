@@ -199,8 +199,8 @@ def random_mapping(draw: random.Random) -> dict:
 
 
 def runnable() -> dict[str, object]:
-    """The recipes of configs/quant that this machine can run."""
-    loaded = {name: library.load(name) for name in library.names()}
+    """The recipes that both trees have and this machine can run."""
+    loaded = {name: library.load(name) for name in os.environ["NET_RECIPES"].split() if name in library.names()}
     return {name: recipe for name, recipe in loaded.items() if hasattr(recipe, "operand")}
 
 

@@ -51,10 +51,16 @@ def worktree(revision: str) -> Iterator[Path]:
             subprocess.run([*git, "worktree", "remove", "--force", path], check=True)
 
 
-def collect(tree: Path, section: str) -> dict[str, object]:
+def recipes(tree: Path) -> list[str]:
+    """The recipe files of a tree."""
+    return sorted(path.stem for path in (tree / "configs" / "quant").glob("*.yaml"))
+
+
+def collect(tree: Path, section: str, names: list[str]) -> dict[str, object]:
     """The section's results in this tree. RuntimeError with the last lines of what it printed where it fails."""
     with tempfile.TemporaryDirectory(prefix="net-") as folder:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "NET_FOLDER": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        environment["NET_RECIPES"] = " ".join(names)
         environment["TRITON_INTERPRET"] = "1" if section == "triton" else "0"
         environment.pop("PYTHONPATH", None)
         out = Path(folder) / "results.json"
@@ -94,7 +100,8 @@ def main() -> int:
         with worktree(args.base) as base:
             for section in args.only or SECTIONS:
                 start = time.monotonic()
-                before, now = collect(base, section), collect(REPOSITORY, section)
+                names = recipes(base)  # later ones have nothing to be compared with
+                before, now = collect(base, section, names), collect(REPOSITORY, section, names)
                 same = report(section, before, now, time.monotonic() - start) and same
     except (ValueError, RuntimeError) as error:
         print(f"net.py: error: {error}", file=sys.stderr)

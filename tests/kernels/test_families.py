@@ -129,7 +129,7 @@ def test_tables_and_their_mirror():
 def test_thresholds_are_the_midpoints_and_a_tie_goes_to_the_smaller_magnitude():
     gauss = FAMILIES["po2_gauss"].members
     middle = [-104, -80, -64, -48, -33, -19.5, -6.5, 5, 15, 26, 40, 56, 72, 92, 112]
-    assert [t for part in gauss[0].thresholds for t in part] == middle
+    assert list(gauss[0].thresholds) == middle
     x = torch.tensor([float(t) for t in middle])
     low, high = torch.tensor(gauss[0].levels[:-1]), torch.tensor(gauss[0].levels[1:])
     assert torch.equal(gauss[0].nearest(x), torch.where(low.abs() < high.abs(), low, high))
@@ -259,12 +259,18 @@ def relative(x: Tensor, spec: QuantSpec, dim: int | None = None) -> tuple[float,
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_errors_on_known_inputs(name, inputs):
-    for x, target, tolerance in zip(inputs, TARGETS[name], (0.01, 0.03, 0.03, 0.03), strict=False):
+def test_errors_and_alignment_on_a_gaussian(name, inputs):
+    error, align = relative(inputs[0], SPECS[name])
+    assert error == pytest.approx(TARGETS[name][0], rel=0.01)
+    assert align == pytest.approx(ALIGN.get(name, align), abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TARGETS)
+def test_errors_on_heavy_tails_and_activations(name, inputs):
+    for x, target in zip(inputs[1:], TARGETS[name][1:4], strict=True):
         if target is not None:
-            assert relative(x, SPECS[name])[0] == pytest.approx(target, rel=tolerance)
-    if name in ALIGN:
-        assert relative(inputs[0], SPECS[name])[1] == pytest.approx(ALIGN[name], abs=0.05)
+            assert relative(x, SPECS[name])[0] == pytest.approx(target, rel=0.03)
 
 
 @pytest.mark.parametrize("name", [name for name, row in TARGETS.items() if row[4]])

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import SLOT_RECIPES
+from support import KINDS
 
 pytest.importorskip("triton")
 
@@ -23,7 +23,7 @@ FAST = {
 }
 
 
-@pytest.mark.parametrize("recipe", SLOT_RECIPES)
+@pytest.mark.parametrize("recipe", KINDS)
 def test_fast_path_traces_as_one_graph_per_region(recipe, monkeypatch):
     monkeypatch.setattr(backend, "IMPL", FAST)
     torch.compiler.reset()

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from support import SLOT_RECIPES
+from support import KINDS, SLOT_RECIPES
 from torch import Tensor, nn
 
 from kernels import backend
 from kernels.philox import Draw
-from kernels.quantize import amax, amax_packed, quantize, requantize, rht_signs
+from kernels.quantize import amax, amax_packed, quantize, requantize, rotation
 from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 from quant import library
 from quant.linear import QuantLinear
@@ -89,8 +89,11 @@ def in_fp64(name: str, x: Tensor, w: Tensor, dy: Tensor) -> list[tuple[Tensor, T
     operands = [recipe.operand(slot) for slot in SLOTS]
     specs = [operand.spec for operand in operands]
     w = w.bfloat16()
-    dims = [recipe.gemm(gemm).rotation_dim for gemm in GEMMS]
-    signs = [rht_signs(RNG, torch.tensor(LAYER), i, dim) if dim else None for i, dim in enumerate(dims)]
+    rotations = [recipe.gemm(gemm).rotation for gemm in GEMMS]
+    signs = [
+        rotation(RNG, torch.tensor(LAYER), i, turn.dim, turn.rounds, "random") if turn.dim else None
+        for i, turn in enumerate(rotations)
+    ]
     qx, qw = exact(x, 0, 1, operands[0], signs[0]), exact(w, 1, 1, operands[1], signs[0])
     d_dy, w_dy = exact(dy, 2, 1, operands[2], signs[1]), exact(dy, 4, 0, operands[4], signs[2])
     d_w, w_x = (
@@ -99,8 +102,9 @@ def in_fp64(name: str, x: Tensor, w: Tensor, dy: Tensor) -> list[tuple[Tensor, T
         else exact(tensor, slot, 0, operands[slot], signs[gemm])
         for tensor, first, slot, gemm in ((w, 1, 3, 1), (x, 0, 5, 2))
     )
-    pairs = [(a, b, dim or 1) for (a, b), dim in zip(((qx, qw.t()), (d_dy, d_w), (w_dy.t(), w_x)), dims, strict=True)]
-    return [(a @ b / dim, a.abs() @ b.abs() / dim) for a, b, dim in pairs]
+    norms = [turn.dim**turn.rounds if turn.dim else 1 for turn in rotations]
+    pairs = zip(((qx, qw.t()), (d_dy, d_w), (w_dy.t(), w_x)), norms, strict=True)
+    return [(a @ b / norm, a.abs() @ b.abs() / norm) for (a, b), norm in pairs]
 
 
 @pytest.mark.parametrize("name", SLOT_RECIPES)
@@ -362,7 +366,7 @@ def test_traces_as_one_graph(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SLOT_RECIPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_every_recipe_traces_through_aot_autograd(name):
     check_compiled(name, backend="aot_eager")
 

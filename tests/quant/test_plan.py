@@ -244,3 +244,18 @@ def test_a_slot_without_a_kernel_says_that_it_runs_the_reference(monkeypatch):
     slow = [line.split()[0] for line in lines if "runs the reference: tables under 1x16 e4m3 has no kernel" in line]
     assert slow == ["fprop.x", "fprop.w"]
     assert not any("reference" in line for line in library.load("quartet2").describe("one"))
+
+
+def test_counters_name_the_members_that_blocks_took():
+    backend.use("reference")
+    model = nn.Sequential(nn.Linear(128, 128, bias=False))
+    x = torch.randn(16, 128, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for recipe, members in (("quartet2_po4", 3), ("quartet2_tables", 1), ("quartet2", 0), ("bf16", 0)):
+        precision = Precision.from_dict(library.mapping(recipe))
+        layer = convert(
+            nn.Sequential(nn.Linear(128, 128, bias=False)), resolve(model, precision), torch.tensor([1, 2, 3])
+        )
+        counts = slot_stats(layer, lambda layer=layer: layer(x)).get("0", {}).get("fprop.x", {})
+        taken = [counts[key] for key in counts if key.startswith("member_")]
+        assert len(taken) == members and all(0 < number < counts["blocks"] for number in taken)
+        assert sum(taken) < counts.get("blocks", 1)

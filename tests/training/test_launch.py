@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from support import SLOT_RECIPES
+from support import KINDS
 
 from analysis.runs import read_run
 from data.loader import Loader
@@ -19,7 +19,7 @@ from training.records.identity import IdentityError
 from training.start.build import is_graphed
 
 
-@pytest.mark.parametrize("recipe", SLOT_RECIPES)
+@pytest.mark.parametrize("recipe", KINDS)
 def test_ten_steps_of_every_recipe_learn(run, rows, recipe):
     code, folder = run(f"quant={recipe}", "evaluate.every=null", "checkpoint.every=null")
     losses = [row["loss"] for row in rows(folder, "train")]

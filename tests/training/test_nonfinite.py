@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support import SLOT_RECIPES
+from support import KINDS
 
 from analysis.runs import read_run
 from kernels import backend
@@ -116,7 +116,7 @@ def test_a_recipe_that_causes_it_is_told_from_the_data(run, plant, name):
         run(f"quant={name}")
 
 
-@pytest.mark.parametrize("name", SLOT_RECIPES)
+@pytest.mark.parametrize("name", KINDS)
 def test_one_gemm_quantized_alone_multiplies_by_the_same_operands(name):
     """Also where a slot reuses fprop's codes, which are then made from the tensor itself."""
     backend.use("reference")

@@ -7,14 +7,14 @@ from contextlib import AbstractContextManager
 
 import pytest
 import torch
-from support import SLOT_RECIPES
+from support import KINDS
 
 from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import read_all
 
 COUNT = 8
 NUMBERS = {
-    "quant": SLOT_RECIPES,
+    "quant": KINDS,
     "quant.high_precision.last": [0, 0, 1],
     "model.layers": [1, 2],
     "model.residual_dtype": ["float32", "bfloat16"],
