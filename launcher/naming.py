@@ -48,13 +48,14 @@ class Numerics:
         """As run.json has it; ValueError for numbers that don't fit each other."""
         from training.records.identity import numerics  # here: torch takes seconds
         from training.start.derive import derive
+        from training.start.initial import identity
         from training.start.shapes import shape_of
 
         shape = shape_of(config, text.vocab_size)
         numbers = derive(config, shape.parameters_non_embedding, world=1)
         data = {"fingerprint": text.fingerprint, "tokenizer": text.tokenizer, "packing": config.data.packing}
         _, plan, around = self._plan(config, shape, numbers.steps)
-        flat = numerics(config, numbers, plan, text.vocab_size, data, around) | fork_identity(config)
+        flat = numerics(config, numbers, plan, text.vocab_size, data, around, identity(config)) | fork_identity(config)
         return json.loads(json.dumps(flat))  # tuples are lists there
 
     def plans(self, config: TrainConfig, shape: Any, steps: int) -> list[Any]:

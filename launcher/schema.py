@@ -10,8 +10,8 @@ from hydra.core.config_store import ConfigStore
 
 from training.config import TrainConfig
 
-# Mappings whose fields quant.recipe, and each hook and probe, check.
-FREE_FORM = ("quant", "hooks", "probes")
+# Mappings whose fields quant.recipe, each hook and probe, and training.config check.
+FREE_FORM = ("quant", "hooks", "probes", "init")
 
 
 def register() -> None:

@@ -1,7 +1,9 @@
 """Llama-2-like decoder of the published 4-bit runs (Quartet II, section c of its protocol).
 
 Pre-norm RMSNorm with a learned gain, interleaved RoPE in FP32, fused q,k,v and gate,up projections, SwiGLU, no biases,
-embedding and lm_head not tied. The residual stream is FP32 by default; every nn.Linear is fed `compute_dtype`.
+embedding and lm_head not tied. Models that came later may group queries over fewer keys and values, tie the embedding
+and lm_head, and slow RoPE down (all off by default). The residual stream is FP32 by default; every nn.Linear is fed
+`compute_dtype`.
 
 RoPE, SwiGLU and residual + norm are kernels/pointwise, whose definition is plain PyTorch: a GPU run chooses fused
 backwards for them (kernels/backend.py). The linears here hold FP32 master weights. A plain model therefore runs in
@@ -24,7 +26,7 @@ from torch import Tensor, nn
 
 from kernels import pointwise
 from kernels.pointwise import reference_impl
-from models.shape import DTYPES, DecoderShape
+from models.shape import BYTES_BF16, DTYPES, DecoderShape
 
 DRAW_THREADS = 8  # a generator is serial: one thread per parameter, or llama_1b9 takes half a minute on every start
 INIT_STD = 0.02  # all weight matrices and the embedding; residual projections are scaled by 1 / sqrt(2 layers)
@@ -37,12 +39,42 @@ class LlamaConfig(DecoderShape):
     norm_eps: float = 1e-5
     rope_theta: float = 1e4
     residual_dtype: str = "float32"
+    kv_heads: int | None = None  # grouped-query attention (arXiv 2305.13245); None: as many as heads
+    tied: bool = False  # lm_head's weight is the embedding's
+    rope_llama3: tuple[float, ...] = ()  # factor, low and high frequency factor, original context of Llama 3
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "rope_llama3", tuple(self.rope_llama3))
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"model.kv_heads={self.kv_heads}: needs a divisor of model.heads={self.heads}, or null")
+        numbers = self.rope_llama3
+        if numbers and not (len(numbers) == 4 and min(numbers) > 0 and numbers[1] < numbers[2]):
+            raise ValueError(
+                f"model.rope_llama3={list(numbers)}: needs factor, low and high frequency factor (the larger) and "
+                "original context, such as [32,1,4,8192], or [] for none"
+            )
+
+    @property
+    def kv_width(self) -> int:
+        """Width of k, and of v."""
+        return (self.kv_heads or self.heads) * self.head_dim
 
     @property
     def parameters_non_embedding(self) -> int:
-        """L (4 D^2 + 3 D F) + (2 L + 1) D."""
-        per_layer = 4 * self.width**2 + 3 * self.width * self.hidden
+        """L (2 D^2 + 2 D D_kv + 3 D F) + (2 L + 1) D; without groups D_kv = D."""
+        per_layer = 2 * self.width**2 + 2 * self.width * self.kv_width + 3 * self.width * self.hidden
         return self.layers * per_layer + (2 * self.layers + 1) * self.width
+
+    @property
+    def parameters_ends(self) -> int:
+        return super().parameters_ends // (2 if self.tied else 1)
+
+    def rope_table(self) -> Tensor:
+        return rope_table(self.max_seq_len, self.head_dim, self.rope_theta, self.rope_llama3)
+
+    def block_bytes(self, residual: float, inputs: float) -> float:
+        return super().block_bytes(residual, inputs) - BYTES_BF16 * 2 * (self.width - self.kv_width)
 
 
 class RMSNorm(nn.Module):
@@ -61,31 +93,43 @@ class RMSNorm(nn.Module):
         return pointwise.add_norm(x, branch, self.weight, self.eps, self.dtype)
 
 
-def rope_table(max_seq_len: int, head_dim: int, theta: float) -> Tensor:
+def rope_table(max_seq_len: int, head_dim: int, theta: float, llama3: tuple[float, ...] = ()) -> Tensor:
     """cos and signed sin of every position's angles, each value twice: FP32 [2, T, K].
 
     sin is negated at even elements, so that a turn is x * cos + swapped(x) * sin with the two of each pair swapped
     (kernels/pointwise).
-    Computed in FP64 so that no device changes them.
+    Computed in FP64 so that no device changes them. `llama3`: LlamaConfig.rope_llama3.
     """
     frequencies = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64, device="cpu") / head_dim)
+    if llama3:
+        frequencies = slowed(frequencies, *llama3)
     angles = torch.arange(max_seq_len, dtype=torch.float64, device="cpu")[:, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.stack((torch.stack((cos, cos), -1), torch.stack((-sin, sin), -1))).flatten(-2).float()
 
 
+def slowed(frequencies: Tensor, factor: float, low: float, high: float, context: float) -> Tensor:
+    """Llama 3's frequencies: divided by `factor` where a turn takes more than context / low positions, as they are
+    where it takes less than context / high, and a linear blend between (transformers, rope_type "llama3")."""
+    turns = context * frequencies / (2 * math.pi)  # within the original context
+    kept = ((turns - low) / (high - low)).clamp(0.0, 1.0)
+    return frequencies * (kept + (1.0 - kept) / factor)
+
+
 class Attention(nn.Module):
-    """Causal multi-head attention. Rows of `qkv`: all of q, then k, then v; heads in order within each."""
+    """Causal attention. Rows of `qkv`: all of q, then k, then v; heads in order within each. With fewer heads of k and
+    v, neighbouring heads of q share one."""
 
     def __init__(self, config: LlamaConfig):
         super().__init__()
         self.heads = config.heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=False)
+        self.kv_heads = config.kv_heads or config.heads
+        self.qkv = nn.Linear(config.width, config.width + 2 * config.kv_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
-        q, k, v = pointwise.rope_heads(self.qkv(x_BTD), rope, self.heads)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        q, k, v = pointwise.rope_heads(self.qkv(x_BTD), rope, self.heads, self.kv_heads)
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -136,6 +180,8 @@ class Llama(nn.Module):
         self.blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps, compute_dtype)
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
+        if config.tied:
+            self.lm_head.weight = self.embed.weight
         self.register_buffer("rope", torch.empty(2, config.max_seq_len, config.head_dim), persistent=False)
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
@@ -179,8 +225,13 @@ class Llama(nn.Module):
         Each parameter has its own generator, keyed by (seed, its name), and is drawn on the CPU: the values depend
         neither on the device, nor on the recipe, nor on the order or number of other parameters.
         """
-        digest = fill_parameters(self, lambda name, shape: initial_value(name, shape, self.config, seed))
-        self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
+        return self.fill(lambda name, shape: initial_value(name, shape, self.config, seed))
+
+    @torch.no_grad()
+    def fill(self, value: Callable[[str, torch.Size], Tensor]) -> str:
+        """Copy value(name, shape) into every parameter and make the RoPE table; returns the init hash."""
+        digest = fill_parameters(self, value)
+        self.rope.copy_(self.config.rope_table())
         return digest
 
 
@@ -212,6 +263,12 @@ def generator_for(seed: int, name: str) -> torch.Generator:
     """A parameter's own, on the CPU."""
     key = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(key[:8], "little", signed=True))
+
+
+def permute_from_half_split(rows: Tensor, heads: int) -> Tensor:
+    """The inverse of permute_for_half_split."""
+    by_half = rows.unflatten(0, (heads, 2, rows.shape[0] // heads // 2))
+    return by_half.transpose(1, 2).flatten(0, 2)
 
 
 def permute_for_half_split(rows: Tensor, heads: int) -> Tensor:

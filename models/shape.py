@@ -45,8 +45,13 @@ class DecoderShape:
         raise NotImplementedError
 
     @property
+    def parameters_ends(self) -> int:
+        """Embedding and lm_head."""
+        return 2 * self.vocab_size * self.width
+
+    @property
     def parameters(self) -> int:
-        return self.parameters_non_embedding + 2 * self.vocab_size * self.width
+        return self.parameters_non_embedding + self.parameters_ends
 
     def block_bytes(self, residual: float, inputs: float) -> float:
         """What autograd keeps of one block, bytes a token: two norm inputs in the residual's dtype (`residual` bytes an

@@ -64,6 +64,9 @@ class ModelSection:
     norm_eps: float = 1e-5
     rope_theta: float = 1e4
     residual_dtype: str = "float32"
+    kv_heads: int | None = None  # grouped-query attention: heads of k and v; null: as many as heads
+    tied: bool = False  # lm_head's weight is the embedding's
+    rope_llama3: list[float] = field(default_factory=list)  # factor, low, high, context of Llama 3's RoPE; []: none
     lr: float = 1.2e-3
     # Defaults of the batch and the micro-batch. Part of the numerics, so they never follow from the machine.
     batch_tokens: int = 262144  # the published runs' 512 sequences of 512
@@ -239,12 +242,21 @@ class PathsSection:
         self.runs, self.data = expanded(self.runs, "paths.runs"), expanded(self.data, "paths.data")
 
 
+def check_init(init: dict[str, Any]) -> None:
+    """A mapping, not a section: `from` is a word of Python's."""
+    if unknown := sorted(init.keys() - {"from"}):
+        raise ValueError(f"init.{unknown[0]}: unknown key; init.from=PATH is all there is")
+    if init.get("from") is not None:
+        init["from"] = expanded(str(init["from"]), "init.from")
+
+
 @dataclass
 class TrainConfig:
     model: ModelSection = field(default_factory=ModelSection)
     quant: dict[str, Any] = field(default_factory=dict)
     hooks: dict[str, Any] = field(default_factory=dict)  # {name: options}, beside the model's and the recipe's own
     probes: dict[str, Any] = field(default_factory=dict)  # {name: options}, beside those of `evaluate`
+    init: dict[str, Any] = field(default_factory=dict)  # from: folder of a Llama checkpoint to begin with
     data: DataSpec = field(default_factory=DataSpec)
     optim: OptimSection = field(default_factory=OptimSection)
     schedule: ScheduleSection = field(default_factory=ScheduleSection)
@@ -276,6 +288,7 @@ class TrainConfig:
         self.tokens = whole("tokens", self.tokens)
         self.steps = whole("steps", self.steps)
         self.data.check()
+        check_init(self.init)
         self.parallel = choice("parallel", self.parallel, ("auto", "ddp", "fsdp", "hsdp"))
         self.backend = choice("backend", self.backend, ("auto", *PRESETS))
         self.nonfinite = choice("nonfinite", self.nonfinite, ("stop", "skip", "rollback"))

@@ -47,7 +47,9 @@ def load_trained(run_dir: str | Path, step: int | None = None) -> tuple[nn.Modul
     config = built.Shape(**{name: stored[name] for name in known & stored.keys()}, max_seq_len=run["seq_len"])
     model = built(config, compute_dtype=torch.float32)
     meta = load_model(path, model)
-    model.rope.copy_(rope_table(config.max_seq_len, config.head_dim, config.rope_theta))
+    model.rope.copy_(
+        rope_table(config.max_seq_len, config.head_dim, config.rope_theta, getattr(config, "rope_llama3", ()))
+    )
     return model.eval(), run, meta["step"]
 
 
@@ -78,6 +80,11 @@ def check_exportable(model: nn.Module) -> None:
 def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:
     """config.json of transformers' LlamaForCausalLM. A document ends where the next one's BOS follows, so that is the
     end of text, too. No padding token here: transformers would never train its row of the embedding again."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
+    if config.rope_llama3:
+        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        rope |= {"rope_type": "llama3", **dict(zip(names, config.rope_llama3, strict=True))}
+        rope[names[-1]] = int(rope[names[-1]])
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -86,17 +93,18 @@ def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, An
         "intermediate_size": config.hidden,
         "num_hidden_layers": config.layers,
         "num_attention_heads": config.heads,
-        "num_key_value_heads": config.heads,
+        "num_key_value_heads": config.kv_heads or config.heads,
         "head_dim": config.head_dim,
         "max_position_embeddings": config.max_seq_len,
         "rms_norm_eps": config.norm_eps,
-        # transformers 5 reads rope_parameters, earlier ones rope_theta
+        # transformers 5 reads rope_parameters, earlier ones rope_theta and rope_scaling
         "rope_theta": config.rope_theta,
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "rope_parameters": rope,
+        **({"rope_scaling": rope} if config.rope_llama3 else {}),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied,
         "bos_token_id": bos_id,
         "eos_token_id": bos_id,
     }
@@ -109,15 +117,17 @@ def transformers_weights(model: Llama) -> dict[str, Tensor]:
     out = {
         "model.embed_tokens.weight": state["embed.weight"],
         "model.norm.weight": state["norm.weight"],
-        "lm_head.weight": state["lm_head.weight"],
     }
+    if not model.config.tied:
+        out["lm_head.weight"] = state["lm_head.weight"]
+    kv_heads, kv_width = model.config.kv_heads or model.config.heads, model.config.kv_width
     for i in range(model.config.layers):
         ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        q, k, v = state[ours + "attn.qkv.weight"].chunk(3)
+        q, k, v = state[ours + "attn.qkv.weight"].split((model.config.width, kv_width, kv_width))
         gate, up = state[ours + "mlp.gate_up.weight"].chunk(2)
         out |= {
             theirs + "self_attn.q_proj.weight": permute_for_half_split(q, model.config.heads),
-            theirs + "self_attn.k_proj.weight": permute_for_half_split(k, model.config.heads),
+            theirs + "self_attn.k_proj.weight": permute_for_half_split(k, kv_heads),
             theirs + "self_attn.v_proj.weight": v,
             theirs + "self_attn.o_proj.weight": state[ours + "attn.out.weight"],
             theirs + "mlp.gate_proj.weight": gate,

@@ -19,10 +19,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     return _impl().swiglu(gate_up)
 
 
-def rope_heads(qkv: Tensor, table: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k turned by position, and v: qkv [B, T, 3 D], all of q, then k, then v -> three [B, H, T, K] (views of
-    [B, T, H, K]). table: float32 [2, >= T, K] of models.llama.rope_table. In FP32, rounded once."""
-    return _impl().rope_heads(qkv, table, heads)
+def rope_heads(qkv: Tensor, table: Tensor, heads: int, kv_heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """q and k turned by position, and v: qkv [B, T, (H + 2 H_kv) K], all of q, then k, then v -> [B, H, T, K] and twice
+    [B, H_kv, T, K] (views of [B, T, H, K]). `kv_heads`: H_kv; None: H. table: float32 [2, >= T, K] of
+    models.llama.rope_table. In FP32, rounded once."""
+    return _impl().rope_heads(qkv, table, heads, kv_heads)
 
 
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

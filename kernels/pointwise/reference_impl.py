@@ -26,8 +26,11 @@ def turn(x_BTHK: Tensor, table: Tensor) -> Tensor:
     return (x * cos + swapped * sin).to(x_BTHK.dtype)
 
 
-def rope_heads(qkv: Tensor, table: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+def rope_heads(qkv: Tensor, table: Tensor, heads: int, kv_heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    if kv_heads in (None, heads):
+        q, k, v = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
+    else:
+        q, k, v = qkv.unflatten(-1, (heads + 2 * kv_heads, -1)).split((heads, kv_heads, kv_heads), dim=2)
     return turn(q, table).transpose(1, 2), turn(k, table).transpose(1, 2), v.transpose(1, 2)
 
 

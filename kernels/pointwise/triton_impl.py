@@ -74,9 +74,9 @@ def swiglu_kernel(dh_ptr, gate_up_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr
     tl.store(out_ptr + at + hidden, (dh * gate * sigmoid).to(tl.bfloat16), mask=mask)
 
 
-def rope_heads(qkv: Tensor, table: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    is_ours = qkv.dtype == BF16 and _is_power_of_two(qkv.shape[-1] // (3 * heads))
-    return _RopeHeads.apply(qkv, table, heads) if is_ours else reference_impl.rope_heads(qkv, table, heads)
+def rope_heads(qkv: Tensor, table: Tensor, heads: int, kv_heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    is_ours = qkv.dtype == BF16 and kv_heads in (None, heads) and _is_power_of_two(qkv.shape[-1] // (3 * heads))
+    return _RopeHeads.apply(qkv, table, heads) if is_ours else reference_impl.rope_heads(qkv, table, heads, kv_heads)
 
 
 class _RopeHeads(torch.autograd.Function):

@@ -131,8 +131,8 @@ def test_a_finished_folder_needs_no_writing(spec, tmp_path, monkeypatch):
         raise PermissionError("read-only")
 
     monkeypatch.setattr("data.prepare.locked", refuse)
-    monkeypatch.setattr("data.sources.write_json", refuse)
-    monkeypatch.setattr("data.sources.os.access", lambda path, mode: False)
+    monkeypatch.setattr("base.fingerprints.write_json", refuse)
+    monkeypatch.setattr("base.fingerprints.os.access", lambda path, mode: False)
     assert prepare(spec, tmp_path) == ensure(spec, tmp_path) == made
 
 

@@ -28,6 +28,9 @@ CHANGES_NUMBERS = [
     "model.norm_eps=1e-6",
     "model.rope_theta=2e4",
     "model.residual_dtype=bfloat16",
+    "model.kv_heads=1",
+    "model.tied=true",
+    "model.rope_llama3=[8,1,4,32]",
     "quant=sr",
     "quant.dgrad=none",
     "quant.fprop.x.select=absmax",
@@ -131,9 +134,10 @@ def test_a_cell_gets_another_name_where_the_hash_moves(override):
     assert cell_name(override) != "corpus_screen-quartet2-s0"
 
 
-@pytest.mark.parametrize("key", [f.name for f in fields(TrainConfig) if f.name not in ("tokens", "fork")])
+@pytest.mark.parametrize("key", [f.name for f in fields(TrainConfig) if f.name not in ("tokens", "fork", "init")])
 def test_every_key_either_moves_the_hash_or_leaves_a_cell_its_name(key):
-    """`tokens` is another way to write steps, and `fork` needs a run (test_phases.py). A key that is in neither list
+    """`tokens` is another way to write steps, `fork` needs a run (test_phases.py), `init` a checkpoint
+    (test_initial.py). A key that is in neither list
     is new: decide which it is."""
     begins = (f"{key}=", f"{key}.")
     moves = any(item.startswith(begins) for item in CHANGES_NUMBERS)

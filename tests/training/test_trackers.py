@@ -1,6 +1,7 @@
 """TensorBoard and W&B: refused before any work where they can't be, and whole after a kill and a resume."""
 
 import struct
+import time
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,10 @@ def test_one_offline_wandb_folder_has_the_whole_run_after_a_kill(run, rows, monk
     folder = killed_and_resumed(run, monkeypatch, "logger=wandb", "logger.wandb.mode=offline")
     (offline,) = (folder / "wandb").glob("offline-run-*")
     begun, history = read_wandb(next(offline.glob("*.wandb")))
+    deadline = time.monotonic() + 60
+    while len(history) < 10 and time.monotonic() < deadline:  # its own process may still be writing
+        time.sleep(0.2)
+        begun, history = read_wandb(next(offline.glob("*.wandb")))
     losses = {int(row["step"]): float(row["train/loss"]) for row in history if "train/loss" in row}
     assert losses == {row["step"]: row["loss"] for row in rows(folder, "train")}
     assert [int(row["step"]) for row in history if "eval/loss" in row] == [5, 10]

@@ -13,6 +13,7 @@ from quant.plan import HEAD, Plan
 from training.config import FOLDER_NAME, MUON_ONLY, TrainConfig
 from training.start.derive import Numbers
 
+LATER_SIZES = {"kv_heads": None, "tied": False, "rope_llama3": []}
 SHOWN = 12  # differing keys that an error lists
 
 
@@ -27,9 +28,10 @@ def numerics(
     vocab_size: int,
     data: dict[str, str],
     hooks: Mapping[str, Any] | None = None,
+    init: str | None = None,
 ) -> dict[str, Any]:
     """The flat dict that is hashed. `plan`: what each layer does; `data`: fingerprints of token set and tokenizer;
-    `hooks`: as training.hooks.numerics gives them.
+    `hooks`: as training.hooks.numerics gives them; `init`: fingerprint of the checkpoint begun with.
 
     Left out on purpose: world size, parallel mode, back end, compile, logging, evaluation and checkpoint intervals,
     paths. They may change the last bits of a sum, never what is computed.
@@ -41,10 +43,12 @@ def numerics(
     # Fields that came later appear only where they are used, so that older runs keep their hash.
     if config.model.family == FIRST:
         del model["family"]
+    model = {key: value for key, value in model.items() if key not in LATER_SIZES or value != LATER_SIZES[key]}
     if config.optim.name == "adamw":
         optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
     nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}
+    nudges |= {"init": {"from": init}} if init else {}
     return flatten(
         {
             "model": {**model, "vocab_size": vocab_size},

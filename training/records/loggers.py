@@ -99,13 +99,13 @@ class WandbSink:
     """A W&B run whose id is the run's name and hash, so that a resumed run continues it.
 
     Offline, each start writes a folder of its own, and syncing one replaces what an earlier one of the same id held. So
-    a resume writes all of `past` into the new folder, which is then the whole run, and removes the earlier ones.
+    a resume writes all of `past` into the new folder, which is then the whole run; the earlier ones go at its end.
     """
 
     def __init__(self, run_dir: Path, section: WandbSection, labels: dict[str, Any], past: Past = list):
         import wandb
 
-        earlier = list((run_dir / "wandb").glob(f"offline-run-*-{labels['id']}"))
+        self._earlier = list((run_dir / "wandb").glob(f"offline-run-*-{labels['id']}"))
         self._run = wandb.init(
             project=section.project,
             entity=section.entity,
@@ -117,8 +117,6 @@ class WandbSink:
         )
         if section.mode == "offline" or not self._run.resumed:
             self.log(past())
-        for folder in earlier:
-            shutil.rmtree(folder)
 
     def log(self, rows: list[dict[str, Any]]) -> None:
         for row in rows:
@@ -127,6 +125,8 @@ class WandbSink:
 
     def close(self) -> None:
         self._run.finish()
+        for folder in self._earlier:  # not before: what W&B's own process has not written yet dies with it
+            shutil.rmtree(folder)
 
 
 def wandb_labels(run: dict[str, Any], commit: str) -> dict[str, Any]:

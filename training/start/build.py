@@ -30,6 +30,7 @@ from training.records.loggers import Loggers, build_sinks
 from training.records.metrics import MetricsFile
 from training.records.runfolder import RunFolder
 from training.start.derive import Numbers
+from training.start.initial import Weights, source_of
 from training.start.shapes import model_of
 
 # Graphs of one method: training, evaluation and its odd last batch, for the first and the other blocks of each recipe
@@ -45,11 +46,14 @@ def set_torch_flags(config: TrainConfig) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # we never read what we didn't write
 
 
-def build_model(shape: DecoderShape, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0) -> tuple[nn.Module, str]:
-    """The initialized and converted model on rng's device, and the init hash (before `perturb`)."""
+def build_model(
+    shape: DecoderShape, plan: Plan, seed: int, rng: Tensor, perturb: float = 0.0, weights: Weights | None = None
+) -> tuple[nn.Module, str]:
+    """The initialized and converted model on rng's device, and the init hash (before `perturb`). `weights`: of a
+    checkpoint to begin with."""
     with rng.device:
         model = model_of(shape)
-    init_hash = model.init_weights(seed)
+    init_hash = model.init_weights(seed) if weights is None else model.fill(weights)
     if perturb:
         nudge(model, perturb, seed)
     convert(model, plan, rng)
@@ -69,7 +73,9 @@ def build_loss(
     config: TrainConfig, shape: DecoderShape, plan: Plan, rng: Tensor, ranks: Dist
 ) -> tuple[LossModel, Parallel, str]:
     """The loss around the model, compiled and distributed as the configuration says, and the init hash."""
-    model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb)
+    source = source_of(config)
+    weights = None if source is None else Weights(source, shape)
+    model, init_hash = build_model(shape, plan, config.seed, rng, config.perturb, weights)
     loss = LossModel(model)
     mode = choose(config.parallel, ranks, shape.parameters)
     compile_loss(loss, config, ranks.device, plan.fullgraph)

@@ -21,10 +21,11 @@ from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
-from training.start import fork
+from training.start import fork, initial
 from training.start.build import is_compiled, is_graphed
 from training.start.cautions import cpu_seconds, many_epochs, slow, too_large
 from training.start.derive import Numbers, derive
+from training.start.initial import check_data, check_model, check_tokenizer, source_of
 from training.start.memory import MemoryEstimate, estimate, kept_of
 from training.start.screen import StartScreen
 from training.start.shapes import model_of, shape_of
@@ -89,6 +90,9 @@ class Description(Checked):
 def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
     """Check and derive, on the meta device, all that follows without the text. What is legal doesn't depend on the
     vocabulary: any `vocab_size` will do to find mistakes."""
+    if source := source_of(config):
+        check_model(source, config.model)
+        check_data(source, config.data)
     shape = shape_of(config, vocab_size)
     with torch.device("meta"):
         model = model_of(shape)
@@ -117,8 +121,11 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
     fingerprints = {"fingerprint": tokens.fingerprint if tokens else None}
     fingerprints |= {"tokenizer": tokens.tokenizer_hash if tokens else None, "packing": config.data.packing}
     around = hooks.numerics(checked.hooks)
+    if source := source_of(config):
+        check_tokenizer(source, vocab_size, fingerprints["tokenizer"])
+    init = ranks.on_main(lambda: initial.identity(config))  # the file of remembered sums is one process's
     quant = plan_numerics(checked.plan) | phase_numerics(checked.phases, plan_numerics)
-    flat = numerics(config, checked.numbers, quant, vocab_size, fingerprints, around)
+    flat = numerics(config, checked.numbers, quant, vocab_size, fingerprints, around, init)
     parent = fork.parent(config)
     if parent:
         fork.check(parent, flat, checked.numbers, tokens)

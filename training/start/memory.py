@@ -69,7 +69,7 @@ def estimate(
         sizes["hooks"] = hooks * config.parameters / shards
     if shards > 1:
         blocks = 2 if recompute else config.layers
-        gathered = 2 * config.vocab_size * config.width + blocks * block_parameters(config)
+        gathered = config.parameters_ends + blocks * block_parameters(config)
         sizes["gathered by FSDP"] = BYTES_FP32 * gathered
     return MemoryEstimate({name: size / GIB for name, size in sizes.items()})
 
@@ -82,7 +82,7 @@ def state_bytes(config: DecoderShape, optimizer: str) -> float:
 
 def block_parameters(config: DecoderShape) -> float:
     """Parameters of one block, the final norm's share included."""
-    return (config.parameters - 2 * config.vocab_size * config.width) / config.layers
+    return config.parameters_non_embedding / config.layers
 
 
 def activation_bytes(config: DecoderShape, micro_tokens: int, kept: Kept, recompute: bool) -> float:
@@ -104,7 +104,7 @@ def gradient_bytes(config: DecoderShape, activations: float, shards: int, accumu
     """Gradients at the peak, and what they need beyond the activations' place when these are gone."""
     whole, head = BYTES_FP32 * config.parameters, BYTES_FP32 * config.vocab_size * config.width
     if shards > 1 and not accumulates:
-        return 2 * head + BYTES_FP32 * 2 * block_parameters(config)
+        return BYTES_FP32 * (config.parameters_ends + 2 * block_parameters(config))
     after = whole * (2 if replicated else 1) / shards
     return (whole if accumulates else head) + max(0.0, after - activations)
 

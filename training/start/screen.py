@@ -36,8 +36,7 @@ class StartScreen:
 
     def __str__(self) -> str:
         n, shape = self.numbers, self.shape
-        ends = 2 * shape.vocab_size * shape.width
-        count = f"{shape.parameters_non_embedding:,} parameters + {ends:,} in embedding and lm_head"
+        count = f"{shape.parameters_non_embedding:,} parameters + {shape.parameters_ends:,} in embedding and lm_head"
         lines = [
             ("run", f"{self.name} -> {self.folder}"),
             *([("fork", self.fork)] if self.fork else []),
