@@ -61,10 +61,15 @@ class Case:
         return read + written + (PACKED_BYTES if self.packed_out else 0.0)
 
     @property
+    def spec(self) -> QuantSpec:
+        select = "four_over_six" if self.four_over_six else "absmax"
+        return QuantSpec.resolve("e2m1", NVFP4_SCALES, select, self.rounding)
+
+    @property
     def config_key(self) -> tuple[str, int] | None:
         """Which entry of triton_ops.CONFIGS it runs with; None for kernels that have a fixed shape."""
         if self.op == "quantize":
-            return triton_ops.config_key(self.packed_in, self.axis, self.rounding, self.four_over_six, self.dim > 1)
+            return triton_ops.config_key(self.packed_in, self.axis, self.spec, self.dim > 1)
         return ("amax_packed" if self.packed_in else "amax", self.axis) if self.op == "amax" else None
 
 
@@ -109,10 +114,8 @@ def call(case: Case, o: dict[str, Tensor]):
     source = (o["codes"], o["scales"]) if case.packed_in else (o["x"], None)
     signs = o["signs"] if case.dim > 1 else None
     if case.op == "quantize":
-        select = "four_over_six" if case.four_over_six else "absmax"
-        spec = QuantSpec.resolve("e2m1", NVFP4_SCALES, select, case.rounding)
         return triton_ops.launch_quantize(
-            *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, spec.key, 4, True,
+            *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, case.spec.key, 4, True,
             case.packed_out,
         )  # fmt: skip
     if case.op == "amax":

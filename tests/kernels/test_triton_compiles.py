@@ -93,7 +93,9 @@ def test_the_instruction_is_chosen_by_the_gpu_that_is_compiled_for(target: int, 
 def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_path: Path):
     constants = NVFP4 | QUANTIZE[name]
     source = "*i32" if constants["PACKED"] else "*bf16"
-    key = triton_ops.config_key(*(constants[part] for part in ("PACKED", "AXIS", "ROUNDING", "SELECT_46", "HAS_SIGNS")))
+    select = "four_over_six" if constants["SELECT_46"] else "absmax"
+    spec = SimpleNamespace(rounding=constants["ROUNDING"], select=select)
+    key = triton_ops.config_key(constants["PACKED"], constants["AXIS"], spec, constants["HAS_SIGNS"])
     launch = triton_ops.CONFIGS[key]
     constants |= {"TILE": launch.tile, "STAGES": launch.stages}
     kernel, limit = triton_kernels.quantize_kernel, launch.registers

@@ -9,7 +9,6 @@ from quant.price import Kind
 from scripts import price
 from scripts.bench import roofline
 
-
 BASE = ["model=llama_30m", "steps=1000", "batch.sequences=128", "data.vocab_size=32000"]
 
 
