@@ -9,18 +9,24 @@ evaluation, and the last checkpoint. Exit code 1 if anything differs.
 """
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(REPOSITORY), str(Path(__file__).parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # net.py
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from net import worktree  # noqa: E402
+from base.terminal import one_line_on_ctrl_c
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("old_checkpoint")
+
+import json
+import shutil
+import subprocess
+import tempfile
+
+from net import REPOSITORY, worktree
 
 SMALL = [
     "model=llama_tiny",
