@@ -23,7 +23,11 @@ FAST = {
 }
 
 
-@pytest.mark.parametrize("recipe", KINDS)
+# Their quantizers run the reference, which Dynamo traces operation by operation: one to several minutes each.
+LONG = ("int4", "mxfp4_macro", "quartet2_sfp4", "quartet2_tables")
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(k, marks=[pytest.mark.slow] * (k in LONG)) for k in KINDS])
 def test_fast_path_traces_as_one_graph_per_region(recipe, monkeypatch):
     monkeypatch.setattr(backend, "IMPL", FAST)
     torch.compiler.reset()
