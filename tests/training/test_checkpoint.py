@@ -22,7 +22,7 @@ def new_state(seed: int, width: int = 16, hash_: str = "abc") -> TrainState:
     decayed = [p for p in model.parameters() if p.ndim == 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
-    return TrainState(model, [torch.optim.AdamW(groups, lr=0.01)], hash=hash_)
+    return TrainState(model, [torch.optim.AdamW(groups, lr=0.01, fused=True)], hash=hash_)
 
 
 def train(state: TrainState, steps: int) -> list[float]:

@@ -88,8 +88,8 @@ def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
 
 
 def create_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
-    """Let every optimizer that has no state yet allocate it, by one step with zero gradients. Fused AdamW and Muon,
-    which can skip a step, leave weights and counters as they are; others may not: before weights are loaded only."""
+    """Let every optimizer that has no state yet allocate it, by one step with zero gradients that is skipped: fused
+    AdamW and Muon (`build_optimizers`) can, and leave weights and counters as they are."""
     for optimizer in optimizers:
         if optimizer.state:
             continue
