@@ -194,7 +194,7 @@ def test_requantizing_what_an_fp8_forward_used():
     x, w, dy = tensors(13)
     mapping = library.mapping("quartet2") | {"fprop": library.mapping("fp8")["fprop"]}
     _, dx, dw = run(library.build(mapping), x, w, dy)
-    qx, qw = exact(x, 0, 1, E4M3, None), exact(w.bfloat16(), 1, 1, E4M3, None)
+    qx, qw = exact(x, 0, 1, Operand(E4M3), None), exact(w.bfloat16(), 1, 1, Operand(E4M3), None)
     for got, value in ((dx, dy.double() @ qw), (dw, dy.double().t() @ qx)):
         error = (got.double() - value).square().sum() / value.square().sum()
         assert 0.012 < error < 0.025  # two MS-EDEN operands: 2 x 9.3e-3
