@@ -71,8 +71,14 @@ def is_row(row: Any, numbers: tuple[str, ...] = ROW_NUMBERS) -> bool:
 
 
 def speed_of(cell: Cell, rows: list[dict]) -> Speed | None:
-    """Measured for this model and recipe; else the recipe it varies; else another model's at equal MFU; else None."""
-    for recipe, how in ((cell.recipe, "measured"), (cell.base_recipe, f"as {cell.base_recipe}")):
+    """Measured for this model and recipe; else the recipe it varies; else another model's at equal MFU; else a guess,
+    said to be one: the slowest quantized recipe of the table; else None."""
+    sources = [(cell.recipe, "measured"), (cell.base_recipe, f"as {cell.base_recipe}")]
+    quantized = [row for row in rows if row["recipe"] != "bf16"]
+    if quantized and cell.recipe != "bf16":
+        slowest = min(quantized, key=lambda row: row["tokens_per_second"] * row["flops_per_token"])["recipe"]
+        sources.append((slowest, f"never measured: as {slowest}"))
+    for recipe, how in sources:
         same = [row for row in rows if row["recipe"] == recipe]
         for row in same:
             if row["model"] == cell.model:

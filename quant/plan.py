@@ -18,6 +18,7 @@ from quant.recipe import mapping_at
 # Stays in BF16 whatever the rules say: the loss multiplies by its weight itself (kernels/cross_entropy).
 HEAD = "lm_head"
 BLOCK = re.compile(r"(?:^|\.)blocks\.(\d+)\.")
+FROM_THE_END = re.compile(r"\bblocks\.-(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -130,15 +131,17 @@ class Plan:
 def resolve(model: nn.Module, precision: Precision) -> Plan:
     """Assign a recipe to every nn.Linear: the base recipe, then BF16 end blocks, then the rules; the last match wins.
 
-    Raises ValueError for a rule that matches no layer (with the nearest name) and for more BF16 blocks than there are.
+    `blocks.-1.` in a rule is the last block, as in Python. Raises ValueError for a rule that matches no layer (with the
+    nearest name) and for more BF16 blocks than there are.
     """
     linears = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     eligible = [name for name, _ in linears if name != HEAD]
-    bf16 = library.load("bf16")
+    bf16, blocks = library.load("bf16"), 1 + max(_block_numbers(eligible).values(), default=-1)
     chosen = {name: (precision.recipe, "recipe") for name in eligible}
-    chosen |= {name: (bf16, "quant.high_precision") for name in _end_blocks(eligible, precision)}
+    chosen |= {name: (bf16, "quant.high_precision") for name in _end_blocks(eligible, precision, blocks)}
     for rule in precision.rules:
-        matched = [name for name in eligible if fnmatchcase(name, rule.match)]
+        glob = FROM_THE_END.sub(lambda found: f"blocks.{blocks - int(found[1])}.", rule.match)
+        matched = [name for name in eligible if fnmatchcase(name, glob)]
         if not matched:
             near = suggestion(rule.match, eligible, f"layers: {', '.join(eligible[:6])}")
             raise ValueError(f"quant.rules: {rule.match!r} matches no layer that can be quantized{near}")
@@ -230,15 +233,15 @@ def _numbers(entries: list[Entry]) -> str:
     return ",".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def _end_blocks(names: list[str], precision: Precision) -> list[str]:
+def _block_numbers(names: list[str]) -> dict[str, int]:
+    return {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
+
+
+def _end_blocks(names: list[str], precision: Precision, blocks: int) -> list[str]:
     first, last = precision.high_precision_first, precision.high_precision_last
-    if not first and not last:
-        return []
-    numbers = {name: int(found[1]) for name in names if (found := BLOCK.search(name))}
-    blocks = max(numbers.values(), default=-1) + 1
     if first + last > blocks:
         raise ValueError(f"quant.high_precision: first={first} and last={last} of a model with {blocks} blocks")
-    return [name for name, number in numbers.items() if number < first or number >= blocks - last]
+    return [name for name, number in _block_numbers(names).items() if number < first or number >= blocks - last]
 
 
 def _label(precision: Precision) -> str:

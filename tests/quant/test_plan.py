@@ -1,6 +1,7 @@
 """Which layer gets which recipe, and what conversion leaves alone."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import nn
 from kernels import backend
 from kernels.philox import Draw
 from kernels.quantize import amax, quantize
+from launcher.compose import compose
 from quant import library
 from quant.linear import QuantLinear
-from quant.plan import Precision, convert, resolve
+from quant.plan import Precision, convert, plan_of, resolve
 from quant.recipe import SLOTS
 from quant.stats import slot_stats
+from training.start.shapes import model_of, shape_of
 
 
 class Block(nn.Module):
@@ -82,9 +85,31 @@ def test_last_blocks_stay_in_bf16():
     assert [name for name, recipe in names.items() if recipe == "quartet2"] == ["blocks.0.qkv", "blocks.0.out"]
 
 
+def test_a_rule_may_count_blocks_from_the_end():
+    names = recipes_of(
+        plan(rules=[{"match": "blocks.-1.out", "recipe": "bf16"}, {"match": "blocks.-3.*", "recipe": "sr"}])
+    )
+    assert [name for name, recipe in names.items() if recipe == "bf16"] == ["blocks.2.out", "lm_head"]
+    assert [name for name, recipe in names.items() if recipe == "sr"] == ["blocks.0.qkv", "blocks.0.out"]
+
+
+@pytest.mark.parametrize("preset", ["llama_30m", "nanochat_560m", "ngpt_30m"])
+def test_nvidia_published_leaves_a_sixth_of_six_blocks_in_bf16(preset):
+    config = compose([f"model={preset}", "quant=nvidia_published"]).config
+    with torch.device("meta"):
+        found = plan_of(model_of(shape_of(config, 32000)), config.quant)
+    left = [entry for entry in found.entries if entry.recipe.name == "bf16" and entry.name != "lm_head"]
+    last = config.model.layers - 1
+    assert {entry.name.rpartition(".")[0] for entry in left} == {"blocks.0.attn", f"blocks.{last}.mlp"}
+    if last == 5:
+        sizes = {entry.name: math.prod(entry.shape) for entry in found.entries if entry.name != "lm_head"}
+        assert 6 * sum(sizes[entry.name] for entry in left) == sum(sizes.values())
+
+
 @pytest.mark.parametrize(
     ("group", "message"),
     [
+        ({"rules": [{"match": "blocks.-4.*", "recipe": "bf16"}]}, "'blocks.-4.*' matches no layer"),
         ({"rules": [{"match": "block.0.*", "recipe": "bf16"}]}, "matches no layer that can be quantized; did you mean"),
         ({"rules": [{"match": "lm_head", "recipe": "sr"}]}, "matches no layer that can be quantized"),
         ({"rules": [{"match": "*", "recipe": "nvida"}]}, "did you mean nvidia"),

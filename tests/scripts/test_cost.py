@@ -84,6 +84,12 @@ def test_the_model_nearest_in_size_lends_its_mfu():
         assert hours == pytest.approx(5.0) and source == "MFU of llama_50m"
 
 
+def test_a_recipe_never_measured_is_priced_as_the_slowest_and_said_to_be():
+    table = rows(llama_30m__quartet2=1000, llama_30m__sr=500, llama_30m__bf16=100)
+    assert costs.gpu_hours(cell(recipe="new"), table) == (2.0, "never measured: as sr")
+    assert costs.gpu_hours(cell(recipe="bf16"), table[:2]) == (None, "not measured")
+
+
 def test_b200_is_predicted_from_bf16_whatever_the_recipe():
     # 3.6M tokens at 2,000 a second: half an hour; times 989 / 2250
     assert costs.b200_hours(cell(), rows(llama_30m__bf16=2000), 989e12) == pytest.approx(0.5 * 989 / 2250)
