@@ -18,7 +18,8 @@ from kernels.philox import Draw
 from kernels.quantize import Quantized
 from kernels.rotation import is_heavy, restored
 from kernels.spec import NO_CLIP_MAX, NVFP4_SCALES, QuantSpec, default_limits
-from quant.held import fixed_or
+from quant.decompose import decompose
+from quant.held import Wish
 from quant.recipe import SLOTS, Recipe
 
 SHAPE = (1024, 2048)  # 2M elements: the error of a Gaussian's MSE is 0.1 %
@@ -187,12 +188,22 @@ INPUTS: dict[str, Callable[[tuple[int, int], int], Tensor]] = {
 }
 
 
-def draw(quantizer: Quantizer, x: Tensor, seed: int, slot: int = 0) -> tuple[Quantized, Tensor | None]:
-    """One quantization along axis 1 and its signs; every `seed` is another step: all random bits but fixed signs."""
+def wish(quantizer: Quantizer, x: Tensor, seed: int, slot: int = 0) -> Wish:
+    """What a slot would ask of x along axis 1; every `seed` is another step: all random bits but fixed signs."""
     rng, layer = torch.tensor([0, seed, 0], device=x.device), torch.tensor(0, device=x.device)
-    spec, signs = quantizer.spec, _signs(quantizer, rng, layer, x)
-    largest = fixed_or(quantizer.amax, ops.amax(x, 1, signs, spec.per_row))
-    return ops.quantize(x, spec, 1, largest, signs, Draw(rng, layer, slot)), signs
+    signs = _signs(quantizer, rng, layer, x)
+    return Wish(quantizer.spec, 1, signs, quantizer.amax, Draw(rng, layer, slot), turned=False, want=("values",))
+
+
+def draw(quantizer: Quantizer, x: Tensor, seed: int, slot: int = 0) -> tuple[Quantized, Tensor | None]:
+    """One quantization and its signs."""
+    asked = wish(quantizer, x, seed, slot)
+    return asked.quantize(x), asked.signs
+
+
+def terms(quantizer: Quantizer, x: Tensor, seed: int = 1) -> dict[str, float]:
+    """Where the squared error of one draw comes from (quant/decompose.py)."""
+    return {name: float(value) for name, value in decompose(x, wish(quantizer, x, seed)).items()}
 
 
 def _signs(quantizer: Quantizer, rng: Tensor, layer: Tensor, x: Tensor) -> Tensor | None:

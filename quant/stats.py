@@ -1,6 +1,7 @@
-"""Counters per slot: values beyond the grid, blocks whose scale vanished, elements rounded to zero.
+"""What is measured of each operand slot: counters of values beyond the grid, blocks whose scale vanished, elements
+rounded to zero; or anything else that a function of the operand and its `Wish` finds (quant/decompose.py).
 
-For evaluations: eager and off the training path. The counts come from the reference's arithmetic on the very operands,
+For evaluations: eager and off the training path. Numbers come from the reference's arithmetic on the very operands,
 amax and random bits of the step, whichever back end the GEMMs use.
 """
 
@@ -17,22 +18,26 @@ from kernels.spec import QuantSpec
 from quant.held import Held, Wish
 from quant.plan import quant_linears
 
+# (x bf16 in its natural layout, wish) -> {name: tensor []}
+Measure = Callable[[Tensor, Wish], dict[str, Tensor]]
+
 
 class SlotCounter:
-    """Collects the counts of one layer. `count` is called by quant.slots just before each quantization."""
+    """Collects what `measure` finds in one layer. `count` is called by quant.slots just before each quantization."""
 
-    def __init__(self):
+    def __init__(self, measure: Measure):
+        self.measure = measure
         self.slots: dict[str, dict[str, Tensor]] = {}
 
     def count(self, slot: str, held: Held, wish: Wish) -> None:
-        """Keep the counts of one operand, made from `held`.
+        """Measure one operand, made from `held`.
 
         Once a slot: with recompute=true a block's forward runs a second time, on the same numbers.
         """
         if wish.spec.grid == "none" or slot in self.slots:
             return
         with torch.no_grad():
-            self.slots[slot] = count_operand(held.values(), wish)
+            self.slots[slot] = self.measure(held.values(), wish)
 
 
 def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
@@ -75,20 +80,22 @@ def beyond_grid(blocks: Blocks, spec: QuantSpec) -> Tensor:
     return beyond
 
 
-def slot_stats(model: nn.Module, step_fn: Callable[[], Any]) -> dict[str, dict[str, dict[str, int]]]:
-    """{layer: {slot: {counter: number}}} of what one forward, or one with its backward, quantizes: step_fn().
+def slot_stats(
+    model: nn.Module, step_fn: Callable[[], Any], measure: Measure = count_operand
+) -> dict[str, dict[str, dict[str, int | float]]]:
+    """{layer: {slot: {name: number}}} of what one forward, or one with its backward, quantizes: step_fn().
 
     Runs step_fn eagerly. The caller sets the random state and discards the gradients. Synchronizes the device.
     """
     layers = quant_linears(model)
     for module in layers.values():
-        module.watch = SlotCounter()
+        module.watch = SlotCounter(measure)
     try:
         with torch.compiler.set_stance("force_eager"):
             step_fn()
         return {
             name: {
-                slot: {key: int(value) for key, value in counts.items()} for slot, counts in module.watch.slots.items()
+                slot: {key: value.item() for key, value in found.items()} for slot, found in module.watch.slots.items()
             }
             for name, module in layers.items()
             if module.watch.slots

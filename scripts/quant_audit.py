@@ -2,6 +2,7 @@
 
     python scripts/quant_audit.py                  # all recipes
     python scripts/quant_audit.py quartet2 sr --check --json audit.json
+    python scripts/quant_audit.py quartet2 mxfp4 --decompose   # where each error comes from
 
 Without names a recipe whose file is broken is named and left out, and the exit code is 1.
 --check exits with 1 if a published figure is missed by more than 1 %, a stochastic quantizer of a recipe is biased on
@@ -11,6 +12,7 @@ dense data, SR with Four-over-Six is not, or MS-EDEN's GEMM gains less than 2.4 
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from base.terminal import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
+from quant.decompose import NAMES, TERMS
 from quant.plan import Precision
 from quant.product import Product
 
@@ -97,6 +100,22 @@ def curve_line(r: dict[str, Any], name: str) -> str:
     return f"{r['quantizer']:36}{name:10}{points}   {'stops at ' if part['is_biased'] else 'falls as 1/n; bias '}{size}"
 
 
+def terms_table(rows: list[dict[str, Any]]) -> str:
+    """The terms of the squared error of each quantizer (quant/decompose.py)."""
+    short = {"scale_grid": "2<s,grid>", "scale_dead": "2<s,dead>", "random_cross": "2<r,err>", "underflowed": "zeroed"}
+    lines = [
+        "Relative squared error, x1e-3: scale + dead zone + grid + cross terms + random bits; then alignment x1e-3,",
+        "cosine of scale and grid, % of elements in the dead zone, clipped, rounded to zero, mean of log2(s/s*)",
+        f"{'quantizer':36}{'input':10}" + "".join(f"{short.get(name, name.split('_')[0]):>11}" for name in NAMES),
+    ]
+    shown = dict.fromkeys(("mse", *TERMS, "align"), 1e3) | {"cos": 1, "log2_scale": 1}
+    for r in rows:
+        for name in audit.INPUTS:
+            cells = "".join(f"{r[name][term] * shown.get(term, 100):11.3f}" for term in NAMES)
+            lines.append(f"{r['quantizer']:36}{name:10}{cells}")
+    return "\n".join(lines)
+
+
 def load(names: list[str]) -> tuple[list[Product], list[str]]:
     """(recipes, what is wrong with the files of others). ValueError for a broken one that was asked for by name."""
     loaded, broken = [], []
@@ -115,34 +134,63 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="*", help=f"default: all ({', '.join(library.names())})")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure does not come out")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON ('-': standard output, no table)")
+    parser.add_argument(
+        "--decompose", action="store_true", help="the terms of each error instead: scale, dead zone, grid"
+    )
     args = parser.parse_args(argv)
     backend.use("reference")
     try:
+        if args.decompose and args.check:
+            raise ValueError("--decompose has no published figures to --check; leave one of them out")
         loaded, broken = load(args.recipes)
         if args.json not in (None, "-"):
             Path(args.json).touch()  # what can't be written is found before a minute's work
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    recipes = [recipe for recipe in loaded if recipe.operands()]  # others' quantizers are not ours
-    used = audit.quantizers(recipes)
-    used |= {audit.BIASED_EXAMPLE: ["example of a bias, no recipe"]}
+    used = audit.quantizers([recipe for recipe in loaded if recipe.operands()])  # others' quantizers are not ours
+    passed = decomposed(used, args.json) if args.decompose else audited(used, args.json)
+    for error in broken:
+        print(f"quant_audit: left out: {error}", file=sys.stderr)
+    return 1 if broken or (args.check and not passed) else 0
+
+
+def decomposed(used: dict[Quantizer, list[str]], out: str | None) -> bool:
+    """Print, or write, where errors come from."""
+    rows = [
+        {"quantizer": quantizer.label, "used_by": where}
+        | {name: audit.terms(quantizer, make(audit.SHAPE, 0)) for name, make in audit.INPUTS.items()}
+        for quantizer, where in used.items()
+    ]
+    show({"rows": rows}, out, lambda: [terms_table(rows), users(rows)])
+    return True
+
+
+def audited(used: dict[Quantizer, list[str]], out: str | None) -> bool:
+    """Print, or write, errors, alignments and biases; whether every figure comes out."""
+    used = used | {audit.BIASED_EXAMPLE: ["example of a bias, no recipe"]}
     used |= {} if audit.MS_EDEN_128 in used else {audit.MS_EDEN_128: ["override eden_block=rotation"]}
     rows = [row(quantizer, where) for quantizer, where in used.items()]
     ratio = audit.gemm_error(audit.SR) / audit.gemm_error(audit.MS_EDEN)
     verdicts = checks(rows, ratio)
     report = {"rows": rows, "gemm_sr_over_ms_eden": ratio, "checks": verdicts}
-    if args.json == "-":
+    gemm = f"\nGEMM with both operands quantized: SR's squared error is {ratio:.3f} times MS-EDEN's\n"
+    passed = [f"{'ok    ' if ok else 'FAILED'} {name}" for name, ok in verdicts.items()]
+    show(report, out, lambda: [table(rows), users(rows), gemm, *passed])
+    return all(verdicts.values())
+
+
+def users(rows: list[dict[str, Any]]) -> str:
+    return "\nUsed by\n" + "\n".join(f"  {r['quantizer']:36}{', '.join(r['used_by'])}" for r in rows)
+
+
+def show(report: dict[str, Any], out: str | None, texts: Callable[[], list[str]]) -> None:
+    """The texts, and the report into a file; or the report alone on standard output ("-")."""
+    if out == "-":
         print(json.dumps(report, indent=1))
-    else:
-        if args.json:
-            write_json(Path(args.json), report)
-        print(table(rows))
-        print("\nUsed by\n" + "\n".join(f"  {r['quantizer']:36}{', '.join(r['used_by'])}" for r in rows))
-        print(f"\nGEMM with both operands quantized: SR's squared error is {ratio:.3f} times MS-EDEN's\n")
-        print("\n".join(f"{'ok    ' if passed else 'FAILED'} {name}" for name, passed in verdicts.items()))
-    for error in broken:
-        print(f"quant_audit: left out: {error}", file=sys.stderr)
-    return 1 if broken or (args.check and not all(verdicts.values())) else 0
+        return
+    if out:
+        write_json(Path(out), report)
+    print("\n".join(texts()))
 
 
 if __name__ == "__main__":

@@ -120,6 +120,18 @@ def test_command_line_checks_and_writes_json(script, tmp_path, capsys):
     assert "1x16 rtn" in printed and "SR with 4/6 is biased" in printed and "FAILED" not in printed
 
 
+def test_decompose_prints_and_writes_the_terms(script, tmp_path, capsys):
+    assert script.main(["nvfp4_rtn", "--decompose", "--json", str(tmp_path / "terms.json")]) == 0
+    printed = capsys.readouterr().out
+    assert "2<s,grid>" in printed and "nvfp4_rtn.fprop.x" in printed
+    row = json.loads((tmp_path / "terms.json").read_text())["rows"][0]
+    assert row["normal"]["mse"] == pytest.approx(9.04e-3, rel=0.01)
+    assert row["normal"]["dead_share"] == pytest.approx(0.068, rel=0.02)
+    with pytest.raises(SystemExit, match="2"):
+        script.main(["nvfp4_rtn", "--decompose", "--check"])
+    assert "leave one of them out" in capsys.readouterr().err
+
+
 def test_check_fails_on_a_missed_figure(script, monkeypatch, capsys):
     monkeypatch.setitem(audit.PUBLISHED_MSE, "1x16 rtn", 9.3)
     assert script.main(["nvfp4_rtn", "--check"]) == 1
