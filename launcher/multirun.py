@@ -1,12 +1,12 @@
 """Several runs from one command, one after another, each in its own process: nothing leaks from one to the next."""
 
-import os
 import shlex
 import signal
 import subprocess
 import sys
 
 from base.processes import stop_signals
+from base.ranks import RanksError, refuse_several
 from launcher import slurm
 from launcher.compose import Composed, ConfigError, compose, sweep
 from launcher.slurm import TRAIN
@@ -20,8 +20,7 @@ def run_all(overrides: list[str]) -> int:
     A failing run doesn't keep the others from running; a stop (Ctrl-C, SIGTERM) does. The same command continues:
     finished runs say so and are passed over.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise ConfigError("-m runs one process after another and can't run under torchrun; start one torchrun per run")
+    refuse_torchrun("-m")
     jobs = sweep(overrides)
     checked(jobs)
     ends, stop = [], 0
@@ -37,6 +36,13 @@ def run_all(overrides: list[str]) -> int:
         said = "stopped" if asked and number == len(ends) else "ok" if code == 0 else f"exit code {code}"
         print(f"{said:<14} {shlex.join(job)}")
     return next((code for code in ends if code), stop)
+
+
+def refuse_torchrun(what: str) -> None:
+    try:
+        refuse_several(what)
+    except RanksError as error:
+        raise ConfigError(str(error)) from error
 
 
 def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
@@ -68,6 +74,7 @@ def checked(jobs: list[list[str]], world: int = 1) -> list[Composed]:
 def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) -> int:
     """One SLURM job per run, after the same checks. A job that is preempted is requeued and resumes. With dry_run=true
     the start screens are shown and nothing is submitted."""
+    refuse_torchrun("launcher=slurm")
     try:
         nodes, processes = slurm.ranks_of(options)
         jobs = sweep(overrides) if multirun else [overrides]

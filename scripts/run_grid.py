@@ -36,6 +36,7 @@ from analysis import states
 from base.files import write_text
 from base.fork import ForkError, parent_of
 from base.processes import stop_signals
+from base.ranks import RanksError, refuse_several
 from base.runfolder import RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
 from launcher import cellline, slurm
@@ -266,6 +267,7 @@ def main(words: list[str]) -> int:
         print(__doc__)
         return 0 if words else 2
     try:
+        refuse_several("run_grid.py")
         rest, options = take_launcher(words)
         line = cellline.read(rest, OWN)
         name, first = next(iter(line.cells.items()))
@@ -278,7 +280,7 @@ def main(words: list[str]) -> int:
                 print(shlex.join(command(line, cell)))
             return int(states.tell_problems(found))
         return run_local(line) if options is None else submit(line, options)
-    except (CellError, ConfigError, RunError, OSError) as error:
+    except (CellError, ConfigError, RanksError, RunError, OSError) as error:
         print(f"run_grid: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # while the grid is read: later, run_local takes it

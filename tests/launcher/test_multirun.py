@@ -59,9 +59,17 @@ def test_the_same_run_twice_is_refused_before_the_first(jobs, word, twin):
 
 
 def test_refused_under_torchrun(jobs, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="one torchrun per run"):
+    ours = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    for name, value in (ours | {"MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"-m .* torchrun"):
         multirun.run_all(["seed=0,1"])
+    with pytest.raises(ConfigError, match=r"launcher=slurm .* torchrun"):
+        multirun.submit_all(["seed=0"], False, {})
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match="without RANK"):
+        multirun.run_all(["seed=0,1"])
+    assert jobs() == []
 
 
 @pytest.mark.parametrize(("number", "ends", "code"), [("SIGTERM", 75, 75), ("SIGINT", 0, 130), ("SIGINT", 130, 130)])

@@ -1,13 +1,16 @@
 """Ranks: who we are, and the few collectives that the trainer needs. World size 1 is the same code without a group.
 
-Started by torchrun (RANK, WORLD_SIZE and LOCAL_RANK in the environment) or plainly. Tensors travel over the device's
-back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU tensors, without synchronizing the GPU.
+Started by torchrun (base/ranks.py has its variables) or plainly. Tensors travel over the device's
+back end (NCCL on GPUs); counts, flags and messages over a gloo group of CPU tensors, without
+synchronizing the GPU.
 """
 
 import atexit
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,10 +19,17 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.rendezvous import rendezvous
+
+from base.ranks import Place, place, remedy
 
 # Longer than the watchdog's half hour, which says more than a collective's own timeout; long enough, too, for rank 0 to
 # prepare a small data set while the others wait.
 TIMEOUT = timedelta(hours=1)
+# For the ranks of one start to find each other: images are pulled and torch is imported meanwhile.
+# torchrun's agents have found each other before.
+JOIN_S = 300
+WORD_AFTER_S = 15  # who waits longer says for what
 T = TypeVar("T")
 
 
@@ -84,20 +94,59 @@ class Dist:
 def setup(device: str = "auto") -> Dist:
     """Join the process group if torchrun started us, else stay alone. `device`: cpu, or auto: a GPU if there is one.
 
-    Raises RuntimeError if there are more local ranks than GPUs.
+    Raises ValueError for variables that say half of it, RuntimeError if there are more local ranks
+    than GPUs or the other ranks don't come within JOIN_S.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    chosen = _device(device, local_rank)
-    if world == 1:
+    here = place()
+    chosen = _device(device, here.local_rank)
+    if here.world == 1:
         return Dist(0, 1, 0, chosen)
-    if chosen.type == "cuda":
-        dist.init_process_group("nccl", device_id=chosen, timeout=TIMEOUT)
-        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
-        group = dist.group.WORLD
-    return Dist(rank, world, local_rank, chosen, group, local_world)
+    is_gpu = chosen.type == "cuda"
+    try:
+        store = _meet(here)
+        names = {"store": store, "rank": here.rank, "world_size": here.world, "timeout": TIMEOUT}
+        back_end, device_id = ("nccl", chosen) if is_gpu else ("gloo", None)
+        dist.init_process_group(back_end, device_id=device_id, **names)
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT) if is_gpu else dist.group.WORLD
+    except (OSError, dist.DistStoreError, dist.DistNetworkError) as error:
+        host, port = here.address
+        raise RuntimeError(
+            f"rank {here.rank} of {here.world} didn't find the others at {host}:{port} "
+            f"(MASTER_ADDR, MASTER_PORT): {str(error).splitlines()[0]}. For {remedy()}"
+        ) from error
+    return Dist(here.rank, here.world, here.local_rank, chosen, group, here.local_world)
+
+
+def _meet(here: Place) -> dist.Store:
+    """The key-value store of all ranks, once they are there; OSError or torch's after JOIN_S."""
+    host, port = here.address
+    who = f"rank {here.rank} of {here.world}"
+    word = f"{who} waits for the others at {host}:{port}, {JOIN_S} s at most"
+    timer = threading.Timer(WORD_AFTER_S, print, [word], {"file": sys.stderr, "flush": True})
+    timer.daemon = True
+    timer.start()
+    try:
+        if here.rank:
+            _wait_for_port(here.address)  # torch's client would print its stacks at the end
+        limit = timedelta(seconds=JOIN_S)
+        store, _, _ = next(rendezvous("env://", here.rank, here.world, timeout=limit))
+    finally:
+        timer.cancel()
+    store.set_timeout(TIMEOUT)
+    return store
+
+
+def _wait_for_port(address: tuple[str, int]) -> None:
+    """Return when somebody listens there; the last OSError after JOIN_S."""
+    deadline = time.monotonic() + JOIN_S
+    while True:
+        try:
+            socket.create_connection(address, timeout=5).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.2)
 
 
 def teardown() -> None:
@@ -112,7 +161,7 @@ def leave(code: int) -> None:
     collective, and one that lets go of them during finalization aborts the process (SIGABRT). torchrun would then call
     a finished run failed (torch 2.11 and 2.13; pytorch issue 190489; tests/faults/test_late_thread.py).
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if os.environ.get("WORLD_SIZE", "").strip() in ("", "1"):
         return
     # What multiprocessing does at the end of its own children.
     atexit._run_exitfuncs()
