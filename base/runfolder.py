@@ -7,6 +7,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     metrics.jsonl eval/<step>.npz checkpoints/          while it goes, .lock held
     result.json                                         at the end
     score/<step>.json score/<step>.npz                  by scripts/score.py, whenever it is called
+    profile/rank<n>.trace.json.gz, .memory.pickle       where profile.steps asks for them
 """
 
 import json
@@ -18,7 +19,7 @@ from typing import Any
 
 CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
 METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
-SCORE = "score"
+SCORE, PROFILE = "score", "profile"
 RESULT = "result.json"
 # What every run.json has; later fields are beside these.
 RUN_KEYS = (

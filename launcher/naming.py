@@ -19,7 +19,7 @@ from training.config import TrainConfig
 # Sections and keys that no numerics hold: where they alone differ, torch isn't needed to say so.
 HARMLESS = ("paths", "run", "log", "logger", "evaluate", "probes", "checkpoint")
 HARMLESS += ("parallel", "backend", "compile", "cuda_graphs", "watchdog_s", "deterministic", "dry_run", "recompute")
-HARMLESS += ("nonfinite",)
+HARMLESS += ("nonfinite", "profile")
 # Of the data section: where text lies and what it is called, and what is only looked at; `path` and `mix` name text by
 # themselves.
 ASIDE = ("name", "path", "mix", "weights", "files", "val_files", "val_sets", "workers", "verify")

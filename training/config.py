@@ -218,6 +218,18 @@ class LogSection:
         self.every = whole("log.every", self.every)
 
 
+@dataclass
+class ProfileSection:
+    """A torch trace, and on a GPU a snapshot of its memory, in the run folder. profile=true asks for some steps."""
+
+    steps: list[int] = field(default_factory=list)  # first and last step to trace; []: none
+
+    def __post_init__(self) -> None:
+        ordered = len(self.steps) == 2 and 1 <= self.steps[0] <= self.steps[1]
+        if self.steps and not ordered:
+            raise ValueError(f"profile.steps={self.steps}: needs the first and the last step to trace, such as [20,25]")
+
+
 FOLDER_NAME = re.compile(r"(?!\.+$)[\w.+-]+")
 
 
@@ -265,6 +277,7 @@ class TrainConfig:
     checkpoint: CheckpointSection = field(default_factory=CheckpointSection)
     logger: LoggerSection = field(default_factory=LoggerSection)
     log: LogSection = field(default_factory=LogSection)
+    profile: ProfileSection = field(default_factory=ProfileSection)
     run: RunSection = field(default_factory=RunSection)
     paths: PathsSection = field(default_factory=PathsSection)
     seed: int = 0

@@ -32,6 +32,7 @@ from training.ranks.watchdog import Watchdog
 from training.records.console import Console
 from training.records.loggers import Loggers
 from training.records.metrics import StepBuffer, memory_gib, others_gib, peak_flops
+from training.records.profile import Profile
 from training.records.runfolder import RunFolder
 from training.start.derive import Numbers
 
@@ -63,6 +64,7 @@ class Parts:
     checkpointer: Checkpointer
     loggers: Loggers
     console: Console
+    profile: Profile
     stop: StopFlag
     watchdog: Watchdog
 
@@ -109,7 +111,8 @@ class Trainer:
         self._batches = self.p.batches(self._resumed_at)
         self._restart_clock()
         while self.state.step < self.numbers.steps:
-            level = self._train_step()
+            with self.p.profile.step(self.state.step + 1):
+                level = self._train_step()
             save = bool(level) or self._due(self.p.config.checkpoint.every) or self.state.step in self.p.checkpointer.at
             step = self.state.step
             probes = {} if level else self._due_probes(at_evaluation=False)

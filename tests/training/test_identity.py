@@ -76,6 +76,7 @@ CHANGES_NOTHING = [
     "nonfinite=skip",
     "deterministic=false",
     "logger=tensorboard",
+    "profile.steps=[1,2]",
     "model.lr=1.2e-3",
     "model.micro_tokens=512",
 ]

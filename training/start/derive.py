@@ -65,6 +65,11 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
     steps = run_steps(config, parameters_non_embedding, tokens_per_step)
     if steps > MOST_STEPS:
         raise ValueError(f"{steps:.3g} steps: needs {MOST_STEPS:.0e} at most; lower steps or tokens")
+    if config.profile.steps and config.profile.steps[1] > steps:
+        raise ValueError(
+            f"profile.steps={config.profile.steps}: the run has {steps} steps; set profile.steps=[{steps},{steps}] or "
+            "earlier ones"
+        )
     return Numbers(
         seq_len=seq_len,
         sequences=sequences,

@@ -30,9 +30,8 @@ def one_line_errors(script: str = "train.py") -> Iterator[Outcome]:
     except torch.OutOfMemoryError as error:
         say(
             script,
-            f"out of GPU memory ({str(error).splitlines()[0]}). Add recompute=true, or parallel=fsdp on several GPUs: "
-            "this very run can go on with either. A smaller batch.micro is another run (the micro-batch is part of the "
-            "numerics). dry_run=true prints the expected memory",
+            f"out of GPU memory ({str(error).splitlines()[0]}). nvidia-smi shows who else holds some; a smaller "
+            "batch.micro, where there is one, needs less",
         )
     except OSError as error:
         say(script, str(error))

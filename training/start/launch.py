@@ -27,6 +27,7 @@ from training.ranks.signals import RunLock, StopFlag
 from training.ranks.watchdog import Watchdog
 from training.records.console import Console
 from training.records.loggers import check_asked_for
+from training.records.profile import Profile
 from training.records.runfolder import ROOM_FOR_RUNS, RunFolder, device_name, environment, moved
 from training.start import fork
 from training.start.build import (
@@ -43,6 +44,7 @@ from training.start.build import (
     set_torch_flags,
 )
 from training.start.describe import Description, Request, check, config_files, describe, screen
+from training.start.oom import advice
 
 
 def launch(request: Request) -> int:
@@ -113,13 +115,24 @@ def train(request: Request, ranks: Dist) -> int:
         with disk_full_explained(folder.path, ROOM_FOR_RUNS):
             if not ranks.on_main(open_folder):
                 return 0
-            return run_in(folder, config, described, texts, ranks, backends)
+            say = print if ranks.is_main else lambda text: None
+            profile = Profile(config.profile.steps, folder.path, ranks.rank, ranks.device, say)
+            with profile.watching():
+                return run_in(folder, config, described, texts, ranks, backends, profile)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(advice(error, config, described, ranks)) from error
     finally:
         lock.release()
 
 
 def run_in(
-    folder: RunFolder, config: TrainConfig, described: Description, texts: Texts, ranks: Dist, backends: dict[str, str]
+    folder: RunFolder,
+    config: TrainConfig,
+    described: Description,
+    texts: Texts,
+    ranks: Dist,
+    backends: dict[str, str],
+    profile: Profile,
 ) -> int:
     """Build, resume, train. The folder is locked and is this run's."""
     stop, watchdog = StopFlag(), Watchdog(ranks, config.watchdog_s)
@@ -170,6 +183,7 @@ def run_in(
             checkpointer=checkpointer,
             loggers=loggers,
             console=console,
+            profile=profile,
             stop=stop,
             watchdog=watchdog,
         )
