@@ -1,12 +1,12 @@
-"""Train a language model with 4-bit recipes: python train.py [key=value ...]; python train.py --help."""
+"""Train a language model under a 4-bit recipe, or resume its run: python train.py key=value ..."""
 
 import os
-import shlex
 import sys
 
 # Deterministic cuBLAS needs a workspace of fixed size, chosen before CUDA starts; other runs don't mind.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+from base.commands import spelled, typed
 from base.terminal import outlive_readers, quiet_pipes
 from launcher.cli import read_command_line
 from launcher.compose import ConfigError, compose
@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
         line = read_command_line(arguments)
         if line.text is not None:
             quiet_pipes()  # only here: training has sockets of its own, and goes on
-            print(line.text)
+            print(spelled(line.text))
             return 0
         outlive_readers()
         if line.slurm is not None or line.multirun:
@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
             return run_all(line.overrides)
         composed = compose(line.overrides)
     except ConfigError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
+        print(f"train.py: error: {spelled(str(error))}", file=sys.stderr)
         return 2
     # Only now: a wrong override shall not wait for torch to be imported.
     from training.ranks.distributed import leave
@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> int:
     from training.start.launch import Request, launch
 
     with one_line_errors() as outcome:
-        outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, shlex.join(sys.argv)))
+        outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, typed(sys.argv)))
     leave(outcome.code)
     return outcome.code
 

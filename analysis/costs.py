@@ -1,7 +1,8 @@
 """What a training run costs: hours from measured throughput, disk, and a labelled prediction for B200. No torch.
 
-Throughput lives in results/throughput.json: {"device", "rows": [{model, recipe, tokens_per_second, flops_per_token,
-source}]}, written by `scripts/cost.py measure=...` from finished runs or from scripts/bench/bench_step.py's JSON.
+Throughput lives in results/throughput.json, or in a table of one's own: {"device", "rows": [{model, recipe,
+tokens_per_second, flops_per_token, source}]}. `scripts/cost.py measure=...` writes it from finished runs or from
+scripts/bench/bench_step.py's JSON.
 """
 
 import math

@@ -21,7 +21,8 @@ from analysis.pairing import CONFIDENCE, Floor, t_quantile
 from analysis.runs import Run, json_object
 from base.runfolder import RunError
 
-CACHE = Path(__file__).resolve().parents[1] / "results" / "noise_floor.json"
+NAME = "noise_floor.json"
+CACHE = Path(__file__).resolve().parents[1] / "results" / NAME  # published; read only
 NUDGES = ("rounding_seed", "perturb")
 KINDS = ("rerun", "nudge", "seed", "paired")
 
@@ -181,6 +182,11 @@ def load(path: Path = CACHE) -> dict[str, dict]:
         if not all(isinstance(spread, dict) and {"sd", "df"} <= spread.keys() for spread in kinds):
             raise RunError(f"{path}: {key[:60]}: needs sd and df; noise_floor.py writes such files")
     return floors
+
+
+def known(folder: Path) -> dict[str, dict]:
+    """The published floors, and over them those measured beside the runs in `folder`."""
+    return load() | load(folder / NAME)
 
 
 def refuse_fewer(floors: dict[str, dict], cached: dict[str, dict], path: Path) -> None:

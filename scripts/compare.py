@@ -10,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.commands import parser_of
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -28,13 +29,15 @@ MARGIN = 3e-3  # nats: what no claim here calls a difference
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("runs", nargs="+", help="run folders, or quoted globs")
     parser.add_argument("--baseline", help="recipe to subtract (default: bf16, else the first)")
     parser.add_argument("--step", type=positive, help="compare as of this evaluation (default: the last in common)")
     parser.add_argument("--out", type=Path, help="folder for the outputs (default: compare/ beside the first run)")
     parser.add_argument("--allow-mixed", action="store_true", help="go on where data, tokenizer, batch or model differ")
-    parser.add_argument("--floor", type=existing, default=noise.CACHE, help="noise floors measured by noise_floor.py")
+    parser.add_argument(
+        "--floor", type=existing, help="noise floors (default: the published ones and those beside the runs)"
+    )
     parser.add_argument(
         "--published", type=existing, default=published.DEFAULT_PATH, help="published runs to set beside ours"
     )
@@ -103,7 +106,8 @@ def main() -> int:
             raise ValueError(f"these runs can't be compared:\n  {listing}\nLeave some out, or add --allow-mixed.")
         groups = group_runs(runs, args.step)
         base = pick_baseline(groups, args.baseline)
-        floor = noise.floor_for(base.runs[0], noise.load(args.floor))
+        floors = noise.load(args.floor) if args.floor else noise.known(runs[0].path.parent)
+        floor = noise.floor_for(base.runs[0], floors)
         rows = table(groups, base, floor)
         order = [row.label for row in rows]
         groups.sort(key=lambda group: order.index(group.label))  # one order, so one colour, in all outputs

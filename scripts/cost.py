@@ -1,7 +1,7 @@
-"""What an experiment grid takes: steps, tokens, FLOPs, memory, disk, GPU-hours, cost, and which cells are done.
+"""What runs take: tokens, FLOPs, memory, disk, GPU-hours, money; which cells are done.
 
     python scripts/cost.py experiment=c4_grid [only='30M/*'] [price=2.5] [price_b200=5] [details=false]
-    python scripts/cost.py measure='runs/*'      put the speed of finished runs into results/throughput.json
+    python scripts/cost.py measure='runs/*'      put the speed of finished runs into runs/throughput.json
     python scripts/cost.py measure=bench.json device='NVIDIA H100'   the same from scripts/bench/bench_step.py json=...
 
 Other key=value words are overrides of train.py, as for run_grid.py. No text is hashed: where the contents of a file
@@ -15,6 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.commands import spelled
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -35,7 +36,8 @@ from launcher.cells import CellError, refuse_twice
 from launcher.compose import Composed, ConfigError, compose
 from launcher.naming import Numerics
 
-OWN = {"price": "", "price_b200": "", "details": "true", "table": str(costs.TABLE)}
+OWN = {"price": "", "price_b200": "", "details": "true", "table": ""}
+MEASURED = "runs/throughput.json"  # of one's own; where there is none, the table of results/ counts
 SPEED = ("tokens_per_second",)
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
 
@@ -82,10 +84,12 @@ def table_for(own: dict[str, str]) -> dict:
                 raise ValueError
         except ValueError:
             raise ValueError(f"{key}={own[key]}: give a number, such as {key}=2.5") from None
-    path = Path(own["table"])
-    if path != costs.TABLE and not path.exists():
+    path = Path(own["table"] or MEASURED)
+    if path.exists():
+        return costs.load(path)
+    if own["table"]:
         raise ValueError(f"table={path}: no such file; measure='runs/*' table={path} writes it")
-    return costs.load(path)
+    return costs.load()
 
 
 def row(cell: Cell, state: states.State, table: dict, peak: float | None) -> tuple[str, ...]:
@@ -128,7 +132,8 @@ def totals(
         hours = {c.name: hours_of(c) for c in cells}
         known = {name: h for name, h in hours.items() if h is not None}
         if not known:
-            lines.append(f"{label}: no throughput measured on an H100 yet (scripts/cost.py measure='runs/*')")
+            hint = spelled("scripts/cost.py measure='runs/*'")
+            lines.append(f"{label}: no throughput measured yet ({hint})")
             continue
         total, rest = sum(known.values()), sum(h * left[name] for name, h in known.items())
         unknown = f" ({len(hours) - len(known)} cells unknown)" if len(known) < len(hours) else ""
@@ -138,13 +143,13 @@ def totals(
 
 
 def measure(given: list[str]) -> int:
-    """Write results/throughput.json; rows of other models and recipes stay. ValueError for any other key."""
+    """Write runs/throughput.json or `table`; rows of other models and recipes stay. ValueError for any other key."""
     refuse_twice(given)
     words = dict(word.partition("=")[::2] for word in given)
     for key in words:
         if key not in ("measure", "device", "table"):
             raise ValueError(f"{key} has no meaning beside measure=...; possible are device=... and table=...")
-    path = Path(words.get("table", costs.TABLE))
+    path = Path(words.get("table", MEASURED))
     table = costs.load(path)
     if words["measure"].endswith(".json"):
         if not words.get("device"):
@@ -189,7 +194,7 @@ def bench_rows(source: str) -> list[dict]:
 
 def main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & {*words}:
-        print(__doc__)
+        print(spelled(__doc__))
         return 0 if words else 2
     try:
         if any(word.startswith("measure=") for word in words):

@@ -6,7 +6,6 @@
 Load with transformers.AutoModelForCausalLM.from_pretrained("exported/").
 """
 
-import argparse
 import json
 import shutil
 import sys
@@ -16,6 +15,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.commands import parser_of
 from base.files import write_json
 from base.terminal import one_line_on_ctrl_c
 
@@ -85,7 +85,7 @@ def bos_first(name: str, number: int) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--step", type=int)

@@ -13,6 +13,7 @@ from statistics import fmean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.commands import parser_of
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -29,7 +30,7 @@ from base.terminal import existing, positive, quiet_pipes
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("runs", nargs="*", help="our run folders, or quoted globs; finished ones are used")
     parser.add_argument(
         "--published", type=existing, default=published.DEFAULT_PATH, help="CSV: size,N,D,scheme,variant,final_loss"

@@ -3,13 +3,13 @@
 python scripts/generate.py runs/NAME "The function returns" --tokens 100 --temperature 0.8
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.commands import parser_of
 from base.terminal import any_letters, one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -35,7 +35,7 @@ def continuation(tokenizer: TextTokenizer, prompt: list[int], ids: list[int]) ->
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("run", type=Path)
     parser.add_argument("prompt", nargs="?", default="")
     parser.add_argument("--tokens", type=int, default=100)

@@ -4,12 +4,12 @@ python scripts/keep_results.py 'runs/corpus_ranking-*' --to results/corpus_ranki
 python scripts/compare.py 'results/corpus_ranking/*'
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.commands import parser_of
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -21,7 +21,7 @@ from base.terminal import positive, quiet_pipes
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument(
         "runs", nargs="+", help="run folders, or quoted globs; unfinished and diverged ones are kept too"
     )

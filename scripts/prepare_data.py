@@ -1,4 +1,6 @@
-"""Tokenize text for training: the same overrides as train.py, of which only data.* and paths.data matter.
+"""Tokenize text for training.
+
+Takes the same overrides as train.py, of which only data.* and paths.data matter.
 
     python scripts/prepare_data.py data=text data.files='corpus/train-*.jsonl.zst' data.val_files=corpus/val.jsonl.zst
 
@@ -11,6 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from base.commands import spelled
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -31,7 +34,7 @@ def main(overrides: list[str]) -> int:
             for split in ("train", "val"):
                 load_layout(TokenSet(folder), split, config.batch.seq_len + 1)
     except (ValueError, RuntimeError, OSError) as error:  # ValueError: what the command asks for, or the text, is wrong
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {spelled(str(error))}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr)
@@ -42,6 +45,6 @@ def main(overrides: list[str]) -> int:
 
 if __name__ == "__main__":
     if set(sys.argv[1:]) & {"-h", "--help"}:
-        print(__doc__)
+        print(spelled(__doc__))
     else:
         sys.exit(main(sys.argv[1:]))

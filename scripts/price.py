@@ -1,4 +1,4 @@
-"""The price of a recipe: FLOPs in 4 bits over the whole run, and a PREDICTED step time on GPUs that nobody here has.
+"""The price of a recipe: its FLOPs in 4 bits, and a PREDICTED step time on Blackwell GPUs.
 
     python scripts/price.py model=llama_100m recipes=bf16,fp8,quartet2
     python scripts/price.py quant=quartet2 'quant.phases=[{from: .85, set: {fprop: none}}]' steps=3052
@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.commands import spelled
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -129,7 +130,7 @@ def rows(words: list[str], recipes: list[str]) -> Iterator[tuple[str, ...]]:
 
 def main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & {*words}:
-        print(__doc__)
+        print(spelled(__doc__))
         return 0 if words else 2
     recipes = [name for word in words if word.startswith("recipes=") for name in word.partition("=")[2].split(",")]
     rest = [word for word in words if not word.startswith("recipes=")]

@@ -1,4 +1,6 @@
-"""Error, alignment and bias of every quantizer of the recipes, beside the published figures. CPU, under a minute.
+"""Error, alignment and bias of every quantizer of the recipes, beside published figures.
+
+On the CPU, under a minute.
 
     python scripts/quant_audit.py                  # all recipes
     python scripts/quant_audit.py quartet2 sr --check --json audit.json
@@ -9,7 +11,6 @@ Without names a recipe whose file is broken is named and left out, and the exit 
 dense data, SR with Four-over-Six is not, or MS-EDEN's GEMM gains less than 2.4 over SR's.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.commands import parser_of
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -130,7 +132,7 @@ def load(names: list[str]) -> tuple[list[Product], list[str]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("recipes", nargs="*", help=f"default: all ({', '.join(library.names())})")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure does not come out")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON ('-': standard output, no table)")

@@ -1,4 +1,6 @@
-"""Run what is missing of an experiment grid: one run a GPU, side by side; stopped runs go on, finished ones stay.
+"""Run what is missing of an experiment grid, one run a GPU, side by side.
+
+Stopped runs go on, finished ones stay.
 
     python scripts/run_grid.py experiment=corpus_screen                          all GPUs of this machine
     python scripts/run_grid.py experiment=corpus_screen only='bf16/*,quartet2/*' gpus=0,1 per_gpu=2
@@ -27,6 +29,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
+from base.commands import spelled
 from base.terminal import one_line_on_ctrl_c
 
 if __name__ == "__main__":
@@ -264,7 +267,7 @@ def submitting(folder: Path) -> Iterator[None]:
 
 def main(words: list[str]) -> int:
     if not words or {"-h", "--help"} & {*words}:
-        print(__doc__)
+        print(spelled(__doc__))
         return 0 if words else 2
     try:
         refuse_several("run_grid.py")

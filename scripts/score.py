@@ -1,4 +1,6 @@
-"""Loss of a run's final weights under its own forward, BF16, NVFP4 (both operands, one of them, without 4/6) and FP8.
+"""Loss of a run's final weights served in BF16, FP8 and NVFP4.
+
+Under its own forward, BF16, NVFP4 (both operands, one of them, without Four-over-Six) and FP8.
 
     python scripts/score.py runs/NAME                   # the newest checkpoint
     python scripts/score.py runs/NAME@1000              # that of step 1000
@@ -8,12 +10,12 @@ On all of the run's final evaluation text, uncompiled, on one device. Prints a t
 score/<step>.npz (nats by sequence and document) into the run folder.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from base.commands import parser_of
 from base.runfolder import CONFIG, RUN, read_json
 from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
@@ -45,7 +47,7 @@ def report(run: str, scored: Scored) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__file__, __doc__)
     parser.add_argument("run", help="run folder, or FOLDER@STEP")
     parser.add_argument("--layers", nargs="+", default=[], metavar="GLOB", help="NVFP4 in these layers alone, each")
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")

@@ -2,7 +2,6 @@
 
 import os
 import platform
-import shlex
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from base import runfolder
+from base.commands import typed
 from base.files import write_json, write_text
 from training.records.identity import refuse_other
 
@@ -87,7 +87,7 @@ def environment(
             "bf16_reduced_precision_reduction": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
             "threads": torch.get_num_threads(),
         },
-        "command": shlex.join(sys.argv),
+        "command": typed(sys.argv),
     }
 
 

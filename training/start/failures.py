@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from base.commands import spelled
+
 ROOT = Path(__file__).resolve().parents[2]
 WRONG_COMMAND, FAILED = 2, 1
 
@@ -59,4 +61,4 @@ def raised_by_us(error: BaseException) -> bool:
 
 
 def say(script: str, text: str) -> None:
-    print(f"{script}: error: {text}", file=sys.stderr)
+    print(f"{script}: error: {spelled(text)}", file=sys.stderr)

@@ -1,0 +1,1 @@
+"""What a person types: one file a command (base/commands.py names them); bench/ and check/ measure and prove."""

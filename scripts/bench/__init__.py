@@ -1,0 +1,1 @@
+"""Speed of steps, layers and quantizers, and a roofline."""

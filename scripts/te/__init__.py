@@ -1,0 +1,1 @@
+"""Transformer Engine on a machine that has no wheel of it."""
