@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The CPU wheel of torch where pip offers one; the constraints pin what CI tests.
 CONSTRAINTS := requirements/ci.txt
 
-.PHONY: help quickstart test lint kernels-check faults net clean
+.PHONY: help quickstart test lint kernels-check faults net results clean
 
 help:
 	@echo "make quickstart     install, train bf16, nvidia and quartet2 on a CPU, compare (no download)"
@@ -13,6 +13,7 @@ help:
 	@echo "make lint           ruff format --check and ruff check"
 	@echo "make kernels-check  compile the CUDA kernels with nvcc and check them on the host (minutes; needs nvcc)"
 	@echo "make net BASE=REV   compare every result with that of commit REV, bit for bit (minutes)"
+	@echo "make results        draw every figure and fill every table again from the raw runs in results/"
 	@echo "make faults         kills, full disks, damaged checkpoints, with counts (minutes)"
 
 $(VENV)/.installed-%: pyproject.toml $(CONSTRAINTS)
@@ -66,6 +67,11 @@ faults: $(VENV)/.installed-dev
 BASE ?= 8e55133
 net: $(VENV)/.installed-dev
 	$(BIN)/python scripts/check/net.py --base $(BASE)
+
+# The pages' numbers and pictures; the law is fitted from the published losses (half a minute).
+results: $(VENV)/.installed-base
+	$(BIN)/python scripts/fit_scaling_law.py --out results/law
+	$(BIN)/python scripts/check/results.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
