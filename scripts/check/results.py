@@ -248,7 +248,7 @@ def layers_table() -> str:
 
 
 def arm_rows() -> Iterator[str]:
-    """The first table of forward.md, whose first column is prose."""
+    """The first table of docs/results/forward.md, whose first column is prose."""
     plain = scored("bf16-x1")
     yield f"| bf16 | {plain.loss:.4f} | | | | {plain.ms} | ..."
     beginnings = {"quartet2": "| quartet2 |"} | {name: f"| {name}: ... |" for name in list(ARMS)[2:]}
