@@ -8,6 +8,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     result.json                                         at the end
     score/<step>.json score/<step>.npz                  by scripts/score.py, whenever it is called
     profile/rank<n>.trace.json.gz, .memory.pickle       where profile.steps asks for them
+    capture/<step>/                                     tensors of linear layers (training/capture.py), if asked for
 """
 
 import json
@@ -19,7 +20,7 @@ from typing import Any
 
 CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
 METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
-SCORE, PROFILE = "score", "profile"
+SCORE, PROFILE, CAPTURE = "score", "profile", "capture"
 RESULT = "result.json"
 # What every run.json has; later fields are beside these.
 RUN_KEYS = (

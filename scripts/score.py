@@ -24,16 +24,10 @@ if __name__ == "__main__":
 
 from launcher.compose import stored
 from training.checkpoint.manifest import step_of
-from training.inference import find_checkpoint
+from training.inference import find_checkpoint, split_step
 from training.ranks.distributed import setup
 from training.score import Scored, score
 from training.start.failures import one_line_errors
-
-
-def split_step(text: str) -> tuple[Path, int | None]:
-    """ "runs/NAME@1000" -> (runs/NAME, 1000); without a step, None."""
-    folder, at, step = text.rpartition("@")
-    return (Path(folder), int(step)) if at and step.isdigit() else (Path(text), None)
 
 
 def report(run: str, scored: Scored) -> str:

@@ -18,6 +18,12 @@ from training.checkpoint.state import load_model
 from training.checkpoint.storage import CheckpointError
 
 
+def split_step(text: str) -> tuple[Path, int | None]:
+    """ "runs/NAME@1000" -> (runs/NAME, 1000); without a step, None."""
+    folder, at, step = text.rpartition("@")
+    return (Path(folder), int(step)) if at and step.isdigit() else (Path(text), None)
+
+
 def find_checkpoint(run_dir: Path, step: int | None = None) -> Path:
     """The newest whole checkpoint, or that of `step`. Raises CheckpointError where there is none or it is damaged."""
     if step is None:

@@ -330,6 +330,7 @@ class Trainer:
     def _context(self, evaluation: Evaluation | None = None) -> Context:
         return Context(
             step=self.state.step,
+            folder=self.p.folder.path,
             loss=self.p.loss,
             numbers=self.numbers,
             ranks=self.p.ranks,

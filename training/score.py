@@ -13,16 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from base.files import atomic_write, write_json
 from base.runfolder import SCORE
 from data.evalset import EvalSet
-from data.mixture import open_tokens
-from kernels import backend
 from quant import library
-from quant.phases import scored
 from quant.plan import HEAD, quant_linears
 from quant.recipe import GEMMS, OPERANDS, Recipe
 from training.checkpoint.state import load_model
@@ -30,8 +26,7 @@ from training.config import TrainConfig
 from training.evaluate import evaluate
 from training.loss import LossModel
 from training.ranks.distributed import Dist
-from training.start.build import build_model, check_recipes, open_texts, set_torch_flags
-from training.start.describe import check
+from training.reopen import reopen
 
 _NONE, _FP8 = {"grid": "none"}, {"grid": "e4m3"}
 _NVFP4, _NVFP4_46 = {"grid": "e2m1"}, {"grid": "e2m1", "select": "four_over_six"}
@@ -84,27 +79,16 @@ def score(
     one also `nvfp4` in the layers that it matches, BF16 in the others. Raises ValueError for other text than the run's
     and for a glob that matches nothing; RuntimeError for what the machine can't do.
     """
-    set_torch_flags(config)
-    backend.use(config.backend, ranks.device.type)
-    tokens = open_tokens(config.data, config.data.path or run["data_path"])
-    if tokens.fingerprint != run["data_fingerprint"]:
-        raise ValueError(f"{tokens.path} is other text than {run['name']} was trained on; give its folder by --data")
-    checked = check(config, ranks, tokens.vocab_size)
-    shape, plan, numbers = checked.shape, checked.plans[scored(checked.phases, step)], checked.numbers
-    check_recipes(plan, recompute=False)
-    rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
-    rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
-    rng[1] = step
-    model, _ = build_model(shape, plan, config.seed, rng)
+    run_again = reopen(config, run, step, ranks)
+    model, evalset, rng = run_again.model, run_again.evalset, run_again.rng
     forwards = {OWN: {}, **all_forwards(model, globs)}
     load_model(checkpoint, model)
     loss = LossModel(model)
-    evalset = open_texts(config, tokens).final
     nats = {}
     for name, recipes in forwards.items():
         with replaced(model, recipes):
             nats[name] = evaluate(
-                lambda tokens: loss(tokens, per_token=True), evalset, numbers.micro, ranks, rng[2].fill_
+                lambda tokens: loss(tokens, per_token=True), evalset, run_again.numbers.micro, ranks, rng[2].fill_
             )
     return Scored(step, evalset, nats)
 

@@ -11,10 +11,16 @@ from training.config import TrainConfig
 from training.options import read_options
 from training.probes.base import Probe
 from training.probes.bf16 import Bf16
+from training.probes.capture import Capture
 from training.probes.other_weights import OtherWeights
 from training.probes.slots import Slots
 
-PROBES: dict[str, type[Probe]] = {"bf16": Bf16, "other_weights": OtherWeights, "slots": Slots}
+PROBES: dict[str, type[Probe]] = {
+    "bf16": Bf16,
+    "other_weights": OtherWeights,
+    "slots": Slots,
+    "capture": Capture,
+}
 
 
 def read(config: TrainConfig, is_quantized: bool, has_hooks: bool) -> dict[str, Any]:

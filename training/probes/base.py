@@ -14,6 +14,7 @@ each micro-batch. On every rank alike, since a forward is a collective where wei
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,10 +43,12 @@ class Context:
 
     `batches(first step)`: this rank's training micro-batches, int64 on the device. `set_rng(step, micro-batch)`: the
     random state of what runs next. `accumulate(last micro-batch?)`: the context of a forward and its backward.
-    `release()`: gives back captured CUDA graphs, before something else needs as much memory.
+    `release()`: gives back captured CUDA graphs, before something else needs as much memory. `folder`: the run's, for
+    what is too large for a row (base/runfolder.py names it).
     """
 
     step: int
+    folder: Path
     loss: nn.Module
     numbers: Numbers
     ranks: Dist
