@@ -25,7 +25,8 @@ from kernels.spec import QuantSpec
 class Wish:
     """What one slot asks for: its quantizer, along which axis, rotated by which signs, by which random bits.
 
-    turned: what is kept was made along the other axis, for fprop. want: "values", "packed" or both.
+    turned: what is kept was made along the other axis, for fprop. want: "values", "packed" or both. feedback: of
+    shaped rounding (kernels.quantize.quantize_shaped), or None.
     """
 
     spec: QuantSpec
@@ -35,6 +36,7 @@ class Wish:
     draw: Draw
     turned: bool
     want: tuple[str, ...]
+    feedback: Tensor | None = None
 
     @property
     def is_identity(self) -> bool:
@@ -48,6 +50,8 @@ class Wish:
 
     def quantize(self, x: Tensor) -> Quantized:
         largest = self.largest(ops.amax, x)
+        if self.feedback is not None:
+            return ops.quantize_shaped(x, self.spec, largest, self.feedback, self.want)
         return ops.quantize(x, self.spec, self.axis, largest, self.signs, self.draw, self.want)
 
     def requantize(self, p: NVFP4Tensor) -> Quantized:

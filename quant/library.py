@@ -36,17 +36,18 @@ def build(values: dict[str, Any]) -> Product:
     Raises ValueError for such a GEMM under a name that no file has: which sources it should keep is not known.
     """
     fields = _recipe_fields(values)
-    if "scheme" in fields:
-        return _product(str(fields["scheme"])).from_dict(fields)
+    made = _product(str(fields["scheme"])) if "scheme" in fields else Recipe
+    if not issubclass(made, Recipe):
+        return made.from_dict(fields)
     has_file = fields.get("name") in names()
-    base = Recipe.from_dict(_recipe_fields(mapping(fields["name"]))) if has_file else None
+    base = made.from_dict(_recipe_fields(mapping(fields["name"]))) if has_file else None
     for gemm in GEMMS:
         if fields.get(gemm) == "none" and base is None:
             raise ValueError(
                 f"quant.{gemm}=none keeps the sources of a recipe file, but there is no file {fields.get('name')!r}: "
                 f"give both operands as {{grid: none, source: ...}}, or the name of a file"
             )
-    return Recipe.from_dict(fields, base)
+    return made.from_dict(fields, base)
 
 
 def label(recipe: Product) -> str:

@@ -4,7 +4,8 @@ The gradient of quantizers is the straight-through one unless a product says oth
 layer keeps what its product returns, and nothing else.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,11 +14,13 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Call:
-    """What the quantizers of one call share: the random state, and who counts (quant/stats.py) or None."""
+    """What the quantizers of one call share: the random state, who counts (quant/stats.py) or None, and what the layer
+    has fitted for them, by name."""
 
     rng: Tensor
     layer: Tensor
     watch: Any = None
+    fitted: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 class QuantLinear(nn.Module):
@@ -28,6 +31,8 @@ class QuantLinear(nn.Module):
     `recipe` may be exchanged between calls (quant.plan.changed).
     Raises ValueError for a bias, for an input that is not bf16, and from the quantizers for shapes that don't divide.
     """
+
+    hook: str | None = None  # which one (training/hooks) sets what `fitted` gives
 
     def __init__(self, linear: nn.Linear, recipe: Any, layer: int, rng: Tensor):
         super().__init__()
@@ -43,10 +48,14 @@ class QuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         self.check_input(x)
         keep = torch.is_grad_enabled() and (self.weight.requires_grad or x.requires_grad)
-        call = Call(self.rng, self.layer, self.watch)
+        call = Call(self.rng, self.layer, self.watch, self.fitted())
         rows = x.reshape(-1, self.in_features)
         y = Multiply.apply(rows, self.weight, self.rng, self.layer, self.recipe, call, keep)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def fitted(self) -> dict[str, Tensor]:
+        """State that training fits for this layer's quantizers, by name; a checkpoint has it as the hook's."""
+        return {}
 
     def check_input(self, x: Tensor) -> None:
         if x.dtype != torch.bfloat16:

@@ -51,6 +51,8 @@ class Product:
     fullgraph: ClassVar[bool] = True
     # Of the operands of every GEMM, where `operands` doesn't say them; None: quant/price.py has no price of it.
     gemm_bits: ClassVar[int | None] = None
+    # The hook (training/hooks) that fits what the layers need: a run without it is refused.
+    hook: ClassVar[str | None] = None
 
     @property
     def is_quantized(self) -> bool:

@@ -198,7 +198,8 @@ class Slots(Product):
         operand = self.operand(slot)
         want = self.wants(slot) if want is None else want
         turned = operand.source != "input"
-        wish = Wish(operand.spec, AXES[slot], signs, operand.amax, _draw(call, slot), turned, want)
+        shaped = self.feedback(call, slot)
+        wish = Wish(operand.spec, AXES[slot], signs, operand.amax, _draw(call, slot), turned, want, shaped)
         # Quantized for this slot, or fprop's codes as they are. Behind a rotation only an unquantized operand has
         # source fprop_transposed: it is turned, as its partner is.
         is_made = operand.source == "input" or (operand.source == "fprop_transposed" and signs is None)
@@ -207,6 +208,10 @@ class Slots(Product):
         if call.watch is not None:
             call.watch.count(slot, held, wish)
         return held.quantize(wish)
+
+    def feedback(self, call: Call, slot: str) -> Tensor | None:
+        """Of shaped rounding in this slot (quant/products/shaped.py); None where each element is rounded by itself."""
+        return None
 
     def signs(self, call: Call, name: str, *operands: Held) -> Tensor | None:
         """The rotation of the GEMM's first operand (ops.rotation), or None without one; `partner` is the second's.
@@ -240,9 +245,11 @@ class Slots(Product):
         return self.operand(slot).source != "input" and self.operand(f"fprop.{FPROP_SLOT[slot]}").is_quantized
 
     def _together(self, call: Call, slots: tuple[str, str]) -> bool:
-        """Whether two operands of one tensor can come from one call: quantized, by the exact amax, nobody counting."""
+        """Whether two operands of one tensor can come from one call: quantized, by the exact amax, each element by
+        itself, nobody counting."""
         operands = [self.operand(slot) for slot in slots]
-        return call.watch is None and all(o.is_quantized and o.amax == "exact" for o in operands)
+        plain = call.watch is None and all(self.feedback(call, slot) is None for slot in slots)
+        return plain and all(o.is_quantized and o.amax == "exact" for o in operands)
 
     def _both_axes(
         self, call: Call, x: Tensor, slots: tuple[str, str], signs: tuple, wants: tuple

@@ -8,6 +8,11 @@ Words of the formulas: hi, lo the block's reaches up and down; T the tensor's sc
     e_c = s_c^2 * sum (q - u)^2; infinity if dead. The lowest wins, the earlier on a tie.
 Then SR rounds u to a neighbouring level of the chosen grid instead, by word `element` of Philox. A block whose
 candidates are all dead has scale 1 and level 0 of a member that has one.
+
+Shaped rounding (`shape_blocks`) goes from left to right along a row, hands the error of each element on to those that
+are still to be rounded, and lets the block's candidates compete when its turn comes:
+
+    w_j = y_j - sum_(i<j) e_i F_ij,   e_i = bf16( w_i - q_i (s T) ),   q_i the nearest level to w_i / (s T)
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +20,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.formats.minifloat import E4M3, round_stochastic
+from kernels.formats.minifloat import E4M3, round_bf16, round_stochastic
 from kernels.formats.scales import Extent, from_bytes, over_tile, to_bytes
 from kernels.formats.selects import Candidate
 from kernels.philox import Draw
@@ -56,6 +61,27 @@ def quantize_blocks(y: Tensor, spec: QuantSpec, scale: Tensor, draw: Draw | None
     if spec.rounding == "ms_eden":
         blocks = correct(blocks, spec, draw.random24(blocks.scales.numel()).view(blocks.scales.shape), dim)
     return blocks if blocks.members is None else settle_dead(blocks, spec)
+
+
+def shape_blocks(y: Tensor, spec: QuantSpec, scale: Tensor, feedback: Tensor) -> Blocks:
+    """The blocks of y [rows, K], rounded to nearest, each error handed on by `feedback` (F, [K, K], zero but above its
+    diagonal, BF16 values). F of zeros gives `quantize_blocks`."""
+    grid, size, feedback = spec.family.members[0], spec.scaling.group, feedback.to(y.dtype)
+    errors, done = torch.zeros_like(y), []
+    for start in range(0, y.shape[1], size):
+        own = slice(start, start + size)
+        left = y[:, own] - errors[:, :start] @ feedback[:start, own]
+        found = best_of(left.unsqueeze(1), spec, scale)
+        divisor = found.scales.squeeze(1) * scale
+        for i in range(size):
+            rounded = left[:, i : i + 1]
+            rounded = round_bf16(rounded - grid.nearest(rounded / divisor) * divisor)
+            errors[:, start + i : start + i + 1] = rounded
+            left = left - rounded * feedback[start + i, own]  # F is zero up to element i
+        elements = (left / divisor).unsqueeze(1)
+        done.append(replace(found, elements=elements, codes=grid.nearest(elements)))
+    names = ("elements", "codes", "scales", "alive")
+    return Blocks(*(torch.cat([getattr(blocks, name) for blocks in done], dim=1) for name in names))
 
 
 def best_of(groups: Tensor, spec: QuantSpec, scale: Tensor, noise: Tensor | None = None) -> Blocks:

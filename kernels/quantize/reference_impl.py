@@ -27,7 +27,7 @@ from kernels.formats.minifloat import BY_NAME, FP32_TINY, next_power_of_two, rou
 from kernels.formats.nvfp4 import NVFP4Tensor, pack_levels
 from kernels.philox import Draw
 from kernels.quantize import Quantized
-from kernels.quantize.blocks import Blocks, quantize_blocks
+from kernels.quantize.blocks import Blocks, quantize_blocks, shape_blocks
 from kernels.rotation import rotated
 from kernels.spec import QuantSpec
 
@@ -103,8 +103,17 @@ def quantize(
         return Quantized(_operand(codes, axis), scale)
     blocks = quantize_blocks(y, spec, scale, draw, None if signs is None else signs.shape[-1])
     outer = scale if spec.prescale == 1 else scale * (1.0 / spec.prescale)
-    values = _operand(blocks.values.view(y.shape), axis) if "values" in want else None
-    return Quantized(values, outer, _pack(blocks, outer, spec) if "packed" in want else None)
+    return _wanted(blocks, outer, spec, axis, want)
+
+
+def quantize_shaped(x: Tensor, spec: QuantSpec, amax: Tensor, feedback: Tensor, want: tuple[str, ...]) -> Quantized:
+    scale = tensor_scale(amax, spec)
+    return _wanted(shape_blocks(stored(x, 1, None), spec, scale, feedback), scale, spec, 1, want)
+
+
+def _wanted(blocks: Blocks, scale: Tensor, spec: QuantSpec, axis: int, want: tuple[str, ...]) -> Quantized:
+    values = _operand(blocks.values.flatten(1), axis) if "values" in want else None
+    return Quantized(values, scale, _pack(blocks, scale, spec) if "packed" in want else None)
 
 
 def quantize_both(

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.formats.minifloat import FP8_DTYPES
 from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.philox import Draw
-from kernels.quantize import Quantized, reference_impl, triton_tiles
+from kernels.quantize import Quantized, reference_impl, triton_shaped, triton_tiles  # noqa: F401
 from kernels.quantize.triton_ops import INTERPRET
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 
@@ -82,6 +82,11 @@ def quantize(
     results = torch.ops.nibble.quantize_square(
         x, amax, *_random(draw), axis, spec.key, _slot(draw), "values" in want, "packed" in want
     )
+    return _quantized(results, want)
+
+
+def quantize_shaped(x: Tensor, spec: QuantSpec, amax: Tensor, feedback: Tensor, want: tuple[str, ...]) -> Quantized:
+    results = torch.ops.nibble.quantize_shaped(x, amax, feedback, spec.key, "values" in want, "packed" in want)
     return _quantized(results, want)
 
 

@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from base.runfolder import CHECKPOINTS
+from quant.plan import quant_linears
 from training.checkpoint.manifest import read_meta, step_name
 from training.checkpoint.publish import Job, PublishThread
 from training.checkpoint.storage import (
@@ -302,13 +303,27 @@ def load(
 
 
 def load_model(path: str | Path, model: nn.Module) -> dict[str, Any]:
-    """Fill only the weights, for evaluation, export and generation. Returns the checkpoint's meta."""
+    """Fill only the weights, and what training fitted for their quantizers, for evaluation, export and generation.
+    Returns the checkpoint's meta."""
     path = Path(path)
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    _check_same(path, {k: v for k, v in read_index(path).items() if k.startswith("model.")}, tensors)
+    index = read_index(path)
+    _check_same(path, {k: v for k, v in index.items() if k.startswith("model.")}, tensors)
+    fitted = fitted_tensors(model)
+    _check_same(path, {k: v for k, v in index.items() if k in fitted}, fitted)
+    tensors |= fitted
     read_tensors(path, tensors)
     _refuse_bad(path, tensors)
     return read_meta(path)
+
+
+def fitted_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """What hooks have fitted for the layers' quantizers (quant.linear.QuantLinear.fitted), by stored name."""
+    return {
+        f"hooks.{layer.hook}.{name}.{key}": value
+        for name, layer in quant_linears(model).items()
+        for key, value in layer.fitted().items()
+    }
 
 
 def _refuse_bad(path: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None = None) -> None:

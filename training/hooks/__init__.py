@@ -14,12 +14,19 @@ from quant.plan import Plan
 from training.config import OptimSection
 from training.hooks.base import Hook, Run
 from training.hooks.ema import Ema
+from training.hooks.feedback import Feedback
 from training.hooks.normalize import Normalize
 from training.hooks.osci_reset import OsciReset
 from training.hooks.train_only import TrainOnly
 from training.options import read_options
 
-HOOKS: dict[str, type[Hook]] = {"ema": Ema, "normalize": Normalize, "osci_reset": OsciReset, "train_only": TrainOnly}
+HOOKS: dict[str, type[Hook]] = {
+    "ema": Ema,
+    "feedback": Feedback,
+    "normalize": Normalize,
+    "osci_reset": OsciReset,
+    "train_only": TrainOnly,
+}
 
 
 def read(model: nn.Module, plan: Plan, *wanted: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,6 +45,9 @@ def read(model: nn.Module, plan: Plan, *wanted: Mapping[str, Any]) -> dict[str, 
                 )
     for name, options in found.items():
         HOOKS[name].check(options, model, plan)
+    for recipe in plan.recipes:
+        if recipe.hook and recipe.hook not in found:
+            raise ValueError(f"recipe {recipe.name} needs a hook that isn't there; add +hooks.{recipe.hook}={{}}")
     return found
 
 

@@ -1,0 +1,123 @@
+"""Six slots whose forward operands are rounded with error feedback (kernels/quantize/feedback.py says by which metric).
+
+    w   W in the metric of X^T X, of training tokens that came before
+    x   X in the metric of W^T W: each token by itself, so that nothing of another token reaches its row
+The backward is the slots': it re-quantizes what the forward multiplied where its `source` says so. The matrices F are
+state of the layers, set by the hook `feedback` (training/hooks/feedback.py) and constant between its refreshes, in
+evaluations too; until the first they are zero, which is plain rounding.
+Source: docs/results/candidates.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from kernels import gemm as gemms
+from kernels.quantize import Quantized
+from quant.linear import Call, QuantLinear
+from quant.product import Product
+from quant.recipe import Recipe
+
+OPERANDS = ("x", "w")
+GRAM_TOKENS = 16384  # of a step's first micro-batch, at most: a tenth of what fprop multiplies at 30M
+
+
+@dataclass(frozen=True)
+class Shaped(Recipe):
+    """shape: which operands of fprop are rounded so."""
+
+    shape: tuple[str, ...] = OPERANDS
+
+    hook: ClassVar[str] = "feedback"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not set(self.shape) <= set(OPERANDS):
+            raise ValueError(f"quant.shape={list(self.shape)}: use [x], [w] or [x,w]")
+        for name in self.shape:
+            operand = self.operand(f"fprop.{name}")
+            nvfp4 = operand.spec.tensor_core and not operand.spec.is_square
+            if operand.is_quantized and not (nvfp4 and operand.spec.rounding == "rtn"):
+                raise ValueError(
+                    f"quant.fprop.{name}: shaped rounding is for grid=e2m1 in 1x16 blocks and rounding=rtn; leave "
+                    f"{name} out of quant.shape={list(self.shape)}"
+                )
+            if operand.is_quantized and operand.spec.select == "search":
+                raise ValueError(f"quant.fprop.{name}.select=search isn't built for shaped rounding; use four_over_six")
+        if self.shape and self.fprop.rotation_dim is not None:
+            raise ValueError("quant.fprop.rotation: shaped rounding reads unrotated operands; set rotation.dim=null")
+
+    @classmethod
+    def from_dict(cls, mapping: Mapping[str, Any], base: Recipe | None = None) -> "Shaped":
+        fields = dict(mapping)
+        shape = fields.pop("shape", None)
+        fields.pop("scheme", None)
+        if not isinstance(shape, list | tuple | None):
+            raise ValueError(f"quant.shape={shape!r}: use [x], [w] or [x,w]")
+        made = Recipe.from_dict(fields, base)
+        return cls(made.name, made.fprop, made.dgrad, made.wgrad, tuple(OPERANDS if shape is None else shape))
+
+    def to_dict(self) -> dict[str, Any]:
+        return super().to_dict() | {"scheme": "shaped", "shape": list(self.shape)}
+
+    def describe(self, label: str) -> list[str]:
+        metric = {"x": "fprop.x by W^T W", "w": "fprop.w by X^T X"}
+        return [*super().describe(label), f"  shaped    {', '.join(metric[name] for name in self.shape) or 'nothing'}"]
+
+    def plain(self) -> Product:
+        return Recipe.bf16()
+
+    def alone(self) -> dict[str, Product]:
+        return {gemm: replace(product, shape=self.shape) for gemm, product in super().alone().items()}
+
+    def shapes(self, name: str) -> bool:
+        """Whether operand `name` of fprop is rounded with feedback."""
+        return name in self.shape and self.operand(f"fprop.{name}").is_quantized
+
+    def feedback(self, call: Call, slot: str) -> Tensor | None:
+        gemm, name = slot.split(".")
+        if gemm != "fprop" or not self.shapes(name):
+            return None
+        if name not in call.fitted:
+            raise ValueError(
+                f"recipe {self.name}: this layer was built for another recipe and has no feedback matrices"
+            )
+        return call.fitted[name]
+
+    def build(self, linear: nn.Linear, index: int, rng: Tensor) -> "ShapedLinear":
+        return ShapedLinear(linear, self, index, rng)
+
+
+class ShapedLinear(QuantLinear):
+    """y = x W^T with operands shaped by F_x and F_w, bf16 [K, K]. `gram`: float32 [K, K], X^T X of the newest training
+    step's first micro-batch. They are written in place: compiled graphs and CUDA graphs read them where they lie."""
+
+    hook = "feedback"
+
+    def __init__(self, linear: nn.Linear, recipe: Shaped, layer: int, rng: Tensor):
+        super().__init__(linear, recipe, layer, rng)
+        size = (self.in_features, self.in_features)
+        self.shaped = tuple(name for name in OPERANDS if recipe.shapes(name))
+        for name in self.shaped:
+            zeros = torch.zeros(size, dtype=torch.bfloat16, device=rng.device)
+            self.register_buffer(f"feedback_{name}", zeros, persistent=False)
+        if "w" in self.shaped:
+            self.register_buffer("gram", torch.zeros(size, device=rng.device), persistent=False)
+
+    def fitted(self) -> dict[str, Tensor]:
+        return {name: self._buffers[f"feedback_{name}"] for name in self.shaped}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "w" in self.shaped and torch.is_grad_enabled() and self.training:
+            self.see(x.detach().reshape(-1, self.in_features)[:GRAM_TOKENS])
+        return super().forward(x)
+
+    @torch.no_grad()
+    def see(self, x: Tensor) -> None:
+        """The global batch's first micro-batch alone, so that the result doesn't depend on the number of ranks."""
+        rows = Quantized(x, None)
+        found = gemms.gemm(rows, rows, "wgrad", 1.0, torch.float32)
+        self.gram.copy_(torch.where(self.rng[2] == 0, found, self.gram))
