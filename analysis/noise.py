@@ -1,6 +1,6 @@
 """The noise floor: how far runs of one recipe end apart, per model, length and data; cached for every later comparison.
 
-Three kinds of difference are told apart where such runs exist: an exact rerun (same hash), the same initialization with
+Three kinds of difference are measured, where such runs exist: an exact rerun (same hash), the same initialization with
 other rounding bits or weights nudged at the start (same seed, numerics `rounding_seed` or `perturb`), and new seeds.
 Standard deviations are pooled over recipes with their degrees of freedom: recipes differ in mean, hardly in spread,
 and gaps of one that spreads three times as far as the others are outside their 95 % intervals in 10 to 13 % of cases.

@@ -1,4 +1,4 @@
-"""Which recipes are told apart: every pair over seeds, judged alone and together with all the others.
+"""Which differences between recipes are resolved: every pair over seeds, judged alone and together with all the others.
 
 With k recipes there are k (k - 1) / 2 questions, and among nine equal ones half of all comparisons "resolve" some pair
 at 95 % each. `all_pairs` widens an interval so that all of them hold at once in 95 %: Tukey-Kramer where one spread
@@ -100,17 +100,17 @@ def widening(recipes: int, df: float) -> float:
 
 
 def text(found: list[Pair]) -> str:
-    """How many pairs are told apart, and which not; nothing where no pair has two seeds."""
+    """How many pairs are resolved, and which not; nothing where no pair has two seeds."""
     judged = [p for p in found if math.isfinite(p.gap.half_width)]
     if not judged:
         return ""
     alone = [p for p in judged if p.resolved and not p.resolved_among_all]
     among = sum(p.resolved_among_all for p in judged)
-    lines = [f"Pairs of recipes told apart, all {len(judged)} at once: {among}."]
+    lines = [f"Resolved pairs of recipes, judged all {len(judged)} at once: {among}."]
     if alone:
         lines.append(f"Only if no other pair was in question: {_names(alone)}.")
     if not_told := [p for p in judged if not p.resolved]:
-        lines.append(f"Not told apart: {_names(not_told)}.")
+        lines.append(f"Not resolved: {_names(not_told)}.")
     return " ".join(lines)
 
 

@@ -6,7 +6,7 @@ from html import escape
 
 import matplotlib.pyplot as plt
 
-from analysis import html, plots, tables
+from analysis import chart, html, plots, tables, verdict
 from analysis.compare import Group, Row
 from analysis.equal_loss import EqualLoss, equal_loss
 from analysis.pairing import RESOLVED
@@ -42,12 +42,15 @@ def build(
     figure = plots.figure(groups, base, rows, theirs)
     body = [
         f"<h1>{escape(title)}</h1>",
+        *(html.note(text, "verdict") for text in verdict.sentences(rows, found)),
         html.note(what),
         *(html.note(f"Mixed: {text}", "warn") for text in notes),
         html.heading("Loss and gap"),
+        *chart.body(chart.panels(groups, base, rows, theirs, figure), groups, base),
+        f"<noscript>{html.picture(figure, 'loss and gap curves')}</noscript>",
         html.table(tables.HEADER, [_classed(row) for row in rows], "comparison"),
-        html.note(f"{tables.NOTE} {tables.methods(rows)}"),
-        html.picture(figure, "loss and gap curves"),
+        html.glossary(tables.GLOSSARY),
+        html.note(tables.methods(rows)),
         *pairwise(groups, found),
         *equal_losses(groups, base),
         *overlay(rows, theirs),
@@ -66,7 +69,7 @@ def _classed(row: Row) -> list:
 
 
 def pairwise(groups: list[Group], found: list[Pair]) -> list[str]:
-    """Which recipes are told apart: the gap of the row to the column, 1e-3 nats."""
+    """Which differences between recipes are resolved: the gap of the row to the column, 1e-3 nats."""
     if len(groups) < 3:
         return []
     cells = {}
@@ -77,11 +80,11 @@ def pairwise(groups: list[Group], found: list[Pair]) -> list[str]:
     rows = [[one, *(cells.get((one, other), ("", "none")) for other in labels)] for one in labels]
     note = (
         "Row minus column, 1e-3 nats/token, ± half the 95 % interval over seeds of this pair alone / of all pairs at "
-        "once (Tukey). Green: resolved among all pairs; yellow: resolved only if no other pair was in question. Empty: "
-        "no step or text in common. A step in brackets: not at the end, but where both were last evaluated."
+        "once (Tukey). ✓ and blue: resolved among all pairs; (✓) and orange: only if no other pair was in question. "
+        "Empty: no step or text in common. A step in brackets: not at the end, but where both were last evaluated."
     )
     return [
-        html.heading("Which recipes are told apart"),
+        html.heading("Which differences are resolved"),
         html.table(["", *labels], rows, "pairwise"),
         html.note(note),
     ]
@@ -93,7 +96,8 @@ def _pair_cell(pair: Pair, sign: int) -> tuple[str, str]:
     if math.isnan(pair.gap.half_width):
         return (f"{mean}{where}", "none")
     kind = "yes" if pair.resolved_among_all else "some" if pair.resolved else "no"
-    return (f"{mean} ± {pair.gap.half_width * 1e3:.1f} / {pair.all_pairs * 1e3:.1f}{where}", kind)
+    tick = {"yes": " ✓", "some": " (✓)", "no": ""}[kind]
+    return (f"{mean} ± {pair.gap.half_width * 1e3:.1f} / {pair.all_pairs * 1e3:.1f}{where}{tick}", kind)
 
 
 def equal_losses(groups: list[Group], base: Group) -> list[str]:

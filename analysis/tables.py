@@ -14,6 +14,27 @@ NOTE = (
     "95 %, over training seeds. Text SE: standard error of the same gap over validation documents (jackknife), for "
     "these trained models only. Intervals are not corrected for the number of recipes compared."
 )
+GLOSSARY = {
+    "seeds": "Runs that differ in the seed alone; a verdict needs at least two of each recipe.",
+    "tokens": "Training tokens at which the recipes are compared.",
+    "final": "Validation loss there, nats a token, mean over the seeds.",
+    "bits/byte": "The same a byte of text, which doesn't depend on the tokenizer.",
+    "sd e-3": "Standard deviation of the final loss over seeds, 1e-3 nats.",
+    "best": "The lowest validation loss on the way, mean over the seeds.",
+    "gap e-3": "Final loss minus the baseline's on the same validation tokens, over the seeds that both have, 1e-3 "
+    "nats. Recipes that share fewer than two seeds and have two each: difference of the means.",
+    "gap %": "The gap as a share of the baseline's loss.",
+    "95 % interval e-3": "Where the gap would lie if both recipes were trained again with other seeds; for this pair "
+    "alone, not corrected for the number of recipes.",
+    "text SE e-3": "Standard error of the gap over validation documents (jackknife): how far these trained models' gap "
+    "would move on other text. It says nothing about other seeds, and gives no verdict.",
+    "corr": "Correlation of the two recipes' losses over shared seeds, from six seeds on.",
+    "tok/s": "Training tokens a second of runs that had their GPU alone. Emulated 4-bit runs say nothing about native "
+    "speed.",
+    "ratio": "That speed over the baseline's.",
+    "verdict": '"resolved": the interval leaves out 0. "not resolved": a difference of this size is seen between equal '
+    'recipes. "one seed": nothing can be said.',
+}
 APPROXIMATE = "~: bits per byte are approximate, since the tokenizer doesn't give the validation text back unchanged."
 HEADER = (
     "recipe",

@@ -16,7 +16,7 @@ from base.terminal import one_line_on_ctrl_c
 if __name__ == "__main__":
     one_line_on_ctrl_c("compare")
 
-from analysis import contrasts, noise, pairs, published, tables
+from analysis import contrasts, noise, pairs, published, tables, verdict
 from analysis.alike import differences
 from analysis.compare import Group, Row, group_runs, pick_baseline, table
 from analysis.contrasts import Contrast
@@ -74,7 +74,7 @@ def write(
     claims: list[Contrast] | None,
 ) -> list[Path]:
     """compare.{csv,md,png,html}, pairs.csv and, for `claims`, contrasts.csv in `out`; returns their paths."""
-    from analysis import plots, report
+    from analysis import plots, report  # here: they import matplotlib
 
     points = published.load(args.published) if args.published.exists() else {}
     out.mkdir(parents=True, exist_ok=True)
@@ -122,6 +122,7 @@ def main() -> int:
     print(tables.text(rows), tables.NOTE, judged_by(rows, found), sep="\n\n")
     if claims is not None:
         print("\n" + contrasts.text(claims))
+    print("", *verdict.sentences(rows, found), sep="\n")
     print("\nwritten: " + "  ".join(str(p) for p in paths))
     return 0
 

@@ -37,6 +37,7 @@ NAMES = {
     "quartet2_forward": "quartet2, forward alone",
     "quartet2_backward": "quartet2, backward alone",
 }
+SHOWN = "corpus_ranking"  # whose report README links
 PICTURES = {"corpus_ranking": "*", "corpus_screen": "*", "corpus_short": "*-s[012]-*"}
 
 
@@ -411,7 +412,7 @@ def computed(page: str, wanted: list[str]) -> tuple[str, str]:
 
 def draw() -> None:
     """The pictures, as compare.py draws them, and the law's tables and picture."""
-    from analysis import plots
+    from analysis import plots, published, report
 
     for name in PICTURES:
         found = compared(name)
@@ -419,6 +420,11 @@ def draw() -> None:
         path = RESULTS / f"{name}.png"
         plots.save(plots.figure(groups, found.groups["bf16"], list(found.rows.values())), path)
         print(f"drawn: {path.relative_to(ROOT)}")
+    found = compared(SHOWN)
+    groups, rows = list(found.groups.values()), list(found.rows.values())
+    judged = list(found.pairs.values())
+    page = report.build(groups, found.groups["bf16"], rows, [], judged, published.load())
+    write_text(RESULTS / f"{SHOWN}.html", page)
 
 
 def main() -> int:

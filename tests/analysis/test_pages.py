@@ -21,6 +21,7 @@ def test_a_marked_table_is_replaced_and_the_rest_stays():
     ("text", "wanted", "new"),
     [
         ("It gains 9.9 +-\n2.5 e-3.", "gains 10.0 +- 2.3 e-3.", "It gains 10.0 +-\n2.3 e-3."),
+        ("only to 7.0e-3, a tenth", "only to 7.2e-3", "only to 7.2e-3, a tenth"),
         ("| `a` | any words 7 | -1.0 |", "| `a` | ... | +35.4 |", "| `a` | any words 7 | +35.4 |"),
         ("1,024 tokens, sd .0012", "65,536 tokens, sd .0020", "65,536 tokens, sd .0020"),
     ],

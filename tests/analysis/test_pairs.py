@@ -42,7 +42,7 @@ def test_half_widths_by_hand(tmp_path):
     assert nvidia.resolved and not nvidia.resolved_among_all
     assert sr.resolved_among_all and last.resolved_among_all
     assert pairs.text(found) == (
-        "Pairs of recipes told apart, all 3 at once: 2. Only if no other pair was in question: bf16 and nvidia."
+        "Resolved pairs of recipes, judged all 3 at once: 2. Only if no other pair was in question: bf16 and nvidia."
     )
 
 
@@ -51,7 +51,7 @@ def test_a_recipe_of_one_seed_has_no_interval_and_widens_none(tmp_path):
     alone, pair, _ = found
     assert (alone.recipe, alone.verdict_among_all) == ("fp8", "one seed: no verdict") and math.isnan(alone.all_pairs)
     assert pair.all_pairs == pytest.approx(pair.gap.half_width)  # the only pair in question
-    assert pairs.text(found) == "Pairs of recipes told apart, all 1 at once: 0. Not told apart: bf16 and nvidia."
+    assert pairs.text(found) == "Resolved pairs of recipes, judged all 1 at once: 0. Not resolved: bf16 and nvidia."
 
 
 def test_csv_holds_what_was_computed(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic import write_run
 
-from analysis import report
+from analysis import report, tables, verdict
 from analysis.compare import Group, group_runs, pick_baseline, table
 from analysis.equal_loss import equal_loss, first_reach
 from analysis.pairs import pairs
@@ -49,9 +49,10 @@ class Tables(HTMLParser):
             self.tables[self._id][-1][-1] += data
 
 
-@pytest.fixture
-def document(tmp_path):
+@pytest.fixture(scope="module")
+def document(tmp_path_factory):
     """Three recipes, three seeds; run names and one label need escaping; one run ran elsewhere."""
+    tmp_path = tmp_path_factory.mktemp("document")
     for seed, wobble in enumerate((0.0, 0.001, -0.001)):
         write_run(tmp_path, "bf16", seed, 3.4, ms=10.0, **PAPER)
         write_run(tmp_path, "quartet2", seed, 3.45 + wobble, ms=20.0, **PAPER)
@@ -64,9 +65,56 @@ def document(tmp_path):
 
 def test_report_is_one_file_that_loads_nothing(document):
     assert not re.findall(r"""(?:src|href)=["'](?!data:)""", document) and "@import" not in document
-    assert "<script" not in document and "<b>&" not in document and "sr &lt;b&gt;&amp;" in document
+    assert "fetch(" not in document and "<b>&" not in document and "sr &lt;b&gt;&amp;" in document
     image = Tables(document).images[0]
     assert base64.b64decode(image.split(",", 1)[1])[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_the_verdict_is_the_first_sentence(document):
+    first, second, third = re.findall(r"<p[^>]*>(.*?)</p>", document)[:3]
+    assert (
+        first
+        == "Ended above bf16, in 1e-3 nats with 95 % intervals: quartet2 +50.0 ± 2.5, sr &lt;b&gt;&amp; +50.1 ± 2.5."
+    )
+    assert second.startswith("9 runs of llama_tiny") and "Mixed: batch differs" in third
+
+
+def test_one_seed_ahead_of_the_baseline_is_called_chance(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.4)
+    write_run(tmp_path, "quartet2", 0, 3.35)
+    write_run(tmp_path, "sr", 0, 3.5)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    said = verdict.sentences(table(groups, groups[0]), pairs(groups, None))
+    assert len(said) == 2 and said[0].startswith("No verdict on quartet2 -50.0, sr +100.0: one seed.")
+    assert said[1] == "That quartet2 ended below bf16 is chance until more seeds say otherwise."
+
+
+def test_every_column_is_in_the_glossary(document):
+    assert {*tables.HEADER} - {*tables.GLOSSARY} == {"recipe"}
+    assert all(f"<dt>{word}</dt>" in document for word in tables.GLOSSARY)
+
+
+def curves(document):
+    return json.loads(re.search(r'id="curves">(.*?)</script>', document)[1])
+
+
+def test_the_curves_are_the_runs_numbers(document):
+    losses, gaps = curves(document)
+    last = {line["name"]: line["y"][-1] for line in gaps["lines"]}
+    assert last == pytest.approx({"quartet2": 50.0, "sr <b>&": 50.1}, abs=1e-3)
+    assert sum(line["kind"] == "thin" for line in losses["lines"]) == 9
+    assert [mark["name"] for mark in gaps["marks"]] == ["quartet2"] and len(gaps["bars"]) == 2
+
+
+def test_a_diverged_run_leaves_numbers_that_json_can_hold(tmp_path):
+    write_run(tmp_path, "bf16", 0, 3.0)
+    path = write_run(tmp_path, "sr", 0, 3.1)
+    text = (path / "metrics.jsonl").read_text().splitlines()
+    bad = [re.sub(r'"loss": [^,}]+', '"loss": NaN', line, count=1) if '"train"' in line else line for line in text]
+    (path / "metrics.jsonl").write_text("\n".join(bad) + "\n")
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    text = report.build(groups, groups[0], table(groups, groups[0]), [], pairs(groups, None), {})
+    assert len(curves(text)) == 2
 
 
 def test_tables_of_the_report_hold_the_numbers(document):
@@ -174,7 +222,11 @@ def test_published_gaps_are_to_the_baseline_of_the_comparison(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")
 def test_a_browser_renders_it(document, tmp_path):
     page = tmp_path / "page.html"
-    page.write_text(document)
+    # A person hides a recipe and zooms into the second half.
+    touch = "".join(
+        f"document.querySelector('{which}').click();" for which in ("[data-name=quartet2]", "[data-from]~*")
+    )
+    page.write_text(document.replace("</body>", f"<script>{touch}</script></body>"))
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
     command += ["--virtual-time-budget=2000", "--dump-dom", page.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
@@ -182,4 +234,8 @@ def test_a_browser_renders_it(document, tmp_path):
     rendered = Tables(done.stdout).tables
     assert {row[0] for row in rendered["comparison"][1:]} == {"bf16", "quartet2", "sr <b>&"}
     assert rendered["comparison"] == Tables(document).tables["comparison"]
+    drawn = re.findall(r'<div class="plot"><svg.*?</svg>', done.stdout, re.DOTALL)
+    assert [part.count("<polyline") for part in drawn] == [2 + 6, 1]  # bf16 and sr with their seeds, sr's gap
+    ticks = [float(n) for n in re.findall(r'text-anchor="middle">([\d.]+)M<', drawn[0])]
+    assert ticks and min(ticks) >= 375  # of 750M tokens
     assert "Tokens and time to equal loss" in done.stdout and "Mixed: batch differs" in done.stdout
