@@ -26,6 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import configs
+from base.files import expanded
 from base.fork import parent_of
 from base.words import suggestion
 from base.yamlfile import gist
@@ -67,7 +68,7 @@ OTHER_NAMES = {
 GPUS = "torchrun --nproc-per-node=4 train.py ... runs on four GPUs, and CUDA_VISIBLE_DEVICES chooses which"
 NO_KEY = {
     "wandb": "write logger=wandb",
-    "resume": "the same command resumes its run",
+    "resume": "write resume=runs/NAME; or give the same command again",
     "device": GPUS,
     "devices": GPUS,
     "gpus": GPUS,
@@ -215,16 +216,16 @@ class Composer:
         """(tree, choices) of these group choices before any value is set, the tree pickled: so it is copied faster.
         Its recipe is left in `_recipes`."""
         if lines not in self._bases:
+            own = [recipe_file(line) for line in lines if recipe_file(line)]
             with initialize_config_dir(str(ROOT), version_base="1.3"):
-                tree = hydra_compose("train", overrides=list(lines), return_hydra_config=True)
-            choices = own_choices(tree.hydra.runtime.choices)
+                ours = [line for line in lines if not recipe_file(line)]
+                tree = hydra_compose("train", overrides=ours, return_hydra_config=True)
+            choices = own_choices(tree.hydra.runtime.choices) | ({"quant": str(own[-1])} if own else {})
             OmegaConf.set_struct(tree, False)
             del tree["hydra"]
             file = ROOT / "quant" / f"{choices['quant']}.yaml" if "quant" in choices else None
-            self._recipes[lines] = (
-                OmegaConf.to_container(tree.quant),
-                recipefile.read(file, ConfigError) if file else {},
-            )
+            values = recipefile.read(own[-1] if own else file, ConfigError) if own or file else {}
+            self._recipes[lines] = (values if own else OmegaConf.to_container(tree.quant), values)
             tree.quant = {}  # large, and hardly ever another one: a plain mapping is copied faster
             self._bases[lines] = pickle.dumps(tree), choices
         return self._bases[lines]
@@ -349,7 +350,10 @@ def check_choices(override: Override, options: list[str]) -> None:
                 f"{', '.join(options)}"
             )
         word = "null" if value is None else str(value)
-        if word not in options:
+        if override.key_or_group == "quant" and is_file(word):
+            if not Path(expanded(word, "quant")).is_file():
+                raise ConfigError(f"quant={word}: no such file; a recipe's file, or one of: {', '.join(options)}")
+        elif word not in options:
             near = suggestion(word, options)
             raise ConfigError(
                 f"{override.key_or_group}={word}: no such choice{near or '.'} There are: {', '.join(options)}"
@@ -361,6 +365,18 @@ def choice_line(override: Override) -> str:
     value = typed_choice(override)
     is_kept = override.is_delete() or value == override.value()
     return override.input_line if is_kept else f'{override.get_key_element()}="{value}"'
+
+
+def is_file(word: str) -> bool:
+    """Whether a choice is a file of one's own, not the name of one of ours."""
+    return word.endswith((".yaml", ".yml"))
+
+
+def recipe_file(line: str) -> Path | None:
+    """The file that a line quant=FILE names; None for another line."""
+    key, _, value = line.partition("=")
+    word = value.strip("'\"")
+    return Path(expanded(word, "quant")).resolve() if key == "quant" and is_file(word) else None
 
 
 def typed_choice(override: Override) -> Any:

@@ -21,7 +21,7 @@ from training.checkpoint.state import Checkpointer, Saved, TrainState
 from training.checkpoint.storage import NonFiniteState
 from training.config import TrainConfig
 from training.dead import REMEDY, Pulse, nothing_learned
-from training.evaluate import evaluate, save_rows
+from training.evaluate import EVAL_MICRO_BASE, evaluate, save_rows
 from training.microbatch import MicroBatch
 from training.nonfinite import Guard, Recovery, first_non_finite
 from training.optim.groups import clip_gradients, set_rates
@@ -147,6 +147,7 @@ class Trainer:
             self._set_rng(step, micro)
             nats = self.p.micro_batch(tokens, first=micro == micro_batches[0], last=micro == micro_batches[-1])
             self._buffer.add_nats(nats)
+            self.p.console.within(f"step {step + 1}", micro - micro_batches[0] + 1, len(micro_batches))
         for hook in self.state.hooks.values():
             hook.before_update(step)
         grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
@@ -271,6 +272,8 @@ class Trainer:
             if level := self._stop.poll(self.p.stop.level):
                 raise _Stopped(level)
             self._set_rng(self.state.step, index)
+            done, batches = index - EVAL_MICRO_BASE, -(-evalset.sequences // self.numbers.micro)
+            self.p.console.within(f"evaluation at step {self.state.step}", done, batches)
 
         return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)
 

@@ -1,12 +1,15 @@
 """What a person sees while a run goes on: a progress bar with ETA on a terminal, plain lines elsewhere."""
 
 import sys
+import time
 from datetime import timedelta
 from typing import Any
 
 from rich.console import Console as RichConsole
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column
+
+QUIET_S = 15.0
 
 
 class Console:
@@ -16,6 +19,7 @@ class Console:
         self.active = active
         self.steps = steps
         self._bar: Progress | None = None
+        self._spoke = time.monotonic()
         if active and sys.stdout.isatty():
             # On a narrow terminal the status is cut, never the ETA.
             columns = (
@@ -34,8 +38,20 @@ class Console:
         elif self.active:
             print(text, flush=True)
 
+    def within(self, what: str, done: int, total: int) -> None:
+        """Where a step or an evaluation has got to, if nothing was said for QUIET_S: a slow machine looks hung."""
+        if not self.active or time.monotonic() - self._spoke < QUIET_S:
+            return
+        text = f"{what}: {done} of {total} micro-batches"
+        if self._bar is not None:
+            self._bar.update(self._task, status=text)
+        else:
+            print(f"  {text}", flush=True)
+        self._spoke = time.monotonic()
+
     def step(self, row: dict[str, Any]) -> None:
         """`row`: the newest train row of metrics.jsonl."""
+        self._spoke = time.monotonic()
         if self._bar is not None:
             self._bar.update(self._task, completed=row["step"], status=describe(row))
         elif self.active:

@@ -59,8 +59,8 @@ def slow(seconds: float, numbers: Numbers, batch: BatchSection) -> str | None:
     given += " batch.micro=null" if batch.micro and sequences % batch.micro else ""
     shorter = spoken(seconds * sequences / numbers.sequences)
     return (
-        f"warning: about {spoken(seconds)} a step on this CPU, and no line before the first is done. To see something "
-        f"sooner, as another run, type {given} (about {shorter} a step)"
+        f"warning: about {spoken(seconds)} a step on this CPU. To see something sooner, as another "
+        f"run, type {given} (about {shorter} a step)"
     )
 
 

@@ -173,7 +173,11 @@ def run_info(request: Request, checked: Checked, flat: dict[str, Any], parent: P
 
 def config_files(choices: dict[str, str], plan: Plan) -> list[Path]:
     """The YAML files that a run comes from: the options chosen, and the recipes that rules name."""
-    chosen = [recipefile.FOLDER.parent / group / f"{option}.yaml" for group, option in choices.items()]
+    ours = recipefile.FOLDER.parent
+    chosen = [
+        Path(option) if option.endswith((".yaml", ".yml")) else ours / group / f"{option}.yaml"
+        for group, option in choices.items()
+    ]
     recipes = [recipefile.FOLDER / f"{entry.recipe.name}.yaml" for entry in plan.entries]
     return [path for path in dict.fromkeys([*chosen, *recipes]) if path.exists()]
 
