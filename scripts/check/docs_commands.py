@@ -44,6 +44,7 @@ PLACES = {
     r"data=text \.\.\.": TEXT,
     r"data.vocab_size=\d+": "data.vocab_size=300",
     r" \.\.\.": "",
+    r"--help KEY": "--help optim",
     r"\./mine\.yaml": "configs/quant/quartet2.yaml",
     r"\bmine\b": "quartet2",
     r"data.files=FILES": "data.files=corpus/train-0.jsonl data.val_files=corpus/val.jsonl",
@@ -138,6 +139,8 @@ def _problem_of_words(script: str, words: list[str]) -> str | None:
     """Flags that the script doesn't know, overrides that don't compose."""
     try:
         if script in ("train.py", "scripts/prepare_data.py"):
+            if any(word.startswith("resume=") for word in words):  # a run's folder says the rest
+                return None
             line = read_command_line(words)
             job = sweep(line.overrides)[0] if line.multirun else line.overrides
             if not any(word.startswith("fork=") for word in job):  # its parent says the rest
