@@ -80,7 +80,7 @@ def terms(
         "underflowed": ((parts.made == 0) & (parts.x != 0)).double().mean(),
         "log2_scale": parts.log2_scale.mean(),
     }
-    cosine = sums["scale_grid"] / 2 / (sums["scale"] * sums["grid"]).sqrt()
+    cosine = (sums["scale_grid"] / 2 / (sums["scale"] * sums["grid"]).sqrt()).nan_to_num(0.0)  # 0 where one is 0
     found = {name: value / energy for name, value in sums.items()} | {"cos": cosine} | shares
     return {name: found[name] for name in NAMES}
 

@@ -5,15 +5,21 @@ On the CPU, under a minute.
     python scripts/quant_audit.py                  # all recipes
     python scripts/quant_audit.py quartet2 sr --check --json audit.json
     python scripts/quant_audit.py quartet2 mxfp4 --decompose   # where each error comes from
+    python scripts/quant_audit.py --captured runs/NAME/capture/3052 --recipes quartet2,nvidia
+
+--captured judges recipes on the tensors of a run (probes.capture={} or scripts/capture.py): the errors of
+operands and products by layer and by kind of layer, layers that a recipe leaves in BF16 left out of means.
 
 Without names a recipe whose file is broken is named and left out, and the exit code is 1.
 --check exits with 1 if a published figure is missed by more than 1 %, a stochastic quantizer of a recipe is biased on
 dense data, SR with Four-over-Six is not, or MS-EDEN's GEMM gains less than 2.4 over SR's.
 """
 
+import argparse
 import json
 import sys
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +36,12 @@ from base.terminal import quiet_pipes
 from kernels import backend
 from quant import audit, library
 from quant.audit import Curve, Quantizer
+from quant.captured import PRODUCTS, entries, errors, mean, measure
 from quant.decompose import NAMES, TERMS
-from quant.plan import Precision
+from quant.names import SLOTS
+from quant.plan import Entry, Precision
 from quant.product import Product
+from training.capture import Captured, opened
 
 
 def row(quantizer: Quantizer, used_by: list[str]) -> dict[str, Any]:
@@ -136,24 +145,40 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recipes", nargs="*", help=f"default: all ({', '.join(library.names())})")
     parser.add_argument("--check", action="store_true", help="exit with 1 if a figure does not come out")
     parser.add_argument("--json", metavar="FILE", help="write everything as JSON ('-': standard output, no table)")
+    parser.add_argument("--recipes", dest="listed", default="", metavar="A,B", help="recipes in one word")
     parser.add_argument(
         "--decompose", action="store_true", help="the terms of each error instead: scale, dead zone, grid"
     )
+    parser.add_argument("--captured", type=Path, metavar="FOLDER", help="errors on tensors of a run instead")
+    parser.add_argument("--layers", default="*", metavar="GLOB", help="with --captured: of these layers only")
     args = parser.parse_args(argv)
     backend.use("reference")
     try:
-        if args.decompose and args.check:
-            raise ValueError("--decompose has no published figures to --check; leave one of them out")
-        loaded, broken = load(args.recipes)
+        names = list(dict.fromkeys([*args.recipes, *filter(None, args.listed.split(","))]))
+        check_options(args, names)
         if args.json not in (None, "-"):
             Path(args.json).touch()  # what can't be written is found before a minute's work
-    except (ValueError, OSError) as error:
+        if args.captured:
+            return on_captured(args.captured, names, args.layers, args.json)
+        loaded, broken = load(names)
+    except (ValueError, OSError, RuntimeError) as error:  # the last: what this machine can't run
         parser.error(str(error))
     used = audit.quantizers([recipe for recipe in loaded if recipe.operands()])  # others' quantizers are not ours
     passed = decomposed(used, args.json) if args.decompose else audited(used, args.json)
     for error in broken:
         print(f"quant_audit: left out: {error}", file=sys.stderr)
     return 1 if broken or (args.check and not passed) else 0
+
+
+def check_options(args: argparse.Namespace, names: list[str]) -> None:
+    """ValueError, with what to type, for options that don't go together."""
+    modes = [f"--{name}" for name in ("check", "decompose", "captured") if getattr(args, name)]
+    if len(modes) > 1:
+        raise ValueError(f"{' and '.join(modes)}: give one of them; leave the others out")
+    if args.captured and not names:
+        raise ValueError("--captured needs recipes: --recipes quartet2,nvidia")
+    if args.layers != "*" and not args.captured:
+        raise ValueError(f"--layers {args.layers} is of --captured FOLDER")
 
 
 def decomposed(used: dict[Quantizer, list[str]], out: str | None) -> bool:
@@ -179,6 +204,73 @@ def audited(used: dict[Quantizer, list[str]], out: str | None) -> bool:
     passed = [f"{'ok    ' if ok else 'FAILED'} {name}" for name, ok in verdicts.items()]
     show(report, out, lambda: [table(rows), users(rows), gemm, *passed])
     return all(verdicts.values())
+
+
+def on_captured(folder: Path, names: list[str], glob: str, out: str | None) -> int:
+    """Print, or write, the errors of recipes on captured tensors. Everything that can be wrong is looked at first."""
+    found = opened(folder)
+    layers = [name for name in found.index["layers"] if fnmatchcase(name, glob)]
+    if not layers:
+        raise ValueError(f"--layers {glob} matches none that was captured: {', '.join(found.index['layers'])}")
+    planned = {name: entries(Precision.from_dict(library.mapping(name)), found.index["linears"]) for name in names}
+    for name, plan in planned.items():
+        if not any(plan[layer].recipe.is_quantized for layer in layers):
+            raise ValueError(
+                f"{name} leaves {', '.join(layers)} in BF16 ({plan[layers[0]].reason}): there is nothing to measure; "
+                "choose other --layers, or leave it out"
+            )
+        for layer in layers:
+            plan[layer].recipe.require()
+    for layer in layers:
+        found.tensors(layer)
+    recipes = {name: of_recipe(found, plan, layers) for name, plan in planned.items()}
+    about = {key: value for key, value in found.index.items() if key not in ("layers", "linears")}
+    texts = [f"{about['name']} at step {about['step']}, {about['tokens']['kept']} tokens of {about['text']} text"]
+    show({"captured": about, "recipes": recipes}, out, lambda: [*texts, captured_table(recipes)])
+    return 0
+
+
+def of_recipe(found: Captured, plan: dict[str, Entry], layers: list[str]) -> dict[str, Any]:
+    """{"layers", "kinds", "mean"}; of a layer in BF16 only why it is."""
+    measured: dict[str, Any] = {}
+    kinds: dict[str, list[dict[str, float]]] = {}
+    for layer in layers:
+        about, entry = found.index["layers"][layer], plan[layer]
+        if not entry.recipe.is_quantized:
+            measured[layer] = {"kind": about["kind"], "bf16": entry.reason}
+            continue
+        got = measure(entry.recipe, about["index"], found.index["step"], *found.tensors(layer))
+        measured[layer] = {"kind": about["kind"], **got}
+        kinds.setdefault(about["kind"], []).append(errors(got))
+    every = [row for rows in kinds.values() for row in rows]
+    return {"layers": measured, "kinds": {kind: mean(rows) for kind, rows in kinds.items()}, "mean": mean(every)}
+
+
+def captured_table(recipes: dict[str, Any]) -> str:
+    """A block for each recipe: its layers, then means over them."""
+    columns = (*SLOTS, *PRODUCTS)
+    lines = [
+        "Relative squared error after the best gain, x1e-3; a slot that reuses fprop's codes has none of its own, one",
+        "that starts from them its own on top. g: (gain - 1) of the product, x1e-3",
+        "",
+        f"{'recipe':24}{'layer':24}"
+        + "".join(f"{name:>10}" for name in columns)
+        + "".join(f"{f'g {p}':>8}" for p in PRODUCTS),
+    ]
+    for name, found in recipes.items():
+        for layer, row in found["layers"].items():
+            if "bf16" in row:
+                lines.append(f"{name:24}{layer:24}  in BF16 ({row['bf16']}), in no mean")
+                continue
+            gains = "".join(f"{(row['products'][p]['gain'] - 1) * 1e3:8.2f}" for p in PRODUCTS)
+            lines.append(f"{name:24}{layer:24}{cells(errors(row), columns)}{gains}")
+        means = {f"all {kind}": row for kind, row in found["kinds"].items()} | {"all": found["mean"]}
+        lines += [f"{name:24}{label:24}{cells(row, columns)}" for label, row in means.items()]
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, float], columns: tuple[str, ...]) -> str:
+    return "".join(f"{row[name] * 1e3:10.3f}" if name in row else f"{'-':>10}" for name in columns)
 
 
 def users(rows: list[dict[str, Any]]) -> str:

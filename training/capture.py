@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as as_bytes
 from torch import Tensor, nn
 
 from base.commands import spelled
-from base.files import write_json
+from base.files import atomic_write, write_json
 from base.runfolder import read_json
 from data.evalset import EvalSet
 from quant.linear import QuantLinear
@@ -152,7 +152,8 @@ def save(
     }
     for number, keys in enumerate(in_files({key: tensors[key] for name in layers for key in keys_of(name)})):
         file = f"{number}.safetensors"
-        save_file({key: tensors[key].contiguous() for key in keys}, folder / file)
+        with atomic_write(folder / file) as handle:
+            handle.write(as_bytes({key: tensors[key].contiguous() for key in keys}))
         for layer, _, part in (key.rpartition(".") for key in keys):
             layers[layer]["files"][part] = file
     index = {key: run[key] for key in OF_RUN} | {
