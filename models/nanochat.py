@@ -114,7 +114,9 @@ class Nanochat(nn.Module):
     # The stream's scales act on everything after them and get a hundredth of the other scalars' rate.
     scalar_rates: Mapping[str, float] = {"residual_scales": 0.01, "embedding_scales": 1.0}
     hooks: Mapping[str, Mapping[str, Any]] = {}
-    refuses: Mapping[str, str] = {}
+    refuses: Mapping[str, str] = {
+        "export": "transformers' NanoChat has neither the short windows nor the mixed residual stream of this one"
+    }
     softcap = SOFTCAP
 
     def __init__(self, config: NanochatConfig, compute_dtype: torch.dtype = torch.bfloat16):

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from kernels.formats.nvfp4 import NVFP4Tensor
 from quant.linear import Call, QuantLinear
 
 BYTES_BF16 = 2.0
@@ -96,6 +97,14 @@ class Product:
     def plain(self) -> "Product":
         """The same layer unquantized."""
         raise NotImplementedError
+
+    def nvfp4_weight(self, weight: Tensor) -> NVFP4Tensor | None:
+        """`weight` as fprop multiplies it, packed; None where that is unquantized.
+
+        ValueError, with the reason, where NVFP4 codes and scales don't say it."""
+        if self.is_quantized:
+            raise ValueError(f"{self.name} isn't made of operand slots")
+        return None
 
     def alone(self) -> dict[str, "Product"]:
         """{GEMM: the same with this one alone quantized}; empty where they can't be parted."""

@@ -19,6 +19,7 @@ from torch import Tensor
 from kernels import backend
 from kernels import gemm as gemms
 from kernels import quantize as ops
+from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.philox import Draw
 from kernels.quantize import Quantized
 from kernels.rotation import is_heavy, partner
@@ -59,6 +60,20 @@ class Slots(Product):
 
     def plain(self) -> Product:
         return self.bf16()
+
+    def nvfp4_weight(self, weight: Tensor) -> NVFP4Tensor | None:
+        operand, rotation = self.operand("fprop.w"), self.gemm("fprop").rotation_dim
+        spec = operand.spec
+        if not operand.is_quantized:
+            return None
+        if not spec.tensor_core:
+            raise ValueError(f"fprop.w is {spec.label} under {', '.join(map(str, spec.scales))}")
+        if rotation:
+            raise ValueError(f"fprop turns weights and activations by {rotation}, and the format has no rotation")
+        if spec.draws_random_bits:
+            raise ValueError(f"fprop.w rounds by {spec.rounding}: every step has codes of its own")
+        wish = Wish(spec, AXES["fprop.w"], None, operand.amax, None, False, ("packed",))
+        return Plain(weight).quantize(wish).packed
 
     def alone(self) -> dict[str, Product]:
         return {gemm: self._alone(gemm) for gemm in GEMMS}

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from base.runfolder import CHECKPOINTS, RUN, read_json
 from data.tokenizer import TextTokenizer
 from models import FIRST, family
-from models.llama import Llama, LlamaConfig, permute_for_half_split, rope_table
+from models.llama import rope_table
 from training.checkpoint.manifest import checkpoints, latest_good, problems, step_name, step_of
 from training.checkpoint.state import load_model
 from training.checkpoint.storage import CheckpointError
@@ -74,75 +74,6 @@ def run_tokenizer(run: dict[str, Any], given: Path | None = None) -> TextTokeniz
     if tokenizer.hash != run["tokenizer_hash"]:
         raise ValueError(f"{tokenizer.path} is not the tokenizer that {run['name']} was trained with")
     return tokenizer
-
-
-def check_exportable(model: nn.Module) -> None:
-    """Raise ValueError for a model that transformers_config and transformers_weights don't know."""
-    if not isinstance(model, Llama):
-        why = f": {reason}" if (reason := model.refuses.get("export")) else ""
-        raise ValueError(f"{type(model).__name__} can't be exported to transformers; only the llama family can{why}")
-
-
-def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, Any]:
-    """config.json of transformers' LlamaForCausalLM. A document ends where the next one's BOS follows, so that is the
-    end of text, too. No padding token here: transformers would never train its row of the embedding again."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
-    if config.rope_llama3:
-        names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-        rope |= {"rope_type": "llama3", **dict(zip(names, config.rope_llama3, strict=True))}
-        rope[names[-1]] = int(rope[names[-1]])
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "intermediate_size": config.hidden,
-        "num_hidden_layers": config.layers,
-        "num_attention_heads": config.heads,
-        "num_key_value_heads": config.kv_heads or config.heads,
-        "head_dim": config.head_dim,
-        "max_position_embeddings": config.max_seq_len,
-        "rms_norm_eps": config.norm_eps,
-        # transformers 5 reads rope_parameters, earlier ones rope_theta and rope_scaling
-        "rope_theta": config.rope_theta,
-        "rope_parameters": rope,
-        **({"rope_scaling": rope} if config.rope_llama3 else {}),
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": config.tied,
-        "bos_token_id": bos_id,
-        "eos_token_id": bos_id,
-    }
-
-
-def transformers_weights(model: Llama) -> dict[str, Tensor]:
-    """Our weights under transformers' names: q,k,v and gate,up split, rows of q and k permuted (their RoPE turns the
-    halves of a head, ours neighbouring pairs)."""
-    state = model.state_dict()
-    out = {
-        "model.embed_tokens.weight": state["embed.weight"],
-        "model.norm.weight": state["norm.weight"],
-    }
-    if not model.config.tied:
-        out["lm_head.weight"] = state["lm_head.weight"]
-    kv_heads, kv_width = model.config.kv_heads or model.config.heads, model.config.kv_width
-    for i in range(model.config.layers):
-        ours, theirs = f"blocks.{i}.", f"model.layers.{i}."
-        q, k, v = state[ours + "attn.qkv.weight"].split((model.config.width, kv_width, kv_width))
-        gate, up = state[ours + "mlp.gate_up.weight"].chunk(2)
-        out |= {
-            theirs + "self_attn.q_proj.weight": permute_for_half_split(q, model.config.heads),
-            theirs + "self_attn.k_proj.weight": permute_for_half_split(k, kv_heads),
-            theirs + "self_attn.v_proj.weight": v,
-            theirs + "self_attn.o_proj.weight": state[ours + "attn.out.weight"],
-            theirs + "mlp.gate_proj.weight": gate,
-            theirs + "mlp.up_proj.weight": up,
-            theirs + "mlp.down_proj.weight": state[ours + "mlp.down.weight"],
-            theirs + "input_layernorm.weight": state[ours + "attn_norm.weight"],
-            theirs + "post_attention_layernorm.weight": state[ours + "mlp_norm.weight"],
-        }
-    return {name: tensor.contiguous() for name, tensor in out.items()}
 
 
 @torch.no_grad()

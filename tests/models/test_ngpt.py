@@ -13,7 +13,7 @@ from models.ngpt import Ngpt, NgptConfig, norm
 from models.unit import COLUMNS, ROWS, unit
 from quant.library import mapping
 from quant.plan import Precision, plan_of
-from training.inference import check_exportable
+from training.export import check_exportable
 from training.loss import LossModel
 from training.optim.groups import build_optimizers
 from training.start.build import build_model

@@ -11,7 +11,7 @@ import torch
 from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from training.config import ModelSection
-from training.inference import transformers_config, transformers_weights
+from training.export import transformers_config, transformers_weights
 from training.start.initial import Source, Weights, check_model, described
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
