@@ -18,7 +18,7 @@ HELP = """Train a language model under one of the 4-bit recipes, or resume the r
   python train.py model=llama_30m quant=quartet2 data=text data.files='corpus/train-*.jsonl.zst' \\
       data.val_files=corpus/val.jsonl.zst tokens=3e9 seed=1
   python train.py experiment=quickstart quant=bf16          on a CPU, two to four minutes
-  python train.py -m quant=bf16,sr,quartet2 seed=0,1,2      every combination, one after another
+  python train.py -m quant=bf16,sr,quartet2 seed=0,1,2      every combination, one a GPU at once
   torchrun --nproc-per-node=4 train.py model=llama_1b9 ...  the same run on four GPUs
   python train.py resume=runs/NAME                          go on with a run whose command is lost
   python train.py quant=./mine.yaml                         a recipe from a file of one's own
@@ -27,7 +27,7 @@ Flags
   --help KEY       what a group's choices are, or what a key or section means: --help optim, --help quant
   --completion     a script for the shell that completes settings: eval "$(python train.py --completion)"
   --cfg job        print the composed configuration and stop
-  -m, --multirun   key=a,b,c are several runs; one process each, in sequence
+  -m, --multirun   key=a,b,c are several runs; one process each, as many at once as there are GPUs
   launcher=slurm   submit a SLURM job instead: slurm.timeout_min=1440 slurm.partition= slurm.nodes= slurm.gpus_per_node=
   dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU,
                    with launcher=slurm no SLURM: it shows the sbatch options, too, and submits nothing

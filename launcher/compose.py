@@ -145,7 +145,7 @@ class Composer:
         parsed = [self._parse(text) for text in resolved.overrides]
         for override in parsed:
             if override.is_sweep_override():
-                raise ConfigError(f"{override.input_line}: several values; add -m to run them one after another")
+                raise ConfigError(f"{override.input_line}: several values; add -m to run them all")
         try:
             lines = tuple(choice_line(override) for override in parsed if self._is_choice(override))
             base, choices = self._base(lines)

@@ -1,41 +1,86 @@
-"""Several runs from one command, one after another, each in its own process: nothing leaks from one to the next."""
+"""Several runs from one command, each in its own process: nothing leaks from one to the next."""
 
+import hashlib
+import re
 import shlex
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
-from base.processes import stop_signals
+from base.files import make_folder
 from base.ranks import RanksError, refuse_several
 from launcher import slurm
 from launcher.compose import Composed, ConfigError, compose, sweep
+from launcher.lanes import Lane, Running, environment, gpu_lanes, keep_busy
 from launcher.slurm import TRAIN
 
 STOPPED = {signal.SIGINT: 130}  # a run that Ctrl-C stopped says 0, but the command didn't do what it was asked to
+LOGS = ".multirun"  # of runs side by side, below the runs' folder
 
 
 def run_all(overrides: list[str]) -> int:
-    """Check every combination, then run them. Returns the first exit code that isn't 0, 130 after Ctrl-C, else 0.
+    """Check every combination, then run them: one a GPU at once, their output in files; on a single GPU or a CPU one
+    after another, on the terminal. Returns the first exit code that isn't 0, 130 after Ctrl-C, else 0.
 
     A failing run doesn't keep the others from running; a stop (Ctrl-C, SIGTERM) does. The same command continues:
     finished runs say so and are passed over.
     """
     refuse_torchrun("-m")
     jobs = sweep(overrides)
-    checked(jobs)
-    ends, stop = [], 0
-    for number, job in enumerate(jobs, 1):
-        print(f"\n[{number}/{len(jobs)}] train.py {shlex.join(job)}", flush=True)
-        code, asked = run_one(job)
-        ends.append(code)
-        if asked:
-            stop = STOPPED.get(asked, 0)
-            print(f"stopped; {len(jobs) - number} of {len(jobs)} runs not started", file=sys.stderr)
-            break
-    for number, (job, code) in enumerate(zip(jobs, ends, strict=False), 1):
-        said = "stopped" if asked and number == len(ends) else "ok" if code == 0 else f"exit code {code}"
-        print(f"{said:<14} {shlex.join(job)}")
-    return next((code for code in ends if code), stop)
+    runs = {shlex.join(job): one.config.paths.runs for job, one in zip(jobs, checked(jobs), strict=True)}
+    lanes, queue, ends = gpu_lanes("all", 1), list(runs), {}
+    is_alone = len(lanes) == 1
+
+    def start(job: str, lane: Lane) -> Running:
+        number = len(runs) - len(queue)
+        log = None if is_alone else log_of(runs[job], job)
+        shown = "" if log is None else f" on GPU {lane}, its output in {log}"
+        print(f"{chr(10) * is_alone}[{number}/{len(runs)}] train.py {job}{shown}", flush=True)
+        return Running(job, lane, started(job, lane, log))
+
+    def ended(run: Running, waiting: int, running: int, stopping: bool) -> None:
+        code = run.process.returncode
+        ends[run.job] = code, stopping
+        if not is_alone:
+            print(f"{said(code, stopping)} after {run.minutes:.1f} min: {run.job}", flush=True)
+
+    asked = keep_busy(queue, lanes, start, ended, tell if is_alone else subprocess.Popen.send_signal)
+    if asked:
+        print(f"stopped; {len(queue)} of {len(runs)} runs not started", file=sys.stderr)
+    for job in filter(ends.get, runs):
+        print(f"{said(*ends[job]):<14} {job}")
+    first = next((code for job in runs if (code := ends.get(job, (0,))[0])), 0)
+    return first or (STOPPED.get(asked[0], 0) if asked else 0)
+
+
+def said(code: int, stopping: bool) -> str:
+    return "stopped" if stopping else "ok" if code == 0 else f"exit code {code}"
+
+
+def log_of(runs: str, job: str) -> Path:
+    """Where the output of one of several runs goes; a file that is there is continued."""
+    name = re.sub(r"[^\w.=,+-]+", "_", job)
+    cut = f"{name[:80]}-{hashlib.sha256(job.encode()).hexdigest()[:8]}"
+    return Path(runs) / LOGS / f"{cut}.log"
+
+
+def started(job: str, lane: Lane, log: Path | None) -> subprocess.Popen:
+    """One run; without a log on this terminal, whose Ctrl-C it then gets."""
+    command = [sys.executable, str(TRAIN), *shlex.split(job)]
+    if log is None:
+        return subprocess.Popen(command, env=environment(lane))
+    make_folder("paths.runs", log.parent)
+    with open(log, "ab") as file:
+        return subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment(lane), start_new_session=True
+        )
+
+
+def tell(process: subprocess.Popen, number: int) -> None:
+    """Pass a stop on to a run on this terminal, so that it saves and ends by itself."""
+    if number != signal.SIGINT:  # Ctrl-C reaches the whole foreground group already
+        process.send_signal(number)
 
 
 def refuse_torchrun(what: str) -> None:
@@ -103,22 +148,3 @@ def show_screens(jobs: list[list[str]], composed: list[Composed], nodes: int, pr
             print(f"\n{command}", start_screen(request, ranks, elsewhere=True), sep="\n")
         outcome.code = 0
     return outcome.code
-
-
-def run_one(job: list[str]) -> tuple[int, int]:
-    """(exit code, the signal that asked us to stop or 0): signals are passed on, so that the run saves and ends by
-    itself. After Ctrl-C its code is 0, finished or not."""
-    asked = []
-    child = subprocess.Popen([sys.executable, str(TRAIN), *job])
-
-    def pass_on(number: int, frame: object) -> None:
-        asked.append(number)
-        if number != signal.SIGINT:  # Ctrl-C reaches the whole foreground group already
-            child.send_signal(number)
-
-    previous = {number: signal.signal(number, pass_on) for number in stop_signals()}
-    try:
-        return child.wait(), asked[0] if asked else 0
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

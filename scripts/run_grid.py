@@ -21,10 +21,8 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
@@ -38,7 +36,6 @@ if __name__ == "__main__":
 from analysis import states
 from base.files import write_text
 from base.fork import ForkError, parent_of
-from base.processes import stop_signals
 from base.ranks import RanksError, refuse_several
 from base.runfolder import RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
@@ -46,23 +43,13 @@ from launcher import cellline, slurm
 from launcher.cells import CellError
 from launcher.cli import take_launcher
 from launcher.compose import ConfigError
+from launcher.lanes import Lane, Running, environment, gpu_lanes, keep_busy
 from launcher.slurm import TRAIN
 from training.config import TrainConfig
 from training.ranks.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
-POLL_S = 0.5
-
-
-@dataclass
-class Running:
-    """A started run: its cell, the lane it occupies, its process."""
-
-    cell: str
-    lane: str | None
-    process: subprocess.Popen
-    began: float = field(default_factory=time.monotonic)
 
 
 def look(line: cellline.CellLine) -> dict[str, states.State]:
@@ -89,7 +76,7 @@ def mended(line: cellline.CellLine) -> str:
     return "" if policy == "stop" else f"nonfinite={policy}"
 
 
-def start(line: cellline.CellLine, cell: str, lane: str | None) -> Running | None:
+def start(line: cellline.CellLine, cell: str, lane: Lane) -> Running | None:
     """Start one run; None when another process holds or has finished the cell by now. The child inherits the lock."""
     name = line.run_name(cell)
     lock = states.cell_lock(line.runs, name)
@@ -99,13 +86,12 @@ def start(line: cellline.CellLine, cell: str, lane: str | None) -> Running | Non
         lock_file(descriptor)
         if (line.runs / name / RESULT).exists():
             return None
-        environment = dict(os.environ) if lane is None else {**os.environ, "CUDA_VISIBLE_DEVICES": lane}
         with open(lock.with_suffix(".log"), "ab") as log:
             process = subprocess.Popen(
                 command(line, cell),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=environment,
+                env=environment(lane),
                 pass_fds=(descriptor,),
                 start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
             )
@@ -116,24 +102,6 @@ def start(line: cellline.CellLine, cell: str, lane: str | None) -> Running | Non
         os.close(descriptor)  # the child's copy keeps the lock
 
 
-def gpu_lanes(wanted: str, per_gpu: int) -> list[str | None]:
-    """CUDA_VISIBLE_DEVICES per lane, first lane of every GPU first; [None] without one. CellError for an absent GPU."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout.splitlines()
-        here = [str(i) for i in range(len([row for row in listed if row.startswith("GPU ")]))]
-    except (OSError, subprocess.TimeoutExpired):
-        here = []
-    if here and visible is not None:
-        here = [gpu for gpu in visible.split(",") if gpu]
-    if not here and wanted == "all":
-        return [None]
-    chosen = here if wanted == "all" else wanted.split(",")
-    if missing := sorted(set(chosen) - set(here)):
-        raise CellError(f"gpus={wanted}: no GPU {', '.join(missing)} here (there are: {', '.join(here) or 'none'})")
-    return [gpu for _ in range(per_gpu) for gpu in chosen]
-
-
 def run_local(line: cellline.CellLine) -> int:
     """Keep every lane busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
     if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
@@ -142,42 +110,26 @@ def run_local(line: cellline.CellLine) -> int:
     outlive_readers()  # `| head` ends no grid
     found = look(line)
     has_problems = states.tell_problems(found)
-    queue, running, failed = pending(line, found), [], []
-    stopping: list[int] = []
-
-    def pass_on() -> None:
-        for run in running:
-            run.process.send_signal(signal.SIGTERM)
-
-    def stop(number: int, frame: object) -> None:
-        stopping.append(number)
-        pass_on()
-
-    previous = {number: signal.signal(number, stop) for number in stop_signals()}
+    queue, failed = pending(line, found), []
     counts = states.counted(found.values())
     print(
         f"{line.experiment}: {len(found)} cells, {len(queue)} to run on {len(lanes)} lane(s); so far {counts}",
         flush=True,
     )
-    try:
-        while (queue and not stopping) or running:
-            while lanes and not stopping and (cell := next_ready(line, queue)):
-                queue.remove(cell)
-                begin(line, cell, lanes, running)
-                if stopping:
-                    pass_on()  # to the one being started, too: `stop` didn't know it. A second SIGTERM does no harm
-            if queue and not running and not next_ready(line, queue):
-                break  # forks of what no cell trains
-            time.sleep(POLL_S)
-            for run in [r for r in running if r.process.poll() is not None]:
-                running.remove(run)
-                lanes.append(run.lane)
-                if run.process.returncode != 0 and not stopping:
-                    failed.append(run.cell)
-                report(line, run, len(queue), len(running))
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+
+    def ended(run: Running, queued: int, running: int, stopping: bool) -> None:
+        if run.process.returncode and not stopping:
+            failed.append(run.job)
+        report(line, run, queued, running)
+
+    stopping = keep_busy(
+        queue,
+        lanes,
+        start=lambda cell, lane: begin(line, cell, lane),
+        ended=ended,
+        forward=lambda process, number: process.send_signal(signal.SIGTERM),
+        ready=lambda queue: next_ready(line, queue),
+    )
     for cell in [c for c, state in look(line).items() if state.status == states.DIVERGED]:
         hint = (
             f" in spite of {mended(line)}"
@@ -206,23 +158,21 @@ def is_ready(config: TrainConfig) -> bool:
         return False
 
 
-def begin(line: cellline.CellLine, cell: str, lanes: list[str | None], running: list[Running]) -> None:
-    run = start(line, cell, lanes[0])
+def begin(line: cellline.CellLine, cell: str, lane: Lane) -> Running | None:
+    run = start(line, cell, lane)
     if run is None:
         print(f"{cell}: finished or running elsewhere, left alone", flush=True)
-        return
-    lanes.pop(0)
-    running.append(run)
-    place = "the CPU" if run.lane is None else f"GPU {run.lane}"
-    print(f"{cell}: started on {place}, pid {run.process.pid}", flush=True)
+    else:
+        print(f"{cell}: started on {run.place}, pid {run.process.pid}", flush=True)
+    return run
 
 
 def report(line: cellline.CellLine, run: Running, queued: int, running: int) -> None:
-    state = states.state_of(line.runs, line.run_name(run.cell))
+    state = states.state_of(line.runs, line.run_name(run.job))
     loss = "" if state.loss is None else f", final loss {state.loss:.4f}"
-    minutes = (time.monotonic() - run.began) / 60
+    code = run.process.returncode
     print(
-        f"{run.cell}: {state.status} at step {state.step} after {minutes:.1f} min (exit code {run.process.returncode})"
+        f"{run.job}: {state.status} at step {state.step} after {run.minutes:.1f} min (exit code {code})"
         f"{loss}; {running} running, {queued} waiting",
         flush=True,
     )

@@ -1,4 +1,4 @@
-"""-m: every combination in its own process, one after another."""
+"""-m: every combination in its own process, one after another, or one a GPU at once."""
 
 import os
 import signal
@@ -98,3 +98,50 @@ def test_a_stop_reaches_the_run_and_ends_the_sequence(tmp_path, number, ends, co
     assert parent.returncode == code
     assert "stopped; 2 of 3 runs not started" in err
     assert "running" not in out and out.splitlines()[-1].split() == ["stopped", "seed=0"]
+
+
+@pytest.fixture
+def two_gpus(monkeypatch, on_path):
+    on_path(**{"nvidia-smi": "echo 'GPU 0: H200'\necho 'GPU 1: H200'"})
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
+def test_one_run_a_gpu_at_once_with_its_output_in_a_file(jobs, two_gpus, tmp_path, capfd):
+    """Each waits until another is running, so that one after another would never end."""
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, sys, time\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "gpu, seed = os.environ['CUDA_VISIBLE_DEVICES'], sys.argv[1]\n"
+        "(here / f'on-{gpu}-{seed}').touch()\n"
+        "other = '1' if gpu == '0' else '0'\n"
+        "deadline = time.monotonic() + 30\n"
+        "while not list(here.glob(f'on-{other}-*')):\n"
+        "    assert time.monotonic() < deadline\n"
+        "    time.sleep(0.02)\n"
+        "print('said', seed)\n"
+        "sys.exit(3 if seed == 'seed=1' else 0)\n"
+    )
+    assert multirun.run_all(["seed=0,1,2", f"paths.runs={tmp_path / 'runs'}"]) == 3
+    out = capfd.readouterr().out
+    assert "said" not in out
+    ends = [line.split() for line in out.splitlines()[-3:]]
+    assert [end[:-2] for end in ends] == [["ok"], ["exit", "code", "3"], ["ok"]]
+    logs = {path.read_text().strip() for path in (tmp_path / "runs" / multirun.LOGS).iterdir()}
+    assert logs == {"said seed=0", "said seed=1", "said seed=2"}
+    assert len(list(tmp_path.glob("on-0-*"))) and len(list(tmp_path.glob("on-1-*")))
+
+
+def test_a_stop_reaches_every_run_at_once(jobs, two_gpus, tmp_path, capfd):
+    (tmp_path / "train.py").write_text(
+        "import os, pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))\n"
+        f"here = pathlib.Path({str(tmp_path)!r})\n"
+        "(here / f'on-{sys.argv[1]}').touch()\n"
+        "while len(list(here.glob('on-*'))) < 2: time.sleep(0.02)\n"
+        "if sys.argv[1] == 'seed=0': os.kill(os.getppid(), signal.SIGTERM)\n"
+        "time.sleep(60)\n"
+    )
+    assert multirun.run_all(["seed=0,1,2", f"paths.runs={tmp_path / 'runs'}"]) == 75
+    found = capfd.readouterr()
+    assert "1 of 3 runs not started" in found.err
+    assert [line.split()[0] for line in found.out.splitlines()[-2:]] == ["stopped", "stopped"]

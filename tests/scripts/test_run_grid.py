@@ -61,12 +61,9 @@ def describe(folder, seed=0, **changes):
 def run_grid(monkeypatch):
     spec = importlib.util.spec_from_file_location("run_grid", SCRIPT)
     module = importlib.util.module_from_spec(spec)
-    sys.modules["run_grid"] = module  # its dataclass looks itself up there
     spec.loader.exec_module(module)
     monkeypatch.setattr(module, "TRAIN", HERE / "fake_train.py")
-    monkeypatch.setattr(module, "POLL_S", 0.05)
-    yield module
-    del sys.modules["run_grid"]
+    return module
 
 
 def start_script(runs, *words):
@@ -77,7 +74,7 @@ def start_script(runs, *words):
     )
     code += "from launcher import lookup, naming; lookup.RESULTS = Path('/nowhere')\n"
     code += f"lookup.text_of = lambda config: naming.{TEXT!r}\n"
-    code += f"m.TRAIN = Path({str(HERE / 'fake_train.py')!r}); m.POLL_S = 0.05; sys.exit(m.main(sys.argv[1:]))"
+    code += f"m.TRAIN = Path({str(HERE / 'fake_train.py')!r}); sys.exit(m.main(sys.argv[1:]))"
     command = [sys.executable, "-c", code, "experiment=corpus_screen", ONLY, f"paths.runs={runs}", *words]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
