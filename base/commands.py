@@ -16,6 +16,7 @@ COMMANDS = {
     "compare": "scripts/compare.py",
     "noise": "scripts/noise_floor.py",
     "score": "scripts/score.py",
+    "xray": "scripts/xray.py",
     "capture": "scripts/capture.py",
     "generate": "scripts/generate.py",
     "export": "scripts/export_hf.py",

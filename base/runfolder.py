@@ -9,6 +9,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     score/<step>.json score/<step>.npz                  by scripts/score.py, whenever it is called
     profile/rank<n>.trace.json.gz, .memory.pickle       where profile.steps asks for them
     capture/<step>/                                     tensors of linear layers (training/capture.py), if asked for
+    xray/<step>.json                                    by scripts/xray.py: what a row of kind xray has
 """
 
 import json
@@ -20,7 +21,7 @@ from typing import Any
 
 CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
 METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
-SCORE, PROFILE, CAPTURE = "score", "profile", "capture"
+SCORE, PROFILE, CAPTURE, XRAYS = "score", "profile", "capture", "xray"
 RESULT = "result.json"
 # What every run.json has; later fields are beside these.
 RUN_KEYS = (
@@ -51,7 +52,7 @@ class Field:
     kept: bool = True
 
 
-KIND = Field("train, eval, slots or event")
+KIND = Field("train, eval, slots, xray or event")
 STEP = Field("completed optimizer steps", column=True)
 TOKENS = Field("tokens trained on so far", column=True)
 TIME = Field("seconds since 1970 when the row was written", column=True)
@@ -88,11 +89,70 @@ ROWS: dict[str, dict[str, Field]] = {
         "loss_ema": Field("loss of the weights' moving average (hooks.ema)"),
         "time": TIME,
     },
+    "xray": {
+        "kind": KIND,
+        "step": STEP,
+        "tokens": TOKENS,
+        "slices": Field("pieces of text that were looked at, as micro-batches of their own"),
+        "slice_tokens": Field("tokens of each; amax and tensor scales are the slice's"),
+        "draws": Field("draws of the random bits for each slice"),
+        "layers": Field("layer -> recipe, GEMM -> scope -> part -> figure, noise and slots: XRAY"),
+        "what_if": Field("other recipe -> layer -> GEMM -> part -> figure, as in the local scope", later=True),
+        "time": TIME,
+    },
     "slots": {
         "kind": KIND,
         "step": STEP,
         "slots": Field("layer -> operand slot -> counters of its quantizer"),
         "time": TIME,
+    },
+}
+# Scopes and parts of an xray row's figures. `backward` is of dgrad and wgrad only.
+XRAY_SCOPES = {
+    "local": "the layer alone, fed with X and dY of the pass with quantized forward and exact backward",
+    "propagated": "the whole pass: errors of all layers together",
+}
+XRAY_PARTS = {
+    "forward": "Y, dX, dW of the quantized forward with exact backward, against BF16",
+    "backward": "dX, dW as trained, against those of the quantized forward with exact backward",
+}
+# What an xray row says of a layer: of each GEMM by scope and part, of its weight's gradient, of each operand slot. Any
+# may be null where it isn't defined (a gradient of zeros).
+XRAY: dict[str, dict[str, str]] = {
+    "gemm": {
+        "error": "squared error relative to the reference's square",
+        "cosine": "between product and reference",
+        "projection": "of the product on the reference; below 1 it is shrunk",
+        # The rest only of what random bits change: the backward, and a forward that draws.
+        "variance": "of the draws, relative to the reference's square",
+        "bias": "squared bias over draws, relative; unbiased estimate, may be negative",
+        "bias_se": "its standard error",
+        "visible": "the least squared bias that so many draws tell from none (three standard errors)",
+    },
+    "noise": {
+        "snr_sampling": "gradient over the noise of sampling text, at the run's batch",
+        "snr_rounding": "gradient over the noise of random bits, at the run's batch",
+        "rho": "snr_rounding / sqrt(3); below 1 quantized training gains little (arXiv 2505.19115)",
+        "common": "squared error that slices have in common, relative to the gradient's square; may be negative",
+    },
+    "slots": {
+        "mse": "squared error of the operand, relative; scale to random_cross add up to it",
+        "scale": "of the scales' rounding",
+        "dead": "of elements that became 0 under exact scales",
+        "grid": "of the others under exact scales",
+        "scale_grid": "cross term",
+        "scale_dead": "cross term",
+        "random": "of random bits",
+        "random_cross": "cross term",
+        "align": "<x, Q(x)> / <x, x> - 1",
+        "cos": "cosine between the scales' part and the grid's",
+        "dead_share": "elements that became 0 under exact scales",
+        "clipped": "share of elements beyond the grid",
+        "underflowed": "share of elements that became 0 and weren't",
+        "log2_scale": "mean of log2 of block scale over the exact one",
+        "kurtosis": "of the tensor before its rotation; 3 for a normal distribution",
+        "top_channels": "energy in the largest 1 % of its columns",
+        "scales": "18 shares of blocks: scale within a factor 2 of the largest, 4, ...; the last: no scale left",
     },
 }
 _START = {

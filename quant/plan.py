@@ -193,16 +193,22 @@ def quant_linears(model: nn.Module) -> dict[str, QuantLinear]:
 
 
 @contextmanager
-def changed(model: nn.Module, change: Callable[[Product], Product]) -> Iterator[None]:
-    """Within it every QuantLinear runs under change(its recipe)."""
-    before = {layer: layer.recipe for layer in quant_linears(model).values()}
+def replaced(model: nn.Module, recipes: Mapping[str, Product]) -> Iterator[None]:
+    """Within it the named layers run under these recipes."""
+    layers = quant_linears(model)
+    before = {name: layers[name].recipe for name in recipes}
     try:
-        for layer, recipe in before.items():
-            layer.recipe = change(recipe)
+        for name, recipe in recipes.items():
+            layers[name].recipe = recipe
         yield
     finally:
-        for layer, recipe in before.items():
-            layer.recipe = recipe
+        for name, recipe in before.items():
+            layers[name].recipe = recipe
+
+
+def changed(model: nn.Module, change: Callable[[Product], Product]) -> AbstractContextManager[None]:
+    """Within it every QuantLinear runs under change(its recipe)."""
+    return replaced(model, {name: change(layer.recipe) for name, layer in quant_linears(model).items()})
 
 
 def unquantized(model: nn.Module) -> AbstractContextManager[None]:

@@ -110,6 +110,17 @@ class Product:
         """{GEMM: the same with this one alone quantized}; empty where they can't be parted."""
         return {}
 
+    @property
+    def forward_draws(self) -> bool:
+        """Whether the forward takes random bits or signs, so that another draw is another forward."""
+        return True
+
+    def exact_backward(self) -> "Product":
+        """The same forward, and the exact gradients through it: what the forward kept, multiplied without rounding.
+
+        Raises ValueError where forward and backward can't be told apart."""
+        raise ValueError(f"recipe {self.name}: its backward can't be parted from its forward; use a recipe of slots")
+
     def build(self, linear: nn.Linear, index: int, rng: Tensor) -> QuantLinear:
         """The layer that replaces `linear`, with the same Parameter; see QuantLinear."""
         return QuantLinear(linear, self, index, rng)

@@ -89,6 +89,14 @@ class Slots(Product):
                 own[operand] = fields["fprop"][name] | {"source": "input"}
         return self.from_dict({"name": self.name, **dict.fromkeys(GEMMS, "none"), gemm: own})
 
+    @property
+    def forward_draws(self) -> bool:
+        gemm = self.gemm("fprop")
+        return gemm.rotation_dim is not None or any(operand.spec.draws_random_bits for operand in gemm.operands)
+
+    def exact_backward(self) -> Product:
+        return self.from_dict(self.to_dict() | {"dgrad": "none", "wgrad": "none"}, self)
+
     def unsupported(self) -> str | None:
         """4-bit tensor cores need two 4-bit operands: emulating one is a choice to be made, not a fallback."""
         if not backend.IMPL or gemms.wants() != "packed":

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from data.evalset import EvalSet
+from data.loader import Loader
 from data.mixture import open_tokens
 from kernels import backend
 from quant.phases import scored
@@ -23,12 +24,15 @@ from training.start.describe import check
 
 @dataclass(frozen=True)
 class Reopened:
-    """`evalset`: of the run's last evaluation. `rng`: int64 [3], its seed and step set, the micro-batch 0."""
+    """`evalset`: of the run's last evaluation. `rng`: int64 [3], its seed and step set, the micro-batch 0. `probes`:
+    {name: checked options}."""
 
     model: nn.Module
     numbers: Numbers
+    train: Loader
     evalset: EvalSet
     rng: Tensor
+    probes: Mapping[str, Any]
 
 
 def reopen(config: TrainConfig, run: Mapping[str, Any], step: int, ranks: Dist) -> Reopened:
@@ -49,4 +53,5 @@ def reopen(config: TrainConfig, run: Mapping[str, Any], step: int, ranks: Dist) 
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
     rng[1] = step
     model, _ = build_model(checked.shape, plan, config.seed, rng)
-    return Reopened(model, checked.numbers, open_texts(config, tokens).final, rng)
+    texts = open_texts(config, tokens)
+    return Reopened(model, checked.numbers, texts.train, texts.final, rng, checked.probes)

@@ -5,8 +5,7 @@ did to the weights (BF16 forward minus a BF16 run). Every forward is scored on t
 the same batches, so that losses differ by the forward alone and their differences pair document by document.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -19,7 +18,7 @@ from base.files import atomic_write, write_json
 from base.runfolder import SCORE
 from data.evalset import EvalSet
 from quant import library
-from quant.plan import HEAD, quant_linears
+from quant.plan import HEAD, quant_linears, replaced
 from quant.recipe import GEMMS, OPERANDS, Recipe
 from training.checkpoint.state import load_model
 from training.config import TrainConfig
@@ -111,17 +110,3 @@ def forward_recipe(name: str) -> Recipe:
     slots = {gemm: dict.fromkeys(OPERANDS[gemm], _NONE) for gemm in GEMMS}
     slots["fprop"] = dict(zip(OPERANDS["fprop"], FORWARDS[name], strict=True))
     return library.build({"name": f"forward_{name}", **slots})
-
-
-@contextmanager
-def replaced(model: nn.Module, recipes: Mapping[str, Recipe]) -> Iterator[None]:
-    """Within it the named layers run under these recipes."""
-    layers = quant_linears(model)
-    before = {name: layers[name].recipe for name in recipes}
-    try:
-        for name, recipe in recipes.items():
-            layers[name].recipe = recipe
-        yield
-    finally:
-        for name, recipe in before.items():
-            layers[name].recipe = recipe

@@ -49,15 +49,19 @@ def asides() -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path, text_file, token_folder, asides):
+def usual(tmp_path, text_file, token_folder) -> list[str]:
+    """Overrides of every run that is no fork."""
+    return [*SMALL, f"data.files={text_file}", f"paths.data={token_folder}", f"paths.runs={tmp_path / 'runs'}"]
+
+
+@pytest.fixture
+def run(tmp_path, usual, asides):
     """run(*overrides) trains in this process and returns (exit code, run folder). `bare`: a fork, which has all but
     its name from its parent."""
 
     def start(*overrides: str, name: str | None = "test", bare: bool = False) -> tuple[int, Path]:
-        places = [f"data.files={text_file}", f"paths.data={token_folder}", f"paths.runs={tmp_path / 'runs'}"]
         named = [] if name is None else [f"run.name={name}"]
-        usual = [] if bare else [*SMALL, *places]
-        composed = compose([*usual, *named, *overrides, *asides], typed=False)
+        composed = compose([*([] if bare else usual), *named, *overrides, *asides], typed=False)
         code = launch(Request(composed.config, composed.yaml, composed.choices, "test"))
         folders = sorted((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None

@@ -9,21 +9,24 @@ from typing import Any
 
 from training.config import TrainConfig
 from training.options import read_options
-from training.probes.base import Probe
+from training.probes.base import Coming, Probe
 from training.probes.bf16 import Bf16
 from training.probes.capture import Capture
 from training.probes.other_weights import OtherWeights
 from training.probes.slots import Slots
+from training.probes.xray import Xray
+from training.start.derive import Numbers
 
 PROBES: dict[str, type[Probe]] = {
     "bf16": Bf16,
     "other_weights": OtherWeights,
     "slots": Slots,
     "capture": Capture,
+    "xray": Xray,
 }
 
 
-def read(config: TrainConfig, is_quantized: bool, has_hooks: bool) -> dict[str, Any]:
+def read(config: TrainConfig, coming: Coming, is_quantized: bool, has_hooks: bool) -> dict[str, Any]:
     """{name: checked options} in the order in which they are asked. `evaluate.bf16` and `evaluate.slots` ask for the
     probes of these names; slots are counted where there is something to count."""
     asked: dict[str, Mapping[str, Any]] = {}
@@ -34,9 +37,16 @@ def read(config: TrainConfig, is_quantized: bool, has_hooks: bool) -> dict[str, 
     if config.evaluate.slots and is_quantized:
         asked["slots"] = {}
     asked |= config.probes
-    return {name: read_options("probes", PROBES, name, values) for name, values in asked.items()}
+    options = {name: read_options("probes", PROBES, name, values) for name, values in asked.items()}
+    return {name: PROBES[name].fit(given, coming) for name, given in options.items()}
 
 
 def build(wanted: Mapping[str, Any]) -> dict[str, Probe]:
     """The probes of a run; `wanted` is what `read` gives."""
     return {name: PROBES[name](options) for name, options in wanted.items()}
+
+
+def costs(wanted: Mapping[str, Any], numbers: Numbers) -> list[str]:
+    """Lines for the start screen."""
+    told = (PROBES[name].cost(options, numbers) for name, options in wanted.items())
+    return [line for line in told if line]

@@ -11,7 +11,7 @@ A probe may run forwards and backwards: the gradients it leaves are dropped, and
 each micro-batch. On every rank alike, since a forward is a collective where weights are sharded.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ import numpy as np
 from torch import Tensor, nn
 
 from data.evalset import EvalSet
+from quant.plan import Plan
 from training.hooks.base import Hook
 from training.options import NoOptions
 from training.ranks.distributed import Dist
 from training.start.derive import Numbers
+from training.start.memory import MemoryEstimate
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,15 @@ class Evaluation:
     evalset: EvalSet
     nats: np.ndarray
     score: Callable[[], dict[str, float | None]]
+
+
+@dataclass(frozen=True)
+class Coming:
+    """A run before it begins. `model`: on the meta device, plain linears. `plans`: all that some step computes by."""
+
+    model: nn.Module
+    plans: Sequence[Plan]
+    numbers: Numbers
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,22 @@ class Probe:
 
     def __init__(self, options: Any):
         self.options = options
+
+    @classmethod
+    def fit(cls, options: Any, coming: Coming) -> Any:
+        """The options as they hold for a run. Raises ValueError, before any work, where they don't fit it."""
+        return options
+
+    @classmethod
+    def cost(cls, options: Any, numbers: Numbers) -> str | None:
+        """A line of the start screen, of a probe that takes time worth a word."""
+        return None
+
+    @classmethod
+    def memory(cls, options: Any, plan: Plan, of: Callable[[Plan, int], MemoryEstimate]) -> MemoryEstimate | None:
+        """What is expected while it looks, if that may be more than a step takes. `of`: of a step by a plan with
+        micro-batches of so many tokens."""
+        return None
 
     def due(self, step: int) -> bool:
         """Whether to look after `step` completed steps; a function of the options and of the step."""

@@ -1,6 +1,6 @@
 """What is known about a run before any memory is allocated: shapes, plan, derived numbers, identity, start screen."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from quant.plan import Plan, plan_of
 from quant.recipe import mapping_at
 from training import hooks, probes
 from training.config import TrainConfig
+from training.probes.base import Coming
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
 from training.start import fork, initial
 from training.start.build import is_compiled, is_graphed
-from training.start.cautions import cpu_seconds, many_epochs, slow, too_large
+from training.start.cautions import cpu_seconds, many_epochs, memory_of, slow, too_large
 from training.start.derive import Numbers, derive
 from training.start.initial import check_data, check_model, check_tokenizer, source_of
 from training.start.memory import MemoryEstimate, estimate, kept_of
@@ -104,7 +105,7 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
         one.check_tokens(numbers.micro_tokens)
     recipes = mapping_at("quant.hooks", config.quant.get("hooks"))
     found = hooks.read(model, plan, model.hooks, recipes, config.hooks, hooks.of_optimizer(config.optim))
-    looking = probes.read(config, any(map(has_slots, plans)), bool(found))
+    looking = probes.read(config, Coming(model, plans, numbers), any(map(has_slots, plans)), bool(found))
     return Checked(shape, plan, phases, numbers, found, looking)
 
 
@@ -237,6 +238,7 @@ def screen(
             numbers=described.numbers,
             data=config.data.name if described.tokens is None else _data_name(described.tokens),
             train_tokens=described.train_tokens,
+            probes=probes.costs(described.probes, described.numbers),
             memory=memory,
             warnings=cautions(config, described, ranks, memory.total, elsewhere),
         )
@@ -251,12 +253,12 @@ def _data_name(tokens: TokenSet) -> str:
 def expected_memory(
     config: TrainConfig, described: Description, ranks: Dist, mode: str, graphed: bool
 ) -> MemoryEstimate:
-    """Of the phase that takes most. Where a phase draws its steps, the graphs of both its recipes stay."""
+    """Of the phase or probe that takes most. Where a phase draws its steps, the graphs of both its recipes stay."""
 
-    def of(plan: Plan) -> MemoryEstimate:
+    def of(plan: Plan, tokens: int = described.numbers.micro_tokens) -> MemoryEstimate:
         return estimate(
             described.shape,
-            described.numbers.micro_tokens,
+            tokens,
             kept_of(plan),
             shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
             recompute=config.recompute,
@@ -274,4 +276,20 @@ def expected_memory(
             again = own.parts["activations"] + own.parts["temporaries"] + own.parts["gradients"]
             own = MemoryEstimate(usual.parts | {"graphs of the drawn steps": again})
         found.append(own)
-    return max(found, key=lambda estimate: estimate.total)
+    largest = max(found, key=lambda estimate: estimate.total)
+    looking = [probes.PROBES[name].memory(options, described.plan, of) for name, options in described.probes.items()]
+    return max([largest, *filter(None, looking)], key=lambda estimate: estimate.total)
+
+
+def check_memory(config: TrainConfig, described: Description, ranks: Dist) -> None:
+    """ValueError where there is memory for the run, and not for its probes."""
+    mode = choose(config.parallel, ranks, described.shape.parameters)
+    graphed = is_graphed(config, described.plan.fullgraph, mode, ranks.device)
+    has = memory_of(ranks.device, ranks.local_world)
+    alone = expected_memory(config, replace(described, probes={}), ranks, mode, graphed).total
+    both = expected_memory(config, described, ranks, mode, graphed).total
+    if alone <= has < both:
+        raise ValueError(
+            f"probes: {', '.join(described.probes)} need {both:.1f} GiB, this device has {has:.1f} and the run takes "
+            f"{alone:.1f}; leave them out, or lower probes.xray.tokens and probes.xray.draws"
+        )

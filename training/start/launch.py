@@ -43,7 +43,7 @@ from training.start.build import (
     resume,
     set_torch_flags,
 )
-from training.start.describe import Description, Request, check, config_files, describe, screen
+from training.start.describe import Description, Request, check, check_memory, config_files, describe, screen
 from training.start.oom import advice
 
 
@@ -85,6 +85,7 @@ def train(request: Request, ranks: Dist) -> int:
         config.data, ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len)))
     )
     described = describe(request, ranks, tokens)
+    check_memory(config, described, ranks)
     texts = open_texts(config, tokens, open_val_sets(config.data, tokens))
     for plan in described.plans:
         check_evaluations(config, texts, plan, described.numbers)

@@ -31,6 +31,7 @@ class StartScreen:
     numbers: Numbers
     data: str
     train_tokens: int | None
+    probes: list[str]
     memory: MemoryEstimate
     warnings: list[str]
 
@@ -54,6 +55,7 @@ class StartScreen:
             ("length", f"{n.steps:,} steps x {n.tokens_per_step:,} tokens = {n.tokens:,} tokens"),
             ("batch", self._batch()),
             ("schedule", self._schedule()),
+            *(("probe", line) for line in self.probes),
             ("memory", f"{self.memory.total:.1f} GiB{' a GPU' * bool(self.gpu)} expected ({self._parts()})"),
             ("MFU", mfu_note(self.gpu)),
         ]

@@ -1,0 +1,146 @@
+"""What quantization does to every layer's gradients at one checkpoint of a run: an X-ray, on a CPU too.
+
+    python scripts/xray.py runs/NAME                       # the newest checkpoint
+    python scripts/xray.py runs/NAME@1000                  # that of step 1000
+    python scripts/xray.py runs/NAME --recipes nvidia sr   # the same tensors under other recipes, too
+
+Prints a table and writes xray/<step>.json into the run folder: what the probe `xray` writes into metrics.jsonl while a
+run trains. Errors are squared and relative, in 1e-3; a bias is over random bits, +- its standard error.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from base.commands import parser_of
+from base.files import write_json
+from base.runfolder import CONFIG, RUN, XRAY_PARTS, XRAY_SCOPES, XRAYS, read_json
+from base.terminal import one_line_on_ctrl_c, quiet_pipes
+
+if __name__ == "__main__":
+    one_line_on_ctrl_c("xray")
+
+from launcher.compose import stored
+from quant.names import GEMMS
+from training.checkpoint.manifest import step_of
+from training.checkpoint.state import load_model
+from training.inference import find_checkpoint, split_step
+from training.loss import LossModel
+from training.probes.xray import XrayOptions, row, slices
+from training.ranks.distributed import setup
+from training.reopen import reopen
+from training.start.build import micro_batches
+from training.start.failures import one_line_errors
+from training.xray import View
+
+HEADS = ("fwd", "bwd", "shrunk", "bias", "fwd", "bwd", "bias", "SNR bits", "SNR text")
+
+
+def table(layers: dict[str, Any]) -> str:
+    wide = max(map(len, layers)) + 7
+    lines = [f"{'':{wide}} {'this layer alone':^45} {'all layers':^35}", cells(f"{'layer, GEMM':{wide}}", HEADS)]
+    for name, layer in layers.items():
+        lines += [cells(f"{name} {gemm:5}".ljust(wide), figures(layer, gemm)) for gemm in GEMMS]
+    return "\n".join(lines)
+
+
+def figures(layer: dict[str, Any], gemm: str) -> list[str]:
+    """What the table shows of one GEMM, in the order of HEADS."""
+    local, propagated = (layer[gemm][scope] for scope in XRAY_SCOPES)
+    shrunk = local["backward" if "backward" in local else "forward"]["projection"]
+    noise = layer["noise"] if gemm == "wgrad" else {}
+    return [
+        thousandths(local["forward"]["error"]),
+        thousandths(local.get("backward", {}).get("error")),
+        thousandths(None if shrunk is None else 1 - shrunk),
+        biased(local.get("backward", local["forward"])),
+        thousandths(propagated["forward"]["error"]),
+        thousandths(propagated.get("backward", {}).get("error")),
+        biased(propagated.get("backward", propagated["forward"])),
+        *("" if noise.get(name) is None else f"{noise[name]:.2f}" for name in ("snr_rounding", "snr_sampling")),
+    ]
+
+
+def cells(label: str, texts: Iterable[str]) -> str:
+    widths = (8, 8, 8, 18, 8, 8, 18, 9, 9)
+    return label + " ".join(f"{text:>{width}}" for text, width in zip(texts, widths, strict=True))
+
+
+def thousandths(value: float | None) -> str:
+    return "" if value is None else f"{1e3 * value:.2f}"
+
+
+def biased(part: dict[str, Any]) -> str:
+    """ "-0.012 +- 0.020", with a star beyond three standard errors; empty where nothing is drawn."""
+    bias, error = part.get("bias"), part.get("bias_se")
+    if bias is None or error is None:
+        return ""
+    return f"{1e3 * bias:.3f} +- {1e3 * error:.3f}{'*' if bias > 3 * error else ' '}"
+
+
+def compared(layers: dict[str, Any], others: dict[str, Any]) -> str:
+    """Local errors of the run's recipe and of others on the same tensors, means over layers."""
+    shown = [(gemm, part) for gemm in GEMMS for part in XRAY_PARTS if part in layers[next(iter(layers))][gemm]["local"]]
+    own = {name: {gemm: layer[gemm]["local"] for gemm in GEMMS} for name, layer in layers.items()}
+    lines = [f"{'mean error, alone':24}" + "".join(f"{gemm + ' ' + part:>16}" for gemm, part in shown)]
+    for label, found in {"as trained": own, **others}.items():
+        means = ([one[gemm][part]["error"] or 0.0 for one in found.values()] for gemm, part in shown)
+        lines.append(f"{label:24}" + "".join(f"{thousandths(fmean(values)):>16}" for values in means))
+    return "\n".join(lines)
+
+
+def look(arguments: argparse.Namespace, folder: Path, checkpoint: Path, step: int) -> dict[str, Any]:
+    """The row that the probe would write there."""
+    config, run = stored(folder / CONFIG), read_json(folder / RUN)
+    if arguments.data and config.data.mix:
+        raise ValueError(f"{run['name']} was trained on a mixture: put its folders back where data.mix names them")
+    config.data.path = arguments.data and str(arguments.data)
+    asked = {name: getattr(arguments, name) for name in ("tokens", "slices", "draws", "recipes")}
+    config.probes = {"xray": {**asked, "steps": [step]}}
+    ranks = setup()
+    again = reopen(config, run, step, ranks)
+    load_model(checkpoint, again.model)
+    numbers, options = again.numbers, again.probes["xray"]
+
+    def set_rng(draw: int) -> None:
+        again.rng[2] = numbers.micro_batches + draw
+
+    text = slices(lambda first: micro_batches(again.train, numbers, ranks, first), step, numbers, options)
+    view = View(LossModel(again.model), list(text), numbers.tokens_per_step, set_rng, lambda last: nullcontext())
+    return row(view, step, numbers, options)
+
+
+def main() -> int:
+    parser = parser_of(__file__, __doc__)
+    parser.add_argument("run", help="run folder, or FOLDER@STEP")
+    parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="others to measure, too")
+    for name, meaning in (("tokens", "of a slice"), ("slices", "how many"), ("draws", "of random bits")):
+        usual = getattr(XrayOptions, name)
+        parser.add_argument(f"--{name}", type=int, default=usual, help=f"{meaning} (default {usual})")
+    parser.add_argument("--data", type=Path, help="token folder, if it was moved")
+    arguments = parser.parse_args()
+    folder, step = split_step(arguments.run)
+    with one_line_errors("xray.py") as outcome:
+        checkpoint = find_checkpoint(folder, step)
+        found = look(arguments, folder, checkpoint, step_of(checkpoint))
+        print(f"{folder} at step {found['step']}: {found['slices']} slices of {found['slice_tokens']:,} tokens")
+        print(table(found["layers"]))
+        if "what_if" in found:
+            print("\n" + compared(found["layers"], found["what_if"]))
+        path = folder / XRAYS / f"{found['step']}.json"
+        path.parent.mkdir(exist_ok=True)
+        write_json(path, found)
+        print(path, file=sys.stderr)
+        outcome.code = 0
+    return outcome.code
+
+
+if __name__ == "__main__":
+    quiet_pipes()
+    sys.exit(main())

@@ -1,0 +1,199 @@
+"""X-rays: errors of layers whose answers are known, and a probe that changes no bit of its run."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from base.runfolder import XRAY, XRAY_PARTS, XRAY_SCOPES
+from kernels import backend
+from models.llama import Llama, LlamaConfig
+from quant import library
+from quant.linear import Call
+from quant.plan import convert, plan_of
+from quant.product import Product
+from quant.recipe import Recipe
+from training.checkpoint.manifest import checkpoints
+from training.checkpoint.state import read_all
+from training.loss import LossModel
+from training.start import describe
+from training.xray import Gaps, View, moved, multiply, xray
+
+ROOT = Path(__file__).parents[2]
+SLICES, DRAWS = 4, 8
+LOOK = ["probes.xray.tokens=128", "probes.xray.slices=2", "probes.xray.draws=3"]
+SHORT = ["quant=quartet2", "steps=3", "evaluate.every=null", "evaluate.final_tokens=256", "checkpoint.every=1"]
+
+
+@pytest.fixture(autouse=True)
+def cpu():
+    backend.use("reference", "cpu")
+
+
+def gaps_of(product: Product, plain: Product) -> dict:
+    """Figures of one layer, 128 to 128 features, over slices of 128 tokens of normal numbers."""
+    generator, gaps = torch.Generator().manual_seed(0), Gaps(product.forward_draws)
+    weight, rng, layer = (
+        torch.randn((128, 128), generator=generator),
+        torch.zeros(3, dtype=torch.int64),
+        torch.tensor(0),
+    )
+    for number in range(SLICES):
+        x, dy = torch.randn((2, 128, 128), generator=generator).bfloat16()
+        calls = [Call(moved(rng, number * DRAWS + draw), layer) for draw in range(DRAWS)]
+        made = [[multiply(one, call, x, weight, dy) for call in calls] for one in (product.exact_backward(), product)]
+        gaps.add(multiply(plain, calls[0], x, weight, dy), made[0], made[1])
+    return gaps.figures()
+
+
+@pytest.mark.parametrize("recipe", ["sr", "quartet2"])
+def test_sr_and_ms_eden_have_no_bias(recipe):
+    found = gaps_of(library.load(recipe), library.load("bf16"))
+    for gemm in ("dgrad", "wgrad"):
+        backward = found[gemm]["backward"]
+        assert backward["variance"] > 0.01 and abs(backward["bias"]) < 3 * backward["bias_se"] < 2e-3
+
+
+def test_rounding_to_nearest_has_no_variance_and_its_error_is_bias():
+    found = gaps_of(library.load("nvfp4_rtn"), library.load("bf16"))
+    for gemm in ("dgrad", "wgrad"):
+        backward = found[gemm]["backward"]
+        assert backward["variance"] == pytest.approx(0, abs=1e-6)
+        assert backward["bias"] == pytest.approx(backward["error"], rel=1e-3) and backward["bias"] > 0.005
+
+
+class Tilted(Recipe):
+    """A recipe whose dX is 5 % too large."""
+
+    def input_gradient(self, call: Call, dy: Any, kept: Any) -> Tensor:
+        return 1.05 * super().input_gradient(call, dy, kept)
+
+    def exact_backward(self) -> Product:
+        return Recipe.from_dict(self.to_dict()).exact_backward()
+
+
+def test_a_planted_bias_is_found_where_it_was_planted():
+    model = Llama(LlamaConfig(layers=1, width=128, heads=2, hidden=128, vocab_size=97, max_seq_len=64))
+    model.init_weights(0)
+    rng = torch.zeros(3, dtype=torch.int64)
+    convert(model, plan_of(model, library.mapping("sr")), rng)
+    model.blocks[0].mlp.gate_up.recipe = Tilted.from_dict(library.load("sr").to_dict())
+    text = list(torch.randint(97, (4, 65), generator=torch.Generator().manual_seed(0)).split(2))
+    row = xray(View(LossModel(model), text, 1024, rng[2].fill_, lambda last: nullcontext()), 4, {})
+    found = {name.removeprefix("blocks.0."): layer["dgrad"] for name, layer in row["layers"].items()}
+
+    def seen(layer: str, scope: str) -> bool:
+        figures = found[layer][scope]["backward"]
+        return figures["bias"] > 3 * figures["bias_se"] and figures["bias"] > figures["visible"]
+
+    assert [layer for layer in found if seen(layer, "local")] == ["mlp.gate_up"]
+    assert found["mlp.gate_up"]["local"]["backward"]["projection"] == pytest.approx(1.05, abs=0.02)
+    assert found["mlp.gate_up"]["local"]["backward"]["bias"] == pytest.approx(0.05**2, rel=0.5)
+    assert found["mlp.gate_up"]["propagated"]["backward"]["projection"] == pytest.approx(1.05, abs=0.02)
+    above = found["mlp.down"]  # nothing is above it
+    assert above["propagated"]["backward"] == above["local"]["backward"]
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def ended(folder: Path) -> dict[str, Tensor]:
+    return read_all(checkpoints(folder / "checkpoints")[-1])
+
+
+def same(one: Path, other: Path) -> bool:
+    found, expected = ended(one), ended(other)
+    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_no_bit_of_a_run_changes_and_a_checkpoint_gives_the_same_row(run, rows, capsys):
+    _, plain = run(*SHORT, name="plain")
+    _, folder = run(*SHORT, *LOOK, "probes.xray.steps=[2]", name="seen")
+    assert "probe      xray at 1 step (2)" in capsys.readouterr().out
+    assert same(folder, plain)
+    strip = [[(row["loss"], row["grad_norm"]) for row in rows(one, "train")] for one in (folder, plain)]
+    assert strip[0] == strip[1]
+    [row] = rows(folder, "xray")
+    assert (row["step"], row["tokens"]) == (2, 2 * 512)
+    layer = row["layers"]["blocks.0.mlp.down"]
+    assert set(layer) == {"recipe", "fprop", "dgrad", "wgrad", "noise", "slots"}
+    assert set(layer["wgrad"]) == set(XRAY_SCOPES) and set(layer["wgrad"]["local"]) == set(XRAY_PARTS)
+    assert set(layer["wgrad"]["local"]["backward"]) == set(XRAY["gemm"]) and set(layer["noise"]) == set(XRAY["noise"])
+    assert set(layer["slots"]["fprop.x"]) == set(XRAY["slots"])
+    code, told = script(Path(f"{folder}@2"), "--tokens=128", "--slices=2", "--draws=3", "--recipes", "nvidia")
+    assert code == 0 and "blocks.0.mlp.down wgrad" in told and "nvidia" in told
+    found = json.loads((folder / "xray" / "2.json").read_text())
+    assert set(found.pop("what_if")) == {"nvidia"} and found == {k: v for k, v in row.items() if k != "time"}
+
+
+def script(folder: Path, *words: str) -> tuple[int, str]:
+    """scripts/xray.py in this process: (exit code, output)."""
+    spec = importlib.util.spec_from_file_location("xray_script", ROOT / "scripts" / "xray.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
+        patch.setattr(sys, "argv", ["xray.py", str(folder), *words])
+        code = module.main()
+    return code, out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["probes.xray.steps=[2,30]"], "no step 30.*its last, 3"),
+        (["probes.xray.every=5"], "every=5.*3 steps"),
+        (["probes.xray.every=1", "probes.xray.steps=[1]"], "give one of them"),
+        (["probes.xray.draws=2"], "draws=2.*at least 3"),
+        (["probes.xray.tokens=96"], "tokens=96.*take 64"),
+        (["probes.xray.tokens=64"], "64 tokens.*no multiple of 128"),
+        (["probes.xray.tokens=1024", "probes.xray.slices=3"], "more than the 1536"),
+        (["probes.xray.recipes=[nvidea]"], "did you mean nvidia"),
+        (["probes.xray.recipes=[fp8_te]"], "fp8_te.*recipe of slots"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_refused_before_any_work(run, tmp_path, words, told):
+    with pytest.raises(ValueError, match=told):
+        run(*SHORT, *LOOK, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_step_that_is_not_there_is_one_line(run):
+    _, folder = run("quant=bf16", *SHORT[1:])
+    code, told = script(Path(f"{folder}@7"))
+    assert code and told.count("\n") == 1 and "no checkpoint of step 7; it has: 2, 3" in told
+
+
+def test_more_memory_than_there_is_is_refused_and_planned_for(run, monkeypatch, capsys):
+    run(*SHORT, "dry_run=true")
+    assert "X-ray" not in capsys.readouterr().out
+    run(*SHORT, *LOOK, "probes.xray.steps=[1]", "dry_run=true")
+    assert "X-ray 0." in capsys.readouterr().out
+    monkeypatch.setattr(describe, "memory_of", lambda *_: 0.6)
+    with pytest.raises(ValueError, match=r"xray need .* GiB, this device has 0.6"):
+        run(*SHORT, *LOOK, "probes.xray.steps=[1]")
+
+
+@pytest.mark.slow  # four jobs of two processes
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_no_bit_changes_on_two_ranks(rows, usual, tmp_path, mode):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
+    for name, look in (("plain", []), ("seen", [*LOOK, "probes.xray.steps=[1,3]"])):
+        done = subprocess.run(
+            [*command, *usual, *SHORT, *look, f"parallel={mode}", f"run.name={name}"],
+            cwd=ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+    assert same(tmp_path / "runs" / "seen", tmp_path / "runs" / "plain")
+    assert len(rows(tmp_path / "runs" / "seen", "xray")) == 2

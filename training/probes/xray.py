@@ -1,0 +1,164 @@
+"""What quantization does to every layer's gradients, at ten steps of the run (training/xray.py)."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quant import library
+from quant.errors import DRAWS_AT_LEAST
+from quant.plan import HEAD, Plan, Precision, resolve
+from training.probes.base import Coming, Context, Probe
+from training.start.derive import Numbers
+from training.start.memory import GIB, MemoryEstimate
+from training.xray import View, held_bytes, xray
+
+LOOKS = 10
+
+
+@dataclass(frozen=True)
+class XrayOptions:
+    """`every` so many steps, or at `steps`; without either at LOOKS steps, each a like factor after the one before.
+    `slices` of `tokens` each, `draws` of the random bits. `recipes`: others to measure on the same tensors."""
+
+    every: int | None = None
+    steps: tuple[int, ...] = ()
+    tokens: int = 2048
+    slices: int = 4
+    draws: int = 8
+    recipes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, least in (("every", 1), ("tokens", 1), ("slices", 2), ("draws", DRAWS_AT_LEAST)):
+            value = getattr(self, name)
+            if not (name == "every" and value is None) and (type(value) is not int or value < least):
+                raise ValueError(f"probes.xray.{name}={value!r}: needs a whole number of at least {least}")
+        for name, kind, example in (("steps", int, "[100,1000]"), ("recipes", str, "[nvidia]")):
+            values = getattr(self, name)
+            if not isinstance(values, list | tuple) or not all(type(value) is kind for value in values):
+                raise ValueError(f"probes.xray.{name}={values!r}: needs a list, such as {example}")
+            object.__setattr__(self, name, tuple(values))
+        if self.every is not None and self.steps:
+            raise ValueError("probes.xray.every and probes.xray.steps: give one of them")
+
+
+class Xray(Probe):
+    Options = XrayOptions
+
+    @classmethod
+    def fit(cls, options: XrayOptions, coming: Coming) -> XrayOptions:
+        numbers = coming.numbers
+        steps = options.steps or tuple(chosen_steps(options.every, numbers.steps))
+        if beyond := [step for step in steps if not 1 <= step <= numbers.steps]:
+            raise ValueError(
+                f"probes.xray.steps: the run has no step {beyond[0]}; choose from 1 to its last, {numbers.steps}"
+            )
+        if not steps:
+            raise ValueError(f"probes.xray.every={options.every}: the run has {numbers.steps} steps; choose fewer")
+        check_slices(options, numbers)
+        others = {name: resolve(coming.model, Precision(library.load(name))) for name in options.recipes}
+        for plan in (*coming.plans, *others.values()):
+            check_plan(plan, options.tokens)
+        return replace(options, steps=steps)
+
+    @classmethod
+    def cost(cls, options: XrayOptions, numbers: Numbers) -> str:
+        looks, passes = len(options.steps), options.slices * (2 + options.draws)
+        # A layer's own products run once more for each recipe: about as much again.
+        each = options.tokens * passes * (2 + len(options.recipes))
+        share = looks * each / numbers.tokens
+        return (
+            f"xray at {looks} step{'s' * (looks > 1)} ({shown(options.steps)}): {options.slices} slices of "
+            f"{options.tokens:,} tokens, {passes} passes each time, uncompiled; work of {share:.1%} of the run's tokens"
+        )
+
+    @classmethod
+    def memory(cls, options: XrayOptions, plan: Plan, of: Callable[[Plan, int], MemoryEstimate]) -> MemoryEstimate:
+        shapes = [entry.shape for entry in plan.entries if entry.name != HEAD]
+        held = held_bytes(shapes, options.tokens, options.slices, options.draws)
+        return MemoryEstimate(of(plan, options.tokens).parts | {"X-ray": held / GIB})
+
+    def due(self, step: int) -> bool:
+        return step in self.options.steps
+
+    def rows(self, context: Context) -> list[dict[str, Any]]:
+        numbers, options = context.numbers, self.options
+        context.release()
+        view = View(
+            context.loss,
+            list(slices(context.batches, context.step, numbers, options)),
+            numbers.tokens_per_step,
+            lambda draw: context.set_rng(context.step, numbers.micro_batches + draw),
+            context.accumulate,
+        )
+        return [row(view, context.step, numbers, options)]
+
+
+def row(view: View, step: int, numbers: Numbers, options: XrayOptions) -> dict[str, Any]:
+    others = {name: library.load(name) for name in options.recipes}
+    return {
+        "kind": "xray",
+        "step": step,
+        "tokens": step * numbers.tokens_per_step,
+        "slices": options.slices,
+        "slice_tokens": options.tokens,
+        "draws": options.draws,
+        **xray(view, options.draws, others),
+    }
+
+
+def chosen_steps(every: int | None, last: int) -> list[int]:
+    if every is not None:
+        return list(range(every, last + 1, every))
+    return sorted({round(last ** (number / LOOKS)) for number in range(1, LOOKS + 1)})
+
+
+def shown(steps: tuple[int, ...]) -> str:
+    return ", ".join(f"{step:,}" for step in steps) if len(steps) <= LOOKS else f"{steps[0]:,} to {steps[-1]:,}"
+
+
+def check_plan(plan: Plan, tokens: int) -> None:
+    """ValueError or RuntimeError where a recipe has no parts to tell apart, or can't take a slice."""
+    try:
+        plan.check_tokens(tokens)
+        for recipe in plan.recipes:
+            recipe.exact_backward()
+    except ValueError as error:
+        raise ValueError(f"probes.xray: {error}") from None
+
+
+def check_slices(options: XrayOptions, numbers: Numbers) -> None:
+    seq_len, tokens = numbers.seq_len, options.tokens
+    if tokens > seq_len and tokens % seq_len:
+        fitting = tokens // seq_len * seq_len
+        raise ValueError(
+            f"probes.xray.tokens={tokens}: sequences have {seq_len} tokens; take {fitting}, another multiple, or fewer"
+        )
+    rank = numbers.steps * numbers.accumulation * numbers.micro
+    if options.slices * rows_of(options, numbers) > rank:
+        raise ValueError(
+            f"probes.xray: {options.slices} slices of {tokens} tokens are more than the {rank * seq_len} that a rank "
+            "trains on; lower probes.xray.tokens or probes.xray.slices"
+        )
+
+
+def rows_of(options: XrayOptions, numbers: Numbers) -> int:
+    """Sequences of a slice; one is cut where it is longer."""
+    return max(1, options.tokens // numbers.seq_len)
+
+
+def slices(
+    batches: Callable[[int], Iterator[Tensor]], step: int, numbers: Numbers, options: XrayOptions
+) -> Iterator[Tensor]:
+    """Text of the last steps, as many as it takes, of this rank: all of it has been trained on, most of it once."""
+    rows, per_step = rows_of(options, numbers), numbers.accumulation * numbers.micro
+    behind = -(-options.slices * rows // per_step)
+    found, count = [], 0
+    stream = batches(max(0, min(step, numbers.steps) - behind))
+    while count < options.slices * rows:
+        found.append(next(stream))
+        count += len(found[-1])
+    tokens = torch.cat(found)[: options.slices * rows, : min(options.tokens, numbers.seq_len) + 1]
+    yield from tokens.split(rows)
