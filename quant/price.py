@@ -1,7 +1,7 @@
 """What a precision plan costs: FLOPs by the operands' bits, bytes that its quantizers move. Counts, no speeds.
 
-A GEMM is in 4 bits where both its operands are. Counted are the three GEMMs of every linear layer of the blocks; a
-product that multiplies more than these says so here, or has no price.
+A GEMM is in 4 bits where both its operands are. Counted are the three GEMMs of every linear layer of the blocks, and
+what a product multiplies beside them (Product.more_flops).
 """
 
 from collections import Counter
@@ -45,12 +45,15 @@ def kind_of(recipe: Product, gemm: str) -> Kind:
 
 
 def block_flops(plan: Plan, tokens: int) -> Counter[Kind]:
-    """{kind: FLOPs} of the blocks' GEMMs, forward and backward, of so many tokens: 2 M N K each."""
+    """{kind: FLOPs} of the blocks' GEMMs, forward and backward, of so many tokens: 2 M N K each; and of what else
+    their recipes multiply."""
     found: Counter[Kind] = Counter()
     for entry in blocks(plan):
         rows, columns = entry.shape
         for gemm in GEMMS:
             found[kind_of(entry.recipe, gemm)] += 2 * tokens * rows * columns
+        if more := entry.recipe.more_flops(entry.shape, tokens):
+            found[Kind(16)] += more
     return found
 
 

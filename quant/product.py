@@ -94,6 +94,10 @@ class Product:
         """{slot: quant.recipe.Operand} of operands whose quantizers are ours, to be audited and counted."""
         return {}
 
+    def more_flops(self, shape: tuple[int, int], tokens: int) -> float:
+        """What a layer [N, K] multiplies beside its three GEMMs, in BF16, for a batch of so many tokens at once."""
+        return 0.0
+
     def plain(self) -> "Product":
         """The same layer unquantized."""
         raise NotImplementedError

@@ -92,14 +92,14 @@ def parts(checked: Checked) -> Iterator[tuple[float, Plan]]:
 
 def shares(checked: Checked) -> tuple[float, float]:
     """(of the blocks' GEMMs' FLOPs, of all products' FLOPs) in 4 bits over the run."""
-    shape, seq_len = checked.shape, checked.numbers.seq_len
+    shape, tokens = checked.shape, checked.numbers.tokens_per_step
     four = blocks = everything = 0.0
     for share, plan in parts(checked):
-        flops = price.block_flops(plan, 1)
+        flops = price.block_flops(plan, tokens)
         four += share * sum(count for kind, count in flops.items() if kind.bits == 4)
         blocks += share * flops.total()
-        attention = 12 * shape.layers * shape.width * seq_len
-        everything += share * (flops.total() + price.head_flops(plan, 1) + attention)
+        attention = 12 * shape.layers * shape.width * checked.numbers.seq_len * tokens
+        everything += share * (flops.total() + price.head_flops(plan, tokens) + attention)
     return four / blocks, four / everything
 
 

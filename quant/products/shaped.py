@@ -22,7 +22,7 @@ from quant.product import Product
 from quant.recipe import Recipe
 
 OPERANDS = ("x", "w")
-GRAM_TOKENS = 16384  # of a step's first micro-batch, at most: a tenth of what fprop multiplies at 30M
+GRAM_TOKENS = 8192  # of a step's first micro-batch, at most
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,12 @@ class Shaped(Recipe):
     def describe(self, label: str) -> list[str]:
         metric = {"x": "fprop.x by W^T W", "w": "fprop.w by X^T X"}
         return [*super().describe(label), f"  shaped    {', '.join(metric[name] for name in self.shape) or 'nothing'}"]
+
+    def more_flops(self, shape: tuple[int, int], tokens: int) -> float:
+        """Errors times F, half of which is zero, and the Gram matrix; not the refits, one in dozens of steps."""
+        rows, columns = shape
+        of = {"x": tokens, "w": rows + 2 * min(tokens, GRAM_TOKENS)}
+        return sum(of[name] * columns**2 for name in self.shape if self.shapes(name))
 
     def plain(self) -> Product:
         return Recipe.bf16()
