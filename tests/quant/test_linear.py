@@ -77,9 +77,13 @@ def exact(x: Tensor, slot: int, axis: int, operand: Operand, signs: Tensor | Non
 
 def exact_again(x: Tensor, first: QuantSpec, slot: int, quantizer: QuantSpec, signs: Tensor | None) -> Tensor:
     """FP64 value of an operand quantized along axis 1 by `first` and again along axis 0."""
-    p = quantize(x, first, 1, amax(x, 1), want=("packed",)).packed
-    largest = amax_packed(p, 0, signs)
-    out = requantize(p, quantizer, 0, largest, signs, Draw(RNG, torch.tensor(LAYER), slot))
+    made, draw = quantize(x, first, 1, amax(x, 1), want=("values", "packed")), Draw(RNG, torch.tensor(LAYER), slot)
+    if made.packed is None:  # FP8
+        inner = made.values.to(torch.bfloat16)
+        out = quantize(inner, quantizer, 0, amax(inner, 0, signs), signs, draw)
+        return out.values.double() * out.scale.double() * made.scale.double()
+    largest = amax_packed(made.packed, 0, signs)
+    out = requantize(made.packed, quantizer, 0, largest, signs, draw)
     return out.values.double() * out.scale.double()
 
 
