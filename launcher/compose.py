@@ -215,6 +215,16 @@ class Composer:
     def _base(self, lines: tuple[str, ...]) -> tuple[bytes, dict[str, str]]:
         """(tree, choices) of these group choices before any value is set, the tree pickled: so it is copied faster.
         Its recipe is left in `_recipes`."""
+        if lines not in self._bases and (chosen := lone_recipe(lines)):
+            # Of the many recipes of a grid each is its file, and what surrounds them is composed once.
+            base, choices = self._base(tuple(line for line in lines if line != chosen))
+            name = chosen.partition("=")[2].strip("\"'")
+            file = ROOT / "quant" / f"{name}.yaml"
+            self._recipes[lines] = (
+                OmegaConf.to_container(OmegaConf.load(file)),
+                recipefile.read(file, ConfigError),
+            )
+            self._bases[lines] = base, choices | {"quant": name}
         if lines not in self._bases:
             own = [recipe_file(line) for line in lines if recipe_file(line)]
             with initialize_config_dir(str(ROOT), version_base="1.3"):
@@ -235,11 +245,18 @@ class Composer:
         key = (lines, tuple(override.input_line for override in overrides))
         if key not in self._resolved or "${" in str(key):
             values, file = self._recipes[lines]
-            holder = OmegaConf.merge(tree, {"quant": values})
+            tree.quant = values  # its interpolations may name any key
             for override in overrides:
-                apply(override, holder)
-            self._resolved[key] = without_none_gemms(OmegaConf.to_container(holder.quant, resolve=True), file)
+                apply(override, tree)
+            self._resolved[key] = without_none_gemms(OmegaConf.to_container(tree.quant, resolve=True), file)
+            tree.quant = {}
         return copy.deepcopy(self._resolved[key])
+
+
+def lone_recipe(lines: tuple[str, ...]) -> str | None:
+    """The choice of a recipe, if of these lines no other writes into `quant`."""
+    found = [line for line in lines if line.lstrip("+~").startswith(fork.OF_RECIPE)]
+    return found[0] if len(found) == 1 and found[0].startswith("quant=") else None
 
 
 def is_of_recipe(override: Override) -> bool:
@@ -274,11 +291,41 @@ def typed_keys(override: Override) -> Iterator[str]:
 
 def typed_value(override: Override) -> Any:
     """The value that an override gives its key: of a text field the characters that were typed, whatever they look
-    like (1.10, 1e3, 2024_11_05, true), else as Hydra's grammar reads them."""
+    like (1.10, 1e3, 2024_11_05, true), within lists and mappings, too; else as Hydra's grammar reads them."""
     value = override.value()
-    if override.key_or_group in text_keys() and isinstance(value, bool | int | float):
-        return raw_value(override.input_line)
-    return value
+    return as_typed(value, raw_value(override.input_line)) if override.key_or_group in text_keys() else value
+
+
+def as_typed(value: Any, raw: str) -> Any:
+    """`value` with the characters of `raw`, which it was read from, where it became a number or a truth value."""
+    if isinstance(value, bool | int | float):
+        return raw
+    if not isinstance(value, list | dict) or len(parts := split(raw[1:-1])) != len(value):
+        return value
+    if isinstance(value, list):
+        return [as_typed(one, part) for one, part in zip(value, parts, strict=True)]
+    pairs = [map(str.strip, part.split(":", 1)) for part in parts]
+    return {
+        as_typed(key, name): as_typed(one, part) for (key, one), (name, part) in zip(value.items(), pairs, strict=True)
+    }
+
+
+def split(text: str) -> list[str]:
+    """The parts between commas that stand outside quotes and brackets, stripped."""
+    parts, depth, quote, start = [], 0, "", 0
+    for at, character in enumerate(text):
+        if quote:
+            quote = "" if character == quote and text[at - 1] != "\\" else quote
+        elif character in "'\"":
+            quote = character
+        elif character in "[{(":
+            depth += 1
+        elif character in ")}]":
+            depth -= 1
+        elif character == "," and depth == 0:
+            parts.append(text[start:at].strip())
+            start = at + 1
+    return [*parts, text[start:].strip()]
 
 
 def raw_value(line: str) -> str:
@@ -392,9 +439,9 @@ def listed(override: Override) -> list[str]:
         values = list(override.sweep_string_iterator())
     except HydraException:
         raise ConfigError(f"{override.input_line}: list the values, as in {override.key_or_group}=a,b,c") from None
-    typed = [word.strip() for word in raw_value(override.input_line).split(",")]
-    plain = all(map(re.compile(r"[\w.+-]*", re.ASCII).fullmatch, typed))  # else quotes, brackets or range(0,3)
-    return typed if plain and len(typed) == len(values) else values
+    raw = raw_value(override.input_line)
+    typed = split(raw)
+    return typed if len(typed) == len(values) and not re.match(r"\w+\(", raw) else values  # range(0,3)
 
 
 def nearest_key(key: str, known: list[str]) -> str:

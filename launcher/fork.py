@@ -9,6 +9,8 @@ from training.config import TrainConfig
 
 # Groups that write into many sections: what of them a fork should take isn't known.
 WHOLE = ("experiment", "debug")
+# Groups whose files may write into the recipe.
+OF_RECIPE = ("quant", "phases", *WHOLE)
 # Two ways to write one number: the one that is typed replaces the parent's.
 EITHER = {"steps": "tokens", "tokens": "steps"}
 

@@ -62,7 +62,9 @@ class Lookup:
     def __init__(self, runs: Path, numerics: Numerics) -> None:
         self.runs, self.numerics = runs, numerics
         self._texts: dict[str, Text | None] = {}
-        self._wanted: dict[int, tuple[Any, dict[str, Any]]] = {}  # by identity of the configuration, kept alive here
+        # By identity of the configuration, kept alive here.
+        self._wanted: dict[int, tuple[Any, dict[str, Any]]] = {}
+        self._text_keys: dict[int, tuple[Any, str]] = {}
 
     def state_of(self, experiment: str, cell: str, composed: Composed) -> Found:
         """A cell that is to run as `composed`. The folder of its own name counts first, then any with its numerics."""
@@ -133,7 +135,10 @@ class Lookup:
 
     def text(self, config: Any) -> Text | None:
         """What is known of the text; UNREAD where a file would have to be read for it, None where nothing is."""
-        key = json.dumps([asdict(config.data), config.paths.data], sort_keys=True, default=str)
+        if id(config) not in self._text_keys:
+            key = json.dumps([asdict(config.data), config.paths.data], sort_keys=True, default=str)
+            self._text_keys[id(config)] = config, key
+        key = self._text_keys[id(config)][1]
         if key not in self._texts:
             self._texts[key] = text_of(config)
         return self._texts[key]

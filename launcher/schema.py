@@ -13,6 +13,9 @@ from training.config import TrainConfig
 # Mappings whose fields quant.recipe, each hook and probe, and training.config check.
 FREE_FORM = ("quant", "hooks", "probes", "init")
 
+# Declared as Any, since one field can't be null or a list in a schema.
+OF_NUMBERS = {"data.weights"}
+
 
 def register() -> None:
     """Make `- schema` in a defaults list mean TrainConfig. Calling it again changes nothing."""
@@ -27,8 +30,9 @@ def known_keys() -> tuple[str, ...]:
 
 @cache
 def text_keys() -> frozenset[str]:
-    """Dotted keys of the fields that hold text, or text or null, and the recipe's name: what is typed there is kept."""
-    return frozenset([*text_walk(TrainConfig, ""), "quant.name"])
+    """Dotted keys of the fields that hold text, text or null, or lists or mappings of text, and the recipe's name: what
+    is typed there is kept."""
+    return frozenset([*text_walk(TrainConfig, ""), "quant.name"]) - OF_NUMBERS
 
 
 def text_walk(section: type, prefix: str) -> Iterator[str]:
@@ -37,8 +41,13 @@ def text_walk(section: type, prefix: str) -> Iterator[str]:
         kind = hints[item.name]
         if is_dataclass(kind):
             yield from text_walk(kind, f"{prefix}{item.name}.")
-        elif kind in (str, Any) or (get_origin(kind) in (Union, UnionType) and str in get_args(kind)):
+        elif holds_text(kind):
             yield prefix + item.name
+
+
+def holds_text(kind: Any) -> bool:
+    parts = get_args(kind) if get_origin(kind) in (Union, UnionType, list) else ()
+    return kind in (str, Any) or any(map(holds_text, parts))
 
 
 def walk(section: type, prefix: str) -> list[str]:

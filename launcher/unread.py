@@ -8,6 +8,7 @@ from training.config import TrainConfig
 
 WARMUPS = ("warmup_fraction", "warmup_steps", "warmup_tokens")
 RANDOM = ("sr", "ms_eden")
+MANY = 10**9  # steps
 # Of the data section, read beside data.path or data.mix.
 OF_ANY_TEXT = ("path", "mix", "weights", "val_sets", "packing", "workers", "verify")
 Unread = tuple[str, str]  # (key, why it has no effect and what to type)
@@ -19,7 +20,7 @@ def check(typed: Collection[str], config: TrainConfig) -> None:
     Values that presets bring along may go unread: beside others they say nothing wrong.
     """
     given = {key for key in typed if key.startswith("quant.") or value_at(config, key) is not None}
-    for find in (warm_ups, operands, rotations, sources, random_bits, text, rates, sinks):
+    for find in (warm_ups, evaluations, operands, rotations, sources, random_bits, text, rates, sinks):
         for key, why in find(given, config):
             value = value_at(config, key)
             raise ValueError(f"{key}{'' if value is None else f'={value}'} has no effect: {why}, or leave it out")
@@ -37,6 +38,23 @@ def warm_ups(given: set[str], config: TrainConfig) -> Iterator[Unread]:
     found = [f"schedule.{name}" for name in WARMUPS if f"schedule.{name}" in given]
     if len(found) > 1:
         yield found[0], f"{found[1]} is given, too; set one of them to null"
+    fraction = config.schedule.warmup_fraction
+    if found == ["schedule.warmup_fraction"] and fraction and not round(fraction * (steps := known_steps(config))):
+        yield found[0], f"of {steps} steps that is none; raise it, set it to 0"
+
+
+def known_steps(config: TrainConfig) -> int:
+    """Of a run whose length is given; more than enough where it follows from the model."""
+    if config.steps is not None or config.tokens is None:
+        return config.steps or MANY
+    from training.start.derive import batch_sequences, run_steps  # here: torch takes seconds
+
+    return run_steps(config, 0, batch_sequences(config) * config.batch.seq_len)
+
+
+def evaluations(given: set[str], config: TrainConfig) -> Iterator[Unread]:
+    if "evaluate.tokens" in given and config.evaluate.every is None:
+        yield "evaluate.tokens", "the only evaluation is the last one; set evaluate.final_tokens or evaluate.every"
 
 
 def operands(given: set[str], config: TrainConfig) -> Iterator[Unread]:

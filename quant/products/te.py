@@ -16,6 +16,7 @@ layer by layer (see `TELinear.update`), since its own update would run once for 
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import cache
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -138,6 +139,15 @@ class Engine:
     history: Tensor | None  # the buffer that it writes forward amaxes into
 
 
+@cache
+def break_graphs() -> None:
+    """Dynamo can't trace Transformer Engine's global state; a planned graph break beats a failed trace.
+
+    Not a decorator: with that, every command would wait a second for Dynamo's import.
+    """
+    TELinear.forward = torch.compiler.disable(TELinear.forward)
+
+
 class TELinear(QuantLinear):
     """y = x W^T by Transformer Engine. x [..., K] bf16 -> y [..., N] bf16; weight [N, K] float32, no bias.
 
@@ -149,6 +159,7 @@ class TELinear(QuantLinear):
 
     def __init__(self, linear: nn.Linear, recipe: Fp8TE, layer: int, rng: Tensor):
         super().__init__(linear, recipe, layer, rng)
+        break_graphs()
         self.own = recipe
         self.is_delayed = recipe.scaling == "delayed"
         self.engine: Engine | None = None
@@ -157,8 +168,6 @@ class TELinear(QuantLinear):
                 self.register_buffer(f"scale_{direction}", self.weight.new_ones(count))
                 self.register_buffer(f"amax_history_{direction}", self.weight.new_zeros(AMAX_HISTORY, count))
 
-    # Dynamo can't trace Transformer Engine's global state; a planned graph break beats a failed trace.
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if self.recipe != self.own:
             return super().forward(x)

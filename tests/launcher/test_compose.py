@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from launcher import cells as experiments
+from launcher import compose as compose_module
 from launcher import unread
 from launcher.cli import read_command_line
-from launcher.compose import ConfigError, compose, groups, sweep
+from launcher.compose import Composer, ConfigError, compose, groups, parse, sweep, typed_value
 from launcher.schema import text_keys
 from quant import library, recipefile
 from training.config import OptimSection
@@ -296,10 +297,39 @@ def test_a_text_field_keeps_the_characters_that_were_typed(word, monkeypatch):
     assert yaml.safe_load(compose([f"run.name={word}"]).yaml)["run"]["name"] == word
 
 
+@pytest.mark.parametrize(
+    ("line", "value"),
+    [
+        ("data.files=[2024_11,x]", ["2024_11", "x"]),
+        ("data.files=[ 1.10 , 'a,1e3' ,true]", ["1.10", "a,1e3", "true"]),
+        ("data.files=['{a,b}',007]", ["{a,b}", "007"]),
+        ("data.val_sets={2024_11: 1e3, web: shards/1.10}", {"2024_11": "1e3", "web": "shards/1.10"}),
+        ("data.mix=[2024_11,2024_12]", ["2024_11", "2024_12"]),
+        ("data.weights=[0.50,1e-1]", [0.5, 0.1]),
+        ("optim.train=[1e3]", ["1e3"]),
+        ("optim.betas=[0.90,0.95]", [0.9, 0.95]),
+        ("data.files=[]", []),
+        ("data.files=null", None),
+    ],
+)
+def test_words_in_lists_and_mappings_of_text_keep_their_characters(line, value):
+    (override,) = parse([line])
+    assert typed_value(override) == value
+
+
+def test_a_sweep_over_lists_keeps_the_characters_that_were_typed():
+    assert sweep(["data.files=[2024_11,x],[1.10]"]) == [["data.files=[2024_11,x]"], ["data.files=[1.10]"]]
+    assert sweep(["seed=choice(1,2)"]) == [["seed=1"], ["seed=2"]]
+
+
 def test_every_text_field_of_the_schema_keeps_its_characters():
     """All that are declared as text, whatever is added later."""
     assert {"run.name", "paths.runs", "data.tokenizer", "data.bos", "model.name", "quant.name"} <= text_keys()
-    assert not {"seed", "optim.lr", "evaluate.bf16", "tokens"} & text_keys()
+    assert {"data.files", "data.val_sets", "optim.train"} <= text_keys()
+    assert (
+        not {"quant", "hooks", "checkpoint.at", "data.weights", "seed", "optim.lr", "evaluate.bf16", "tokens"}
+        & text_keys()
+    )
 
 
 def test_null_stays_null_and_a_number_a_number():
@@ -335,6 +365,9 @@ WITHOUT_EFFECT = [
     (["quant=bf16", "rounding_seed=7"], "draws no random bits"),
     (["schedule.warmup_steps=5", "schedule.warmup_fraction=0.2"], "schedule.warmup_steps is given, too"),
     (["schedule.warmup_fraction=0.2", "schedule.warmup_tokens=1e6"], "schedule.warmup_tokens is given, too"),
+    (["schedule.warmup_fraction=0.01", "steps=20"], "of 20 steps that is none"),
+    (["schedule.warmup_fraction=0.01", "tokens=2e4", "batch.sequences=2"], "of 19 steps that is none"),
+    (["evaluate.tokens=4096", "evaluate.every=null"], "set evaluate.final_tokens"),
     (["model.lr=1e-3", "optim.lr=2e-3"], "optim.lr is given, too"),
     (["data=text", "data.files=a.txt", "data.val_files=b.txt", "data.val_fraction=0.1"], "data.val_fraction=0.1"),
     (["data.path=shards", "data.text_key=body"], "data.path names text that is tokenized already"),
@@ -360,6 +393,11 @@ def test_a_setting_without_effect_is_refused(overrides, message):
     "overrides",
     [
         ["schedule.warmup_steps=5", "schedule.warmup_fraction=null"],
+        ["schedule.warmup_fraction=0.1", "steps=20"],
+        ["schedule.warmup_fraction=0", "steps=20"],
+        ["steps=3"],  # whose warm-up is a preset's
+        ["schedule.warmup_fraction=1e-4"],
+        ["evaluate.final_tokens=4096", "evaluate.every=null"],
         ["quant=quartet2", "quant.fprop.x.grid=none", "quant.fprop.x.source=input"],
         ["quant=sr", "rounding_seed=7"],
         ["quant=bf16", "rounding_seed=0"],
@@ -372,3 +410,21 @@ def test_a_setting_without_effect_is_refused(overrides, message):
 )
 def test_a_setting_that_acts_is_taken(overrides):
     compose(overrides)
+
+
+def test_the_recipes_of_a_grid_share_what_surrounds_them(monkeypatch):
+    """Hydra composes once for them; with files that write into the recipe, each time."""
+    calls, hydra = [], compose_module.hydra_compose
+    monkeypatch.setattr(compose_module, "hydra_compose", lambda *a, **k: calls.append(k["overrides"]) or hydra(*a, **k))
+    names = ("bf16", "quartet2", "nvidia", "fp8_te", "ufp4")
+    lists = [[f"quant={name}", "model=llama_micro", "seed=3"] for name in names]
+    shared = Composer()
+    found = [shared.compose([*words, "quant.high_precision.first=1"]) for words in lists if words[0] != "quant=fp8_te"]
+    found += [shared.compose(words) for words in lists]
+    assert calls == [["model=llama_micro"]]
+    shared.compose(["phases=late_bf16", *lists[1]])
+    assert len(calls) == 2
+    monkeypatch.setattr(compose_module, "lone_recipe", lambda lines: None)
+    whole = [Composer().compose(words) for words in lists]
+    assert [(one.yaml, one.choices) for one in found[-len(lists) :]] == [(one.yaml, one.choices) for one in whole]
+    assert found[1].config.quant == whole[1].config.quant | {"high_precision": {"first": 1}}
