@@ -53,6 +53,7 @@ class Run:
     evals: dict[str, np.ndarray]
     events: list[dict]
     result: dict | None
+    errors: tuple[dict, ...] = ()  # rows of where quantizers' errors come from, if they were asked for
     as_of: int | None = None  # cut off by `until` at this step, where it was evaluated
 
     @property
@@ -143,6 +144,7 @@ class Run:
             train=head(self.train),
             evals=head(self.evals),
             events=events,
+            errors=tuple(row for row in self.errors if row["step"] <= step),
             result=None if cut else self.result,
             as_of=step if cut and step in self.evals["step"] else None,
         )
@@ -237,6 +239,7 @@ def read_run(path: str | Path, records: list[dict] | None = None) -> Run:
         evals=_columns(path, records, "eval"),
         events=[r for r in records if r["kind"] == "event"],
         result=result,
+        errors=tuple(r for r in records if r["kind"] == "errors"),
     )
 
 

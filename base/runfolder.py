@@ -52,7 +52,7 @@ class Field:
     kept: bool = True
 
 
-KIND = Field("train, eval, slots, xray or event")
+KIND = Field("train, eval, slots, errors, xray or event")
 STEP = Field("completed optimizer steps", column=True)
 TOKENS = Field("tokens trained on so far", column=True)
 TIME = Field("seconds since 1970 when the row was written", column=True)
@@ -104,6 +104,12 @@ ROWS: dict[str, dict[str, Field]] = {
         "kind": KIND,
         "step": STEP,
         "slots": Field("layer -> operand slot -> counters of its quantizer"),
+        "time": TIME,
+    },
+    "errors": {
+        "kind": KIND,
+        "step": STEP,
+        "errors": Field("layer -> operand slot -> terms of its squared error (probes.errors={})"),
         "time": TIME,
     },
 }

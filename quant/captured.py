@@ -4,6 +4,9 @@ W, X and dY of a layer come from a run (training/capture.py). What the recipe ma
 dX = dY W and dW = dY^T X is compared with the products of the BF16 tensors in FP64. An error is
 |a - g q|^2 / |a|^2 at the gain g = <a, q> / <q, q> for which it is smallest: a scale that is off by
 one factor everywhere costs nothing in training. Y and dX are rounded to BF16, which alone is 1e-6.
+
+What a recipe fits to its inputs (quant/products/shaped.py) is fitted on the first half of the tokens
+and measured on the second; other recipes are measured on all.
 """
 
 from collections.abc import Mapping
@@ -12,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernels.quantize.feedback import feedback
 from quant.decompose import decompose
+from quant.linear import QuantLinear
 from quant.plan import Entry, Precision, resolve
 from quant.product import Product
 from quant.stats import slot_stats
 
 PRODUCTS = ("y", "dx", "dw")
+DAMPING = 0.1  # of the fit, as hooks.feedback has it
 
 
 def skeleton(linears: Mapping[str, tuple[int, int]]) -> nn.Module:
@@ -50,7 +56,11 @@ def measure(
     """
     linear = nn.Linear(w.shape[1], w.shape[0], bias=False)
     linear.weight = nn.Parameter(w.float())
-    layer = recipe.build(linear, index, torch.tensor([0, step, 0]))
+    layer = recipe.build(linear, index, torch.tensor([0, step, 0])).eval()
+    if layer.fitted():
+        half = len(x) // 2
+        fit(layer, w, x[:half])
+        x, dy = x[half:], dy[half:]
     x = x.clone().requires_grad_()
     made: dict[str, Tensor] = {}
 
@@ -70,6 +80,13 @@ def measure(
         "slots": {slot: of_operand(found) | found for slot, found in slots.items()},
         "products": {name: compared(exact[name], made[name].detach().double()) for name in PRODUCTS},
     }
+
+
+def fit(layer: QuantLinear, w: Tensor, x: Tensor) -> None:
+    """Fill a layer's feedback matrices: F_w by X^T X, F_x by W^T W."""
+    for name, target in layer.fitted().items():
+        seen = (w if name == "x" else x).double()
+        target.copy_(feedback(seen.t() @ seen, DAMPING))
 
 
 def compared(exact: Tensor, made: Tensor) -> dict[str, float]:

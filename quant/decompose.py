@@ -1,15 +1,17 @@
-"""Where a quantizer's squared error comes from: its scales, its dead zone and its grid, with their cross terms.
+"""Where a quantizer's squared error comes from: its scales, its dead zone, its grid, cross terms.
 
-After arXiv 2605.20402. Of an operand x (as it is stored, rotated where its GEMM is) Q is what rounding to nearest made
-of it, under the scales s that were used, and Q* the same grid under s* = max|x| / top of each block in FP64, the scale
-that no number format has rounded. top is the level that the candidate which won the block fits the block's reach to: 6
-or, by Four-over-Six, 4 for E2M1. Then
+After arXiv 2605.20402. Of an operand x (as it is stored, rotated where its GEMM is) Q is what
+rounding to nearest made of it, under the scales s that were used, and Q* the same grid under
+s* = max|x| / top of each block in FP64, the scale that no number format has rounded. top is the
+level that the candidate which won the block fits the block's reach to: for E2M1 6 or, by
+Four-over-Six, 4. Then
 
-    Q - x = (Q - Q*) + dead + grid      dead: Q* - x where Q* is 0 and x isn't; grid: Q* - x elsewhere
+    Q - x = (Q - Q*) + dead + grid   dead: Q* - x where Q* is 0 and x isn't; grid: Q* - x elsewhere
     |Q - x|^2 = |Q - Q*|^2 + |dead|^2 + |grid|^2 + 2 <Q - Q*, grid> + 2 <Q - Q*, dead>
 
-since dead and grid have no element in common. Random bits come on top: with R = what the slot computed - Q,
-|R|^2 + 2 <R, Q - x>. The terms are correlated: no one of them is a share of the error.
+since dead and grid have no element in common. Random bits come on top, or errors that are handed
+on (kernels/quantize/feedback.py): with R = what the slot computed - Q, |R|^2 + 2 <R, Q - x>. The
+terms are correlated: no one of them is a share of the error.
 """
 
 from dataclasses import dataclass
@@ -20,21 +22,22 @@ from torch import Tensor
 from kernels.formats.minifloat import BY_NAME
 from kernels.philox import Draw
 from kernels.quantize import reference_impl as reference
-from kernels.quantize.blocks import Blocks, best_of, quantize_blocks, round_blocks, settle_dead
+from kernels.quantize.blocks import Blocks, best_of, quantize_blocks, round_blocks, settle_dead, shape_blocks
 from kernels.spec import QuantSpec
 from quant.held import Wish
 from quant.stats import beyond_grid
 
 # These add up to `mse`; all are relative to |x|^2.
 TERMS = ("scale", "dead", "grid", "scale_grid", "scale_dead", "random", "random_cross")
-# The others: alignment <x, made>/<x, x> - 1; the cosine between Q - Q* and grid; shares of the elements in the dead
-# zone of Q*, beyond the ends of the grid, and that are not 0 and became 0; the mean of log2(s/s*) over blocks.
+# The others: alignment <x, made>/<x, x> - 1; the cosine between Q - Q* and grid; shares of the
+# elements in the dead zone of Q*, beyond the ends of the grid, and that are not 0 and became 0; the
+# mean of log2(s/s*) over blocks.
 NAMES = ("mse", *TERMS, "align", "cos", "dead_share", "clipped", "underflowed", "log2_scale")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """An operand in FP64: x, Q, Q* and what the slot made; where it clipped; log2(s/s*) of blocks that have both."""
+    """An operand in FP64: x, Q, Q*, what the slot made; where it clipped; log2(s/s*) of blocks."""
 
     x: Tensor
     nearest: Tensor
@@ -45,24 +48,34 @@ class Parts:
 
 
 def decompose(x: Tensor, wish: Wish) -> dict[str, Tensor]:
-    """{NAMES: FP64 []} of the operand that `wish` makes of x (bf16, natural layout). Not finite where amax isn't."""
+    """{NAMES: FP64 []} of the operand that `wish` makes of x (bf16, natural layout). Not finite where
+    amax isn't."""
     y = reference.stored(x, wish.axis, wish.signs)
     largest = wish.largest(reference.amax, x)
     scale = reference.tensor_scale(largest, wish.spec)
     if wish.spec.per_row and wish.axis == 0:
         scale = scale.t()
-    return terms(y, wish.spec, scale, wish.draw, None if wish.signs is None else wish.signs.shape[-1])
+    dim = None if wish.signs is None else wish.signs.shape[-1]
+    return terms(y, wish.spec, scale, wish.draw, dim, wish.feedback)
 
 
 def terms(
-    y: Tensor, spec: QuantSpec, scale: Tensor, draw: Draw | None = None, dim: int | None = None
+    y: Tensor,
+    spec: QuantSpec,
+    scale: Tensor,
+    draw: Draw | None = None,
+    dim: int | None = None,
+    feedback: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """The same of a stored operand y (FP32 [rows, contraction]) under its tensor scale; dim: of its rotation."""
-    parts = of_blocks(y, spec, scale, draw, dim) if spec.is_blocked else of_whole(y, spec, scale)
+    """The same of a stored operand y (FP32 [rows, contraction]) under its tensor scale; dim: of its
+    rotation."""
+    parts = of_blocks(y, spec, scale, draw, dim, feedback) if spec.is_blocked else of_whole(y, spec, scale)
     energy = parts.x.square().sum()
-    error, off_scale, rest = parts.nearest - parts.x, parts.nearest - parts.ideal, parts.ideal - parts.x
+    error, rest = parts.nearest - parts.x, parts.ideal - parts.x
+    off_scale = parts.nearest - parts.ideal
     is_dead = (parts.ideal == 0) & (parts.x != 0)
-    dead, grid, random = torch.where(is_dead, rest, 0.0), torch.where(is_dead, 0.0, rest), parts.made - parts.nearest
+    dead, grid = torch.where(is_dead, rest, 0.0), torch.where(is_dead, 0.0, rest)
+    random = parts.made - parts.nearest
     sums = {
         "mse": (parts.made - parts.x).square().sum(),
         "scale": off_scale.square().sum(),
@@ -80,18 +93,24 @@ def terms(
         "underflowed": ((parts.made == 0) & (parts.x != 0)).double().mean(),
         "log2_scale": parts.log2_scale.mean(),
     }
-    cosine = (sums["scale_grid"] / 2 / (sums["scale"] * sums["grid"]).sqrt()).nan_to_num(0.0)  # 0 where one is 0
+    cosine = sums["scale_grid"] / 2 / (sums["scale"] * sums["grid"]).sqrt()
+    cosine = cosine.nan_to_num(0.0)  # where one of both is 0
     found = {name: value / energy for name, value in sums.items()} | {"cos": cosine} | shares
     return {name: found[name] for name in NAMES}
 
 
-def of_blocks(y: Tensor, spec: QuantSpec, scale: Tensor, draw: Draw | None, dim: int | None) -> Parts:
+def of_blocks(
+    y: Tensor, spec: QuantSpec, scale: Tensor, draw: Draw | None, dim: int | None, feedback: Tensor | None
+) -> Parts:
     """Of a quantizer whose blocks have scales."""
     groups = y.view(y.shape[0], -1, spec.scaling.group)
     blocks = best_of(groups, spec, scale)
     best = best_scales(groups, blocks, spec, scale)
     nearest = blocks if blocks.members is None else settle_dead(blocks, spec)
-    made = quantize_blocks(y, spec, scale, draw, dim) if spec.draws_random_bits else nearest
+    if feedback is not None:
+        made = shape_blocks(y, spec, scale, feedback)
+    else:
+        made = quantize_blocks(y, spec, scale, draw, dim) if spec.draws_random_bits else nearest
     x, outer = groups.double(), (scale * (1.0 / spec.prescale)).double()
     divisor = torch.where(best > 0, best, 1.0)
     ratio = (nearest.scales * outer / divisor).log2()[nearest.alive & (best > 0)]

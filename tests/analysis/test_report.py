@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from synthetic import write_run
 
-from analysis import report, tables, verdict
+from analysis import report, slot_errors, tables, verdict
 from analysis.compare import Group, group_runs, pick_baseline, table
 from analysis.equal_loss import equal_loss, first_reach
 from analysis.pairs import pairs
@@ -87,6 +87,24 @@ def test_one_seed_ahead_of_the_baseline_is_called_chance(tmp_path):
     said = verdict.sentences(table(groups, groups[0]), pairs(groups, None))
     assert len(said) == 2 and said[0].startswith("No verdict on quartet2 -50.0, sr +100.0: one seed.")
     assert said[1] == "That quartet2 ended below bf16 is chance until more seeds say otherwise."
+
+
+def test_where_errors_come_from_is_shown_for_the_first_and_the_last_look(tmp_path):
+    """Of a run that looked three times, mean over its layers; without such runs there is no table."""
+    write_run(tmp_path, "bf16", 0, 3.4)
+    path = write_run(tmp_path, "quartet2", 0, 3.45)
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    assert slot_errors.section(groups) == []
+    with open(path / "metrics.jsonl", "a") as file:
+        for step, mse in ((25, 7e-3), (50, 1.0), (100, 9e-3)):
+            layers = {"a": {"fprop.x": {"mse": mse, "clipped": None}}, "b": {"fprop.x": {"mse": mse + 2e-3}}}
+            file.write(json.dumps({"kind": "errors", "step": step, "errors": layers, "time": 1.0}) + "\n")
+    groups = group_runs(find_runs([f"{tmp_path}/*"]))
+    base = pick_baseline(groups, "bf16")
+    made = report.build(groups, base, table(groups, base), [], pairs(groups, None), {})
+    _, first, last = Tables(made).tables["slot-errors"]
+    assert first[:4] == ["quartet2", "fprop.x", "25", "8.000"] and last[:4] == ["quartet2", "fprop.x", "100", "10.000"]
+    assert first[-2] == "-"
 
 
 def test_every_column_is_in_the_glossary(document):

@@ -11,6 +11,7 @@ from kernels import backend
 from kernels.quantize import amax, quantize
 from quant import library
 from quant.captured import compared, measure, of_operand, skeleton
+from quant.decompose import TERMS
 from quant.plan import convert, plan_of
 from training.capture import choose, keys_of, save
 
@@ -97,6 +98,21 @@ def test_operands_and_products_are_those_of_the_quantized_tensors():
         key: pytest.approx(value, rel=1e-5) for key, value in compared(dy.double().t() @ x.double(), dw).items()
     }
     assert of_operand({"mse": 0.25, "align": -0.5}) == {"error": 0.0, "gain": 2.0}  # q = x / 2
+
+
+def test_shaped_rounding_is_fitted_on_tokens_that_it_is_not_measured_on():
+    """X has a few directions, as captured ones have; their error reaches Y less. One half of the tokens is fitted."""
+    generator = torch.Generator().manual_seed(5)
+    w, _, dy = tensors(3)
+    x = torch.randn(512, 16, generator=generator) @ torch.randn(16, 256, generator=generator)
+    x = (x + 0.3 * torch.randn(512, 256, generator=generator)).bfloat16()
+    plain = measure(library.load("quartet2"), 0, 7, w, x[256:], dy[256:])
+    shaped = measure(library.load("quartet2_shaped_w"), 0, 7, w, x, dy)
+    assert shaped["products"]["y"]["error"] < 0.8 * plain["products"]["y"]["error"]
+    assert shaped["slots"]["fprop.x"]["mse"] == plain["slots"]["fprop.x"]["mse"]
+    found = shaped["slots"]["fprop.w"]
+    assert found["mse"] > plain["slots"]["fprop.w"]["mse"] and found["random"] > 0
+    assert sum(found[name] for name in TERMS) == pytest.approx(found["mse"], rel=1e-12)
 
 
 def test_bf16_has_no_error_but_that_of_bf16():

@@ -13,7 +13,7 @@ from training.probes.base import Coming, Probe
 from training.probes.bf16 import Bf16
 from training.probes.capture import Capture
 from training.probes.other_weights import OtherWeights
-from training.probes.slots import Slots
+from training.probes.slots import Errors, Slots
 from training.probes.xray import Xray
 from training.start.derive import Numbers
 
@@ -21,6 +21,7 @@ PROBES: dict[str, type[Probe]] = {
     "bf16": Bf16,
     "other_weights": OtherWeights,
     "slots": Slots,
+    "errors": Errors,
     "capture": Capture,
     "xray": Xray,
 }

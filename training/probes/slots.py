@@ -1,10 +1,13 @@
-"""Clipping and underflow of every operand slot on the first batch of an evaluation, forward and backward."""
+"""Every operand slot on the first batch of an evaluation, forward and backward: what is clipped and lost, and where
+errors come from."""
 
+from math import isfinite
 from typing import Any
 
 import torch
 
-from quant.stats import slot_stats
+from quant.decompose import decompose
+from quant.stats import count_operand, slot_stats
 from training.probes.base import Context, Probe
 
 
@@ -12,6 +15,7 @@ class Slots(Probe):
     """One row: {layer: {slot: {counter: number}}} (quant/stats.py)."""
 
     at_evaluation = True
+    kind, measure = "slots", staticmethod(count_operand)
 
     def rows(self, context: Context) -> list[dict[str, Any]]:
         evalset, micro = context.evaluation.evalset, context.numbers.micro
@@ -24,4 +28,17 @@ class Slots(Probe):
             context.loss(tokens).backward()
 
         context.release()
-        return [{"kind": "slots", "slots": slot_stats(context.model, step)}]
+        return [{"kind": self.kind, self.kind: slot_stats(context.model, step, self.measure)}]
+
+
+class Errors(Slots):
+    """One row: {layer: {slot: {term: number}}} (quant/decompose.py); null where a number isn't finite. In FP64."""
+
+    kind, measure = "errors", staticmethod(decompose)
+
+    def rows(self, context: Context) -> list[dict[str, Any]]:
+        (row,) = super().rows(context)
+        for slots in row["errors"].values():
+            for slot, found in slots.items():
+                slots[slot] = {name: value if isfinite(value) else None for name, value in found.items()}
+        return [row]
