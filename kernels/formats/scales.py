@@ -69,6 +69,10 @@ class Scaling:
         """The elements in units of their scales; an infinite scale gives zeros and keeps signs."""
         return groups / scales
 
+    def stored(self, contraction: int) -> tuple[int, ...]:
+        """The shape, for one row of blocks, of what `encode` gives."""
+        return (contraction // self.group,)
+
     def encode(self, scales: Tensor) -> Tensor:
         """The stored form of scales [rows, groups]."""
         raise NotImplementedError
@@ -173,6 +177,9 @@ class PowersOfTwo(Scaling):
         factor = torch.where(largest >= 2.0**-120, factor, 1.0)  # below, the quotient has no leading bit to rely on
         return factor.expand(fours.shape).reshape(wanted.shape)
 
+    def stored(self, contraction: int) -> tuple[int, ...]:
+        return super().stored(contraction) if self.macro_bits is None else (contraction // 128, 5)
+
     def encode(self, scales: Tensor) -> Tensor:
         """Exponents + 127, [rows, C/32]; with macro blocks four of them and the factor's fraction for each 128."""
         bits = scales.contiguous().view(torch.int32)
@@ -216,6 +223,9 @@ class HiFloat4(Scaling):
 
     def elements(self, groups: Tensor, scales: Tensor) -> Tensor:
         return groups * bf16_reciprocal(scales)
+
+    def stored(self, contraction: int) -> tuple[int, ...]:
+        return contraction // self.multiple, 4
 
     def encode(self, scales: Tensor) -> Tensor:
         """uint8 [rows, C/64, 4]: E6M2; a bit for each 8, the first lowest; bits for each 4, low byte and high byte.

@@ -1,10 +1,10 @@
 """Fused quantizers in Triton: the functions of reference_impl.py on any CUDA GPU, launched as torch custom operators.
 
-Bits agree with the reference as docs/numerics.md#7-what-is-equal-what-is-bounded says. Every 1x16 NVFP4 slot, rotated
-or not, along either axis, from BF16
-or packed codes, runs triton_kernels.quantize_kernel (rows_kernel along rows without a rotation); maxima of rotated
-tensors its amax_kernel; 16x16 tiles and FP8 are in triton_tiles.py, launches in triton_ops.py. The maximum of a tensor
-that nothing rotates stays plain PyTorch, so that Inductor computes it inside the kernel that produces the tensor.
+Bits agree with the reference as docs/numerics.md#7-what-is-equal-what-is-bounded says. Every slot of 1x16, 1x32 or 1x64
+blocks, rotated or not, along either axis, from BF16 or packed NVFP4, runs triton_kernels.quantize_kernel (rows_kernel
+along rows without a rotation); maxima of rotated tensors its amax_kernel; 16x16 tiles and FP8 are in triton_tiles.py,
+launches in triton_ops.py. Packed codes of other formats are turned into values first. The maximum of a tensor that
+nothing rotates stays plain PyTorch, so that Inductor computes it inside the kernel that produces the tensor.
 """
 
 import torch
@@ -14,8 +14,8 @@ from kernels.formats.minifloat import FP8_DTYPES
 from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.philox import Draw
 from kernels.quantize import Quantized, reference_impl, triton_shaped, triton_tiles  # noqa: F401
-from kernels.quantize.triton_ops import INTERPRET
-from kernels.spec import NVFP4_BLOCK, QuantSpec
+from kernels.quantize.triton_ops import INTERPRET, form_of
+from kernels.spec import BF16_BITS, NVFP4_BLOCK, QuantSpec
 
 
 def unavailable() -> str | None:
@@ -29,16 +29,22 @@ def unavailable() -> str | None:
 
 
 def supports(spec: QuantSpec, rounds: int) -> str | None:
-    """Why a quantizer is left to the reference: the kernels are written for E2M1 under E4M3 scales, and for FP8."""
+    """Why a quantizer is left to the reference."""
     if spec.grid == "none":
         return None
     if not spec.is_blocked:
         return "FP8 behind a rotation has no kernel" if rounds else None
-    if not spec.tensor_core:
-        return f"{spec.family.name} under {spec.scales[-1]} has no kernel"
-    if spec.select == "search":
-        return "select=search has no kernel"
-    return "three rounds of rotation have no kernel" if rounds > 2 else None
+    if rounds > 2:
+        return "three rounds of rotation have no kernel"
+    if form_of(spec) is None:
+        return None
+    if spec.significant_bits > BF16_BITS:
+        return f"{spec.family.name} has values that BF16 does not hold"
+    if spec.is_square and len(spec.family.members) > 2:
+        return f"16x16 blocks of {spec.family.name} have no kernel"
+    if spec.rounds_every_candidate and len(spec.candidates) > 1:
+        return f"{spec.select} with sr under {spec.scales[-1]} has no kernel"
+    return None
 
 
 def _rounds(signs: Tensor | None) -> int:
@@ -57,7 +63,9 @@ def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
 
 
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
-    if signs is None or per_row or _rounds(signs) > 2 or not p.tensor_core:
+    if not p.tensor_core:
+        return amax(dequantize(p, 1).values, axis, signs, per_row)
+    if signs is None or per_row or _rounds(signs) > 2:
         return reference_impl.amax_packed(p, axis, signs, per_row)
     return torch.ops.nibble.amax(p.codes, _scale_bytes(p), *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
@@ -82,12 +90,12 @@ def quantize(
     results = torch.ops.nibble.quantize_square(
         x, amax, *_random(draw), axis, spec.key, _slot(draw), "values" in want, "packed" in want
     )
-    return _quantized(results, want)
+    return _quantized(results, spec, want)
 
 
 def quantize_shaped(x: Tensor, spec: QuantSpec, amax: Tensor, feedback: Tensor, want: tuple[str, ...]) -> Quantized:
     results = torch.ops.nibble.quantize_shaped(x, amax, feedback, spec.key, "values" in want, "packed" in want)
-    return _quantized(results, want)
+    return _quantized(results, spec, want)
 
 
 def quantize_both(
@@ -107,7 +115,7 @@ def quantize_both(
     rotated = signs[0] is not None or signs[1] is not None  # not by ==: Dynamo would compare tensors
     if all(spec.grid in FP8_DTYPES for spec in specs) and not rotated:
         return triton_tiles.quantize_fp8_both(x, specs)
-    if any(not spec.tensor_core or spec.is_square or supports(spec, max(map(_rounds, signs))) for spec in specs):
+    if any(not spec.is_blocked or spec.is_square or supports(spec, max(map(_rounds, signs))) for spec in specs):
         return reference_impl.each_axis(quantize, amax, x, specs, signs, draws, wants)
     amaxes = (reference_impl.amax(x, 1, None, False),) * 2 if not rotated else (None, None)
     results = torch.ops.nibble.quantize_both(
@@ -120,7 +128,7 @@ def quantize_both(
         ["values" in want for want in wants],
         ["packed" in want for want in wants],
     )
-    return _quantized(results[:4], wants[0]), _quantized(results[4:], wants[1])
+    return _quantized(results[:5], specs[0], wants[0]), _quantized(results[5:], specs[1], wants[1])
 
 
 def requantize(
@@ -132,7 +140,7 @@ def requantize(
     draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    if not p.tensor_core or not spec.tensor_core or spec.is_square or supports(spec, _rounds(signs)):
+    if not p.tensor_core or not spec.is_blocked or spec.is_square or supports(spec, _rounds(signs)):
         made = quantize(dequantize(p, 1).values, spec, axis, amax, signs, draw, want)
         return reference_impl.under(p.global_scale, made)
     return _nvfp4(p.codes, _scale_bytes(p), p.global_scale, spec, axis, amax, signs, draw, want)
@@ -140,7 +148,8 @@ def requantize(
 
 def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:
     if not p.tensor_core:
-        return reference_impl.dequantize(p, axis)
+        values = torch.ops.nibble.unpack_form(p.codes, p.block_scales, p.members, axis, p.spec.key)
+        return Quantized(values, p.global_scale)
     values = torch.ops.nibble.unpack_values(p.codes, _scale_bytes(p), axis)
     return Quantized(values, p.global_scale)
 
@@ -163,7 +172,7 @@ def _nvfp4(src, scales, outer, spec, axis, amax, signs, draw, want) -> Quantized
     results = torch.ops.nibble.quantize(
         src, scales, outer, amax, signs, *_random(draw), axis, spec.key, _slot(draw), "values" in want, "packed" in want
     )
-    return _quantized(results, want)
+    return _quantized(results, spec, want)
 
 
 def _random(draw: Draw | None) -> tuple[Tensor | None, Tensor | None]:
@@ -175,7 +184,12 @@ def _slot(draw: Draw | None) -> int:
     return 0 if draw is None else draw.slot
 
 
-def _quantized(results, want: tuple[str, ...]) -> Quantized:
-    values, scale, codes, block_scales = results
-    packed = NVFP4Tensor(codes, block_scales.view(torch.float8_e4m3fn), scale) if "packed" in want else None
-    return Quantized(values if "values" in want else None, scale, packed)
+def _quantized(results, spec: QuantSpec, want: tuple[str, ...]) -> Quantized:
+    values, scale, codes, block_scales, members = results
+    values = values if "values" in want else None
+    if "packed" not in want:
+        return Quantized(values, scale)
+    stored = block_scales.view(torch.float8_e4m3fn) if spec.scaling.corrected else block_scales
+    members = members if len(spec.family.members) > 2 else None
+    packed = NVFP4Tensor(codes, stored, scale, members, None if spec.tensor_core else spec)
+    return Quantized(values, scale, packed)

@@ -20,9 +20,10 @@ Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its re
 import triton
 import triton.language as tl
 
+from kernels.quantize.triton_blocks import quantize_form, quantize_groups
+from kernels.quantize.triton_forms import prescale_of, scale_byte, store_form
 from kernels.triton_common import (
     decode_words,
-    divide,
     e4m3_byte,
     encode_words,
     largest_magnitude,
@@ -30,11 +31,6 @@ from kernels.triton_common import (
     max_nan,
     next_power_of_two,
     philox4x32,
-    round_e2m1,
-    round_e4m3,
-    stochastic_e2m1,
-    stochastic_e4m3,
-    top24,
 )
 
 ROTATION_TILE = tl.constexpr(128)
@@ -93,121 +89,24 @@ def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.con
 
 
 @triton.jit
-def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr):
-    """top 24 bits for each element [GROUPS, SIZE]; Philox call [GROUPS, SIZE / 4] serves four neighbours."""
-    k0, k1, step, micro_batch, last = key
-    counter = call.to(tl.uint32)
-    zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
-    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] is word 2 i + j
-    return top24(tl.reshape(words, [GROUPS, SIZE]))
-
-
-@triton.jit
-def _random24_groups(group, key, GROUPS: tl.constexpr, INTERPRET: tl.constexpr):
-    """top 24 bits for the scale of each of GROUPS groups, numbered by `group`, or by the even one of each pair."""
-    k0, k1, step, micro_batch, last = key
-    counter = (group >> 2).to(tl.uint32)
-    zero = tl.zeros_like(counter)
-    w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
-    upper = (group & 2) == 2
-    even, odd = tl.where(upper, w2, w0), tl.where(upper, w3, w1)
-    if group.shape[0] == GROUPS:
-        word = tl.where((group & 1) == 1, odd, even)
-    else:
-        is_even = (tl.arange(0, 2) == 0)[None, :]
-        word = tl.reshape(tl.where(is_even, even[:, None], odd[:, None]), [GROUPS])
-    return top24(word)
-
-
-@triton.jit
-def _round_groups(y, ratio, T, factor, random24, SR: tl.constexpr, INTERPRET: tl.constexpr):
-    """Reference `_round_blocks`: (elements, codes [G, 16], block scales, alive [G]) of one select branch."""
-    scale = round_e4m3(ratio)
-    alive = scale > 0.0
-    divisor = tl.where(alive, scale * T * factor, 1.0)
-    # A zero reciprocal gives a dead block codes 0.
-    reciprocal = tl.where(alive, tl.div_rn(1.0, divisor), 0.0)
-    elements = divide(y, divisor[:, None], reciprocal[:, None], INTERPRET)
-    codes = stochastic_e2m1(elements, random24, INTERPRET) if SR else round_e2m1(elements)
-    return elements, codes, tl.where(alive, scale, 1.0), alive
-
-
-@triton.jit
-def _fold(x, SIZE: tl.constexpr):
-    """Reference `fold`: sum [G, SIZE] over SIZE by adding upper halves to lower halves, in that very order."""
-    if SIZE == 2:
-        low, high = tl.split(x)
-        return low + high
-    else:
-        low, high = tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, SIZE // 2]), [0, 2, 1]))
-        return _fold(low + high, SIZE // 2)
-
-
-@triton.jit
-def _squared_error(elements, codes, scale, alive):
-    """Reference `_lower_error`, error of one branch in units of T^2; a dead branch loses.
-
-    Bit for bit, if the compiler does not fuse the square into the sums: such kernels run with enable_fp_fusion=False.
-    """
-    error = codes - elements
-    return tl.where(alive, scale * scale * _fold(error * error, error.shape[1]), float("inf"))
-
-
-@triton.jit
-def _over_blocks(per_group, EDEN_GROUPS: tl.constexpr):
-    """Sum [G] over each EDEN_GROUPS neighbours, repeated over them."""
-    if EDEN_GROUPS == 1:
-        return per_group
-    blocks = tl.reshape(per_group, [per_group.shape[0] // EDEN_GROUPS, EDEN_GROUPS])
-    total = tl.broadcast_to(tl.sum(blocks, 1)[:, None], blocks.shape)
-    return tl.reshape(total, per_group.shape)
-
-
-@triton.jit
-def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr, SELECT_46: tl.constexpr,
-                    ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                    INTERPRET: tl.constexpr):  # fmt: skip
-    """Reference `quantize_blocks`: FP32 codes [G, n] and block scales [G] of y [G, n] (n = 16, or 256 for tiles).
-
-    T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales;
-    calls: how many the elements take in all (a second stochastic branch goes on from there). A group [G / 2] numbers
-    the first of each pair of neighbours, if that is always even: a pair then shares one Philox call.
-    """
-    SR: tl.constexpr = ROUNDING == "sr"
-    random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
-    largest = TARGET * T * factor
-    ratio = divide(tl.max(tl.abs(y), 1), largest, tl.div_rn(1.0, largest), INTERPRET)
-    elements, codes, scale, alive = _round_groups(y, ratio, T, factor, random24, SR, INTERPRET)
-    if SELECT_46:
-        random24 = _random24_elements(call + calls, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
-        elements4, codes4, scale4, alive4 = _round_groups(y, 1.5 * ratio, T, factor, random24, SR, INTERPRET)
-        four = _squared_error(elements4, codes4, scale4, alive4) < _squared_error(elements, codes, scale, alive)
-        codes = tl.where(four[:, None], codes4, codes)
-        scale = tl.where(four, scale4, scale)
-        if ROUNDING == "ms_eden":
-            elements = tl.where(four[:, None], elements4, elements)
-            alive = tl.where(four, alive4, alive)
-    if ROUNDING == "ms_eden":
-        weight = scale * scale if EDEN_GROUPS > 1 and not SCALED else 1.0
-        squares = _over_blocks(weight * tl.sum(elements * elements, 1), EDEN_GROUPS)
-        products = _over_blocks(weight * tl.sum(elements * codes, 1), EDEN_GROUPS)
-        correction = tl.where(products > 0.0, tl.div_rn(squares, products), 1.0)
-        scale = stochastic_e4m3(correction * scale, _random24_groups(group, key, y.shape[0], INTERPRET))
-        alive = alive & (scale > 0.0)
-        codes = tl.where(alive[:, None], codes, 0.0)
-        scale = tl.where(alive, scale, 1.0)
-    return codes, scale
-
-
-@triton.jit
 def tensor_scale(amax, RANGE: tl.constexpr, POW2: tl.constexpr):
-    """T = amax / (C v); 1 for an all-zero tensor; NaN for NaN and Inf, which then reaches the GEMM's output."""
-    scale = tl.maximum(tl.div_rn(amax, RANGE), 2.0**-126)
-    if POW2:
-        scale = next_power_of_two(scale)
-    scale = tl.where(amax == 0.0, 1.0, scale)
+    """T = amax / (C v); 1 for an all-zero tensor; NaN for NaN and Inf, which then reaches the GEMM's output.
+
+    RANGE = C v; 0 for a format without a scale of the tensor, which has 1 there."""
+    if RANGE == 0.0:
+        scale = 1.0
+    else:
+        scale = tl.maximum(tl.div_rn(amax, RANGE), 2.0**-126)
+        if POW2:
+            scale = next_power_of_two(scale)
+        scale = tl.where(amax == 0.0, 1.0, scale)
     return tl.where(amax < float("inf"), scale, float("nan"))
+
+
+@triton.jit
+def _outer_scale(T, FORM: tl.constexpr):
+    """Of the operand: what was multiplied before quantizing is undone on the product."""
+    return T if prescale_of(FORM) == 1.0 else T * (1.0 / prescale_of(FORM))
 
 
 @triton.jit
@@ -218,10 +117,12 @@ def _group_numbers(line0, group0, out_groups, TILE: tl.constexpr, ROW: tl.conste
 
 
 @triton.jit
-def _tile_groups(x, rotation, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
+def _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                 PAIRS: tl.constexpr, TILE: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
-    """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (y, codes, block scales).
+                 PAIRS: tl.constexpr, TILE: tl.constexpr, FORM: tl.constexpr, TAGGED: tl.constexpr,
+                 INTERPRET: tl.constexpr):  # fmt: skip
+    """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (levels, block scales, what
+    packed codes are made from, members): y, or with a FORM the codes.
 
     An input of -0 comes out as +0, without a rotation too: a dot product adds to +0."""
     y = _natural_order(tl.dot(x, rotation), TILE)
@@ -229,10 +130,15 @@ def _tile_groups(x, rotation, T, factor, key, line0, group0, lines, out_groups, 
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     if PAIRS:
         group = _group_numbers(line0, group0, out_groups, TILE, 4)
-    calls = lines * out_groups * 4
-    codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
-                                   SCALED, INTERPRET)  # fmt: skip
-    return y, codes, scale
+    if FORM is not None:
+        levels, codes, scale, member = quantize_form(y, T, factor, call, group, key, table_ptr, FORM, ROUNDING,
+                                                     EDEN_GROUPS, TAGGED, INTERPRET)  # fmt: skip
+        return levels, scale, codes, member
+    else:
+        calls = lines * out_groups * 4
+        codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
+                                       SCALED, INTERPRET)  # fmt: skip
+        return codes, scale, y, None
 
 
 @triton.jit
@@ -252,23 +158,27 @@ def _store_values(values_ptr, codes, scale, row0, col0, R, C, AXIS: tl.constexpr
 
 
 @triton.jit
-def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs_ptr, amax_ptr, rng_ptr, layer_ptr,
-                    values_ptr, codes_ptr, scales_ptr, scale_ptr, R, C, src_words, src_groups, out_words, out_groups,
-                    dim,
+def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs_ptr, table_ptr, amax_ptr, rng_ptr,
+                    layer_ptr, values_ptr, codes_ptr, scales_ptr, members_ptr, scale_ptr, R, C, src_words, src_groups,
+                    out_words, out_groups, dim,
                     AXIS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, HAS_SIGNS: tl.constexpr,
                     TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                     SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                     PAIRS: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
-                    EVEN: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                    EVEN: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr,
+                    INTERPRET: tl.constexpr):  # fmt: skip
     """Quantize [R, C] in blocks of 16 along AXIS. A program takes every num_programs-th tile of TILE x 128.
 
     values_ptr: BF16 [R, C]; codes_ptr (words of 8 codes), scales_ptr: the operand stored as [rows, contraction], with
     out_words = contraction / 8 and out_groups = contraction / 16; scale_ptr: FP32 []. PAIRS: out_groups is even.
+    FORM: None for E2M1 under E4M3 scales by one or two fits; else TARGET and SELECT_46 mean nothing, and members_ptr is
+    for families of three or four; table_ptr: `lookup`.
     """
     program = tl.program_id(0)
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
     if program == 0:
-        outer = T * tl.load(src_global_ptr) if PACKED else T
+        made = _outer_scale(T, FORM)
+        outer = made * tl.load(src_global_ptr) if PACKED else made
         tl.store(scale_ptr, outer)
     factor = tl.where(T < TINY_SCALE, TINY_FACTOR, 1.0)
     key = (0, 0, 0, 0, 0)
@@ -289,12 +199,16 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
             x = tl.trans(x)
         line0 = col0 if AXIS == 0 else row0
         group0 = (row0 if AXIS == 0 else col0) // 16
-        y, code, scale = _tile_groups(x, rotation, T, factor, key, line0, group0, C if AXIS == 0 else R, out_groups,
-                                      TARGET, SELECT_46, ROUNDING, EDEN_GROUPS, SCALED, PAIRS, TILE,
-                                      INTERPRET)  # fmt: skip
+        code, scale, y, member = _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0,
+                                              C if AXIS == 0 else R, out_groups, TARGET, SELECT_46, ROUNDING,
+                                              EDEN_GROUPS, SCALED, PAIRS, TILE, FORM, STORE_PACKED,
+                                              INTERPRET)  # fmt: skip
         if STORE_VALUES:
             _store_values(values_ptr, code, scale, row0, col0, R, C, AXIS, TILE, EVEN)
-        if STORE_PACKED:
+        if STORE_PACKED and FORM is not None:
+            store_form(codes_ptr, scales_ptr, members_ptr, y, scale, member, line0, group0, C if AXIS == 0 else R,
+                       out_words, out_groups, FORM, TILE)  # fmt: skip
+        elif STORE_PACKED:
             lines = (line0 + tl.arange(0, TILE)).to(tl.int64)
             words = group0 * 2 + tl.arange(0, 16)
             groups = group0 + tl.arange(0, 8)
@@ -312,10 +226,10 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
 
 
 @triton.jit
-def rows_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, count,
+def rows_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, count,
                 TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, SELECT_46: tl.constexpr,
                 ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
-                BLOCK: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                BLOCK: tl.constexpr, FORM: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """BF16 source, axis 1, no rotation: groups are 32 contiguous bytes and `count` of them follow each other.
 
     No tensor core and no shared memory. Each half of a group is its own load, so that a thread holds whole groups.
@@ -335,18 +249,28 @@ def rows_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, sc
     x = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BLOCK, 16])
     y = x.to(tl.float32) * factor
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    calls = count * 4
-    code, scale = quantize_groups(
-        y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
-    )
+    if FORM is not None:
+        code, words, scale, member = quantize_form(
+            y, T, factor, call, group, key, table_ptr, FORM, ROUNDING, 1, STORE_PACKED, INTERPRET
+        )
+    else:
+        calls = count * 4
+        code, scale = quantize_groups(
+            y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+        )
     if STORE_VALUES:
         values = (code * scale[:, None]).to(tl.bfloat16)
         at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
         tl.store(values_ptr + at, values, mask=inside)
     if STORE_PACKED:
         at = group.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        tl.store(codes_ptr + at, tl.reshape(encode_words(code, y), [BLOCK, 2]), mask=inside)
-        tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
+        if FORM is not None:
+            words = tl.sum(tl.reshape(words, [BLOCK * 2, 8]) << (tl.arange(0, 8) * 4)[None, :], 1)
+            tl.store(codes_ptr + at, tl.reshape(words, [BLOCK, 2]), mask=inside)
+            tl.store(scales_ptr + group, scale_byte(scale, member, FORM), mask=group < count)
+        else:
+            tl.store(codes_ptr + at, tl.reshape(encode_words(code, y), [BLOCK, 2]), mask=inside)
+            tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
 
 
 @triton.jit

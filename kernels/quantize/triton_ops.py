@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 from kernels.philox import ROUNDING_STREAM
+from kernels.quantize.triton_forms import Form, lookup
 from kernels.quantize.triton_kernels import (
     ROTATION_TILE,
     amax_kernel,
@@ -57,6 +58,10 @@ CONFIGS: dict[tuple[str, int], Launch] = {
     ("sr_packed", 1): Launch(64, 8, 3, 4, 128),
     ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
     ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
+    # Forms (triton_forms.py); not tuned.
+    ("form_rows", 1): Launch(128, 4),
+    ("form", 0): Launch(64, 8, 2, 2, 128),
+    ("form", 1): Launch(64, 8, 2, 2, 128),
     ("amax", 0): Launch(64, 4, 3, 2),
     ("amax", 1): Launch(64, 4, 3, 2),
     ("amax", 2): Launch(128, 8, 4, 1),
@@ -67,10 +72,39 @@ CONFIGS: dict[tuple[str, int], Launch] = {
 
 def config_key(is_packed: bool, axis: int, spec: QuantSpec, rotated: bool) -> tuple[str, int]:
     """The entry of CONFIGS that a quantizer runs with; "_rows" names those that rows_kernel serves."""
+    form = form_of(spec)
+    if form is not None and (is_packed or not in_rows(form)):
+        return "form", axis
     if is_packed:
         return f"{spec.rounding}_packed", axis
     name = "four_over_six" if spec.select == "four_over_six" else spec.rounding
+    name = name if form is None else "form"
     return (f"{name}_rows", 1) if axis == 1 and not rotated else (name, axis)
+
+
+@lru_cache
+def form_of(spec: QuantSpec) -> Form | None:
+    """What the kernels know of its format; None for E2M1 under E4M3 scales by one or two fits, their own path."""
+    return None if spec.tensor_core and spec.select != "search" else Form.of(spec)
+
+
+@lru_cache
+def lookup_of(spec: QuantSpec, device: torch.device) -> Tensor | None:
+    """What the kernels look up levels in, if they do."""
+    form = form_of(spec)
+    return lookup(spec.family.members).to(device) if form is not None and form.looked_up else None
+
+
+@lru_cache
+def levels_of(spec: QuantSpec, device: torch.device) -> Tensor:
+    """FP32 [members * 16]: what each member's codes mean."""
+    codes = torch.arange(16, dtype=torch.uint8)
+    return torch.cat([grid.decode(codes) for grid in spec.family.members]).to(device)
+
+
+def in_rows(form: Form) -> bool:
+    """Whether rows_kernel, which sees groups of 16 one by one, can store it."""
+    return form.group == NVFP4_BLOCK and len(form.members) <= 2
 
 
 @lru_cache
@@ -125,20 +159,21 @@ def launch_quantize(
     slot: int,
     store_values: bool,
     store_packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(values, scale, codes, block scale bytes); a tensor that isn't wanted is empty. spec: a QuantSpec's key."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(values, scale, codes, block scale bytes, members); a tensor that isn't wanted is empty. spec: a QuantSpec's
+    key."""
     spec = from_key(spec)
     is_packed = src_scales is not None
     src = src.contiguous()
-    outputs = allocate(src, is_packed, axis, store_values, store_packed)
-    values, scale, codes, block_scales = outputs
+    outputs = allocate(src, is_packed, axis, spec, store_values, store_packed)
+    values, scale, codes, block_scales, members = outputs
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
     key = config_key(is_packed, axis, spec, signs is not None)
     config = CONFIGS[key]
     if key[0].endswith("_rows"):
         count = rows * columns // NVFP4_BLOCK
         rows_kernel[(triton.cdiv(count, config.tile),)](
-            src, amax, rng, layer, values, _words(codes), block_scales, scale, count,
+            src, lookup_of(spec, src.device), amax, rng, layer, values, _words(codes), block_scales, scale, count,
             **constants(spec, slot), STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile,
             INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=fuses(spec),
         )  # fmt: skip
@@ -147,9 +182,10 @@ def launch_quantize(
     tiles = triton.cdiv(lines, config.tile) * triton.cdiv(contraction, ROTATION_TILE.value)
     dim = _dim(signs)
     matrix, diagonal = rotation_and_signs(signs, src.device)
+    table = lookup_of(spec, src.device)
     quantize_kernel[grid_size(tiles, src.device, config.programs)](
-        _words(src) if is_packed else src, src_scales, src_global, matrix, diagonal, amax, rng,
-        layer, values, _words(codes), block_scales, scale, rows, columns,
+        _words(src) if is_packed else src, src_scales, src_global, matrix, diagonal, table, amax, rng,
+        layer, values, _words(codes), block_scales, members if members.numel() else None, scale, rows, columns,
         columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
         AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=diagonal is not None,
         **constants(spec, slot), EDEN_GROUPS=eden_groups(spec, signs), SCALED=spec.eden_space == "scaled",
@@ -165,17 +201,18 @@ def constants(spec: QuantSpec, slot: int) -> dict[str, float | bool | str | int]
     """Compile-time constants of every kernel that quantizes to NVFP4."""
     return {
         "TARGET": spec.target_max,
-        "RANGE": spec.scale_cap * spec.target_max,
+        "RANGE": spec.scale_cap * spec.target_max if spec.scaling.has_tensor_scale else 0.0,
         "POW2": spec.tensor_scale == "pow2",
         "SELECT_46": spec.select == "four_over_six",
         "ROUNDING": spec.rounding,
         "STREAM": ROUNDING_STREAM + slot,
+        "FORM": form_of(spec),
     }
 
 
 def fuses(spec: QuantSpec) -> bool:
-    """Whether the compiler may fuse products into sums: not into the errors by which 4/6 chooses."""
-    return spec.select != "four_over_six"
+    """Whether the compiler may fuse products into sums: not into the errors by which candidates compete."""
+    return len(spec.candidates) == 1
 
 
 def eden_groups(spec: QuantSpec, signs: Tensor | None) -> int:
@@ -188,16 +225,18 @@ def _words(codes: Tensor) -> Tensor:
     return codes.view(torch.int32)
 
 
-def allocate(src: Tensor, is_packed: bool, axis: int, store_values: bool, store_packed: bool, block_rows: int = 1):
-    """The four outputs of a quantizer to NVFP4 with blocks of block_rows x 16."""
+def allocate(src: Tensor, is_packed: bool, axis: int, spec: QuantSpec, store_values: bool, store_packed: bool):
+    """The five outputs of a quantizer to blocks; packed ones in the layout of NVFP4Tensor."""
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
     stored_rows, contraction = (rows, columns) if axis == 1 else (columns, rows)
-    scales = (stored_rows // block_rows, contraction // NVFP4_BLOCK)
+    lines = stored_rows // spec.rows
+    members = (lines, triton.cdiv(contraction, 64)) if store_packed and len(spec.family.members) > 2 else (0,)
     return (
         src.new_empty((rows, columns) if store_values else (0,), dtype=torch.bfloat16),
         src.new_empty((), dtype=torch.float32),
         src.new_empty((stored_rows, contraction // 2) if store_packed else (0,), dtype=torch.uint8),
-        src.new_empty(scales if store_packed else (0,), dtype=torch.uint8),
+        src.new_empty((lines, *spec.scaling.stored(contraction)) if store_packed else (0,), dtype=torch.uint8),
+        src.new_empty(members, dtype=torch.uint8),
     )
 
 
@@ -267,7 +306,7 @@ _quantize_op = torch.library.custom_op("nibble::quantize", launch_quantize, muta
 
 @_quantize_op.register_fake
 def _(src, src_scales, src_global, amax, signs, rng, layer, axis, spec, slot, store_values, store_packed):
-    return allocate(src, src_scales is not None, axis, store_values, store_packed)
+    return allocate(src, src_scales is not None, axis, from_key(spec), store_values, store_packed)
 
 
 def _both_amaxes(x: Tensor, signs1: Tensor | None, signs0: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -295,7 +334,7 @@ def _quantize_both_op(
     slots: list[int],
     store_values: list[bool],
     store_packed: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if amax1 is None:
         amax1, amax0 = _both_amaxes(x, signs1, signs0)
     results = ()
@@ -309,6 +348,6 @@ def _quantize_both_op(
 @_quantize_both_op.register_fake
 def _(x, amax1, amax0, signs1, signs0, rng, layer, spec1, spec0, slots, store_values, store_packed):
     return (
-        *allocate(x, False, 1, store_values[0], store_packed[0]),
-        *allocate(x, False, 0, store_values[1], store_packed[1]),
+        *allocate(x, False, 1, from_key(spec1), store_values[0], store_packed[0]),
+        *allocate(x, False, 0, from_key(spec0), store_values[1], store_packed[1]),
     )

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.quantize.triton_kernels import TINY_FACTOR, TINY_SCALE, quantize_groups, tensor_scale
+from kernels.quantize.triton_blocks import quantize_groups
+from kernels.quantize.triton_kernels import TINY_FACTOR, TINY_SCALE, tensor_scale
 from kernels.quantize.triton_ops import INTERPRET, allocate, constants
 from kernels.spec import from_key
 from kernels.triton_common import divide, e4m3_byte, encode_words, round_e2m1
@@ -22,9 +23,10 @@ DEPTH = 64
 def shaped_kernel(src_ptr, amax_ptr, feedback_ptr, errors_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, ROWS, K,
                   TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr, SELECT_46: tl.constexpr,
                   ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr,
-                  STORE_PACKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr,
+                  STORE_PACKED: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, FORM: tl.constexpr,
                   INTERPRET: tl.constexpr):  # fmt: skip
-    """TILE rows of src [ROWS, K]; F and errors bf16. ROUNDING is "rtn"; it and STREAM are there for `constants`."""
+    """TILE rows of src [ROWS, K]; F and errors bf16. ROUNDING is "rtn"; it, STREAM and FORM, which is None, are there
+    for `constants`."""
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
     if tl.program_id(0) == 0:
         tl.store(scale_ptr, T)
@@ -71,15 +73,16 @@ def shaped_kernel(src_ptr, amax_ptr, feedback_ptr, errors_ptr, values_ptr, codes
 @torch.library.custom_op("nibble::quantize_shaped", mutates_args=())
 def _quantize_shaped_op(
     x: Tensor, amax: Tensor, feedback: Tensor, spec: str, store_values: bool, store_packed: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     x, (rows, columns) = x.contiguous(), x.shape
-    outputs = allocate(x, False, 1, store_values, store_packed)
-    values, scale, codes, block_scales = outputs
+    spec = from_key(spec)
+    outputs = allocate(x, False, 1, spec, store_values, store_packed)
+    values, scale, codes, block_scales, _ = outputs
     tile, warps = (64, 4) if rows >= MANY_ROWS else (16, 1)
     errors = x.new_empty((rows, columns), dtype=torch.bfloat16)
     shaped_kernel[(triton.cdiv(rows, tile),)](
         x, amax, feedback, errors, values, codes.view(torch.int32), block_scales, scale, rows, columns,
-        **constants(from_key(spec), 0), STORE_VALUES=store_values, STORE_PACKED=store_packed, TILE=tile, DEPTH=DEPTH,
+        **constants(spec, 0), STORE_VALUES=store_values, STORE_PACKED=store_packed, TILE=tile, DEPTH=DEPTH,
         INTERPRET=INTERPRET, num_warps=warps, enable_fp_fusion=False,
     )  # fmt: skip
     return outputs
@@ -87,4 +90,4 @@ def _quantize_shaped_op(
 
 @_quantize_shaped_op.register_fake
 def _(x, amax, feedback, spec, store_values, store_packed):
-    return allocate(x, False, 1, store_values, store_packed)
+    return allocate(x, False, 1, from_key(spec), store_values, store_packed)

@@ -12,17 +12,20 @@ from torch import Tensor
 
 from kernels.formats.minifloat import FP8_DTYPES
 from kernels.quantize import Quantized, reference_impl
-from kernels.quantize.triton_kernels import load_tile, quantize_groups, tensor_scale
-from kernels.quantize.triton_ops import INTERPRET, allocate, constants, fuses
+from kernels.quantize.triton_blocks import quantize_form, quantize_groups
+from kernels.quantize.triton_forms import load_scales, of, scale_byte
+from kernels.quantize.triton_kernels import load_tile, tensor_scale
+from kernels.quantize.triton_ops import INTERPRET, allocate, constants, form_of, fuses, levels_of, lookup_of
 from kernels.spec import NVFP4_BLOCK, QuantSpec, from_key
 from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
 
 
 @triton.jit
-def square_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, ROWS, COLUMNS,
-                  row_stride, column_stride, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
+def square_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, scales_ptr, scale_ptr, ROWS,
+                  COLUMNS, row_stride, column_stride, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                   SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr,
-                  STORE_PACKED: tl.constexpr, TILES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+                  STORE_PACKED: tl.constexpr, TILES: tl.constexpr, FORM: tl.constexpr,
+                  INTERPRET: tl.constexpr):  # fmt: skip
     """TILES neighbouring 16x16 tiles of the stored operand [ROWS, COLUMNS] a program."""
     T = tensor_scale(tl.load(amax_ptr), RANGE, POW2)
     if tl.program_id(0) == 0:
@@ -44,18 +47,30 @@ def square_kernel(src_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, codes_ptr, 
     call_row = (tile // columns_of_tiles * 16)[:, None] + (quad // 4)[None, :]
     call = call_row * (COLUMNS // 4) + (tile % columns_of_tiles * 4)[:, None] + (quad % 4)[None, :]
     calls = ROWS * (COLUMNS // 4)
-    codes, scale = quantize_groups(
-        y, T, factor, call, calls, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
-    )
+    if FORM is not None:
+        codes, nibbles, scale, member = quantize_form(
+            y, T, factor, call, tile, key, table_ptr, FORM, ROUNDING, 1, STORE_PACKED, INTERPRET
+        )
+    else:
+        codes, scale = quantize_groups(
+            y, T, factor, call, calls, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+        )
     if STORE_VALUES:
         tl.store(values_ptr + offsets, (codes * scale[:, None]).to(tl.bfloat16), mask=inside[:, None])
     if STORE_PACKED:
-        pairs = encode_bytes(codes, y)
+        if FORM is not None:
+            low, high = tl.split(tl.reshape(nibbles, [TILES, 128, 2]))
+            pairs = low | (high << 4)
+        else:
+            pairs = encode_bytes(codes, y)
         half = tl.arange(0, 128)
         byte_row = (tile // columns_of_tiles * 16)[:, None] + (half // 8)[None, :]
         byte = byte_row * (COLUMNS // 2) + (tile % columns_of_tiles * 8)[:, None] + (half % 8)[None, :]
         tl.store(codes_ptr + byte, pairs.to(tl.uint8), mask=inside[:, None])
-        tl.store(scales_ptr + tile, e4m3_byte(scale), mask=inside)
+        if FORM is not None:
+            tl.store(scales_ptr + tile, scale_byte(scale, member, FORM), mask=inside)
+        else:
+            tl.store(scales_ptr + tile, e4m3_byte(scale), mask=inside)
 
 
 @triton.jit
@@ -131,6 +146,31 @@ def unpack_kernel(codes_ptr, scales_ptr, values_ptr, R, C, words, groups, SQUARE
         tl.store(values_ptr + tl.trans(column * R + row), tl.trans(values), mask=tl.trans(mask))
 
 
+@triton.jit
+def unpack_form_kernel(codes_ptr, scales_ptr, members_ptr, levels_ptr, values_ptr, R, C, SQUARE: tl.constexpr,
+                       AXIS: tl.constexpr, TILE_R: tl.constexpr, TILE_C: tl.constexpr, FORM: tl.constexpr):  # fmt: skip
+    """`unpack_kernel` of any Form; codes_ptr: bytes of two. levels_ptr: FP32, 16 for each member."""
+    GROUP: tl.constexpr = of(FORM, "group")
+    WIDE: tl.constexpr = [TILE_R, TILE_C // GROUP, GROUP]
+    row = (tl.program_id(0) * TILE_R + tl.arange(0, TILE_R)).to(tl.int64)[:, None]
+    column = (tl.program_id(1) * TILE_C + tl.arange(0, TILE_C))[None, :]
+    group = tl.program_id(1) * (TILE_C // GROUP) + tl.arange(0, TILE_C // GROUP)[None, :]
+    mask = (row < R) & (column < C)
+    byte = tl.load(codes_ptr + row * (C // 2) + column // 2, mask=mask, other=0).to(tl.int32)
+    block_row = row // 16 if SQUARE else row
+    inside = (row < R) & (group * GROUP < C)
+    scale, member = load_scales(scales_ptr, members_ptr, block_row, group, C, inside, FORM)
+    at = (byte >> (column % 2 * 4)) & 15
+    at += tl.reshape(tl.broadcast_to(member[:, :, None], WIDE), [TILE_R, TILE_C]) * 16
+    scale = tl.reshape(tl.broadcast_to(scale[:, :, None], WIDE), [TILE_R, TILE_C])
+    values = (tl.load(levels_ptr + at) * scale).to(tl.bfloat16)
+    if AXIS == 1:
+        tl.store(values_ptr + row * C + column, values, mask=mask)
+    else:
+        at = values_ptr + column.to(tl.int64) * R + row
+        tl.store(tl.trans(at), tl.trans(values), mask=tl.trans(mask))
+
+
 def quantize_fp8(x: Tensor, spec: QuantSpec, axis: int, amax: Tensor) -> Quantized:
     """FP8 of an unrotated x: values are float8 (e4m3fn or e5m2) with x's shape."""
     return _fp8_operand(*torch.ops.nibble.quantize_fp8(x, amax, axis, *_fp8_settings(spec)), spec, axis)
@@ -171,24 +211,24 @@ def _quantize_square_op(
     slot: int,
     store_values: bool,
     store_packed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     spec, x = from_key(spec), x.contiguous()
-    outputs = allocate(x, False, axis, store_values, store_packed, NVFP4_BLOCK)
-    values, scale, codes, block_scales = outputs
+    outputs = allocate(x, False, axis, spec, store_values, store_packed)
+    values, scale, codes, block_scales, _ = outputs
     rows, columns, row_stride, column_stride = _stored_shape(x, axis)
     tiles_a_program = 8
     grid = (triton.cdiv(rows * columns // NVFP4_BLOCK**2, tiles_a_program),)
     square_kernel[grid](
-        x, amax, rng, layer, values, codes, block_scales, scale, rows, columns, row_stride, column_stride,
-        **constants(spec, slot), STORE_VALUES=store_values, STORE_PACKED=store_packed, TILES=tiles_a_program,
-        INTERPRET=INTERPRET, num_warps=4, enable_fp_fusion=fuses(spec),
+        x, lookup_of(spec, x.device), amax, rng, layer, values, codes, block_scales, scale, rows, columns,
+        row_stride, column_stride, **constants(spec, slot), STORE_VALUES=store_values, STORE_PACKED=store_packed,
+        TILES=tiles_a_program, INTERPRET=INTERPRET, num_warps=4, enable_fp_fusion=fuses(spec),
     )  # fmt: skip
     return outputs
 
 
 @_quantize_square_op.register_fake
 def _(x, amax, rng, layer, axis, spec, slot, store_values, store_packed):
-    return allocate(x, False, axis, store_values, store_packed, NVFP4_BLOCK)
+    return allocate(x, False, axis, from_key(spec), store_values, store_packed)
 
 
 @torch.library.custom_op("nibble::quantize_fp8", mutates_args=())
@@ -274,4 +314,21 @@ def _allocate_values(codes: Tensor, axis: int) -> Tensor:
 
 @_unpack_op.register_fake
 def _(codes, scales, axis):
+    return _allocate_values(codes, axis)
+
+
+@torch.library.custom_op("nibble::unpack_form", mutates_args=())
+def _unpack_form_op(codes: Tensor, scales: Tensor, members: Tensor | None, axis: int, spec: str) -> Tensor:
+    values, spec = _allocate_values(codes, axis), from_key(spec)
+    rows, columns = codes.shape[0], codes.shape[1] * 2
+    tile_r, tile_c = (16, 256) if axis == 1 else (64, 64)
+    unpack_form_kernel[(triton.cdiv(rows, tile_r), triton.cdiv(columns, tile_c))](
+        codes, scales.view(torch.uint8), members, levels_of(spec, codes.device), values, rows, columns,
+        SQUARE=spec.is_square, AXIS=axis, TILE_R=tile_r, TILE_C=tile_c, FORM=form_of(spec), num_warps=4,
+    )  # fmt: skip
+    return values
+
+
+@_unpack_form_op.register_fake
+def _(codes, scales, members, axis, spec):
     return _allocate_values(codes, axis)

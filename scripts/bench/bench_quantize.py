@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from base.files import write_json
-from kernels.spec import NVFP4_SCALES, QuantSpec
+from kernels.spec import HIF4_SCALES, MXFP4_SCALES, NVFP4_SCALES, QuantSpec
 
 try:
     from triton.testing import do_bench
@@ -53,6 +53,9 @@ class Case:
     dim: int = 1
     packed_in: bool = False
     packed_out: bool = False
+    grid: str = "e2m1"
+    select: str = "absmax"
+    scales: tuple = NVFP4_SCALES
 
     @property
     def bytes(self) -> float:
@@ -62,8 +65,9 @@ class Case:
 
     @property
     def spec(self) -> QuantSpec:
-        select = "four_over_six" if self.four_over_six else "absmax"
-        return QuantSpec.resolve("e2m1", NVFP4_SCALES, select, self.rounding)
+        select = "four_over_six" if self.four_over_six else self.select
+        rule = {"scale_rule": "ceil"} if self.scales == MXFP4_SCALES else {}
+        return QuantSpec.resolve(self.grid, self.scales, select, self.rounding, **rule)
 
     @property
     def config_key(self) -> tuple[str, int] | None:
@@ -73,6 +77,9 @@ class Case:
         return ("amax_packed" if self.packed_in else "amax", self.axis) if self.op == "amax" else None
 
 
+FORWARD_FORMS = [("int4", "absmax"), ("if4", "absmax"), ("po2_mix", "absmax"), ("po4_mix", "absmax"),
+                 ("sfp4", "four_over_six"), ("e2m1", "search")]  # fmt: skip
+BACKWARD_FORMS = [form for form in FORWARD_FORMS if form[1] != "search"]
 CASES = [
     Case("x fprop: rtn 4/6, values + packed", "quantize", four_over_six=True, packed_out=True),
     Case("x fprop: rtn, values + packed", "quantize", packed_out=True),
@@ -83,6 +90,25 @@ CASES = [
     Case("dy dgrad: sr rot 128", "quantize", rounding="sr", dim=128),
     Case("dy wgrad: sr rot 128", "quantize", axis=0, rounding="sr", dim=128),
     Case("x wgrad: sr rot 128 from packed", "quantize", axis=0, rounding="sr", dim=128, packed_in=True),
+    *(
+        Case(f"x fprop: {grid} {select}, values + packed", "quantize", packed_out=True, grid=grid, select=select)
+        for grid, select in FORWARD_FORMS
+    ),
+    *(
+        Case(
+            f"dy {gemm}: {grid} {select} ms_eden rot 128",
+            "quantize",
+            axis,
+            "ms_eden",
+            dim=128,
+            grid=grid,
+            select=select,
+        )
+        for grid, select in BACKWARD_FORMS
+        for gemm, axis in (("dgrad", 1), ("wgrad", 0))
+    ),
+    *(Case(f"dy mxfp4 ceil sr rot 64 axis {a}", "quantize", a, "sr", dim=64, scales=MXFP4_SCALES) for a in (1, 0)),
+    *(Case(f"dy hif4 rot 64 axis {a}", "quantize", a, dim=64, grid="hif4", scales=HIF4_SCALES) for a in (1, 0)),
     Case("amax rotated axis 1", "amax", axis=1, dim=128),
     Case("amax rotated axis 0", "amax", axis=0, dim=128),
     Case("amax rotated both axes", "amax", axis=2, dim=128),
@@ -112,7 +138,7 @@ def operands(rows: int, columns: int) -> dict[str, Tensor]:
 def call(case: Case, o: dict[str, Tensor]):
     """Launch the case once."""
     source = (o["codes"], o["scales"]) if case.packed_in else (o["x"], None)
-    signs = o["signs"] if case.dim > 1 else None
+    signs = o["signs"][: case.dim] if case.dim > 1 else None
     if case.op == "quantize":
         return triton_ops.launch_quantize(
             *source, o["outer"], o["amax"], signs, o["rng"], o["layer"], case.axis, case.spec.key, 4, True,

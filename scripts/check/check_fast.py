@@ -29,11 +29,20 @@ import torch
 from torch import Tensor
 
 from base.files import write_json
-from kernels.formats import nibbles
 from kernels.philox import Draw
 from kernels.quantize import Quantized, reference_impl
 from kernels.rotation import merged
-from kernels.spec import FP8_SCALES, NO_CLIP_MAX, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+from kernels.spec import (
+    FP8_SCALES,
+    HIF4_SCALES,
+    MXFP4_SCALES,
+    NO_CLIP_MAX,
+    NVFP4_SCALES,
+    NVFP4_SQUARE_SCALES,
+    TENSOR_FP32,
+    UE5M3_SCALES,
+    QuantSpec,
+)
 
 try:
     from kernels.quantize import triton_impl
@@ -64,6 +73,49 @@ UNROTATED_ONLY = {
     "e5m2": QuantSpec.resolve("e5m2", FP8_SCALES[0]),
     "e4m3_rows": QuantSpec.resolve("e4m3", FP8_SCALES[1]),
 }
+NVFP4_FORMS = {
+    "int4": ("int4", "absmax", "rtn"),
+    "int4_sr": ("int4", "absmax", "sr"),
+    "int4_eden": ("int4", "absmax", "ms_eden"),
+    "if4": ("if4", "absmax", "rtn"),
+    "if4_sr": ("if4", "absmax", "sr"),
+    "if4_eden": ("if4", "absmax", "ms_eden"),
+    "if4_46": ("if4", "four_over_six", "rtn"),
+    "sfp4_46": ("sfp4", "four_over_six", "rtn"),
+    "sfp4_sr": ("sfp4", "absmax", "sr"),
+    "sfp4_46_eden": ("sfp4", "four_over_six", "ms_eden"),
+    "po2_mix": ("po2_mix", "absmax", "rtn"),
+    "po2_sr": ("po2_gauss", "absmax", "sr"),
+    "po2_eden": ("po2_gauss", "absmax", "ms_eden"),
+    "po4_mix": ("po4_mix", "absmax", "rtn"),
+    "po4_eden": ("po4_gauss", "absmax", "ms_eden"),
+    "search": ("e2m1", "search", "rtn"),
+}
+MXFP4 = {
+    "mxfp4_floor": {},
+    "mxfp4_even": {"scale_rule": "even"},
+    "mxfp4_ceil": {"scale_rule": "ceil"},
+    "mxfp4_sr": {"scale_rule": "ceil", "rounding": "sr"},
+    "mxfp4_prescale_sr": {"prescale": 0.75, "rounding": "sr"},
+    "mxfp4_macro": {"scale_rule": "ceil", "macro_bits": 5},
+    "mxfp4_macro_sr": {"scale_rule": "ceil", "macro_bits": 5, "rounding": "sr"},
+}
+# Other forms (docs/formats.md): all but hif4 and MXFP4 also from packed codes of their own.
+FORMS = {
+    **{name: QuantSpec.resolve(grid, NVFP4_SCALES, *how) for name, (grid, *how) in NVFP4_FORMS.items()},
+    **{name: QuantSpec.resolve("e2m1", MXFP4_SCALES, **fields) for name, fields in MXFP4.items()},
+    "hif4": QuantSpec.resolve("hif4", HIF4_SCALES),
+    "ue5m3": QuantSpec.resolve("e2m1", UE5M3_SCALES),
+    "ue5m3_tensor_46": QuantSpec.resolve("e2m1", (TENSOR_FP32, *UE5M3_SCALES), select="four_over_six"),
+    "ue5m3_sr": QuantSpec.resolve("e2m1", (TENSOR_FP32, *UE5M3_SCALES), rounding="sr"),
+}
+SQUARE_FORMS = {
+    "square_if4": QuantSpec.resolve("if4", NVFP4_SQUARE_SCALES),
+    "square_po2_sr": QuantSpec.resolve("po2_mix", NVFP4_SQUARE_SCALES, rounding="sr"),
+    "square_search": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, select="search"),
+}
+UNROTATED_ONLY |= SQUARE_FORMS
+EVERY = {**SPECS, **UNROTATED_ONLY, **FORMS}
 # Allowed share of differing codes or scales where a sum decides (docs/numerics.md#7-what-is-equal-what-is-bounded).
 SUM_TOLERANCE = 1e-5
 
@@ -134,6 +186,20 @@ def cases() -> Iterator[Case]:
                             yield Case(spec, axis, rotation, source, family, shape)
 
 
+def form_cases() -> Iterator[Case]:
+    """Of the other forms; each quantizer of several candidates takes seconds to compile."""
+    for shape in [(4096, 1024), (1040, 2816), (256, 192)]:
+        families = list(inputs(16, 16, "cpu")) if shape[0] < 2000 else ["randn", "ties", "subnormal_scales"]
+        for axis, (name, spec), family in itertools.product((0, 1), FORMS.items(), families):
+            for rotation in (1, 64) if spec.multiple > 16 else (1, 128):
+                if shape[axis] % max(rotation, spec.multiple):
+                    continue
+                yield Case(name, axis, rotation, "bf16", family, shape)
+                if family == "randn" and shape[1] % spec.multiple == 0:
+                    yield Case(name, axis, rotation, "packed", family, shape)
+                    yield Case(name, axis, rotation, "own", family, shape)
+
+
 def small_cases() -> Iterator[Case]:
     """For the interpreter, which takes about half a second each. Not `tiny`: it reads subnormal BF16 wrongly."""
     shape = (32, 160)
@@ -148,11 +214,37 @@ def small_cases() -> Iterator[Case]:
         for spec in (*UNROTATED_ONLY, *SPECS):
             yield Case(spec, 1, 32 if spec in OVER_ROTATION else 1, "bf16", family, shape)
     yield Case("ms_eden", 1, 1, "bf16", "vanishing", shape)
+    yield from small_form_cases()
+
+
+def small_form_cases() -> Iterator[Case]:
+    """One for each way through the kernels of the other forms; test_forms_interpreted runs them all."""
+    shape = (32, 192)
+    for name in ("po4_mix", "sfp4_46_eden", "int4_sr", "search", "mxfp4_prescale_sr"):
+        yield Case(name, 1, 1, "bf16", "subnormal_scales", shape)
+    for name in ("if4_eden", "ue5m3_sr"):
+        yield Case(name, 0, 16, "own", "randn", shape)
+    yield Case("hif4", 0, 64, "bf16", "randn", (64, 32))
+    yield Case("mxfp4_macro", 0, 1, "own", "randn", (128, 128))
+
+
+def every_small_case() -> Iterator[Case]:
+    """Of the other forms, for the interpreter: minutes."""
+    for name, spec in FORMS.items():
+        shape, rotation = ((128, 256), 64) if spec.multiple > 16 else ((32, 208), 16)
+        for axis, turned in itertools.product((0, 1), (1, rotation)):
+            for source in ("bf16", "packed", "own"):
+                yield Case(name, axis, turned, source, "randn", shape)
+        for family in inputs(16, 16, "cpu"):
+            if family not in ("tiny", "randn"):  # Triton's interpreter reads subnormal BF16 wrongly
+                yield Case(name, 1, 1, "bf16", family, shape)
+    for name in SQUARE_FORMS:
+        yield Case(name, 1, 1, "bf16", "subnormal_scales", (32, 160))
 
 
 def run(case: Case, x: Tensor) -> dict[str, float]:
     """Shares of differing values: {"amax", "scale", "codes", "block_scales", "values"}."""
-    spec = {**SPECS, **UNROTATED_ONLY}[case.spec]
+    spec = EVERY[case.spec]
     rng = torch.tensor([0x1234_5678_9ABC_DEF0, 7, 3], device=x.device)
     layer = torch.tensor(5, device=x.device)
     shares = {}
@@ -162,9 +254,10 @@ def run(case: Case, x: Tensor) -> dict[str, float]:
         fast = (triton_impl.rht_signs(rng, layer, 2, case.rotation, kind) for kind in (True, False))
         shares["signs"] = max(_share(got, expected) for got, expected in zip(fast, (fixed, signs), strict=True))
     want = ("values", "packed") if spec.is_blocked else ("values",)
-    if case.source == "packed":
+    if case.source != "bf16":
         first = reference_impl.amax(x, 1, None, False)
-        x = reference_impl.quantize(x, SPECS["rtn_46"], 1, first, None, None, ("packed",)).packed
+        made_by = SPECS["rtn_46"] if case.source == "packed" else spec
+        x = reference_impl.quantize(x, made_by, 1, first, None, Draw(rng, layer, 1), ("packed",)).packed
         amax = [m.amax_packed(x, case.axis, signs, spec.per_row) for m in (reference_impl, triton_impl)]
         calls = [m.requantize for m in (reference_impl, triton_impl)]
     else:
@@ -225,14 +318,12 @@ def _compare(got: Quantized, expected: Quantized) -> dict[str, float]:
     stored = got.values if got.values.shape == got.packed.shape else got.values.t()
     stored = stored if torch.equal(stored.float(), got.packed.values()) else got.values.t()
     shares["packed_values"] = _share(got.packed.values(), stored)
-    codes, scales = zip(*((_codes(q), q.packed.block_scales.view(torch.uint8)) for q in (got, expected)), strict=True)
-    return shares | {"codes": _share(*codes), "block_scales": _share(*scales)}
-
-
-def _codes(q: Quantized) -> Tensor:
-    """Unpacked codes with minus zero as zero: a tensor core gives +0 where the input was -0."""
-    codes = nibbles.unpack(q.packed.codes)
-    return torch.where(codes == 8, 0, codes)
+    pair = got.packed, expected.packed
+    shares["codes"] = _share(*(p.levels() for p in pair))  # minus zero is zero: a tensor core gives +0 for -0
+    shares["block_scales"] = _share(*(p.block_scales.view(torch.uint8) for p in pair))
+    if expected.packed.members is not None:
+        shares["members"] = _share(*(p.members for p in pair))
+    return shares
 
 
 def _share(got: Tensor, expected: Tensor) -> float:
@@ -262,6 +353,7 @@ def verdict(case: Case, shares: dict[str, float], elements: int) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="small shapes: for Triton's interpreter on a CPU")
+    parser.add_argument("--forms", action="store_true", help="only other forms than FP8 and E2M1 under E4M3 scales")
     parser.add_argument("--workers", type=int, default=1, help="processes, each with some of the kernels to compile")
     parser.add_argument("--json", type=Path, help="write every comparison here")
     parser.add_argument("--verbose", action="store_true", help="print every comparison, not only the summary")
@@ -270,9 +362,9 @@ def main() -> int:
         print(f"the Triton back end can't run here: {reason} (or set TRITON_INTERPRET=1)")
         return 2
     kernels: dict[tuple, list[Case]] = {}
-    for case in small_cases() if args.small else cases():
+    for case in chosen_cases(args.small, args.forms):
         kernels.setdefault((case.spec, case.axis, case.source, case.rotation > 1), []).append(case)
-    rows = single_rows()
+    rows = [] if args.forms else single_rows()
     if args.workers > 1:
         with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
             rows += itertools.chain(*pool.map(compare_all, kernels.values()))
@@ -285,6 +377,12 @@ def main() -> int:
     if args.json:
         write_json(args.json, rows)
     return 0 if all(row["ok"] for row in rows) else 1
+
+
+def chosen_cases(small: bool, forms: bool) -> Iterator[Case]:
+    if forms:
+        return every_small_case() if small else form_cases()
+    return small_cases() if small else itertools.chain(cases(), form_cases())
 
 
 def compare_all(some: Iterable[Case]) -> list[dict]:
@@ -305,19 +403,18 @@ def single_rows() -> list[dict]:
     x = inputs(32, 160, "cpu" if triton_impl.INTERPRET else "cuda")["randn"]
     pairs = [(spec, dims) for spec in ("rtn", "sr", "ms_eden") for dims in ((1, 1), (16, 16), (1, 16), (32, 1))]
     pairs += [(spec, (1, 1)) for spec in ("e4m3", "e5m2", "e4m3_rows", "square_rtn")]
-    every = {**SPECS, **UNROTATED_ONLY}
     rows = [
-        {"spec": f"both axes {spec}", "rotation": max(dims), "ok": both_axes_agree(x, every[spec], dims)}
+        {"spec": f"both axes {spec}", "rotation": max(dims), "ok": both_axes_agree(x, EVERY[spec], dims)}
         for spec, dims in pairs
     ]
     turned = itertools.product(("rtn_46", "sr", "ms_eden"), (1, 0), (16, 32))
     rows += [
-        {"spec": f"two rounds {spec}", "rotation": dim, "ok": two_rounds_agree(x, every[spec], axis, dim)}
+        {"spec": f"two rounds {spec}", "rotation": dim, "ok": two_rounds_agree(x, EVERY[spec], axis, dim)}
         for spec, axis, dim in turned
     ]
     unpacked = itertools.product(("rtn_46", "square_rtn"), (1, 0))
     return rows + [
-        {"spec": f"values of {spec}", "rotation": 1, "ok": dequantizing_agrees(x, every[spec], axis)}
+        {"spec": f"values of {spec}", "rotation": 1, "ok": dequantizing_agrees(x, EVERY[spec], axis)}
         for spec, axis in unpacked
     ]
 

@@ -21,11 +21,13 @@ from triton.compiler import ASTSource  # noqa: E402
 from kernels import sass, triton_common  # noqa: E402
 from kernels.quantize import triton_kernels, triton_ops, triton_tiles  # noqa: E402
 from kernels.selftest import conversion  # noqa: E402
+from kernels.spec import HIF4_SCALES, MXFP4_SCALES, NVFP4_SCALES, QuantSpec  # noqa: E402
 
 TARGETS = [90, 100, 120]
 NVFP4 = dict(
     TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False, PAIRS=True,
     STREAM=16, STORE_VALUES=True, STORE_PACKED=False, EVEN=True, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
+    FORM=None, members_ptr=None, table_ptr=None,
 )  # fmt: skip
 QUANTIZE = {
     "rtn_46_axis0_packed_out": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
@@ -40,7 +42,8 @@ POINTERS = {
     "src_ptr": "*bf16", "src_scales_ptr": "*u8", "src_global_ptr": "*fp32", "rotation_ptr": "*bf16",
     "signs_ptr": "*fp32", "signs0_ptr": "*fp32", "signs1_ptr": "*fp32", "amax_ptr": "*fp32", "amax0_ptr": "*fp32",
     "amax1_ptr": "*fp32", "plain_ptr": "*fp32", "rng_ptr": "*i64", "layer_ptr": "*i64",
-    "values_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*u8", "scale_ptr": "*fp32",
+    "values_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*u8", "scale_ptr": "*fp32", "members_ptr": "*u8",
+    "levels_ptr": "*fp32",
 }  # fmt: skip
 
 
@@ -62,7 +65,9 @@ def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, registe
     }
     aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(kernel.arg_names) if name not in constants}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
-    options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": not constants.get("SELECT_46")}
+    form = constants.get("FORM")
+    competing = constants.get("SELECT_46") or (form is not None and len(form.candidates) > 1)
+    options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": not competing}
     with active_gpu(target) as gpu:
         return triton.compile(source, target=gpu, options=options)
 
@@ -94,7 +99,7 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_pat
     constants = NVFP4 | QUANTIZE[name]
     source = "*i32" if constants["PACKED"] else "*bf16"
     select = "four_over_six" if constants["SELECT_46"] else "absmax"
-    spec = SimpleNamespace(rounding=constants["ROUNDING"], select=select)
+    spec = QuantSpec("e2m1", NVFP4_SCALES, select, constants["ROUNDING"])
     key = triton_ops.config_key(constants["PACKED"], constants["AXIS"], spec, constants["HAS_SIGNS"])
     launch = triton_ops.CONFIGS[key]
     constants |= {"TILE": launch.tile, "STAGES": launch.stages}
@@ -132,7 +137,7 @@ def test_rows_kernel_compiles_without_spills(name: str, target: int, tmp_path: P
     constants = dict(
         TARGET=6.0, RANGE=1536.0, POW2=False, SELECT_46=name == "four_over_six",
         ROUNDING="sr" if name == "sr" else "rtn", STREAM=16, STORE_VALUES=True, STORE_PACKED=True,
-        BLOCK=launch.tile, INTERPRET=False,
+        BLOCK=launch.tile, FORM=None, table_ptr=None, INTERPRET=False,
     )  # fmt: skip
     compiled = compile_kernel(triton_kernels.rows_kernel, constants, target, launch.warps, launch.registers)
     assert ".local" not in compiled.asm["ptx"] and "shfl.sync.bfly" not in compiled.asm["ptx"]
@@ -143,7 +148,7 @@ def test_rows_kernel_compiles_without_spills(name: str, target: int, tmp_path: P
 def test_tile_kernels_compile(target: int, tmp_path: Path):
     square = dict(
         TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=True, ROUNDING="sr", STREAM=16, STORE_VALUES=True,
-        STORE_PACKED=True, TILES=8, INTERPRET=False,
+        STORE_PACKED=True, TILES=8, FORM=None, table_ptr=None, INTERPRET=False,
     )  # fmt: skip
     fp8 = dict(TARGET=448.0, POW2=False, PER_ROW=True, IS_E4M3=True, TILE_R=16, TILE_C=256, INTERPRET=False)
     compiled = compile_kernel(triton_tiles.square_kernel, square, target, codes_ptr="*u8")
@@ -159,3 +164,51 @@ def test_tile_kernels_compile(target: int, tmp_path: Path):
     assert_e2m1_instruction_on_blackwell_only(check, target, tmp_path)
     signs = dict(STREAM=1, DIM=16, FIXED=False, INTERPRET=False)
     assert compile_kernel(triton_kernels.signs_kernel, signs, target, 1).asm["cubin"]
+
+
+FORMS = {
+    "if4_eden": QuantSpec.resolve("if4", NVFP4_SCALES, rounding="ms_eden"),
+    "int4_sr": QuantSpec.resolve("int4", NVFP4_SCALES, rounding="sr"),
+    "po2_eden": QuantSpec.resolve("po2_gauss", NVFP4_SCALES, rounding="ms_eden"),
+    "po4": QuantSpec.resolve("po4_mix", NVFP4_SCALES),
+    "sfp4_46_eden": QuantSpec.resolve("sfp4", NVFP4_SCALES, "four_over_six", "ms_eden"),
+    "search": QuantSpec.resolve("e2m1", NVFP4_SCALES, "search"),
+    "mxfp4_macro_sr": QuantSpec.resolve("e2m1", MXFP4_SCALES, rounding="sr", scale_rule="ceil", macro_bits=5),
+    "hif4": QuantSpec.resolve("hif4", HIF4_SCALES),
+}
+
+
+def compile_form(spec: QuantSpec, axis: int, packed: bool, target: int = 90):
+    launch = triton_ops.CONFIGS[triton_ops.config_key(False, axis, spec, True)]
+    constants = NVFP4 | triton_ops.constants(spec, 4)
+    constants |= dict(AXIS=axis, PACKED=False, HAS_SIGNS=True, STORE_PACKED=packed, TILE=launch.tile)
+    constants |= dict(STAGES=launch.stages)
+    looked_up, many = constants["FORM"].looked_up, len(spec.family.members) > 2
+    constants = {k: v for k, v in constants.items() if k != ("table_ptr" if looked_up else "")}
+    constants = {k: v for k, v in constants.items() if k != ("members_ptr" if many else "")}
+    table = "*i32" if many else "*i16"
+    kernel, limit = triton_kernels.quantize_kernel, launch.registers
+    return compile_kernel(kernel, constants, target, launch.warps, limit, table_ptr=table)
+
+
+QUICK = ("if4_eden", "hif4")  # the others take 5 to 10 s each
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n not in QUICK)) for n in FORMS])
+def test_forms_compile_without_spills(name: str, tmp_path: Path):
+    compiled = compile_form(FORMS[name], 1, False)
+    (tmp_path / "kernel.cubin").write_bytes(compiled.asm["cubin"])
+    found = sass.opcodes(tmp_path / "kernel.cubin")
+    assert sum(count for op, count in found.items() if op.startswith(("LDL", "STL"))) <= 16  # of thousands
+    assert "wgmma" in compiled.asm["ptx"]
+    if len(FORMS[name].candidates) > 1:  # without .rn ptxas would fuse products into sums of squared errors
+        assert not re.findall(r"\b(?:add|sub|mul)\.f32", compiled.asm["ptx"])
+
+
+def test_values_of_forms_compile():
+    for name in ("mxfp4_macro_sr",):
+        spec = FORMS[name]
+        constants = dict(SQUARE=False, AXIS=0, TILE_R=64, TILE_C=64, FORM=triton_ops.form_of(spec))
+        constants |= dict(members_ptr=None) if len(spec.family.members) < 3 else {}
+        compiled = compile_kernel(triton_tiles.unpack_form_kernel, constants, 90, codes_ptr="*u8")
+        assert compiled.asm["cubin"]

@@ -7,11 +7,15 @@ import torch._dynamo.testing
 pytest.importorskip("triton")
 from kernels.philox import Draw
 from kernels.quantize import triton_impl
-from kernels.spec import FP8_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
+from kernels.spec import FP8_SCALES, HIF4_SCALES, MXFP4_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
 pytestmark = pytest.mark.gpu
 RTN_46 = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six")
 EDEN = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden")
+PO4 = QuantSpec.resolve("po4_mix", NVFP4_SCALES)
+IF4_EDEN = QuantSpec.resolve("if4", NVFP4_SCALES, rounding="ms_eden")
+HIF4 = QuantSpec.resolve("hif4", HIF4_SCALES)
+MACRO = QuantSpec.resolve("e2m1", MXFP4_SCALES, rounding="sr", scale_rule="ceil", macro_bits=5)
 SQUARE = QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES)
 E5M2 = QuantSpec.resolve("e5m2", FP8_SCALES[0])
 BOTH = (("values",), ("values",))
@@ -50,9 +54,36 @@ def test_a_layer_traces_into_one_graph_that_serves_every_step_and_layer():
     assert not torch.equal(seen[0], seen[1]) and not torch.equal(seen[1], seen[2])
 
 
+def other_forms(x: torch.Tensor, rng: torch.Tensor, layer: torch.Tensor) -> list[torch.Tensor]:
+    """Held by four tables and quantized again by IF4; MXFP4's and HiFloat4's held and read back."""
+    signs = triton_impl.rht_signs(rng, layer, 2, 128, False)
+    amax = triton_impl.amax(x, 1, None, False)
+    q = triton_impl.quantize(x, PO4, 1, amax, None, None, ("values", "packed"))
+    again = triton_impl.amax_packed(q.packed, 0, signs, False)
+    made = triton_impl.requantize(q.packed, IF4_EDEN, 0, again, signs, Draw(rng, layer, 5), ("values",))
+    out = [q.values, q.packed.members, made.values, made.scale]
+    for spec in (HIF4, MACRO):
+        held = triton_impl.quantize(x, spec, 0, amax, None, Draw(rng, layer, 5), ("values", "packed"))
+        out += [held.values, triton_impl.dequantize(held.packed, 0).values]
+        assert out[-1].shape == held.values.shape
+    return out
+
+
+def test_other_forms_trace_into_one_graph():
+    x, rng, layer = randn(256, 384), torch.tensor([7, 0, 0], device="cuda"), torch.tensor(0, device="cuda")
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")
+    compiled, eager = torch.compile(other_forms, fullgraph=True, backend=counter), other_forms(x, rng, layer)
+    for got, expected in zip(compiled(x, rng, layer), eager, strict=True):
+        assert torch.equal(got, expected)
+    assert counter.frame_count == 1
+    assert torch.equal(eager[4], eager[5]) and torch.equal(eager[6], eager[7])
+
+
 def test_fake_implementations_give_the_shapes_of_the_kernels():
     x, amax = randn(128, 256), torch.tensor(4.0, device="cuda")
     q = triton_impl.quantize(x, SQUARE, 1, amax, None, None, ("values", "packed"))
+    po4 = triton_impl.quantize(x, PO4, 1, amax, None, None, ("packed",)).packed
     nibble = torch.ops.nibble
     for op, arguments in (
         (
@@ -61,6 +92,8 @@ def test_fake_implementations_give_the_shapes_of_the_kernels():
         ),
         (nibble.amax.default, (x, None, None, torch.ones(16, device="cuda"))),
         (nibble.unpack_values.default, (q.packed.codes, q.packed.block_scales.view(torch.uint8), 0)),
+        (nibble.unpack_form.default, (po4.codes, po4.block_scales, po4.members, 0, PO4.key)),
+        (nibble.quantize.default, (x, None, None, amax, *[None] * 3, 1, PO4.key, 0, True, True)),
         (nibble.quantize_fp8.default, (x, amax, 0, 448.0, False, False, True)),
         (nibble.quantize_fp8_both.default, (x, amax, amax, [448.0] * 2, [False] * 2, [False] * 2, [True] * 2)),
         (nibble.quantize_square.default, (x, amax, None, None, 0, SQUARE.key, 1, True, True)),

@@ -45,6 +45,8 @@ def test_all_kinds_of_slots_were_compared(comparisons):
     assert {("square_rtn", 1, "bf16", False), ("e4m3_rows", 0, "bf16", False), ("e5m2", 1, "bf16", False)} <= seen
     over = {r["rotation"] for r in comparisons if r["spec"] in ("ms_eden_rotation", "ms_eden_upstream")}
     assert over == {32}  # two groups share a correction
+    for form in ("po4_mix", "sfp4_46_eden", "int4_sr", "if4_eden", "search", "mxfp4_macro", "ue5m3_sr", "hif4"):
+        assert form in {r["spec"] for r in comparisons}
     for family in ("subnormal_scales", "gradient"):
         assert {"rtn", "rtn_46", "sr", "ms_eden", "ms_eden_rotation", "square_46", "e5m2"} <= {
             r["spec"] for r in comparisons if r.get("family") == family
@@ -56,6 +58,15 @@ def test_without_rotation_all_but_ms_eden_agree_bit_for_bit(comparisons):
     assert plain
     for row in plain:
         assert row["codes"] == row["block_scales"] == row["scale"] == row["values"] == 0, row
+
+
+@pytest.mark.slow  # a minute: all forms, both axes, every family of inputs
+def test_every_form_agrees_with_the_reference(tmp_path):
+    out = tmp_path / "rows.json"
+    command = [sys.executable, "scripts/check/check_fast.py", "--small", "--forms", "--json", str(out)]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
 
 
 def test_pointwise_backwards():

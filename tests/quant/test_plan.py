@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from omegaconf import OmegaConf
+from support import SLOT_RECIPES
 from torch import nn
 
 from kernels import backend
@@ -265,10 +266,18 @@ def test_a_gemm_with_one_nvfp4_operand_is_refused_by_the_packed_back_end():
 def test_a_slot_without_a_kernel_says_that_it_runs_the_reference(monkeypatch):
     triton_impl = pytest.importorskip("kernels.quantize.triton_impl")
     monkeypatch.setitem(backend.IMPL, "quantize", triton_impl)
-    lines = library.load("quartet2_tables").describe("one")
-    slow = [line.split()[0] for line in lines if "runs the reference: tables under 1x16 e4m3 has no kernel" in line]
-    assert slow == ["fprop.x", "fprop.w"]
-    assert not any("reference" in line for line in library.load("quartet2").describe("one"))
+    fields = library.load("quartet2_tables").to_dict()
+    fields["wgrad"]["rotation"] |= {"rounds": 3}
+    lines = library.build(fields).describe("one")
+    slow = [line.split()[0] for line in lines if "runs the reference: three rounds of rotation have no kernel" in line]
+    assert slow == ["wgrad.dy", "wgrad.x"]
+
+
+def test_every_recipe_of_slots_runs_on_kernels(monkeypatch):
+    triton_impl = pytest.importorskip("kernels.quantize.triton_impl")
+    monkeypatch.setitem(backend.IMPL, "quantize", triton_impl)
+    for recipe in SLOT_RECIPES:
+        assert not any("runs the reference" in line for line in library.load(recipe).describe("one")), recipe
 
 
 def test_counters_name_the_members_that_blocks_took():
