@@ -30,7 +30,7 @@ Flags
   -m, --multirun   key=a,b,c are several runs; one process each, as many at once as there are GPUs
   launcher=slurm   submit a SLURM job instead: slurm.timeout_min=1440 slurm.partition= slurm.nodes= slurm.gpus_per_node=
   dry_run=true     print the start screen (precision plan, batch split, expected memory) and stop; needs no GPU,
-                   with launcher=slurm no SLURM: it shows the sbatch options, too, and submits nothing
+                   with launcher=slurm no SLURM: it shows the batch script, too, and submits nothing
 
 Groups (group=choice)
 {groups}

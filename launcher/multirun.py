@@ -125,7 +125,7 @@ def submit_all(overrides: list[str], multirun: bool, options: dict[str, str]) ->
         jobs = sweep(overrides) if multirun else [overrides]
         composed = checked(jobs, nodes * processes)
         if any(one.config.dry_run for one in composed):
-            print(slurm.described(len(jobs), options))
+            print(slurm.described(jobs, options))
             return show_screens(jobs, composed, nodes, processes)
         for job, number in zip(jobs, slurm.submit_runs(jobs, options), strict=True):
             print(f"job {number}: train.py {shlex.join(job)}")

@@ -7,7 +7,6 @@ hung, or torchrun was killed under its ranks. A run that failed by itself (a ful
 """
 
 import contextlib
-import importlib.util
 import os
 import shlex
 import shutil
@@ -42,8 +41,6 @@ TRAIN = Path(__file__).resolve().parents[1] / "train.py"
 # Ports of the rendezvous, by job id: two jobs may share a node.
 FIRST_PORT, PORTS = 20_000, 20_000
 # What submitit knows under its own names; everything else is an sbatch option (partition, qos, account, ...).
-# sbatch calls some of them otherwise.
-SBATCH_NAMES = {"name": "job_name", "timeout_min": "time", "mem_gb": "mem", "tasks_per_node": "ntasks_per_node"}
 TIME_LIMITS = {"timeout_min", "time", "slurm_time"}
 # What has to be a whole number, and how large at least. submitit computes with them in the job: a time of "24:00:00",
 # which sbatch takes, would end it at its first preemption.
@@ -241,34 +238,33 @@ def ranks_of(options: dict[str, str]) -> tuple[int, int]:
     return wish.nodes, wish.processes
 
 
-def described(count: int, options: dict[str, str]) -> str:
-    """What submit_runs would submit for `count` runs, without SLURM; where submitit is installed it checks the options.
-    CellError as submit_runs."""
+def described(jobs: list[list[str]], options: dict[str, str]) -> str:
+    """What submit_runs would submit, without SLURM: of SLURM the batch script itself. CellError as submit_runs."""
     folder, rest = split_folder(options)
     wish = read_options(RUNS, rest)
-    if importlib.util.find_spec("submitit"):
-        with tempfile.TemporaryDirectory() as nowhere:  # it makes its folder at once, and a dry run leaves none
-            executor_for(wish, Path(nowhere), rest, "debug" if wish.cluster == SLURM else wish.cluster)  # SLURM's: srun
-    each = f"{wish.nodes} node{'s' * (wish.nodes > 1)} x {wish.processes} process{'es' * (wish.processes > 1)}"
-    lines = [("dry run", f"{count} job{'s' * (count > 1)} of {each} on {wish.cluster}; nothing is submitted")]
-    if wish.cluster == SLURM:
-        lines.append(("sbatch", shlex.join(sbatch_options(wish.parameters, count))))
-        lines += [("setup", line) for line in wish.parameters.get("slurm_setup", [])]
-        lines += [("srun", shlex.join(words)) for key, words in wish.parameters.items() if key == "slurm_srun_args"]
-        lines += [("teardown", line) for line in wish.parameters.get("slurm_teardown", [])]
-    lines += [("logs", f"{folder}/"), ("", "device and compile below are those of this machine, not of a node")]
-    return "\n".join(f"{label:<10} {text}" for label, text in lines)
+    count, each = len(jobs), f"{wish.nodes} node{'s' * (wish.nodes > 1)}"
+    each += f" x {wish.processes} process{'es' * (wish.processes > 1)}"
+    lines = [f"dry run    {count} job{'s' * (count > 1)} of {each} on {wish.cluster}; nothing is submitted"]
+    with tempfile.TemporaryDirectory() as nowhere:  # submitit makes its folder at once, and a dry run leaves none
+        if wish.cluster == SLURM:
+            lines += ["", script_of(jobs, rest, Path(nowhere).resolve(), folder.absolute()), ""]
+        else:
+            executor_for(wish, Path(nowhere), rest, wish.cluster)
+    return "\n".join([*lines, f"logs       {folder}/", f"{'':<10} device and compile below are those of this machine"])
 
 
-def sbatch_options(parameters: dict[str, Any], count: int) -> list[str]:
-    """As submitit writes them into its script, but for the paths of its logs."""
-    wanted = {key.removeprefix("slurm_"): value for key, value in parameters.items()}
-    wanted = {SBATCH_NAMES.get(k, k): value for k, value in wanted.items() if k not in {*SPLIT, "stderr_to_stdout"}}
-    wanted["signal"] = f"{PREEMPT_SIGNAL}@{wanted.pop('signal_delay_s')}"
-    if "mem_gb" in parameters:
-        wanted["mem"] = f"{wanted['mem']}GB"
-    at_once = wanted.pop("array_parallelism", 256)  # submitit's default
-    if count > 1:
-        wanted["array"] = f"0-{count - 1}%{min(count, at_once)}"
-    flags = {f"--{key.replace('_', '-')}": value for key, value in sorted(wanted.items())}
-    return [flag if value is True else f"{flag}={value}" for flag, value in flags.items()]
+def script_of(jobs: list[list[str]], options: dict[str, str], nowhere: Path, folder: Path) -> str:
+    """The batch script that submitit would give to sbatch: written by it below `nowhere`, where programs of SLURM's
+    names do nothing, and with the paths that it would have in `folder`."""
+    there = nowhere / "jobs"
+    for name, says in (("sbatch", "echo Submitted batch job 0"), ("srun", ":")):
+        (nowhere / name).write_text(f"#!/bin/sh\n{says}\n")
+        (nowhere / name).chmod(0o755)
+    before = os.environ.get("PATH", os.defpath)
+    os.environ["PATH"] = f"{nowhere}{os.pathsep}{before}"
+    try:
+        submit_runs(jobs, options | {"folder": str(there)})
+    finally:
+        os.environ["PATH"] = before
+    (script,) = there.glob("*_submission.sh")
+    return script.read_text().replace(str(there), str(folder)).strip()
