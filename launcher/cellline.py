@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 
+from analysis.states import UNKNOWN, State
 from launcher import cells as experiments
 from launcher.compose import Composed, Composer, ConfigError
 from launcher.lookup import Found, Lookup
@@ -32,6 +33,8 @@ class CellLine:
     def look(self) -> dict[str, Found]:
         """{cell: its state and folder}; those begun under another name are adopted."""
         lookup = Lookup(self.runs, self.composer.numerics)
+        if not self.experiment:
+            return {cell: Found(State(UNKNOWN)) for cell in self.cells}
         looked = {cell: lookup.state_of(self.experiment, cell, composed) for cell, composed in self.cells.items()}
         for cell, found in looked.items():
             if found.folder is not None and found.folder.parent == self.runs and not found.state.problem:
@@ -48,9 +51,10 @@ class CellLine:
         return self.adopted.get(cell, self.cells[cell].config.run.name)
 
 
-def read(words: list[str], own: dict[str, str]) -> CellLine:
+def read(words: list[str], own: dict[str, str], single: bool = False) -> CellLine:
     """`own`: {key: default}; `experiment` and `only` (a glob over cell names, commas between several) always exist;
-    `cell` is one name.
+    `cell` is one name. With `single`, words without an experiment are one run of that command, whose state is not
+    looked for.
 
     CellError for a missing experiment, an unknown one, a pattern that matches no cell, run.name, overrides that make
     two cells one, a key given twice, or a misspelt own key; ConfigError where a cell doesn't compose.
@@ -75,6 +79,12 @@ def read(words: list[str], own: dict[str, str]) -> CellLine:
             raise experiments.CellError(f"unknown key {key!r}; did you mean {near[0]}?")
         else:
             extra.append(word)
+    if experiment is None and single:
+        composer = Composer()
+        composed = composer.compose(extra)
+        config = composed.config
+        name = f"{config.model.name}/{composed.choices['quant']}/s{config.seed}"
+        return CellLine("", {name: composed}, extra, own, composer)
     if experiment is None:
         raise experiments.CellError(f"experiment=<grid> is missing; grids: {', '.join(experiments.names())}")
     chosen = _chosen(experiments.expand(experiments.load(experiment)), own["only"], cell)

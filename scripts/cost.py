@@ -1,12 +1,14 @@
 """What runs take: tokens, FLOPs, memory, disk, GPU-hours, money; which cells are done.
 
     python scripts/cost.py experiment=c4_grid [only='30M/*'] [price=2.5] [price_b200=5] [details=false]
+    python scripts/cost.py model=llama_1b9 quant=quartet2 tokens=38e9 gpus=16    any single run, and days on 16 GPUs
     python scripts/cost.py measure='runs/*'      put the speed of finished runs into runs/throughput.json
     python scripts/cost.py measure=bench.json device='NVIDIA H100'   the same from scripts/bench/bench_step.py json=...
 
-Other key=value words are overrides of train.py, as for run_grid.py. No text is hashed: where the contents of a file
-would have to tell whether a cell is done, its state is "unknown". Hours come from throughput measured on the device
-that the table names; B200 hours are a prediction from H100 (analysis/costs.py says how). Prices are per GPU-hour.
+gpus= divides the hours by so many GPUs, as if they scaled perfectly. Other key=value words are overrides of train.py,
+as for run_grid.py. No text is hashed: where the contents of a file would have to tell whether a cell is done, its state
+is "unknown", as a single run's always is. Hours come from throughput measured on the device that the table names; B200
+hours are a prediction from H100 (analysis/costs.py says how). Prices are per GPU-hour.
 """
 
 import math
@@ -36,7 +38,7 @@ from launcher.cells import CellError, refuse_twice
 from launcher.compose import Composed, ConfigError, compose
 from launcher.naming import Numerics
 
-OWN = {"price": "", "price_b200": "", "details": "true", "table": ""}
+OWN = {"gpus": "", "price": "", "price_b200": "", "details": "true", "table": ""}
 MEASURED = "runs/throughput.json"  # of one's own; where there is none, the table of results/ counts
 SPEED = ("tokens_per_second",)
 HEADER = ("cell", "state", "steps", "tokens", "FLOPs", "GiB/GPU", "disk GiB", "hours", "from", "B200 hours (predicted)")
@@ -84,6 +86,8 @@ def table_for(own: dict[str, str]) -> dict:
                 raise ValueError
         except ValueError:
             raise ValueError(f"{key}={own[key]}: give a number, such as {key}=2.5") from None
+    if own["gpus"] and (not own["gpus"].isdecimal() or int(own["gpus"]) < 1):
+        raise ValueError(f"gpus={own['gpus']}: give how many, such as gpus=8")
     path = Path(own["table"] or MEASURED)
     if path.exists():
         return costs.load(path)
@@ -139,7 +143,17 @@ def totals(
         unknown = f" ({len(hours) - len(known)} cells unknown)" if len(known) < len(hours) else ""
         cost = f", {total * float(price):,.0f} and {rest * float(price):,.0f} at {price} a GPU-hour" if price else ""
         lines.append(f"{label}: {total:,.1f} GPU-hours, {rest:,.1f} of them left{cost}{unknown}")
+        if own["gpus"]:
+            longest = max(known, key=known.get)
+            each = f"; {longest} alone {days(known[longest], own)}" if len(known) > 1 else ""
+            lines.append(f"  on {own['gpus']} GPUs, if they scale perfectly: {days(total, own)}{each}")
     return lines
+
+
+def days(hours: float, own: dict[str, str]) -> str:
+    """GPU-hours as time on so many GPUs."""
+    wall = hours / int(own["gpus"])
+    return f"{wall / 24:.1f} days" if wall >= 24 else f"{wall:.1f} hours"
 
 
 def measure(given: list[str]) -> int:
@@ -200,7 +214,7 @@ def main(words: list[str]) -> int:
         if any(word.startswith("measure=") for word in words):
             return measure(words)
         with only_remembered():
-            line = cellline.read(words, OWN)
+            line = cellline.read(words, OWN, single=True)
             details = line.is_true("details")
             table = table_for(line.own)
             found = {cell: looked.state for cell, looked in line.look().items()}
@@ -215,8 +229,9 @@ def main(words: list[str]) -> int:
         print(
             "\n".join("  ".join(part.ljust(w) for part, w in zip(entry, widths, strict=True)) for entry in lines), "\n"
         )
+    title = f"{line.experiment}: {len(cells)} cells" if line.experiment else "one run"
     measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
-    print(f"{line.experiment}: {len(cells)} cells; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")
+    print(f"{title}; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")
     states.tell_problems(found)
     return 0
 

@@ -301,6 +301,24 @@ def test_mistakes_are_named(words, message, capsys, monkeypatch):
     assert error.startswith("cost: ") and message in error and len(error.splitlines()) == 1
 
 
+def test_a_single_run_has_hours_and_days_on_several_gpus(tmp_path, capsys, monkeypatch):
+    words = ["model=llama_30m", "quant=quartet2", "tokens=36e6", "price=2", "gpus=4", "price_b200=5"]
+    costs_file = tmp_path / "table.json"
+    speeds = [
+        {"model": "llama_30m", "recipe": name, "tokens_per_second": speed, "flops_per_token": FLOPS_30M}
+        for name, speed in (("quartet2", 100), ("bf16", 200))
+    ]
+    costs_file.write_text(json.dumps({"device": H100, "rows": speeds}))
+    assert cost_module().main([*words, f"table={costs_file}"]) == 0
+    out = capsys.readouterr().out
+    steps = 36_000_000 // 262_144
+    hours = steps * 262_144 / 100 / 3600
+    assert f"llama_30m/quartet2/s0  unknown 0  {steps}" in out and "one run; throughput" in out
+    assert f"{H100}: {hours:.1f} GPU-hours, {hours:.1f} of them left, {2 * hours:.0f}" in out
+    assert f"on 4 GPUs, if they scale perfectly: {hours / 4 / 24:.1f} days" in out
+    assert cost_module().main([*words[:2], "gpus=0"]) == 2 and "gpus=0: give how many" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("speed", ['"fast"', "null", "0", "Infinity", "NaN"])
 def test_a_file_that_holds_no_timings_is_named(tmp_path, capsys, speed):
     timing = '[{"model": "llama_30m", "recipe": "bf16", "tokens_per_second": '
