@@ -34,7 +34,7 @@ MISTAKES = [
     (["nodes=2"], ["unknown key 'nodes': write launcher=slurm slurm.nodes="]),
     (["dropout=0.1"], ["unknown key 'dropout': no model has any"]),
     (["launchr=slurm"], ["did you mean launcher?"]),
-    (["resume=true"], ["unknown key 'resume': the same command resumes"]),
+    (["resume=true"], ["unknown key 'resume': write resume=runs/NAME"]),
     (["num_gpus=4"], ["unknown key 'num_gpus': torchrun"]),
     (["qunat=bf16"], ["'qunat'", "did you mean quant?"]),
     (["optm.lr=1"], ["'optm.lr'", "optim.lr"]),
