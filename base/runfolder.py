@@ -52,7 +52,7 @@ class Field:
     kept: bool = True
 
 
-KIND = Field("train, eval, slots, errors, xray or event")
+KIND = Field("train, eval, slots, errors, xray, oscillation or event")
 STEP = Field("completed optimizer steps", column=True)
 TOKENS = Field("tokens trained on so far", column=True)
 TIME = Field("seconds since 1970 when the row was written", column=True)
@@ -98,6 +98,14 @@ ROWS: dict[str, dict[str, Field]] = {
         "draws": Field("draws of the random bits for each slice"),
         "layers": Field("layer -> recipe, GEMM -> scope -> part -> figure, noise and slots: XRAY"),
         "what_if": Field("other recipe -> layer -> GEMM -> part -> figure, as in the local scope", later=True),
+        "time": TIME,
+    },
+    "oscillation": {
+        "kind": KIND,
+        "step": STEP,
+        "tokens": TOKENS,
+        "window": Field("steps before this one whose flips are counted"),
+        "layers": Field("layer -> figure: OSCILLATION"),
         "time": TIME,
     },
     "slots": {
@@ -160,6 +168,13 @@ XRAY: dict[str, dict[str, str]] = {
         "top_channels": "energy in the largest 1 % of its columns",
         "scales": "18 shares of blocks: scale within a factor 2 of the largest, 4, ...; the last: no scale left",
     },
+}
+# Of a layer's weights as fprop rounds them; null where an earlier code isn't known.
+OSCILLATION = {
+    "flipped": "share whose code differs from that of the row before",
+    "flips_per_step": "share whose code flips in a step, mean over the window",
+    "near": "share within 5 % of the gap between two levels from their border",
+    "distance": "10 shares: distance from the border in units of the gap, from 0 to 0.5; the last has what is beyond",
 }
 _START = {
     "init_hash": "hash of the initial weights",

@@ -43,7 +43,8 @@ def scale_histogram(x: Tensor, wish: Wish) -> list[float]:
     y = reference.stored(x, wish.axis, wish.signs)
     scale = reference.tensor_scale(wish.largest(reference.amax, x), wish.spec)
     blocks = quantize_blocks(y, wish.spec, scale, wish.draw, None if wish.signs is None else wish.signs.shape[-1])
-    halvings = (blocks.scales / blocks.scales[blocks.alive].max().clamp(min=0)).log2().neg().floor()
+    largest = torch.where(blocks.alive, blocks.scales, 0.0).max()
+    halvings = (largest / blocks.scales).log2().floor().nan_to_num()
     bins = torch.where(blocks.alive, halvings.clamp(0, BINS - 2), BINS - 1).flatten().long()
     counts = torch.bincount(bins, minlength=BINS)
     return [float(f"{count / bins.numel():.6g}") for count in counts.tolist()]

@@ -1,5 +1,7 @@
 """Weights that oscillate between two codes are set to one; those that travel, and those that stand still, are not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +14,7 @@ from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import read_all
 from training.hooks import build, read
 from training.hooks.base import Run
+from training.probes.oscillation import Oscillation, OscillationOptions
 
 WINDOW = 50
 NO_SKIP = torch.zeros(())
@@ -108,3 +111,33 @@ def test_a_recipe_without_a_quantized_weight_is_refused(run):
         run("quant=bf16", "hooks.osci_reset.start=0.3")
     with pytest.raises(ValueError, match=r"hooks\.osci_reset\.window=9: .*period=5"):
         run("hooks.osci_reset.window=9", "hooks.osci_reset.period=5")
+
+
+def test_the_probe_counts_flips_and_sees_how_near_the_border_weights_are(hooked):
+    """One weight of 256 goes over the border of 1 and 1.5 and back; the last step leaves it on the other side than the
+    look before did."""
+    net, _ = hooked
+    probe, rows = Oscillation(OscillationOptions(every=6, window=4)), []
+    for step in range(1, 13):
+        net.put(1.2421875 if step % 2 == 0 or step in (3, 9) else 1.2578125)
+        if step == 12:
+            net.put(1.40625)
+        if probe.due(step):
+            numbers = SimpleNamespace(tokens_per_step=1)
+            rows += probe.rows(SimpleNamespace(model=net, step=step, numbers=numbers))
+    first, second = (row["layers"]["layer"] for row in rows)
+    assert [row["window"] for row in rows] == [4, 4]
+    assert first["flipped"] is None and first["flips_per_step"] == pytest.approx(2 / 4 / 256)  # steps 5 and 6
+    assert second["flipped"] == pytest.approx(1 / 256) and second["flips_per_step"] == pytest.approx(1 / 4 / 256)
+    assert first["near"] == pytest.approx(1 / 256) and second["near"] == 0.0  # 0.0078 of 0.5, and 0.3 of it
+    assert second["distance"][6] == pytest.approx(1 / 256) and sum(second["distance"]) == pytest.approx(1)
+    assert second["distance"][-1] == pytest.approx(255 / 256)  # zeros and the largest, in the middle of their cells
+
+
+def test_a_look_after_a_gap_tells_no_flips(hooked):
+    net, _ = hooked
+    probe = Oscillation(OscillationOptions(every=6, window=4))
+    numbers = SimpleNamespace(tokens_per_step=1)
+    for step in (3, 6):
+        rows = probe.rows(SimpleNamespace(model=net, step=step, numbers=numbers))
+    assert rows[0]["layers"]["layer"]["flips_per_step"] is None and rows[0]["window"] == 0

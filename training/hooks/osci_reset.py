@@ -54,7 +54,7 @@ class OsciReset(Hook):
     def __init__(self, options: OsciResetOptions, run: Run):
         super().__init__(options, run)
         self._first = math.ceil(options.start * run.steps)
-        self._layers = {name: layer for name, layer in quant_linears(run.model).items() if _takes_part(layer.recipe)}
+        self._layers = {name: layer for name, layer in quant_linears(run.model).items() if takes_part(layer.recipe)}
         for name, layer in self._layers.items():
             if spec_of(layer).is_square and len(local(layer.weight)) % TILE:
                 raise ValueError(f"hooks.osci_reset: a rank's rows of {name} cut a 16x16 block; use parallel=ddp")
@@ -62,7 +62,7 @@ class OsciReset(Hook):
 
     @classmethod
     def check(cls, options: OsciResetOptions, model: nn.Module, plan: Plan) -> None:
-        if not any(map(_takes_part, plan.recipes)):
+        if not any(map(takes_part, plan.recipes)):
             raise ValueError("hooks.osci_reset: no layer's fprop rounds W to the nearest code; leave the hook out")
 
     def state(self, step: int) -> dict[str, Tensor]:
@@ -77,7 +77,7 @@ class OsciReset(Hook):
         state, keep = self._tensors(), partial(keep_where, skip)
         # A window whose first step was skipped begins with the next one.
         begins = torch.ones_like(state["open"]) if place == 0 else 1 - state["open"]
-        for (name, layer), whole in zip(self._layers.items(), self._largest(), strict=True):
+        for (name, layer), whole in zip(self._layers.items(), largest_of(list(self._layers.values())), strict=True):
             weight = local(layer.weight)
             snapped = quantized(layer, weight, whole)
             now = {"w": weight.to(torch.bfloat16), "q": snapped.to(torch.bfloat16)}
@@ -109,25 +109,25 @@ class OsciReset(Hook):
             self._state["open"] = torch.zeros((), device=local(weight).device)
         return self._state
 
-    def _largest(self) -> list[Tensor]:
-        """The amax of each whole weight; one exchange for all of them where weights are sharded. A scale per row is of
-        rows, which no shard cuts."""
-        layers = list(self._layers.values())
-        found = [ops.amax(local(layer.weight).to(torch.bfloat16), 1, None, spec_of(layer).per_row) for layer in layers]
-        shared = [number for number, one in enumerate(found) if one.ndim == 0]
-        for group in shard_groups(layers[0].weight) if shared else ():
-            packed = torch.stack([found[number] for number in shared])
-            dist.all_reduce(packed, dist.ReduceOp.MAX, group=group)
-            for number, one in zip(shared, packed, strict=True):
-                found[number] = one
-        return [fixed_or(layer.recipe.operand("fprop.w").amax, one) for layer, one in zip(layers, found, strict=True)]
+
+def largest_of(layers: list[nn.Module]) -> list[Tensor]:
+    """The amax of each whole weight; one exchange for all of them where weights are sharded. A scale per row is of
+    rows, which no shard cuts."""
+    found = [ops.amax(local(layer.weight).to(torch.bfloat16), 1, None, spec_of(layer).per_row) for layer in layers]
+    shared = [number for number, one in enumerate(found) if one.ndim == 0]
+    for group in shard_groups(layers[0].weight) if shared else ():
+        packed = torch.stack([found[number] for number in shared])
+        dist.all_reduce(packed, dist.ReduceOp.MAX, group=group)
+        for number, one in zip(shared, packed, strict=True):
+            found[number] = one
+    return [fixed_or(layer.recipe.operand("fprop.w").amax, one) for layer, one in zip(layers, found, strict=True)]
 
 
 def spec_of(layer: nn.Module) -> Any:
     return layer.recipe.operand("fprop.w").spec
 
 
-def _takes_part(recipe: Any) -> bool:
+def takes_part(recipe: Any) -> bool:
     operand = recipe.operands().get("fprop.w")
     if operand is None or not operand.is_quantized or operand.spec.draws_random_bits:
         return False

@@ -12,6 +12,7 @@ from training.options import read_options
 from training.probes.base import Coming, Probe
 from training.probes.bf16 import Bf16
 from training.probes.capture import Capture
+from training.probes.oscillation import Oscillation
 from training.probes.other_weights import OtherWeights
 from training.probes.slots import Errors, Slots
 from training.probes.xray import Xray
@@ -24,6 +25,7 @@ PROBES: dict[str, type[Probe]] = {
     "errors": Errors,
     "capture": Capture,
     "xray": Xray,
+    "oscillation": Oscillation,
 }
 
 
