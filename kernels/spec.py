@@ -37,7 +37,7 @@ ROUNDINGS = ("rtn", "sr", "ms_eden")
 EDEN_BLOCKS = (16, "rotation")
 EDEN_SPACES = ("tensor", "scaled")
 TENSOR_SCALES = ("fp32", "pow2")
-SCALE_RULES = ("floor", "even", "ceil")
+SCALE_RULES = ("floor", "even", "ceil", "rms")
 BF16_BITS = 8  # of a significand
 SEARCH_REACH = 8  # E4M3 steps: a factor of two
 MACRO_BLOCK = 128
@@ -103,8 +103,8 @@ class QuantSpec:
     eden_space: "tensor" weighs each group by its scale squared, which is what Algorithm 1 minimises; "scaled" sums
     the groups unweighted, as upstream's emulation does (biased by 6e-4).
     tensor_scale: fp32 | pow2 (rounded up to a power of two, so that a library GEMM rounds only once).
-    search: (first, last) E4M3 step of select=search. Of MXFP4: scale_rule floor | even | ceil; prescale, a factor on
-    what is quantized, undone on the product; macro_bits, of a factor for each 128 elements (scales.PowersOfTwo).
+    search: (first, last) E4M3 step of select=search. Of MXFP4: scale_rule floor | even | ceil | rms; prescale, a factor
+    on what is quantized, undone on the product; macro_bits, of a factor for each 128 elements (scales.PowersOfTwo).
     """
 
     grid: str | Tables
@@ -367,7 +367,10 @@ def _check_blocks(
             f"{'rtn' if isinstance(scaling, HiFloat4) else 'rtn or sr'}"
         )
     if rounding == "ms_eden" and scaling.rows > 1:
-        raise ValueError("rounding=ms_eden corrects groups of 16 along the contraction: 1x16 blocks, not 16x16")
+        raise ValueError(
+            "rounding=ms_eden corrects groups of 16 along the contraction, not 16x16 blocks; use scales [tensor fp32, "
+            "1x16 e4m3]"
+        )
     if eden_space == "scaled" and grid != "e2m1":
         raise ValueError("eden_space=scaled is upstream's for grid=e2m1; use eden_space=tensor")
     if isinstance(scaling, HiFloat4) and (select, rounding) != ("absmax", "rtn"):
@@ -404,6 +407,11 @@ def _check_later(
         raise ValueError(f"prescale={prescale!r}: use 0.75, which no element clips under floor scales, or 1.0")
     if macro_bits is not None and (type(macro_bits) is not int or not 1 <= macro_bits <= 8):
         raise ValueError(f"macro_bits={macro_bits!r}: give 1 to 8, or null for no macro block (5 is the most in BF16)")
+    if scale_rule == "rms" and (rounding != "rtn" or prescale != 1.0):
+        raise ValueError(
+            f"scale_rule=rms clips on purpose, which is for rounding=rtn and prescale=1.0; got rounding={rounding} and "
+            f"prescale={prescale}: use scale_rule=floor with prescale=0.75 for sr"
+        )
     if macro_bits is not None and scale_rule != "ceil":
         raise ValueError(f"macro_bits={macro_bits} needs scale_rule=ceil; got scale_rule={scale_rule}")
 

@@ -6,9 +6,10 @@ from base.tree import flatten
 from base.words import suggestion
 from kernels.spec import LATER_FIELDS, SPEC_FIELDS, default_limits, default_scales, frozen, read_level
 from quant import recipefile
+from quant.names import GEMMS, OPERANDS, SLOTS
 from quant.product import Product
 from quant.products import PRODUCTS
-from quant.recipe import GEMMS, SLOTS, Recipe
+from quant.recipe import Recipe
 from quant.recipefile import names
 
 # Keys of a recipe file that aren't the recipe's: of the precision plan (quant/plan.py), and the hooks around a step.
@@ -36,18 +37,24 @@ def build(values: dict[str, Any]) -> Product:
     Raises ValueError for such a GEMM under a name that no file has: which sources it should keep is not known.
     """
     fields = _recipe_fields(values)
-    made = _product(str(fields["scheme"])) if "scheme" in fields else Recipe
-    if not issubclass(made, Recipe):
-        return made.from_dict(fields)
-    has_file = fields.get("name") in names()
-    base = made.from_dict(_recipe_fields(mapping(fields["name"]))) if has_file else None
+    scheme = _product(str(fields["scheme"])) if "scheme" in fields else Recipe
     for gemm in GEMMS:
-        if fields.get(gemm) == "none" and base is None:
-            raise ValueError(
-                f"quant.{gemm}=none keeps the sources of a recipe file, but there is no file {fields.get('name')!r}: "
-                f"give both operands as {{grid: none, source: ...}}, or the name of a file"
-            )
-    return made.from_dict(fields, base)
+        if fields.get(gemm) == "none":
+            fields[gemm] = _none(gemm, fields.get("name"))
+    return scheme.from_dict(fields)
+
+
+def _none(gemm: str, name: Any) -> dict[str, Any] | str:
+    """Both operands of a GEMM unquantized, with their sources in the file of recipe `name`, if it has slots."""
+    if name not in names():
+        raise ValueError(
+            f"quant.{gemm}=none keeps the sources of a recipe file, but there is no file {name!r}: "
+            f"give both operands as {{grid: none, source: ...}}, or the name of a file"
+        )
+    operands = mapping(name).get(gemm)
+    if operands is None:
+        return "none"
+    return {operand: {"grid": "none", "source": operands[operand].get("source", "input")} for operand in OPERANDS[gemm]}
 
 
 def label(recipe: Product) -> str:

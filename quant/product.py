@@ -98,6 +98,10 @@ class Product:
         """What a layer [N, K] multiplies beside its three GEMMs, in BF16, for a batch of so many tokens at once."""
         return 0.0
 
+    def audited(self) -> Any:
+        """The quant.recipe.Recipe whose quantizers quant.audit measures, or None."""
+        return None
+
     def plain(self) -> "Product":
         """The same layer unquantized."""
         raise NotImplementedError

@@ -125,10 +125,10 @@ class Recipe(Slots):
         return self.gemm(gemm).operands[OPERANDS[gemm].index(name)]
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any], base: "Recipe | None" = None) -> "Recipe":
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "Recipe":
         """Build a recipe from `{name, fprop: {rotation, x, w}, dgrad: {...}, wgrad: {...}}`.
 
-        A GEMM may be the string "none": both grids are none and each `source` is that of `base` ("input" without one).
+        A GEMM may be the string "none": both grids are none and each `source` is "input".
         Fields left out have their defaults, but operands and their `grid` can't be: BF16 is said, not assumed. Raises
         ValueError that names the nearest known key or the allowed values.
         """
@@ -137,7 +137,7 @@ class Recipe(Slots):
         for gemm in GEMMS:
             if gemm not in mapping:
                 raise ValueError(f"quant.{gemm} is missing; give {{rotation, {', '.join(OPERANDS[gemm])}}} or none")
-            gemms[gemm] = _gemm_from(mapping[gemm], gemm, base)
+            gemms[gemm] = _gemm_from(mapping[gemm], gemm)
         name = mapping.get("name", "unnamed")
         if type(name) not in (str, int):
             raise ValueError(f"quant.name={name!r}: give a word")
@@ -153,10 +153,9 @@ class Recipe(Slots):
         return out
 
 
-def _gemm_from(mapping: Any, gemm: str, base: Recipe | None) -> Gemm:
+def _gemm_from(mapping: Any, gemm: str) -> Gemm:
     if mapping == "none":
-        sources = [operand.source for operand in base.gemm(gemm).operands] if base else ["input", "input"]
-        return Gemm(Rotation(), tuple(Operand(QuantSpec.resolve("none"), source) for source in sources))
+        return Gemm(Rotation(), (Operand(QuantSpec.resolve("none")),) * 2)
     if not isinstance(mapping, Mapping):
         raise ValueError(f"quant.{gemm}={mapping!r}: give a mapping, or none")
     _check_keys(mapping, ("rotation", *OPERANDS[gemm]), f"quant.{gemm}")

@@ -37,6 +37,9 @@ AXES = {"fprop.x": 1, "fprop.w": 1, "dgrad.dy": 1, "dgrad.w": 0, "wgrad.dy": 0, 
 class Slots(Product):
     """The behaviour of quant.recipe.Recipe, whose data are `gemm(name)`, with its rotation, and `operand(slot)`."""
 
+    def audited(self) -> "Slots":
+        return self
+
     def operands(self) -> dict[str, Any]:
         return {slot: self.operand(slot) for slot in SLOTS}
 

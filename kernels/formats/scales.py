@@ -13,6 +13,8 @@ from kernels.formats.minifloat import E4M3, E6M2, FP32_BIAS, FP32_MANTISSA, UE5M
 
 TILE = 16  # rows of a square block
 SEVENTH = 0.142578125  # 1/7 in BF16
+QUEST_REACH = 2.92247856  # root mean squares that fit a block's levels: the least error of E2M1 on N(0,1)
+ROOT_OF_TWO = 0x3504F4  # the least FP32 mantissa beyond sqrt(2): from there a logarithm rounds up
 MANTISSA_MASK = (1 << FP32_MANTISSA) - 1
 
 
@@ -88,6 +90,17 @@ def over_tile(per_row: Tensor, reduce) -> Tensor:
     return reduce(tiles).expand(tiles.shape).reshape(per_row.shape)
 
 
+def fold(x: Tensor, dim: int) -> Tensor:
+    """Sum over `dim`, a power of two kept as size 1, by adding its upper half to its lower half until one is left.
+
+    An order that every back end repeats: errors of candidates are often equal, and then last bits would decide.
+    """
+    while x.shape[dim] > 1:
+        low, high = x.chunk(2, dim=dim)
+        x = low + high
+    return x
+
+
 def stored_rows(scales: Tensor, rows: int) -> Tensor:
     return scales[::rows].contiguous() if rows > 1 else scales
 
@@ -138,6 +151,8 @@ class PowersOfTwo(Scaling):
         floor   never (OCP MX)
         even    m >= 1.75
         ceil    m > 1.5: the least with amax <= 6 * 2^e, so nothing clips
+        rms     none of these: the power of two nearest to 2.92247856/6 of the root mean square, by their logarithms. It
+                clips beyond some three standard deviations on purpose (QuEST, arXiv 2502.05003; Quartet, 2505.14669)
     macro_bits: elements of 128 are first divided by their largest magnitude's significand over 6, rounded up to that
     many fractional bits (arXiv 2603.08713); then a block's scale is that number times a power of two.
     """
@@ -148,10 +163,18 @@ class PowersOfTwo(Scaling):
     rule: str = "floor"
     macro_bits: int | None = None
 
+    def extent(self, groups: Tensor, sides: bool) -> Extent:
+        if self.rule != "rms":
+            return super().extent(groups, sides)
+        energy = fold(groups.square(), -1)  # an empty or too small block has none, as its amax would be 0
+        return Extent(QUEST_REACH * torch.sqrt(energy / torch.full_like(energy, float(self.group))))
+
     def wanted(self, extent: Extent, up: float, down: float, T: Tensor) -> Tensor:
         return extent.largest
 
     def round(self, wanted: Tensor) -> Tensor:
+        if self.rule == "rms":
+            return self._powers(wanted / torch.full_like(wanted, 6.0))
         if self.macro_bits is None:
             return self._powers(wanted)
         macro = self._macro(wanted)
@@ -160,8 +183,10 @@ class PowersOfTwo(Scaling):
     def _powers(self, largest: Tensor) -> Tensor:
         bits = largest.contiguous().view(torch.int32)
         mantissa = bits & MANTISSA_MASK
-        more = {"floor": mantissa < 0, "even": mantissa >= 0x600000, "ceil": mantissa > 0x400000}[self.rule]
-        exponent = ((bits >> FP32_MANTISSA) - FP32_BIAS - 2 + more.to(torch.int32)).clamp(-126, 127)
+        limits = {"floor": 1 << FP32_MANTISSA, "even": 0x600000, "ceil": 0x400001, "rms": ROOT_OF_TWO}
+        more = mantissa >= limits[self.rule]
+        less = FP32_BIAS if self.rule == "rms" else FP32_BIAS + 2  # an amax lies at 4 to 8 scales, a wanted scale at 1
+        exponent = ((bits >> FP32_MANTISSA) - less + more.to(torch.int32)).clamp(-126, 127)
         powers = ((exponent + FP32_BIAS) << FP32_MANTISSA).view(torch.float32)
         return torch.where(largest > 0, powers, 0.0)
 

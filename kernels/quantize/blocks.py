@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kernels.formats.minifloat import E4M3, round_bf16, round_stochastic
-from kernels.formats.scales import Extent, from_bytes, over_tile, to_bytes
+from kernels.formats.scales import Extent, fold, from_bytes, over_tile, to_bytes
 from kernels.formats.selects import Candidate
 from kernels.philox import Draw
 from kernels.spec import NVFP4_BLOCK, QuantSpec
@@ -178,14 +178,3 @@ def sum_groups(per_group: Tensor, count: int) -> Tensor:
     """Sum [rows, groups, 1] over each `count` groups and repeat the sum over them."""
     blocks = per_group.view(per_group.shape[0], -1, count)
     return blocks.sum(dim=-1, keepdim=True).expand(blocks.shape).reshape(per_group.shape)
-
-
-def fold(x: Tensor, dim: int) -> Tensor:
-    """Sum over `dim`, a power of two kept as size 1, by adding its upper half to its lower half until one is left.
-
-    An order that every back end repeats: errors of candidates are often equal, and then last bits would decide.
-    """
-    while x.shape[dim] > 1:
-        low, high = x.chunk(2, dim=dim)
-        x = low + high
-    return x

@@ -51,13 +51,13 @@ class Shaped(Recipe):
             raise ValueError("quant.fprop.rotation: shaped rounding reads unrotated operands; set rotation.dim=null")
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any], base: Recipe | None = None) -> "Shaped":
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "Shaped":
         fields = dict(mapping)
         shape = fields.pop("shape", None)
         fields.pop("scheme", None)
         if not isinstance(shape, list | tuple | None):
             raise ValueError(f"quant.shape={shape!r}: use [x], [w] or [x,w]")
-        made = Recipe.from_dict(fields, base)
+        made = Recipe.from_dict(fields)
         return cls(made.name, made.fprop, made.dgrad, made.wgrad, tuple(OPERANDS if shape is None else shape))
 
     def to_dict(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ legal quantizers together leave less than half.
 """
 
 import random
+import re
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from torch import Tensor, nn
 
 from kernels import backend
 from quant.linear import QuantLinear
+from quant.product import Product
+from quant.products import PRODUCTS
 from quant.recipe import OPERANDS, Recipe
 
 OTHERS = (["1x32 e8m0"], ["1x16 ue5m3"])
+SCHEMES = [None, None, None, "mean_split", "trust_mask"]
 COUNT, WORST = 120, 0.45
 M, K, N = 128, 128, 256
 REFERENCE, PACKED = {"quantize": "reference", "gemm": "reference"}, {"quantize": "reference", "gemm": "packed_emulated"}
@@ -37,8 +41,9 @@ def random_operand(draw: random.Random, slot: str) -> dict:
     return operand
 
 
-def random_recipe(draw: random.Random) -> Recipe:
-    """The first of the mappings drawn that is legal."""
+def random_recipe(draw: random.Random) -> Product:
+    """The first of the mappings drawn that is legal, for one in five within a scheme if that takes it; what is refused
+    says what to type."""
     while True:
         mapping = {"name": "random"}
         for gemm, names in OPERANDS.items():
@@ -46,10 +51,11 @@ def random_recipe(draw: random.Random) -> Recipe:
             rotation = {"dim": draw.choice(dims), "signs": draw.choice(["random", "fixed", "none"])}
             rotation["rounds"] = draw.choice([1, 1, 2, 3, "auto"])
             mapping[gemm] = {"rotation": rotation} | {n: random_operand(draw, f"{gemm}.{n}") for n in names}
-        try:
-            return Recipe.from_dict(mapping)
-        except ValueError:
-            continue
+        for scheme in dict.fromkeys((draw.choice(SCHEMES), None)):
+            try:
+                return PRODUCTS[scheme].from_dict(mapping) if scheme else Recipe.from_dict(mapping)
+            except ValueError as error:
+                assert re.search(r"\b(use|set|leave|takes?|needs?|give)\b", str(error)), error
 
 
 @pytest.fixture
@@ -59,7 +65,7 @@ def products():
     w = torch.randn(N, K, generator=generator) * 0.05
     dy = (torch.randn(M, N, generator=generator) * 1e-3).bfloat16()
 
-    def run(recipe: Recipe, back_end: dict[str, str]) -> tuple[Tensor, Tensor, Tensor]:
+    def run(recipe: Product, back_end: dict[str, str]) -> tuple[Tensor, Tensor, Tensor]:
         backend.use(back_end, "cpu")
         linear = nn.Linear(K, N, bias=False)
         linear.weight.data.copy_(w)
