@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels.formats.minifloat import BY_NAME
 from kernels.quantize import reference_impl as reference
-from kernels.quantize.blocks import Blocks, quantize_blocks
+from kernels.quantize.blocks import Blocks, quantize_blocks, shape_blocks
 from kernels.spec import QuantSpec
 from quant.held import Held, Wish
 from quant.plan import quant_linears
@@ -59,7 +59,10 @@ def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
         counts |= {"clipped": clipped.sum(), "zeroed": (zero & (y != 0)).sum()}
         return {name: value.to(torch.int64) for name, value in counts.items()}
     dim = None if signs is None else signs.shape[-1]
-    blocks = quantize_blocks(y, spec, scale, wish.draw, dim)
+    if wish.feedback is None:
+        blocks = quantize_blocks(y, spec, scale, wish.draw, dim)
+    else:
+        blocks = shape_blocks(y, spec, scale, wish.feedback)
     non_zero = (y != 0).view(blocks.codes.shape)
     counts["clipped"] = beyond_grid(blocks, spec).sum()
     counts["zeroed"] = ((blocks.codes == 0) & non_zero).sum()

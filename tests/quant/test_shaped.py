@@ -15,6 +15,7 @@ from kernels.quantize.feedback import feedback
 from kernels.spec import NVFP4_SCALES, QuantSpec
 from quant import library
 from quant.plan import convert, plan_of, unquantized
+from quant.stats import slot_stats
 
 ABSMAX = QuantSpec.resolve("e2m1", NVFP4_SCALES)
 FOUR_OVER_SIX = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six", scale_cap=204.8)
@@ -106,6 +107,16 @@ def test_a_layer_sees_its_first_micro_batch_and_has_less_error_after_it():
     with unquantized(model):
         exact = layer(x).detach()
     assert (shaped - exact).norm() < 0.85 * (plain - exact).norm()
+
+
+def test_counters_see_what_was_rounded():
+    model = layer_of(library.mapping("quartet2_shaped"))
+    layer, x = model["up"], shaped_input(128, 64)
+    layer(x)
+    layer.feedback_x.copy_(feedback(layer.gram, 0.01))  # a strong one
+    made = ops.quantize_shaped(x, layer.recipe.operand("fprop.x").spec, ops.amax(x, 1), layer.feedback_x)
+    found = slot_stats(model, lambda: layer(x))["up"]["fprop.x"]["zeroed"]
+    assert found == int(((made.values == 0) & (x != 0)).sum())
 
 
 def test_nothing_of_a_token_reaches_another():
