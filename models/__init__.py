@@ -6,7 +6,8 @@ A new model is one file and one line of FAMILIES. The class says everything that
     optimizer      the optimizer that its presets' peak rates are made for: "adamw" or "muon"
     scalar_rates   under Muon: {parameter that is no matrix of a block, embedding or head: share of the scalars' rate}
     hooks          what happens around a training step because of the model: {name: options} (training/hooks)
-    refuses        {"muon" or "export": why not with this family}; export needs no word where it is not built
+    refuses        {"muon", "export" or "document_mask": why not with this family}; export needs no word where it is
+                   not built
     head_weight    FP32 [V, D]: what the loss multiplies hidden states by
     decays(name)   whether weight decay applies to a parameter
 """

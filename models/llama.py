@@ -93,6 +93,16 @@ class RMSNorm(nn.Module):
         return pointwise.add_norm(x, branch, self.weight, self.eps, self.dtype)
 
 
+def document_mask(tokens_BT: Tensor, start: int) -> Tensor:
+    """bool [B, 1, T, T]: position i sees j iff j <= i and no document begins between them, nor at i where j < i.
+
+    RoPE knows distances alone, so a document's place in the row doesn't count.
+    """
+    document_BT = (tokens_BT == start).cumsum(1)
+    mask_BTT = document_BT[:, :, None] == document_BT[:, None, :]
+    return mask_BTT.tril()[:, None]
+
+
 def rope_table(max_seq_len: int, head_dim: int, theta: float, llama3: tuple[float, ...] = ()) -> Tensor:
     """cos and signed sin of every position's angles, each value twice: FP32 [2, T, K].
 
@@ -127,9 +137,11 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, config.width + 2 * config.kv_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`mask`: bool [B, 1, T, T], what each position sees; None: all before it and itself."""
         q, k, v = pointwise.rope_heads(self.qkv(x_BTD), rope, self.heads, self.kv_heads)
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.kv_heads != self.heads)
+        how = {"is_causal": mask is None, "enable_gqa": self.kv_heads != self.heads}
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -156,9 +168,11 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.width, config.norm_eps, dtype)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x_BTD: Tensor, branch_BTD: Tensor | None, rope: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, branch_BTD: Tensor | None, rope: Tensor, mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         x_BTD, y_BTD = self.attn_norm(x_BTD, branch_BTD)
-        x_BTD, y_BTD = self.mlp_norm(x_BTD, self.attn(y_BTD, rope))
+        x_BTD, y_BTD = self.mlp_norm(x_BTD, self.attn(y_BTD, rope, mask))
         return x_BTD, self.mlp(y_BTD)
 
 
@@ -171,6 +185,7 @@ class Llama(nn.Module):
     hooks: Mapping[str, Mapping[str, Any]] = {}
     refuses: Mapping[str, str] = {}
     softcap: float | None = None  # of the logits; the loss reads it
+    document_start: int | None = None  # the token that begins a document; None: a row is one text
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -189,8 +204,9 @@ class Llama(nn.Module):
         if tokens_BT.shape[1] > self.config.max_seq_len:
             raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
         x_BTD, branch_BTD = self.first(tokens_BT), None
+        masks = () if self.document_start is None else (document_mask(tokens_BT, self.document_start),)
         for block in self.blocks:
-            x_BTD, branch_BTD = block(x_BTD, branch_BTD, self.rope)
+            x_BTD, branch_BTD = block(x_BTD, branch_BTD, self.rope, *masks)
         return self.last(x_BTD, branch_BTD)
 
     def first(self, tokens_BT: Tensor) -> Tensor:

@@ -115,7 +115,8 @@ class Nanochat(nn.Module):
     scalar_rates: Mapping[str, float] = {"residual_scales": 0.01, "embedding_scales": 1.0}
     hooks: Mapping[str, Mapping[str, Any]] = {}
     refuses: Mapping[str, str] = {
-        "export": "transformers' NanoChat has neither the short windows nor the mixed residual stream of this one"
+        "export": "transformers' NanoChat has neither the short windows nor the mixed residual stream of this one",
+        "document_mask": "the published runs attend across the documents of a row, and its short windows do, too",
     }
     softcap = SOFTCAP
 

@@ -133,6 +133,7 @@ class Ngpt(nn.Module):
         "muon": "its rows and columns are scaled to length one after each step, by which the rates of AdamW were "
         "chosen; for Muon's orthogonal updates none is known",
         "export": "transformers has no model with nGPT's norms and scales",
+        "document_mask": "its attention takes no mask",
     }
     softcap: float | None = None
 

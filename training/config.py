@@ -153,6 +153,7 @@ class BatchSection:
     tokens: float | None = None
     sequences: float | None = None
     micro: int | None = None
+    document_mask: bool = False  # a token attends to its own document alone, not to others of its sequence
 
     def __post_init__(self) -> None:
         self.seq_len = whole("batch.seq_len", self.seq_len)

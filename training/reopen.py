@@ -17,7 +17,7 @@ from kernels import backend
 from quant.phases import scored
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
-from training.start.build import build_model, check_recipes, open_texts, set_torch_flags
+from training.start.build import build_model, check_recipes, mask_documents, open_texts, set_torch_flags
 from training.start.derive import Numbers
 from training.start.describe import check
 
@@ -53,5 +53,6 @@ def reopen(config: TrainConfig, run: Mapping[str, Any], step: int, ranks: Dist) 
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
     rng[1] = step
     model, _ = build_model(checked.shape, plan, config.seed, rng)
+    mask_documents(model, config, tokens)
     texts = open_texts(config, tokens)
     return Reopened(model, checked.numbers, texts.train, texts.final, rng, checked.probes)

@@ -56,6 +56,7 @@ CHANGES_NUMBERS = [
     "batch.sequences=16",
     "batch.micro=8",
     "batch.seq_len=256",
+    "batch.document_mask=true",
 ]
 CHANGES_NOTHING = [
     "run.name=other",

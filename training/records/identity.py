@@ -49,6 +49,7 @@ def numerics(
     nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}
     nudges |= {"init": {"from": init}} if init else {}
+    masked = {"document_mask": True} if config.batch.document_mask else {}
     return flatten(
         {
             "model": {**model, "vocab_size": vocab_size},
@@ -60,7 +61,7 @@ def numerics(
             **(hooks or {}),
             "optim": optim,
             "schedule": numbers.schedule.to_dict(),
-            "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro},
+            "batch": {"seq_len": numbers.seq_len, "sequences": numbers.sequences, "micro": numbers.micro, **masked},
         }
     )
 

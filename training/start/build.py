@@ -60,6 +60,12 @@ def build_model(
     return model, init_hash
 
 
+def mask_documents(model: nn.Module, config: TrainConfig, tokens: TokenSet) -> None:
+    """As batch.document_mask says, in training and in every evaluation: what begins a document is known of the text."""
+    if config.batch.document_mask:
+        model.document_start = tokens.bos_id
+
+
 @torch.no_grad()
 def nudge(model: torch.nn.Module, relative: float, seed: int) -> None:
     """Multiply every weight by 1 + relative * N(0, 1), drawn on the CPU: the same nudge on every device."""

@@ -98,6 +98,8 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
     with torch.device("meta"):
         model = model_of(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
+    if config.batch.document_mask and (why := model.refuses.get("document_mask")):
+        raise ValueError(f"batch.document_mask=true isn't possible with model={config.model.name}: {why}; leave it out")
     plan = plan_of(model, config.quant)
     phases = phases_of(model, config.quant, plan, numbers.steps)
     plans = [plan, *(phase.plan for phase in phases)]

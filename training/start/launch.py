@@ -36,6 +36,7 @@ from training.start.build import (
     build_micro_batch,
     check_evaluations,
     check_recipes,
+    mask_documents,
     micro_batches,
     open_checkpointer,
     open_loggers,
@@ -141,6 +142,7 @@ def run_in(
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
     loss, parallel, init_hash = build_loss(config, described.shape, described.plan, rng, ranks)
     model = loss.model
+    mask_documents(model, config, described.tokens)
     optimizers = build_optimizers(model, config.optim, described.numbers.schedule.lr_peak)
     micro_batch = build_micro_batch(
         loss, config, described.plan, parallel, described.numbers.tokens_per_step, ranks.device
