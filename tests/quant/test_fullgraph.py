@@ -23,7 +23,13 @@ FAST = {
 }
 
 
-@pytest.mark.parametrize("recipe", (*KINDS, "quartet2_shaped"))
+# Through the same operators as hif4, with other forms.
+LONG = ("int4", "mxfp4_macro", "quartet2_sfp4", "quartet2_tables")
+
+
+@pytest.mark.parametrize(
+    "recipe", [pytest.param(k, marks=[pytest.mark.slow] * (k in LONG)) for k in (*KINDS, "quartet2_shaped")]
+)
 def test_fast_path_traces_as_one_graph_per_region(recipe, monkeypatch):
     monkeypatch.setattr(backend, "IMPL", FAST)
     torch.compiler.reset()
