@@ -5,7 +5,7 @@ Layouts are natural: an operand stays in the layout of the tensor it comes from 
 and the element and block numbers of random bits refer to the stored operand.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -30,6 +30,11 @@ class Quantized:
     values: Tensor | None
     scale: Tensor | None
     packed: NVFP4Tensor | None = None
+
+    def under(self, outer: Tensor) -> "Quantized":
+        """What was made of a tensor without its outer scale, with that scale."""
+        scale = outer if self.scale is None else self.scale * outer
+        return Quantized(self.values, scale, self.packed and replace(self.packed, global_scale=scale))
 
 
 def supports(spec: QuantSpec, rounds: int = 0) -> str | None:

@@ -17,8 +17,6 @@ The sums of MS-EDEN and of rotations run over FP32 in an order that may differ b
 `fold`; all else is the same everywhere, bit for bit.
 """
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
@@ -144,13 +142,7 @@ def requantize(
     draw: Draw | None,
     want: tuple[str, ...],
 ) -> Quantized:
-    return under(p.global_scale, quantize(p.values(), spec, axis, amax, signs, draw, want))
-
-
-def under(outer: Tensor, made: Quantized) -> Quantized:
-    """What was made of a tensor without its outer scale, with that scale."""
-    scale = outer if made.scale is None else made.scale * outer
-    return Quantized(made.values, scale, made.packed and replace(made.packed, global_scale=scale))
+    return quantize(p.values(), spec, axis, amax, signs, draw, want).under(p.global_scale)
 
 
 def dequantize(p: NVFP4Tensor, axis: int) -> Quantized:

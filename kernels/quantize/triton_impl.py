@@ -142,7 +142,7 @@ def requantize(
 ) -> Quantized:
     if not p.tensor_core or not spec.is_blocked or spec.is_square or supports(spec, _rounds(signs)):
         made = quantize(dequantize(p, 1).values, spec, axis, amax, signs, draw, want)
-        return reference_impl.under(p.global_scale, made)
+        return made.under(p.global_scale)
     return _nvfp4(p.codes, _scale_bytes(p), p.global_scale, spec, axis, amax, signs, draw, want)
 
 
