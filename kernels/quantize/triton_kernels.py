@@ -138,7 +138,7 @@ def _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0, lines, o
         calls = lines * out_groups * 4
         codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
                                        SCALED, INTERPRET)  # fmt: skip
-        return codes, scale, y, None
+        return codes, scale, y, scale
 
 
 @triton.jit
