@@ -92,7 +92,7 @@ def test_fake_implementations_give_the_shapes_of_the_kernels():
         ),
         (nibble.amax.default, (x, None, None, torch.ones(16, device="cuda"))),
         (nibble.unpack_values.default, (q.packed.codes, q.packed.block_scales.view(torch.uint8), 0)),
-        (nibble.unpack_form.default, (po4.codes, po4.block_scales, po4.members, 0, PO4.key)),
+        (nibble.unpack_form.default, (po4.codes, po4.block_scales.view(torch.uint8), po4.members, 0, PO4.key)),
         (nibble.quantize.default, (x, None, None, amax, *[None] * 3, 1, PO4.key, 0, True, True)),
         (nibble.quantize_fp8.default, (x, amax, 0, 448.0, False, False, True)),
         (nibble.quantize_fp8_both.default, (x, amax, amax, [448.0] * 2, [False] * 2, [False] * 2, [True] * 2)),
