@@ -13,8 +13,9 @@ from kernels import backend
 from kernels import quantize as ops
 from kernels.quantize.feedback import feedback
 from kernels.spec import NVFP4_SCALES, QuantSpec
+from models.llama import Llama, LlamaConfig
 from quant import library
-from quant.plan import convert, plan_of, unquantized
+from quant.plan import convert, plan_of, quant_linears, unquantized
 from quant.stats import slot_stats
 
 ABSMAX = QuantSpec.resolve("e2m1", NVFP4_SCALES)
@@ -119,19 +120,24 @@ def test_counters_see_what_was_rounded():
     assert found == int(((made.values == 0) & (x != 0)).sum())
 
 
-def test_nothing_of_a_token_reaches_another():
+def test_nothing_of_later_tokens_or_other_rows_reaches_a_position():
     """Under a fixed amax; an exact one is the largest magnitude of all tokens, as in every NVFP4 recipe."""
     recipe = library.mapping("quartet2_shaped")
     recipe["fprop"]["x"]["amax"] = 20.0
-    model = layer_of(recipe)
-    layer, x = model["up"], shaped_input(128, 64)
-    layer(x)
-    fit(layer)
-    other = x.clone()
-    other[50:] = other[50:].flip(0) * 2
-    model.eval()
-    one, changed = layer(x), layer(other)
-    assert torch.equal(one[:50], changed[:50]) and not torch.equal(one[50:], changed[50:])
+    model = Llama(LlamaConfig(layers=2, width=128, heads=2, hidden=128, vocab_size=64, max_seq_len=64))
+    model.init_weights(0)
+    convert(model, plan_of(model, recipe), RNG)
+    tokens = torch.randint(64, (2, 64), generator=torch.Generator().manual_seed(0))
+    model.hidden(tokens)
+    layers = [layer for layer in quant_linears(model).values() if layer.fitted()]
+    for layer in layers:
+        fit(layer)
+    other = tokens.clone()
+    other[0, 20:], other[1] = 1, 2
+    with torch.no_grad():
+        one, changed = model.eval().hidden(tokens), model.hidden(other)
+    assert len(layers) == 8 and torch.equal(one[0, :20], changed[0, :20])
+    assert not torch.equal(one[0, 20:], changed[0, 20:])
 
 
 def test_overrides_keep_scheme_and_sources():
