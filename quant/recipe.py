@@ -13,6 +13,7 @@ from base.words import suggestion
 from kernels.rotation import ROUNDS
 from kernels.spec import (
     BF16_BITS,
+    NO_QUANT,
     ROTATION_DIMS,
     SPEC_FIELDS,
     QuantSpec,
@@ -89,6 +90,11 @@ class Gemm:
         return any(operand.is_quantized for operand in self.operands)
 
     @property
+    def unquantized(self) -> "Gemm":
+        """Both operands as they come, from the sources that they have."""
+        return Gemm(Rotation(), tuple(Operand(NO_QUANT, operand.source) for operand in self.operands))
+
+    @property
     def rotation_dim(self) -> int | None:
         """dim of the rotation that runs: none where neither operand is quantized."""
         return self.rotation.dim if self.is_quantized else None
@@ -155,7 +161,7 @@ class Recipe(Slots):
 
 def _gemm_from(mapping: Any, gemm: str) -> Gemm:
     if mapping == "none":
-        return Gemm(Rotation(), (Operand(QuantSpec.resolve("none")),) * 2)
+        return Gemm(Rotation(), (Operand(NO_QUANT),) * 2)
     if not isinstance(mapping, Mapping):
         raise ValueError(f"quant.{gemm}={mapping!r}: give a mapping, or none")
     _check_keys(mapping, ("rotation", *OPERANDS[gemm]), f"quant.{gemm}")

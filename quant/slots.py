@@ -9,7 +9,7 @@ The gradient of the quantizers is the straight-through one: dX and dW are those 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cache
 from typing import Any
 
@@ -98,7 +98,7 @@ class Slots(Product):
         return gemm.rotation_dim is not None or any(operand.spec.draws_random_bits for operand in gemm.operands)
 
     def exact_backward(self) -> Product:
-        return self.from_dict(self.to_dict() | {"dgrad": "none", "wgrad": "none"}, self)
+        return replace(self, dgrad=self.gemm("dgrad").unquantized, wgrad=self.gemm("wgrad").unquantized)
 
     def unsupported(self) -> str | None:
         """4-bit tensor cores need two 4-bit operands: emulating one is a choice to be made, not a fallback."""

@@ -56,6 +56,13 @@ class OverSlots(Product):
     def describe(self, label: str) -> list[str]:
         return [*self.slots.describe(label), f"  {self.scheme:9} {self.about}"]
 
+    @property
+    def forward_draws(self) -> bool:
+        return self.slots.forward_draws
+
+    def exact_backward(self) -> Product:
+        return replace(self, slots=self.slots.exact_backward())
+
     def unsupported(self) -> str | None:
         return self.slots.unsupported()
 
