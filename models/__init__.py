@@ -9,6 +9,7 @@ A new model is one file and one line of FAMILIES. The class says everything that
     refuses        {"muon", "export" or "document_mask": why not with this family}; export needs no word where it is
                    not built
     head_weight    FP32 [V, D]: what the loss multiplies hidden states by
+    stacked_rows   only where "muon" isn't refused and its rates are AdamW's: rows of fused weights' matrices
     decays(name)   whether weight decay applies to a parameter
 """
 

@@ -225,6 +225,12 @@ class Llama(nn.Module):
         """Weight decay applies to the linear weights of the blocks: not to the embedding, lm_head and norms."""
         return name.startswith("blocks.") and name.endswith(".weight") and "norm" not in name
 
+    def stacked_rows(self, name: str) -> tuple[int, ...]:
+        """Of a weight that holds several matrices one below the other: the rows of each; else ()."""
+        shape = self.config
+        kinds = {"attn.qkv": (shape.width, shape.kv_width, shape.kv_width), "mlp.gate_up": (shape.hidden, shape.hidden)}
+        return kinds.get(".".join(name.split(".")[2:4]), ())
+
     def regions(self) -> list[tuple[nn.Module, str]]:
         """(module, method): the parts to compile, each without a graph break. Blocks share their code, so that a deep
         model compiles as fast as a shallow one; between them there is nothing left to fuse."""

@@ -102,7 +102,7 @@ class OptimSection:
     scalar_lr: float = 0.5
 
     def __post_init__(self) -> None:
-        self.name = choice("optim.name", self.name, ("adamw", "muon"))
+        self.name = choice("optim.name", self.name, ("adamw", "muon", "muon_rms"))
         if len(self.betas) != 2:
             raise ValueError(f"optim.betas={self.betas}: needs two numbers, such as [0.9,0.95]")
         for beta in self.betas:

@@ -14,7 +14,7 @@ from models.llama import Llama, LlamaConfig
 from models.nanochat import Nanochat, NanochatConfig
 from training.config import OptimSection
 from training.optim.groups import build_optimizers, set_rates
-from training.optim.muon import POLAR_EXPRESS, Muon, polar, reduce_variance
+from training.optim.muon import POLAR_EXPRESS, Muon, PlainMuon, polar, reduce_variance
 from training.optim.schedule import Schedule
 
 
@@ -148,3 +148,46 @@ def test_other_models_are_refused():
         build_optimizers(Llama(LlamaConfig(1, 32, 2, 64, 50)), OptimSection(name="muon"), 0.02)
     with pytest.raises(ValueError, match=r"needs matrices, got shape \(4,\)"):
         Muon([torch.nn.Parameter(randn(4))], 0.02, 0.0)
+
+
+def test_plain_muon_follows_its_formula_matrix_by_matrix():
+    """Two steps of a weight that holds a 4 x 8 above an 8 x 8 matrix, FP64 against it."""
+    weight = torch.nn.Parameter(randn(12, 8))
+    optimizer = PlainMuon([weight], 0.01, 0.1, {weight: (4, 8)})
+    expected, momentum = weight.detach().double(), torch.zeros(12, 8, dtype=torch.float64)
+    for step in range(2):
+        weight.grad = randn(12, 8, seed=step + 1)
+        gradient = weight.grad.double()
+        momentum = 0.95 * momentum + 0.05 * gradient
+        parts = (0.05 * gradient + 0.95 * momentum).split((4, 8))
+        update = torch.cat([0.2 * 8**0.5 * polar(part.float()).double() for part in parts])
+        expected = expected - 0.01 * (update + 0.1 * expected)
+        optimizer.set_progress(step, 10)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert (weight.detach().double() - expected).abs().max() < 1e-6
+    kept = weight.detach().clone()
+    weight.grad, optimizer.found_inf = torch.full((12, 8), float("nan")), torch.ones(())
+    optimizer.step()
+    assert torch.equal(weight.detach(), kept)
+
+
+def test_a_llamas_fused_weights_are_parted_and_the_rest_is_adamws():
+    model = Llama(LlamaConfig(2, 32, 4, 48, 50, kv_heads=2))
+    adamw, muon = build_optimizers(model, OptimSection(name="muon_rms", weight_decay=0.1), 1e-3)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rows = {names[p].split(".", 2)[2]: group["rows"] for group in muon.param_groups for p in group["params"]}
+    assert rows["attn.qkv.weight"] == (32, 16, 16) and rows["mlp.gate_up.weight"] == (48, 48)
+    assert rows["attn.out.weight"] == (32,) and rows["mlp.down.weight"] == (32,)
+    rest = {names[p].rpartition("blocks.")[2] for group in adamw.param_groups for p in group["params"]}
+    assert {"embed.weight", "lm_head.weight", "norm.weight", "0.attn_norm.weight"} <= rest and len(rest) == 7
+
+
+def test_a_llama_trains_and_resumes_bitwise_by_plain_muon(run, rows, stop_after):
+    words = ["optim=muon_rms", "optim.lr=1e-2", "quant=fp8", "steps=6", "evaluate.every=null", "checkpoint.every=null"]
+    _, whole = run(*words, name="whole")
+    with stop_after(3):
+        run(*words, name="cut")
+    _, cut = run(*words, name="cut")
+    losses = [[row["loss"] for row in rows(folder, "train")] for folder in (whole, cut)]
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0] - 0.1

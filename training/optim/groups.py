@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import OptimSection
-from training.optim.muon import Muon
+from training.optim.muon import Muon, PlainMuon
 from training.optim.schedule import Schedule
 from training.start.derive import MUON_IS_FOR
 
@@ -35,9 +35,8 @@ def adamw(groups: list[dict[str, Any]], config: OptimSection, lr: float) -> torc
 
 def build_optimizers(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
     """[AdamW] or [AdamW, Muon]; `lr` is the peak. A group's `lr_scale` multiplies the schedule's rate."""
-    if config.name == "adamw":
-        return [build_optimizer(model, config, lr)]
-    return build_muon(model, config, lr)
+    build = {"adamw": lambda *given: [build_optimizer(*given)], "muon": build_muon, "muon_rms": build_plain_muon}
+    return build[config.name](model, config, lr)
 
 
 def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
@@ -61,6 +60,15 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
         adamw(groups, config, lr),
         Muon(matrices, lr, config.weight_decay * (REFERENCE_LAYERS / model.config.layers) ** 2),
     ]
+
+
+def build_plain_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
+    """Muon at AdamW's rate and decay for the matrices of the blocks, AdamW without decay for the rest."""
+    named = dict(model.named_parameters())
+    matrices = {name: p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2}
+    rows = {p: held for name, p in matrices.items() if (held := model.stacked_rows(name))}
+    rest = {"params": [p for name, p in named.items() if name not in matrices], "weight_decay": 0.0}
+    return [adamw([rest], config, lr), PlainMuon(list(matrices.values()), lr, config.weight_decay, rows)]
 
 
 def set_rates(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step: int) -> None:

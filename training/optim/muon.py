@@ -30,6 +30,7 @@ SAFETY = 1.02
 MOMENTUM = (0.85, 0.95)  # from the first step to step MOMENTUM_STEPS
 MOMENTUM_STEPS = 300
 VARIANCE_BETA = 0.95
+ADAMW_RMS = 0.2  # of an update, over the rate (arXiv 2502.16982)
 
 
 def polar(matrices: Tensor) -> Tensor:
@@ -99,6 +100,46 @@ class Muon(torch.optim.Optimizer):
             local(p).copy_(new[0][i])
             local(self.state[p]["momentum"]).copy_(new[1][i])
             self.state[p]["variance"].copy_(new[2][i])
+
+
+class PlainMuon(Muon):
+    """Muon at AdamW's rate and decay (arXiv 2502.16982), without variance reduction and cautious decay:
+
+        w <- w - lr (0.2 sqrt(max(m, n)) polar(u) + decay w)
+
+    so that an update has about the rms that AdamW's have. `rows`: of weights that hold several matrices one below the
+    other, such as q, k and v, the rows of each; every matrix is orthogonalized by itself.
+    """
+
+    def __init__(self, params: list[Tensor], lr: float, weight_decay: float, rows: dict[Tensor, tuple[int, ...]]):
+        alike: dict[tuple, list[Tensor]] = {}
+        for p in params:
+            alike.setdefault((tuple(p.shape), rows.get(p, (p.shape[0],))), []).append(p)
+        groups = [{"params": alike[key], "rows": key[1]} for key in sorted(alike)]
+        super(Muon, self).__init__(groups, {"lr": lr, "weight_decay": weight_decay})
+
+    def set_progress(self, step: int, steps: int) -> None:
+        """Momentum and decay stay what they are."""
+
+    def _update(self, params: list[Tensor], group: dict, skip: Tensor | None) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p]["momentum"] = torch.zeros_like(p)
+        moments = [self.state[p]["momentum"] for p in params]
+        old, weights, gradients = (
+            torch.stack([local(t) for t in ts]) for ts in (moments, params, [p.grad for p in params])
+        )
+        momentum = torch.lerp(old, gradients, 1 - MOMENTUM[1])
+        nesterov = gathered(torch.lerp(gradients, momentum, MOMENTUM[1]), params[0])
+        matrices = nesterov.split(group["rows"], dim=1)
+        whole = torch.cat([ADAMW_RMS * max(m.shape[1:]) ** 0.5 * polar(m) for m in matrices], dim=1)
+        update = own_rows(whole, params[0]) + group["weight_decay"] * weights
+        new = (weights - group["lr"] * update, momentum)
+        if skip is not None:
+            new = tuple(torch.where(skip > 0, before, after) for before, after in zip((weights, old), new, strict=True))
+        for p, moment, weight, after in zip(params, moments, *new, strict=True):
+            local(p).copy_(weight)
+            local(moment).copy_(after)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -44,7 +44,7 @@ def numerics(
     if config.model.family == FIRST:
         del model["family"]
     model = {key: value for key, value in model.items() if key not in LATER_SIZES or value != LATER_SIZES[key]}
-    if config.optim.name == "adamw":
+    if config.optim.name != "muon":
         optim = {key: value for key, value in optim.items() if key not in MUON_ONLY}
     nudges = {} if config.rounding_seed in (None, config.seed) else {"rounding_seed": config.rounding_seed}
     nudges |= {"perturb": config.perturb} if config.perturb else {}

@@ -7,7 +7,10 @@ from training.config import MUON_ONLY, TrainConfig
 from training.optim.schedule import Schedule
 
 TOKENS_PER_PARAMETER = 20  # length of a run that names neither tokens nor steps, per non-embedding parameter
-MUON_IS_FOR = "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw for other models"
+MUON_IS_FOR = (
+    "optim=muon is made for model=nanochat_560m and nanochat_1b9; use optim=adamw or, at AdamW's rates, optim=muon_rms "
+    "for other models"
+)
 MOST_STEPS = 10**9  # a slip of the keyboard above
 
 
@@ -86,10 +89,14 @@ def check_optimizer(config: TrainConfig) -> None:
     """A preset's peak rate belongs to one optimizer: a Llama's to AdamW, nanochat's to Muon."""
     model = family(config.model.family)
     rate_is_muons = model.optimizer == "muon"
-    if config.optim.name == "muon" and (why := model.refuses.get("muon")):
-        raise ValueError(f"optim=muon isn't possible with model={config.model.name}: {why}. Use optim=adamw")
+    if config.optim.name.startswith("muon") and (why := model.refuses.get("muon")):
+        raise ValueError(
+            f"optim={config.optim.name} isn't possible with model={config.model.name}: {why}. Use optim=adamw"
+        )
     if config.optim.name == "muon" and not rate_is_muons:
         raise ValueError(MUON_IS_FOR)
+    if config.optim.name == "muon_rms" and rate_is_muons:
+        raise ValueError(f"optim=muon_rms takes AdamW's rates; model={config.model.name} has Muon's: use optim=muon")
     check_unread(config)
     if config.optim.name == "adamw" and rate_is_muons and config.optim.lr is None:
         raise ValueError(

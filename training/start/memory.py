@@ -76,7 +76,7 @@ def estimate(
 
 def state_bytes(config: DecoderShape, optimizer: str) -> float:
     """Weights and moments of all ranks together; a checkpoint's size too."""
-    single = config.layers * block_parameters(config) if optimizer == "muon" else 0.0
+    single = config.layers * block_parameters(config) if optimizer.startswith("muon") else 0.0
     return BYTES_STATE * config.parameters - BYTES_FP32 * single
 
 
