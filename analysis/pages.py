@@ -5,7 +5,7 @@
     <!-- end -->
 
 A sentence is written with its computed numbers; in the page it is found by its words, whatever the numbers there are,
-and however its lines are broken. "..." stands for any text on one line.
+and however its lines are broken. "..." is any text on one line.
 """
 
 import re

@@ -71,7 +71,7 @@ class EvalSet:
         return sums[row, self.segments.end[where]] - sums[row, self.segments.begin[where]]
 
     def segment_range(self, first: int, count: int) -> slice:
-        """Where the segments of sequences first .. first + count stand in `segments`."""
+        """Where the segments of sequences first .. first + count are in `segments`."""
         low, high = np.searchsorted(self.segments.sequence, [first, first + count])
         return slice(int(low), int(high))
 

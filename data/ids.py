@@ -7,7 +7,7 @@
               equally long pieces of one stream
 
 Files of one stream are joined in their order, since documents go on in the next one. A BOS begins a document wherever
-it stands (nanoGPT ends documents with the same token); documents without any text are left out.
+it is (nanoGPT ends documents with the same token); documents without any text are left out.
 """
 
 from collections.abc import Iterator

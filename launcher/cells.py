@@ -171,7 +171,7 @@ def folder_name(experiment: str, cell: str) -> str:
 
 
 def repeats(cell: str) -> bool:
-    """Whether the cell is another run of numerics that exist: `rerun` stands in its name. Only its own run counts."""
+    """Whether the cell is another run of numerics that exist: `rerun` is in its name. Only its own run counts."""
     return "rerun" in cell
 
 

@@ -311,7 +311,7 @@ def as_typed(value: Any, raw: str) -> Any:
 
 
 def split(text: str) -> list[str]:
-    """The parts between commas that stand outside quotes and brackets, stripped."""
+    """The parts between commas outside quotes and brackets, stripped."""
     parts, depth, quote, start = [], 0, "", 0
     for at, character in enumerate(text):
         if quote:
@@ -329,7 +329,7 @@ def split(text: str) -> list[str]:
 
 
 def raw_value(line: str) -> str:
-    """What stands behind the first `=` of an override."""
+    """What follows the first `=` of an override."""
     return line.partition("=")[2].strip()
 
 

@@ -142,7 +142,7 @@ def is_quantized(config: TrainConfig, gemm: str) -> bool:
 
 
 def draws_bits(config: TrainConfig) -> bool:
-    """Whether any quantized operand rounds at random, or stands behind random signs."""
+    """Whether any quantized operand rounds at random, or is multiplied by random signs."""
     for slot, spec in slots(config):
         if spec.get("grid") == "none":
             continue

@@ -126,7 +126,7 @@ class Product:
     def exact_backward(self) -> "Product":
         """The same forward, and the exact gradients through it: what the forward kept, multiplied without rounding.
 
-        Raises ValueError where forward and backward can't be told apart."""
+        Raises ValueError where forward and backward look the same."""
         raise ValueError(f"recipe {self.name}: its backward can't be parted from its forward; use a recipe of slots")
 
     def build(self, linear: nn.Linear, index: int, rng: Tensor) -> QuantLinear:

@@ -18,7 +18,7 @@ def names() -> list[str]:
 def read(path: Path, error: type[ValueError] = ValueError) -> dict[str, Any]:
     """The mapping in a file of configs/quant. Raises `error` for anything else, and for
 
-    a defaults list: a recipe is one file, which scripts that know nothing of Hydra read as it stands;
+    a defaults list: a recipe is one file, which scripts that know nothing of Hydra read as it is;
     a name that isn't the file's: a run's hash and its plan tell recipes apart by it;
     a GEMM `none`, which keeps the sources of a file: this one has none to keep.
     """

@@ -103,7 +103,7 @@ def start(line: cellline.CellLine, cell: str, lane: Lane) -> Running | None:
 
 
 def run_local(line: cellline.CellLine) -> int:
-    """Keep every lane busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
+    """Keep every GPU busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
     if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
         raise CellError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
     lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
@@ -113,7 +113,7 @@ def run_local(line: cellline.CellLine) -> int:
     queue, failed = pending(line, found), []
     counts = states.counted(found.values())
     print(
-        f"{line.experiment}: {len(found)} cells, {len(queue)} to run on {len(lanes)} lane(s); so far {counts}",
+        f"{line.experiment}: {len(found)} cells, {len(queue)} to run, {len(lanes)} at a time; so far {counts}",
         flush=True,
     )
 

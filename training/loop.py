@@ -198,7 +198,7 @@ class Trainer:
         ms = 1e3 * (now - self._window_start) / len(values)
         self._window_start = now
         first = self.state.step - len(values) + 1
-        # What all steps share is found once: the device stands still until the next one is launched.
+        # What all steps share is found once: the device idles until the next one is launched.
         device = self.p.ranks.device
         memory = {"memory_gib": memory_gib(device), "others_gib": others_gib(device)}
         shared = {"ms_per_step": ms, **self._speed(ms), **memory}

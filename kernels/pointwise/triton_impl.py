@@ -127,7 +127,7 @@ def rope_kernel(
     step, sequence = token % length, (token // length).to(tl.int64)
     head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
     inside = head < heads
-    # Each angle stands twice in the table, its sine negated at even elements: read the odd ones.
+    # Each angle is in the table twice, its sine negated at even elements: read the odd ones.
     angle = table_ptr + step * (2 * PAIRS) + 2 * pair + 1
     cos, sin = tl.load(angle), tl.load(angle + sin_offset)
     dq = tl.load(dq_ptr + sequence * q_batch + step * q_step + head * q_head + pair, mask=inside, other=0)

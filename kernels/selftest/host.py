@@ -18,7 +18,7 @@ def checks() -> list[Line]:
         return [Line("host checks against CUTLASS", NOT_COMPILED, reason)]
     try:
         build.build(unit)
-    except (RuntimeError, OSError) as error:  # the other checks of this machine still stand
+    except (RuntimeError, OSError) as error:  # the other checks of this machine still count
         return [Line("host checks against CUTLASS", NOT_COMPILED, f"failed: {str(error).splitlines()[-1]}")]
     return [_layout(), _formats(), _product()]
 

@@ -187,7 +187,7 @@ def precompile(job: tuple[Case, Launch]) -> None:
 
 
 def tune(cases: list[Case], o: dict[str, Tensor], workers: int) -> dict[str, list[tuple[float, Launch]]]:
-    """Median microseconds of every candidate of each case, best first; a candidate stands in CONFIGS while it runs."""
+    """Median microseconds of every candidate of each case, best first; a candidate is in CONFIGS while it runs."""
     jobs = {(case, replace(c, programs=1)) for case in cases for c in candidates(case)}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         list(pool.map(precompile, sorted(jobs, key=str), chunksize=2))

@@ -35,7 +35,7 @@ from launcher.compose import Composer, sweep
 PAGES = ("README.md", "CONTRIBUTING.md", "docs/**/*.md", "results/README.md", "results/law/README.md")
 PROGRAM = re.compile(r"(python|make|torchrun|pip|nibble|scripts/\S+\.py) ")
 BLOCK = re.compile(r"^```(?:\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-# What stands in a page for a person's own, and what is tried in its place.
+# What a page writes for a person's own, and what is tried in its place.
 TEXT = "data=text data.files=corpus/train-0.jsonl data.val_files=corpus/val.jsonl data.vocab_size=300"
 PLACES = {
     r"RECIPE/RATE/s0": "bf16/x2/s0",

@@ -3,7 +3,7 @@
     python scripts/check/results.py           # rewrites numbers in the pages, tables and pictures
     python scripts/check/results.py --check   # changes nothing; exit code 1 where a page says another number
 
-Tables stand between markers in the page (analysis/pages.py); sentences are found by their words, listed below.
+Tables are between markers in the page (analysis/pages.py); sentences are found by their words, listed below.
 """
 
 import argparse

@@ -97,7 +97,7 @@ def test_runs_every_cell_once_and_never_again(run_grid, tmp_path, capsys):
     for seed in range(4):
         assert states.state_of(tmp_path, f"corpus_screen-bf16-s{seed}") == states.State("done", 20, 3.0)
     assert run_grid.main(words) == 0
-    assert "4 cells, 0 to run on 1 lane(s); so far 4 done\n" in capsys.readouterr().out
+    assert "4 cells, 0 to run, 1 at a time; so far 4 done\n" in capsys.readouterr().out
     assert all(len(starts(tmp_path, f"bf16/s{seed}")) == 1 for seed in range(4))
 
 
@@ -245,7 +245,7 @@ def test_kill_9_leaves_the_run_going_and_a_second_script_leaves_it_alone(tmp_pat
     assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "running"
     second = start_script(tmp_path, "log.every=1")
     output = second.communicate(timeout=60)[0]
-    assert second.returncode == 0 and "4 cells, 3 to run on 1 lane(s); so far 1 running, 3 missing\n" in output
+    assert second.returncode == 0 and "4 cells, 3 to run, 1 at a time; so far 1 running, 3 missing\n" in output
     held.unlink()
     wait_until(lambda: states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done")
     assert len(starts(tmp_path, "bf16/s0")) == 1

@@ -98,7 +98,7 @@ def _describe(sign: dict[str, Any]) -> str:
 
 
 def _furthest_behind(signs: dict[int, dict[str, Any]]) -> int | None:
-    """The rank with the oldest progress, or None if all stand at the same point."""
+    """The rank with the oldest progress, or None if all are at the same point."""
     points = {rank: (sign["step"], sign["doing"]) for rank, sign in signs.items()}
     if len(set(points.values())) < 2:
         return None
