@@ -17,7 +17,7 @@ HELP = """Train a language model under one of the 4-bit recipes, or resume the r
 
   python train.py model=llama_30m quant=quartet2 data=text data.files='corpus/train-*.jsonl.zst' \\
       data.val_files=corpus/val.jsonl.zst tokens=3e9 seed=1
-  python train.py experiment=quickstart quant=bf16          on a CPU, two to four minutes
+  python train.py experiment=quickstart quant=bf16          on a CPU, a minute or two
   python train.py -m quant=bf16,sr,quartet2 seed=0,1,2      every combination, one a GPU at once
   torchrun --nproc-per-node=4 train.py model=llama_1b9 ...  the same run on four GPUs
   python train.py resume=runs/NAME                          go on with a run whose command is lost

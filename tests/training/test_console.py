@@ -11,7 +11,9 @@ def test_a_long_step_says_where_it_is_and_a_brisk_one_nothing(monkeypatch, capsy
     now[0] += console.QUIET_S + 1
     shown.within("step 1", 2, 8)
     shown.within("step 1", 3, 8)
-    assert capsys.readouterr().out == "  step 1: 2 of 8 micro-batches\n"
+    now[0] += console.QUIET_S + 1
+    shown.within("step 5", 1, 1)
+    assert capsys.readouterr().out == "  step 1: 2 of 8 micro-batches\n  step 5\n"
     console.Console(active=False, steps=3).within("step 1", 2, 8)
     assert capsys.readouterr().out == ""
 

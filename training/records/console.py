@@ -42,7 +42,7 @@ class Console:
         """Where a step or an evaluation has got to, if nothing was said for QUIET_S: a slow machine looks hung."""
         if not self.active or time.monotonic() - self._spoke < QUIET_S:
             return
-        text = f"{what}: {done} of {total} micro-batches"
+        text = what if total == 1 else f"{what}: {done} of {total} micro-batches"
         if self._bar is not None:
             self._bar.update(self._task, status=text)
         else:
