@@ -219,23 +219,26 @@ class Composer:
             # Of the many recipes of a grid each is its file, and what surrounds them is composed once.
             base, choices = self._base(tuple(line for line in lines if line != chosen))
             name = chosen.partition("=")[2].strip("\"'")
-            file = ROOT / "quant" / f"{name}.yaml"
+            file = recipe_file(chosen) or ROOT / "quant" / f"{name}.yaml"
             self._recipes[lines] = (
                 OmegaConf.to_container(OmegaConf.load(file)),
                 recipefile.read(file, ConfigError),
             )
-            self._bases[lines] = base, choices | {"quant": name}
+            self._bases[lines] = base, choices | {"quant": str(recipe_file(chosen) or name)}
         if lines not in self._bases:
-            own = [recipe_file(line) for line in lines if recipe_file(line)]
+            own = next((path for path in map(recipe_file, lines) if path), None)
             with initialize_config_dir(str(ROOT), version_base="1.3"):
                 ours = [line for line in lines if not recipe_file(line)]
                 tree = hydra_compose("train", overrides=ours, return_hydra_config=True)
-            choices = own_choices(tree.hydra.runtime.choices) | ({"quant": str(own[-1])} if own else {})
+            choices = own_choices(tree.hydra.runtime.choices) | ({"quant": str(own)} if own else {})
             OmegaConf.set_struct(tree, False)
             del tree["hydra"]
             file = ROOT / "quant" / f"{choices['quant']}.yaml" if "quant" in choices else None
-            values = recipefile.read(own[-1] if own else file, ConfigError) if own or file else {}
-            self._recipes[lines] = (values if own else OmegaConf.to_container(tree.quant), values)
+            values = recipefile.read(own or file, ConfigError) if own or file else {}
+            chosen = OmegaConf.to_container(tree.quant)
+            if own:  # in the place of the recipe; beside it are the phases
+                chosen = values | {key: chosen[key] for key in ("phases",) if key in chosen}
+            self._recipes[lines] = (chosen, values)
             tree.quant = {}  # large, and hardly ever another one: a plain mapping is copied faster
             self._bases[lines] = pickle.dumps(tree), choices
         return self._bases[lines]

@@ -148,7 +148,7 @@ def _problem_of_words(script: str, words: list[str]) -> str | None:
             return None
         if script in ("scripts/cost.py", "scripts/run_grid.py"):
             own = {"price": "", "launcher": "local", "gpus": "all", "per_gpu": "1"}
-            cellline.read(take_launcher(words)[0], own)
+            cellline.read(take_launcher(words)[0], own, single=script == "scripts/cost.py")
             return None
     except ValueError as error:
         return str(error)

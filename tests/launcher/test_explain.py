@@ -98,6 +98,8 @@ def test_a_recipe_from_a_file_is_as_if_it_lay_in_configs(tmp_path, monkeypatch):
     assert composed.choices["quant"] == str(file)
     monkeypatch.chdir(file.parent)
     assert compose(["quant=mine.yaml"]).config.quant == compose(["quant=./mine.yaml"]).config.quant
+    late = compose(["quant=mine.yaml", "phases=late_bf16"]).config.quant
+    assert late["name"] == "mine" and late["phases"] == compose(["phases=late_bf16"]).config.quant["phases"]
     beside = tmp_path / "quartet2.yaml"
     beside.write_text((configs.FOLDER / "quant" / "quartet2.yaml").read_text())
     assert compose([f"quant={beside}"]).config.quant == compose(["quant=quartet2"]).config.quant
