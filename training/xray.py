@@ -14,7 +14,7 @@ measured on slices of text, whose amax and tensor scales are the slice's. No gra
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -160,13 +160,13 @@ class _Xray:
         layer, watch = self.layers[name], None if self.looks[name].slots else self.looks[name]
 
         def measure(x: Tensor, weight: Tensor, dy: Tensor) -> None:
-            plain = multiply(self.plain[name], Call(layer.rng, layer.layer), x, weight, dy)
+            plain, fitted = multiply(self.plain[name], Call(layer.rng, layer.layer), x, weight, dy), layer.fitted()
             for label, product in self.recipes[name].items():
-                calls = [Call(moved(layer.rng, draw), layer.layer) for draw in range(self.draws)]
+                calls = [Call(moved(layer.rng, draw), layer.layer, None, fitted) for draw in range(self.draws)]
                 firsts = calls if product.forward_draws else calls[:1]
                 exact = [multiply(product.exact_backward(), call, x, weight, dy) for call in firsts]
                 if label is None:
-                    calls[0] = Call(calls[0].rng, layer.layer, watch)
+                    calls[0] = replace(calls[0], watch=watch)
                 drawn = [multiply(product, call, x, weight, dy) for call in calls]
                 self.local[name][label].add(plain, exact, drawn)
 

@@ -61,6 +61,12 @@ class Xray(Probe):
         others = {name: resolve(coming.model, Precision(library.load(name))) for name in options.recipes}
         for plan in (*coming.plans, *others.values()):
             check_plan(plan, options.tokens)
+        for name, plan in others.items():
+            if plan.recipe.hook:
+                raise ValueError(
+                    f"probes.xray.recipes: {name} needs what hooks.{plan.recipe.hook} fits in a run of its own; X-ray "
+                    "such a run"
+                )
         return replace(options, steps=steps)
 
     @classmethod
