@@ -34,7 +34,7 @@ from launcher import cells as experiments
 from launcher import fork, naming, unread
 from launcher.schema import FREE_FORM, known_keys, register, text_keys
 from quant import recipefile
-from quant.recipe import OPERANDS
+from quant.names import GEMMS, unquantized
 from training.config import RunSection, TrainConfig
 
 ROOT = configs.FOLDER
@@ -274,7 +274,7 @@ def apply(override: Override, tree: DictConfig) -> None:
             raise ConfigError(f"{override.input_line}: there is no {key} to delete")
         section, _, last = key.rpartition(".")
         del (OmegaConf.select(tree, section) if section else tree)[last]
-    elif key in (f"quant.{gemm}" for gemm in OPERANDS) and override.value() == "none":
+    elif key in (f"quant.{gemm}" for gemm in GEMMS) and override.value() == "none":
         OmegaConf.update(tree, f"{key}.{NONE_MARK}", True, force_add=True)
     else:
         OmegaConf.update(tree, key, typed_value(override), merge=True, force_add=True)
@@ -472,16 +472,14 @@ def ending_in(end: str, key: str, known: list[str]) -> list[str]:
 
 
 def without_none_gemms(quant: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
-    """Write a GEMM given as `none` out: both grids none, each operand's source kept
-    (docs/concepts.md#three-gemms-six-slots). `base`: the
-    recipe file that `quant` started from."""
-    for gemm, slots in OPERANDS.items():
+    """Write GEMMs given as `none` out, in place; each operand's source is kept. `base`: the recipe file that `quant`
+    started from."""
+    for gemm in GEMMS:
         given = quant.get(gemm)
         if given == "none" and gemm in base:  # from another YAML file
             given = {**base[gemm], NONE_MARK: True}
         if isinstance(given, dict) and given.pop(NONE_MARK, False):
-            sources = {slot: (given.get(slot) or {}).get("source", "input") for slot in slots}
-            quant[gemm] = {slot: {"grid": "none", "source": source} for slot, source in sources.items()}
+            quant[gemm] = unquantized(gemm, given)
     return quant
 
 

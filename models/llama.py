@@ -201,8 +201,7 @@ class Llama(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
-        if tokens_BT.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
+        check_positions(tokens_BT, self.config)
         x_BTD, branch_BTD = self.first(tokens_BT), None
         masks = () if self.document_start is None else (document_mask(tokens_BT, self.document_start),)
         for block in self.blocks:
@@ -240,7 +239,6 @@ class Llama(nn.Module):
         """tokens int [B, T] -> logits [B, T, V] in the compute dtype."""
         return self.lm_head(self.hidden(tokens_BT))
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> str:
         """Fill every parameter and the RoPE table; returns the init hash (hex, 16 digits).
 
@@ -249,16 +247,22 @@ class Llama(nn.Module):
         """
         return self.fill(lambda name, shape: initial_value(name, shape, self.config, seed))
 
-    @torch.no_grad()
     def fill(self, value: Callable[[str, torch.Size], Tensor]) -> str:
         """Copy value(name, shape) into every parameter and make the RoPE table; returns the init hash."""
-        digest = fill_parameters(self, value)
-        self.rope.copy_(self.config.rope_table())
-        return digest
+        return fill_model(self, value, self.config.rope_table())
 
 
-def fill_parameters(model: nn.Module, draw: Callable[[str, torch.Size], Tensor]) -> str:
-    """Copy draw(name, shape), made on the CPU, into every parameter; returns a hash of names and values, 16 digits."""
+def check_positions(tokens_BT: Tensor, config: DecoderShape) -> None:
+    """ValueError for more positions than the RoPE table has."""
+    if tokens_BT.shape[1] > config.max_seq_len:
+        raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {config.max_seq_len}")
+
+
+@torch.no_grad()
+def fill_model(model: nn.Module, draw: Callable[[str, torch.Size], Tensor], rope: Tensor) -> str:
+    """Copy draw(name, shape), made on the CPU, into every parameter, and the RoPE table; returns a hash of the
+    parameters' names and values, 16 digits."""
+    model.rope.copy_(rope)
     digest, named = hashlib.sha256(), list(model.named_parameters())
     with ThreadPoolExecutor(DRAW_THREADS) as pool:
         for begin in range(0, len(named), DRAW_THREADS):  # few at a time: the host need not hold a second model

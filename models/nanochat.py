@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import inverse_rms, turn
-from models.llama import fill_parameters, generator_for, rope_table
+from models.llama import check_positions, fill_model, generator_for, rope_table
 from models.shape import DTYPES, DecoderShape
 
 WINDOW_PATTERN = "SSSL"  # S: half the context, L: all of it
@@ -147,8 +147,7 @@ class Nanochat(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
-        if tokens_BT.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
+        check_positions(tokens_BT, self.config)
         x_BTD = first_BTD = self.first(tokens_BT)
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, first_BTD, self.residual_scales[layer], self.embedding_scales[layer], self.rope)
@@ -164,15 +163,13 @@ class Nanochat(nn.Module):
         """tokens int [B, T] -> soft-capped logits [B, T, V], FP32."""
         return self.softcap * torch.tanh(self.lm_head(self.hidden(tokens_BT)).float() / self.softcap)
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> str:
         """Fill every parameter and the RoPE table; returns the init hash (hex, 16 digits).
 
         Drawn on the CPU with a generator per parameter, keyed by (seed, name), as models/llama.py does.
         """
-        digest = fill_parameters(self, lambda name, shape: initial_value(name, shape, self.config.width, seed))
-        self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
-        return digest
+        rope = rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
+        return fill_model(self, lambda name, shape: initial_value(name, shape, self.config.width, seed), rope)
 
 
 def initial_value(name: str, shape: torch.Size, width: int, seed: int) -> Tensor:

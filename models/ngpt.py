@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import turn
-from models.llama import fill_parameters, generator_for, rope_table
+from models.llama import check_positions, fill_model, generator_for, rope_table
 from models.shape import BYTES_BF16, DecoderShape
 from models.unit import COLUMNS, ROWS, unit
 
@@ -163,8 +163,7 @@ class Ngpt(nn.Module):
 
     def hidden(self, tokens_BT: Tensor) -> Tensor:
         """tokens int [B, T] -> what the head reads: unit vectors, [B, T, D] in the compute dtype."""
-        if tokens_BT.shape[1] > self.config.max_seq_len:
-            raise ValueError(f"{tokens_BT.shape[1]} positions; the model was built for {self.config.max_seq_len}")
+        check_positions(tokens_BT, self.config)
         h_BTD = self.first(tokens_BT)
         for block in self.blocks:
             h_BTD = block(h_BTD, self.rope)
@@ -180,15 +179,13 @@ class Ngpt(nn.Module):
         """tokens int [B, T] -> logits [B, T, V] in the compute dtype."""
         return F.linear(self.hidden(tokens_BT), self.head_weight.to(self.dtype))
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> str:
         """Fill every parameter and the RoPE table; returns the init hash (hex, 16 digits), of normalized weights.
 
         Drawn on the CPU with a generator per parameter, keyed by (seed, name), as models/llama.py does.
         """
-        digest = fill_parameters(self, lambda name, shape: initial_value(name, shape, self.config.width, seed))
-        self.rope.copy_(rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta))
-        return digest
+        rope = rope_table(self.config.max_seq_len, self.config.head_dim, self.config.rope_theta)
+        return fill_model(self, lambda name, shape: initial_value(name, shape, self.config.width, seed), rope)
 
 
 def initial_value(name: str, shape: torch.Size, width: int, seed: int) -> Tensor:

@@ -19,7 +19,7 @@ from torch import nn
 
 from base.words import suggestion
 from quant import library
-from quant.names import FPROP_SLOT, OPERANDS
+from quant.names import FPROP_SLOT, GEMMS, unquantized
 from quant.plan import Entry, Plan, Precision, Rule, resolve
 
 DEFAULTS = {"from": 0.0, "to": 1.0, "share": 1.0, "seed": 0, "add_sources": False, "set": None}
@@ -151,11 +151,9 @@ def _plan(where: str, model: nn.Module, mapping: Mapping[str, Any], values: dict
 def merge(recipe: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """A recipe's mapping with an override tree laid over it. A GEMM `none` keeps the recipe's own sources."""
     merged = _deep(recipe, over)
-    for gemm, operands in OPERANDS.items():
+    for gemm in GEMMS:
         if merged.get(gemm) == "none":
-            own = recipe.get(gemm) if isinstance(recipe.get(gemm), Mapping) else {}
-            sources = {name: (own.get(name) or {}).get("source", "input") for name in operands}
-            merged[gemm] = {name: {"grid": "none", "source": source} for name, source in sources.items()}
+            merged[gemm] = unquantized(gemm, recipe[gemm] if isinstance(recipe.get(gemm), Mapping) else {})
     return merged
 
 
