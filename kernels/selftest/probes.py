@@ -16,13 +16,13 @@ def grid(fmt: MiniFloat) -> Tensor:
     return values[values <= fmt.max_value]
 
 
-def probes(fmt: MiniFloat) -> Tensor:
-    """Grid values, ties, the floats beside both, subnormals, saturation, a million random values; of both signs."""
+def probes(fmt: MiniFloat, count: int = 1_000_000) -> Tensor:
+    """Grid values, ties, the floats beside both, subnormals, saturation, `count` random values; of both signs."""
     values = grid(fmt)
     points = torch.cat((values, (values[1:] + values[:-1]) / 2))
     beside = torch.cat((torch.nextafter(points, torch.tensor(0.0)), torch.nextafter(points, torch.tensor(1e9))))
     beyond = fmt.max_value * torch.tensor([1.01, 1.0357, 1.0358, 1.25, 2.0, 1e6, float("inf")])
     tiny = torch.tensor([1e-45, 1e-40, 2.0**-126, 1e-20])
-    random = torch.exp2(torch.empty(1_000_000).uniform_(-14, 10, generator=torch.Generator().manual_seed(1)))
+    random = torch.exp2(torch.empty(count).uniform_(-14, 10, generator=torch.Generator().manual_seed(1)))
     positive = torch.cat((points, beside, beyond, tiny, random))
     return torch.cat((positive, -positive))

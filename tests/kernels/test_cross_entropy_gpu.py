@@ -42,12 +42,12 @@ INTERPRETED = """
 import torch
 from kernels.cross_entropy import reference_impl, triton_impl
 # The identity as hidden states makes the weights the logits; 9,000 of them are more than one pass of the lanes.
-logits = (torch.randn(8, 9000, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
-targets = torch.tensor([0, 1, 8191, 8192, 8999, 5, 77, 4000])
-for softcap in (None, 2.0, 15.0):
+logits = (torch.randn(4, 9000, generator=torch.Generator().manual_seed(0)) * 8).bfloat16()
+targets = torch.tensor([0, 8191, 8192, 8999])
+for softcap in (None, 2.0):
     weight = logits.t().float().contiguous().requires_grad_()
-    expected = reference_impl.linear_cross_entropy(torch.eye(8).bfloat16(), weight, targets, True, softcap)
-    reference_impl.linear_cross_entropy(torch.eye(8).bfloat16(), weight, targets, False, softcap).backward()
+    expected = reference_impl.linear_cross_entropy(torch.eye(4).bfloat16(), weight, targets, True, softcap)
+    reference_impl.linear_cross_entropy(torch.eye(4).bfloat16(), weight, targets, False, softcap).backward()
     written = logits.clone()
     nats = triton_impl.nats_of(written, targets, softcap, True)
     torch.testing.assert_close(nats, expected, rtol=1e-5, atol=1e-5)

@@ -7,7 +7,7 @@ from analysis import published
 from launcher import cellline
 from launcher import cells as experiments
 from launcher.cli import read_command_line
-from launcher.compose import ConfigError, compose, sweep
+from launcher.compose import Composer, ConfigError, compose, sweep
 from quant import library
 from training.start.derive import derive
 from training.start.shapes import shape_of
@@ -155,12 +155,12 @@ def test_short_grid_has_whole_seeds_before_the_next_and_fresh_text():
 
 
 def test_every_recipe_of_every_grid_builds():
-    seen = set()
+    seen, composer = set(), Composer()
     for name in experiments.names():
         for cell, overrides in experiments.expand(experiments.load(name)).items():
             recipe = tuple(item for item in overrides if item.startswith("quant"))
             if recipe not in seen:
-                built = library.build(compose(list(recipe)).config.quant)
+                built = library.build(composer.compose(list(recipe)).config.quant)
                 assert built.is_quantized == ("quant=bf16" not in recipe), cell
             seen.add(recipe)
     assert len(seen) > 20

@@ -180,12 +180,13 @@ def test_flags():
 
 
 def test_every_group_choice_composes():
+    composer = Composer()
     for group, options in groups().items():
         for option in options:
             extra = {"text": ["data.files=x.txt"], "hub": ["data.hub_path=x"]}.get(option, [])
             if group == "experiment" and option in experiments.names():
                 extra = [f"cell={next(iter(experiments.expand(experiments.load(option))))}"]
-            assert compose([f"{group}={option}", *extra]).choices[group] == option
+            assert composer.compose([f"{group}={option}", *extra]).choices[group] == option
 
 
 @pytest.mark.parametrize(

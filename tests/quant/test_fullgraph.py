@@ -23,19 +23,19 @@ FAST = {
 }
 
 
-# Through the same operators as hif4, with other forms.
-LONG = ("int4", "mxfp4_macro", "quartet2_sfp4", "quartet2_tables")
+# One of each form that the fast path has: none, FP8, E2M1 with square weights to nearest and at random, MS-EDEN and
+# rotation, the operators of other block formats (hif4), and shaped rounding.
+FORMS = ("bf16", "fp8", "nvidia", "quartet2", "hif4", "quartet2_shaped")
+REST = [name for name in KINDS if name not in FORMS]
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param(k, marks=[pytest.mark.slow] * (k in LONG)) for k in (*KINDS, "quartet2_shaped")]
-)
+@pytest.mark.parametrize("recipe", [*FORMS, *(pytest.param(name, marks=pytest.mark.slow) for name in REST)])
 def test_fast_path_traces_as_one_graph_per_region(recipe, monkeypatch):
     monkeypatch.setattr(backend, "IMPL", FAST)
     torch.compiler.reset()
     rng = torch.zeros(3, dtype=torch.int64, device="meta")
     with torch.device("meta"):
-        model = Llama(LlamaConfig(layers=2, width=128, heads=2, hidden=128, vocab_size=256, max_seq_len=64))
+        model = Llama(LlamaConfig(layers=1, width=128, heads=2, hidden=128, vocab_size=256, max_seq_len=64))
         tokens = torch.zeros(4, 64, dtype=torch.int64)
     convert(model, plan_of(model, compose([f"quant={recipe}"]).config.quant), rng)
     for module, method in model.regions():

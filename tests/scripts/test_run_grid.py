@@ -3,6 +3,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -123,7 +124,9 @@ def test_gpu_lanes_take_each_gpu_before_a_second_lane(run_grid, monkeypatch, on_
 
 def test_listing_starts_nothing(run_grid, tmp_path, capsys):
     assert run_grid.main(["experiment=corpus_screen", ONLY, f"paths.runs={tmp_path}", "list=True"]) == 0
-    assert capsys.readouterr().out.count("cell=bf16/s") == 4 and not list(tmp_path.iterdir())
+    listed = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    names = [compose(words[2:]).config.run.name for words in listed]  # behind python train.py
+    assert names == [f"corpus_screen-bf16-s{seed}" for seed in range(4)] and not list(tmp_path.iterdir())
 
 
 def test_cell_chooses_that_cell_alone(run_grid, tmp_path, capsys):

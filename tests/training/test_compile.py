@@ -17,7 +17,8 @@ def traced(monkeypatch):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("bf16", ["evaluate.bf16=false", "evaluate.bf16=true"])
+# Without the BF16 evaluation there are fewer graphs of the same kinds.
+@pytest.mark.parametrize("bf16", [pytest.param("evaluate.bf16=false", marks=pytest.mark.slow), "evaluate.bf16=true"])
 def test_every_kind_of_evaluation_and_layer_is_compiled(run, traced, bf16):
     """Training, evaluation and an odd last batch; first, middle and BF16 blocks; quantized and not: more than eight."""
     words = ["quant=fp8", "quant.high_precision.last=1", "model.layers=3", "compile=true", bf16]
