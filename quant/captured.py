@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kernels.quantize.feedback import feedback
 from quant.decompose import decompose
 from quant.linear import QuantLinear
 from quant.plan import Entry, Precision, resolve
@@ -86,7 +85,7 @@ def fit(layer: QuantLinear, w: Tensor, x: Tensor) -> None:
     """Fill a layer's feedback matrices: F_w by X^T X, F_x by W^T W."""
     for name, target in layer.fitted().items():
         seen = (w if name == "x" else x).double()
-        target.copy_(feedback(seen.t() @ seen, DAMPING))
+        target.copy_(layer.refitted(name, seen.t() @ seen, DAMPING))
 
 
 def compared(exact: Tensor, made: Tensor) -> dict[str, float]:

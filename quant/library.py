@@ -65,7 +65,7 @@ def label(recipe: Product) -> str:
         return recipe.name
     base, own = _all_fields(load(recipe.name)), _all_fields(recipe)
     expected = base | _what_follows(base, own)
-    changed = {key: value for key, value in own.items() if expected[key] != value}
+    changed = {key: value for key, value in own.items() if expected.get(key) != value}
     for gemm in GEMMS:
         _drop_unquantized(changed, own, gemm)
     return " ".join([recipe.name, *(f"{key}={_short(value)}" for key, value in changed.items())])

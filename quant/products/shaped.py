@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from kernels import gemm as gemms
 from kernels.quantize import Quantized
+from kernels.quantize.feedback import feedback
 from quant.linear import Call, QuantLinear
 from quant.product import Product
 from quant.recipe import Recipe
@@ -27,9 +28,10 @@ GRAM_TOKENS = 8192  # of a step's first micro-batch, at most
 
 @dataclass(frozen=True)
 class Shaped(Recipe):
-    """shape: which operands of fprop are rounded so."""
+    """shape: which operands of fprop are rounded so. rank: of X's metric only so many directions count; None: all."""
 
     shape: tuple[str, ...] = OPERANDS
+    rank: int | None = None
 
     hook: ClassVar[str] = "feedback"
 
@@ -37,6 +39,10 @@ class Shaped(Recipe):
         super().__post_init__()
         if not set(self.shape) <= set(OPERANDS):
             raise ValueError(f"quant.shape={list(self.shape)}: use [x], [w] or [x,w]")
+        if self.rank is not None and (type(self.rank) is not int or self.rank < 1 or "x" not in self.shape):
+            raise ValueError(
+                f"quant.rank={self.rank!r}: a number of directions, 64 say, where quant.shape has x; or null"
+            )
         for name in self.shape:
             operand = self.operand(f"fprop.{name}")
             nvfp4 = operand.spec.tensor_core and not operand.spec.is_square
@@ -54,30 +60,35 @@ class Shaped(Recipe):
     def from_dict(cls, mapping: Mapping[str, Any]) -> "Shaped":
         fields = dict(mapping)
         shape = fields.pop("shape", None)
+        rank = fields.pop("rank", None)
         fields.pop("scheme", None)
         if not isinstance(shape, list | tuple | None):
             raise ValueError(f"quant.shape={shape!r}: use [x], [w] or [x,w]")
         made = Recipe.from_dict(fields)
-        return cls(made.name, made.fprop, made.dgrad, made.wgrad, tuple(OPERANDS if shape is None else shape))
+        return cls(made.name, made.fprop, made.dgrad, made.wgrad, tuple(OPERANDS if shape is None else shape), rank)
 
     def to_dict(self) -> dict[str, Any]:
-        return super().to_dict() | {"scheme": "shaped", "shape": list(self.shape)}
+        rank = {} if self.rank is None else {"rank": self.rank}
+        return super().to_dict() | {"scheme": "shaped", "shape": list(self.shape)} | rank
 
     def describe(self, label: str) -> list[str]:
-        metric = {"x": "fprop.x by W^T W", "w": "fprop.w by X^T X"}
+        rank = "" if self.rank is None else f" of rank {self.rank}"
+        metric = {"x": f"fprop.x by W^T W{rank}", "w": "fprop.w by X^T X"}
         return [*super().describe(label), f"  shaped    {', '.join(metric[name] for name in self.shape) or 'nothing'}"]
 
     def more_flops(self, shape: tuple[int, int], tokens: int) -> float:
-        """Errors times F, half of which is zero, and the Gram matrix; not the refits, one in dozens of steps."""
+        """Errors times F, half of which is zero (or in and out of the directions that count), and the Gram matrix; not
+        the refits, one in dozens of steps."""
         rows, columns = shape
-        of = {"x": tokens, "w": rows + 2 * min(tokens, GRAM_TOKENS)}
-        return sum(of[name] * columns**2 for name in self.shape if self.shapes(name))
+        wide = columns if self.rank is None else min(columns, 4 * self.rank)
+        of = {"x": tokens * wide, "w": (rows + 2 * min(tokens, GRAM_TOKENS)) * columns}
+        return sum(of[name] * columns for name in self.shape if self.shapes(name))
 
     def plain(self) -> Product:
         return Recipe.bf16()
 
     def alone(self) -> dict[str, Product]:
-        return {gemm: replace(product, shape=self.shape) for gemm, product in super().alone().items()}
+        return {gemm: replace(product, shape=self.shape, rank=self.rank) for gemm, product in super().alone().items()}
 
     def shapes(self, name: str) -> bool:
         """Whether operand `name` of fprop is rounded with feedback."""
@@ -106,6 +117,7 @@ class ShapedLinear(QuantLinear):
     def __init__(self, linear: nn.Linear, recipe: Shaped, layer: int, rng: Tensor):
         super().__init__(linear, recipe, layer, rng)
         size = (self.in_features, self.in_features)
+        self.rank = recipe.rank
         self.shaped = tuple(name for name in OPERANDS if recipe.shapes(name))
         for name in self.shaped:
             zeros = torch.zeros(size, dtype=torch.bfloat16, device=rng.device)
@@ -115,6 +127,10 @@ class ShapedLinear(QuantLinear):
 
     def fitted(self) -> dict[str, Tensor]:
         return {name: self._buffers[f"feedback_{name}"] for name in self.shaped}
+
+    def refitted(self, name: str, gram: Tensor, damping: float) -> Tensor:
+        """F of an operand by its metric [K, K]."""
+        return feedback(gram, damping, self.rank if name == "x" else None)
 
     def forward(self, x: Tensor) -> Tensor:
         if "w" in self.shaped and torch.is_grad_enabled() and self.training:

@@ -80,6 +80,16 @@ def test_the_matrix_is_that_of_eliminating_one_column_after_the_other():
     assert not F.tril().any() and not feedback(zeros(16).float(), 0.1).any()
 
 
+def test_a_rank_is_the_whole_metric_where_its_other_directions_are_equal():
+    V = torch.linalg.qr(torch.randn(48, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    H = (V * torch.tensor([50.0, 20.0, 9.0, 5.0])) @ V.t() + torch.eye(48)
+    whole = feedback(H, 0.1)
+    torch.testing.assert_close(feedback(H, 0.1, rank=4), whole, rtol=2**-7, atol=1e-4)
+    assert torch.equal(feedback(H, 0.1, rank=48), whole)
+    assert (feedback(H, 0.1, rank=2) - whole).abs().max() > 0.01
+    assert not feedback(torch.zeros(48, 48), 0.1, 4).any()
+
+
 def layer_of(recipe: dict) -> nn.Module:
     torch.manual_seed(1)
     model = nn.ModuleDict({"up": nn.Linear(64, 128, bias=False), "lm_head": nn.Linear(64, 128, bias=False)})
@@ -145,6 +155,8 @@ def test_overrides_keep_scheme_and_sources():
     assert library.build(base | {"dgrad": "none"}).operand("dgrad.w").source == "fprop"
     assert library.label(library.build(base | {"shape": ["x"]})) == "quartet2_shaped shape=x"
     assert library.load("quartet2_shaped_x").alone()["fprop"].shape == ("x",)
+    assert "rank" not in library.load("quartet2_shaped").to_dict()  # as the first runs' hashes have it
+    assert library.label(library.build(base | {"rank": 16})) == "quartet2_shaped rank=16"
 
 
 @pytest.mark.parametrize(
@@ -152,6 +164,8 @@ def test_overrides_keep_scheme_and_sources():
     [
         ({"shape": ["y"]}, r"quant\.shape=\['y'\]: use \[x\], \[w\] or \[x,w\]"),
         ({"shape": "x"}, r"quant\.shape='x'"),
+        ({"rank": 0}, r"quant\.rank=0: a number of directions"),
+        ({"rank": 4, "shape": ["w"]}, r"quant\.rank=4: .*has x"),
         ({"fprop": {"x": {"grid": "e4m3"}, "w": {"grid": "e2m1"}}}, r"quant\.fprop\.x: .*leave x out of quant\.shape"),
         (
             {"fprop": {"x": {"grid": "e2m1"}, "w": {"grid": "e2m1", "select": "search"}}},

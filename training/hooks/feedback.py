@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kernels.quantize.feedback import feedback
 from quant.plan import Plan, quant_linears
 from training.hooks.base import Hook, Run, keep_where, local
 from training.hooks.osci_reset import shard_groups
@@ -62,7 +61,7 @@ class Feedback(Hook):
         for layer in self._layers.values():
             for name, target in layer.fitted().items():
                 if name in operands:
-                    new = feedback(_metric(layer, name), self.options.damping)
+                    new = layer.refitted(name, _metric(layer, name), self.options.damping)
                     keep_where(skip + (~new.isfinite()).any(), target, new)
 
 
