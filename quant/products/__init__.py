@@ -10,7 +10,7 @@ One file each, and a line here. A product answers the questions of quant/product
 
 from quant.products.mean_split import MeanSplit
 from quant.products.shaped import Shaped
-from quant.products.te import Fp8TE
+from quant.products.te import Fp8TE, Nvfp4TE
 from quant.products.trust_mask import TrustMask
 
-PRODUCTS = {"fp8_te": Fp8TE, "mean_split": MeanSplit, "shaped": Shaped, "trust_mask": TrustMask}
+PRODUCTS = {"fp8_te": Fp8TE, "mean_split": MeanSplit, "nvfp4_te": Nvfp4TE, "shaped": Shaped, "trust_mask": TrustMask}

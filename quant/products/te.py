@@ -1,13 +1,16 @@
-"""Recipe `fp8_te`: the linear layer of NVIDIA's Transformer Engine, a yardstick for our own `fp8`. Needs a GPU.
+"""Recipes `fp8_te` and `nvfp4_te`: the linear layer of NVIDIA's Transformer Engine, a yardstick for our own `fp8` and
+`nvidia`. Needs a GPU, for NVFP4 a Blackwell one: nvfp4_te has never run, only been driven against a stand-in (tests).
 
 scaling   scale                                                      grids                    state
 current   one per tensor, from this tensor's amax                    E4M3, dY in E5M2         none
 delayed   one per tensor, from the largest of 1024 earlier amaxes    E4M3, dY in E5M2         amax history and scale
 block     a power of two per 1x128 (X, dY) or 128x128 (W)            E4M3                     none
+(NVFP4)   E4M3 per 1x16 (X, dY) or 16x16 (W) under one of the tensor  E2M1                     none
 
 Kept from our own contract: Transformer Engine reads X, dY and the BF16 (RNE) of the FP32 master weight; Y and dX come
 out in BF16, dW straight from the GEMM in FP32 (its main_grad path). Its own: with current and delayed scaling fprop
 sums in the tensor core's short accumulator (fast accumulation), dgrad and wgrad promote to FP32; block always promotes.
+NVFP4's stochastic rounding draws from PyTorch's CUDA generator, which no checkpoint holds: a resumed run isn't bitwise.
 
 Exempt from fullgraph (each layer is a graph break) and, with delayed scaling, from world-size invariance: the amax of a
 layer is the largest over all ranks. Written against Transformer Engine 2.20.2, whose delayed scaling this file drives
@@ -35,61 +38,51 @@ INSTALL = (
 )
 SCALINGS = ("current", "delayed", "block")
 AMAX_HISTORY = 1024  # micro-batches; Transformer Engine's default
-# cuBLAS's FP8 GEMM takes operands whose rows are multiples of 16 bytes; Transformer Engine wants 8 rows of X.
-MULTIPLE, TOKENS_MULTIPLE, WHY_MULTIPLE = 16, 8, "Transformer Engine's FP8 GEMM"
+FOUR_OVER_SIX = ("none", "weights", "activations", "all")
+BACKWARDS = ("quantized", "dequantized", "high_precision")
 # Transformer Engine's quantizers per linear layer: x, w, y forward; dy, dx backward (y and dx stay BF16, unused).
 DIRECTIONS = {"fwd": ("forward", 3), "bwd": ("backward", 2)}
 
 
 @dataclass(frozen=True)
-class Fp8TE(Product):
-    """The recipe: `scaling` is current, delayed or block."""
-
-    scaling: str = "current"
-    name: str = "fp8_te"
+class TEProduct(Product):
+    """What both recipes answer alike. multiples: what must divide a layer's features, and its tokens."""
 
     is_quantized: ClassVar[bool] = True
     fullgraph: ClassVar[bool] = False
-    gemm_bits: ClassVar[int] = 8
-
-    def __post_init__(self):
-        if self.scaling not in SCALINGS:
-            raise ValueError(f"quant.scaling={self.scaling!r}; use one of {', '.join(SCALINGS)}")
+    is_delayed: ClassVar[bool] = False
+    multiples: ClassVar[tuple[int, int]]
+    why_multiple: ClassVar[str]
 
     @classmethod
-    def from_dict(cls, mapping: Mapping[str, Any]) -> "Fp8TE":
+    def from_dict(cls, mapping: Mapping[str, Any]) -> "TEProduct":
         """From a recipe file's mapping (`scheme` may be there). Raises ValueError that names the nearest known key."""
         known = [field.name for field in fields(cls)]
         for key in mapping:
             if key not in (*known, "scheme"):
                 near = suggestion(key, known, f"known: {', '.join(known)}")
-                raise ValueError(f"quant: unknown field {key!r} of recipe fp8_te{near}")
+                raise ValueError(f"quant: unknown field {key!r} of recipe {cls.name}{near}")
         return cls(**{key: value for key, value in mapping.items() if key != "scheme"})
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}/{self.scaling}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """What decides the numerics, JSON-able. Transformer Engine's version belongs to the environment's record."""
-        history = {"amax_history": AMAX_HISTORY} if self.scaling == "delayed" else {}
-        return {"name": self.name, "scheme": "fp8_te", "scaling": self.scaling} | history
 
     def require(self) -> None:
         """Raises RuntimeError, with the reason and what to install, where this machine can't run the recipe."""
-        reason = unavailable(self.scaling)
+        reason = self.unavailable()
         if reason:
-            raise RuntimeError(f"recipe {self.label}: {reason}")
+            raise RuntimeError(f"recipe {self.label or self.name}: {reason}")
 
-    @property
-    def recomputable(self) -> bool:
-        """Not with delayed scaling: a second forward would move the amax history once more."""
-        return self.scaling != "delayed"
+    def unavailable(self) -> str | None:
+        """Why this machine can't run it, or None. Imports Transformer Engine where it is found."""
+        raise NotImplementedError
+
+    def te_recipe(self) -> Any:
+        """Transformer Engine's recipe object. Each field that it would take from an environment variable is set."""
+        raise NotImplementedError
 
     def divisors(self) -> Iterator[Divisor]:
-        yield Divisor("in_features", MULTIPLE, WHY_MULTIPLE)
-        yield Divisor("out_features", MULTIPLE, WHY_MULTIPLE)
-        yield Divisor("tokens", TOKENS_MULTIPLE, WHY_MULTIPLE)
+        features, tokens = self.multiples
+        yield Divisor("in_features", features, self.why_multiple)
+        yield Divisor("out_features", features, self.why_multiple)
+        yield Divisor("tokens", tokens, self.why_multiple)
 
     def plain(self) -> Product:
         return Recipe.bf16()
@@ -98,16 +91,133 @@ class Fp8TE(Product):
         return TELinear(linear, self, index, rng)
 
 
-def unavailable(scaling: str) -> str | None:
-    """Why this machine can't run fp8_te with this scaling, or None. Imports Transformer Engine where it is found."""
+@dataclass(frozen=True)
+class Fp8TE(TEProduct):
+    """The recipe: `scaling` is current, delayed or block."""
+
+    scaling: str = "current"
+    name: str = "fp8_te"
+
+    gemm_bits: ClassVar[int] = 8
+    # cuBLAS's FP8 GEMM takes operands whose rows are multiples of 16 bytes; Transformer Engine wants 8 rows of X.
+    multiples: ClassVar[tuple[int, int]] = (16, 8)
+    why_multiple: ClassVar[str] = "Transformer Engine's FP8 GEMM"
+
+    def __post_init__(self):
+        if self.scaling not in SCALINGS:
+            raise ValueError(f"quant.scaling={self.scaling!r}; use one of {', '.join(SCALINGS)}")
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}/{self.scaling}"
+
+    @property
+    def is_delayed(self) -> bool:
+        return self.scaling == "delayed"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What decides the numerics, JSON-able. Transformer Engine's version belongs to the environment's record."""
+        history = {"amax_history": AMAX_HISTORY} if self.is_delayed else {}
+        return {"name": self.name, "scheme": "fp8_te", "scaling": self.scaling} | history
+
+    def unavailable(self) -> str | None:
+        return unavailable(self.scaling)
+
+    def te_recipe(self) -> Any:
+        return te_recipe(self.scaling)
+
+    @property
+    def recomputable(self) -> bool:
+        """Not with delayed scaling: a second forward would move the amax history once more."""
+        return not self.is_delayed
+
+
+@dataclass(frozen=True)
+class Nvfp4TE(TEProduct):
+    """NVFP4BlockScaling with its options. rht: Hadamard transform of 16 of both operands of wgrad, one sign vector.
+    stochastic_rounding: of dY. weights_2d: 16x16 blocks of W. four_over_six: of these tensors, by the squared error.
+    backward: quantized, or on the operands that the forward saved (dequantized), or on the BF16 ones (high_precision).
+    """
+
+    rht: bool = True
+    stochastic_rounding: bool = True
+    weights_2d: bool = True
+    four_over_six: str = "none"
+    backward: str = "quantized"
+    name: str = "nvfp4_te"
+
+    gemm_bits: ClassVar[int] = 4
+    # Blocks of 16 along both axes of X and dY; cuBLAS's rows of 16 bytes hold 32 codes.
+    multiples: ClassVar[tuple[int, int]] = (32, 32)
+    why_multiple: ClassVar[str] = "Transformer Engine's NVFP4 GEMM"
+
+    def __post_init__(self):
+        for name in ("rht", "stochastic_rounding", "weights_2d"):
+            if type(getattr(self, name)) is not bool:
+                raise ValueError(f"quant.{name}={getattr(self, name)!r}; use true or false")
+        for name, allowed in (("four_over_six", FOUR_OVER_SIX), ("backward", BACKWARDS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"quant.{name}={getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        if self.four_over_six in ("activations", "all") and self.rht:
+            raise ValueError(
+                f"quant.four_over_six={self.four_over_six}: Transformer Engine has no 4/6 behind a Hadamard transform; "
+                "set quant.rht=false, or quant.four_over_six=weights"
+            )
+
+    @property
+    def label(self) -> str:
+        changed = [field for field in fields(self) if getattr(self, field.name) != field.default]
+        return " ".join([Nvfp4TE.name, *(f"{field.name}={getattr(self, field.name)}" for field in changed)])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"scheme": "nvfp4_te"} | {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def unavailable(self) -> str | None:
+        reason = not_installed()
+        if reason:
+            return reason
+        import transformer_engine.pytorch as te
+
+        if not hasattr(te, "is_nvfp4_available"):
+            return f"this Transformer Engine has no NVFP4; needs 2.19 or newer: {INSTALL}"
+        usable, reason = te.is_nvfp4_available(return_reason=True)
+        return None if usable else reason
+
+    def te_recipe(self) -> Any:
+        from transformer_engine.common import recipe as te
+
+        return te.NVFP4BlockScaling(
+            disable_rht=not self.rht,
+            disable_stochastic_rounding=not self.stochastic_rounding,
+            disable_2d_quantization=not self.weights_2d,
+            row_scaled_activation=False,
+            nvfp4_4over6=self.four_over_six,
+            nvfp4_4over6_e4m3_use_256="all",
+            nvfp4_4over6_err_mode="MSE",
+            backward_override=None if self.backward == "quantized" else self.backward,
+        )
+
+
+def not_installed() -> str | None:
+    """Why Transformer Engine can't be imported here or has no GPU, or None; imports it."""
     if find_spec("transformer_engine") is None:
         return f"Transformer Engine is not installed; {INSTALL}"
     if not torch.cuda.is_available():
         return "Transformer Engine needs a CUDA GPU of compute capability 8.9 or higher; this machine has none"
     try:
-        import transformer_engine.pytorch as te
+        import transformer_engine.pytorch  # noqa: F401
     except (ImportError, OSError, RuntimeError, AssertionError) as error:
         return f"Transformer Engine is there but does not import ({error}); {INSTALL}"
+    return None
+
+
+def unavailable(scaling: str) -> str | None:
+    """Why this machine can't run fp8_te with this scaling, or None. Imports Transformer Engine where it is found."""
+    reason = not_installed()
+    if reason:
+        return reason
+    import transformer_engine.pytorch as te
+
     available = te.is_fp8_block_scaling_available if scaling == "block" else te.is_fp8_available
     usable, reason = available(return_reason=True)
     return None if usable else reason
@@ -157,11 +267,11 @@ class TELinear(QuantLinear):
     multiplies.
     """
 
-    def __init__(self, linear: nn.Linear, recipe: Fp8TE, layer: int, rng: Tensor):
+    def __init__(self, linear: nn.Linear, recipe: TEProduct, layer: int, rng: Tensor):
         super().__init__(linear, recipe, layer, rng)
         break_graphs()
         self.own = recipe
-        self.is_delayed = recipe.scaling == "delayed"
+        self.is_delayed = recipe.is_delayed
         self.engine: Engine | None = None
         if self.is_delayed:
             for direction, (_, count) in DIRECTIONS.items():
@@ -208,7 +318,7 @@ class TELinear(QuantLinear):
         import transformer_engine.pytorch as te
         from transformer_engine.pytorch.quantization import FP8GlobalStateManager, RecipeState
 
-        recipe = te_recipe(self.own.scaling)
+        recipe = self.own.te_recipe()
         linear = te.Linear(
             self.in_features,
             self.out_features,

@@ -18,6 +18,7 @@ DTYPE_MAX = {torch.float8_e4m3fn: E4M3_MAX, torch.float8_e5m2: E5M2_MAX}
 
 
 class Format(Enum):
+    E2M1 = 0
     E4M3 = 1
     HYBRID = 2
 
@@ -48,6 +49,23 @@ class Float8BlockScaling:
     use_f32_scales: bool
     fp8_format: Format
     backward_override: str | None
+
+
+@dataclass
+class NVFP4BlockScaling:
+    disable_rht: bool
+    disable_stochastic_rounding: bool
+    disable_2d_quantization: bool
+    row_scaled_activation: bool
+    nvfp4_4over6: str
+    nvfp4_4over6_e4m3_use_256: str
+    nvfp4_4over6_err_mode: str
+    backward_override: str | None
+    fp4_format: Format = Format.E2M1
+
+
+def is_nvfp4_available(return_reason):
+    return False, "Device compute capability 10.0 or higher required for NVFP4 execution."
 
 
 @dataclass
@@ -172,8 +190,9 @@ def install(monkeypatch) -> None:
         "transformer_engine.common": (),
         "transformer_engine.common.recipe": (
             "Format", "QParams", "DelayedScaling", "Float8CurrentScaling", "Float8BlockScaling",
+            "NVFP4BlockScaling",
         ),
-        "transformer_engine.pytorch": ("autocast", "Linear"),
+        "transformer_engine.pytorch": ("autocast", "Linear", "is_nvfp4_available"),
         "transformer_engine.pytorch.quantization": ("FP8GlobalStateManager", "RecipeState"),
         "transformer_engine_torch": ("fused_amax_and_scale_update_after_reduction",),
     }  # fmt: skip
