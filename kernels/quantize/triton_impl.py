@@ -38,6 +38,8 @@ def supports(spec: QuantSpec, rounds: int) -> str | None:
         return "three rounds of rotation have no kernel"
     if form_of(spec) is None:
         return None
+    if spec.scale_rule == "rms":
+        return "scale_rule=rms has no kernel"
     if spec.significant_bits > BF16_BITS:
         return f"{spec.family.name} has values that BF16 does not hold"
     if spec.is_square and len(spec.family.members) > 2:
