@@ -124,7 +124,7 @@ def is_graphed(config: TrainConfig, fullgraph: bool, mode: str, device: torch.de
     possible = device.type == "cuda" and fullgraph and mode in ("none", "ddp")
     if config.cuda_graphs == "true" and not possible:
         raise ValueError(
-            "cuda_graphs=true needs a GPU, parallel=ddp or one process, and a recipe other than fp8_te; "
+            "cuda_graphs=true needs a GPU, parallel=ddp or one process, and no recipe of Transformer Engine (fp8_te, nvfp4_te); "
             f"here: {device.type}, parallel={mode}; use cuda_graphs=auto"
         )
     return possible and (config.cuda_graphs == "true" or (config.cuda_graphs == "auto" and is_compiled(config, device)))

@@ -65,7 +65,7 @@ class StartScreen:
         if not self.compiled:
             return "off" + (", CUDA graphs" if self.graphed else "")
         if not self.fullgraph:
-            return "torch.compile, a graph break at each fp8_te layer"
+            return "torch.compile, a graph break at each layer of Transformer Engine"
         return "torch.compile, full graph" + (", CUDA graphs" if self.graphed else "")
 
     def _epochs(self) -> str:
