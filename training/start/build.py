@@ -124,7 +124,7 @@ def is_graphed(config: TrainConfig, fullgraph: bool, mode: str, device: torch.de
     possible = device.type == "cuda" and fullgraph and mode in ("none", "ddp")
     if config.cuda_graphs == "true" and not possible:
         raise ValueError(
-            "cuda_graphs=true needs a GPU, parallel=ddp or one process, and no recipe of Transformer Engine (fp8_te, nvfp4_te); "
+            "cuda_graphs=true needs a GPU, parallel=ddp or one process, and none of fp8_te and nvfp4_te; "
             f"here: {device.type}, parallel={mode}; use cuda_graphs=auto"
         )
     return possible and (config.cuda_graphs == "true" or (config.cuda_graphs == "auto" and is_compiled(config, device)))
