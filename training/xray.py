@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -134,7 +135,7 @@ class _Xray:
         found = {"layers": {name: self._layer(name) for name in self.layers}}
         labels = [label for label in next(iter(self.local.values())) if label is not None]
         what_if = {label: {name: gaps[label].figures() for name, gaps in self.local.items()} for label in labels}
-        return found | ({"what_if": what_if} if labels else {})
+        return summary(found["layers"]) | found | ({"what_if": what_if} if labels else {})
 
     def _slice(self, tokens: Tensor, first: int) -> None:
         plain = self._pass(tokens, first, self.plain)
@@ -180,6 +181,18 @@ class _Xray:
         variance = self.propagated[name].backward["wgrad"].variance()
         noise = signal_to_noise(gradients, means, variance, share)
         return {"recipe": self.products[name].name, **gemms, "noise": noise, "slots": self.looks[name].slots}
+
+
+def summary(layers: Mapping[str, Any]) -> dict[str, float | int | None]:
+    """The few numbers that a tracker plots."""
+    parts = [layer["wgrad"]["propagated"] for layer in layers.values()]
+    rhos = [layer["noise"]["rho"] for layer in layers.values() if layer["noise"]["rho"] is not None]
+    local = [layer[gemm]["local"]["backward"] for layer in layers.values() for gemm in GEMMS[1:]]
+    return {
+        **{f"{name}_error": fmean(part[name]["error"] or 0.0 for part in parts) for name in ("forward", "backward")},
+        "least_rho": min(rhos, default=None),
+        "biased": sum((one["bias"] or 0.0) > max(3 * (one["bias_se"] or 0.0), one["visible"] or 0.0) for one in local),
+    }
 
 
 def held_bytes(shapes: Sequence[tuple[int, int]], tokens: int, slices: int, draws: int) -> float:
