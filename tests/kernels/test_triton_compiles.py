@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from kernels import sass, triton_common  # noqa: E402
-from kernels.quantize import triton_kernels, triton_ops, triton_tiles  # noqa: E402
+from kernels.quantize import triton_kernels, triton_ops, triton_shaped, triton_tiles  # noqa: E402
 from kernels.selftest import conversion  # noqa: E402
 from kernels.spec import HIF4_SCALES, MXFP4_SCALES, NVFP4_SCALES, QuantSpec  # noqa: E402
 
@@ -111,6 +111,15 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_pat
     if target == 90 and constants["EDEN_GROUPS"] == 1:
         assert "wgmma" in ptx and "shfl.sync.bfly" not in ptx
     assert_e2m1_instruction_on_blackwell_only(compiled, target, tmp_path)
+
+
+@pytest.mark.parametrize(("target", "tile", "warps"), [(90, 64, 4), pytest.param(100, 16, 1, marks=pytest.mark.slow)])
+def test_shaped_kernel_compiles_without_spills(target: int, tile: int, warps: int):
+    constants = triton_ops.constants(QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six"), 0)
+    constants |= dict(STORE_VALUES=True, STORE_PACKED=True, TILE=tile, DEPTH=triton_shaped.DEPTH, INTERPRET=False)
+    kernel = triton_shaped.shaped_kernel
+    compiled = compile_kernel(kernel, constants, target, warps, feedback_ptr="*bf16", errors_ptr="*bf16")
+    assert ".local" not in compiled.asm["ptx"] and "mma" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
