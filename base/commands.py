@@ -24,6 +24,7 @@ COMMANDS = {
     "cost": "scripts/cost.py",
     "price": "scripts/price.py",
     "fit": "scripts/fit_scaling_law.py",
+    "errors": "scripts/fit_error_law.py",
     "keep": "scripts/keep_results.py",
 }
 
