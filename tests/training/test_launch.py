@@ -361,7 +361,7 @@ def test_a_run_that_goes_on_on_another_device_says_so(run, rows, stop_after, mon
     assert "warning" not in capsys.readouterr().out
     on("NVIDIA H200")
     _, folder = run("quant=bf16")
-    assert "was on NVIDIA H100 and goes on on NVIDIA H200" in capsys.readouterr().out
+    assert "was on NVIDIA H100 and continues on NVIDIA H200" in capsys.readouterr().out
     assert [row["device_name"] for row in rows(folder, "event") if "init_hash" in row] == ["NVIDIA H100", "NVIDIA H200"]
 
 
