@@ -77,9 +77,12 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def body(found: list[dict[str, Any]], groups: list[Group], base: Group) -> list[str]:
     """Buttons, figures, numbers and the script."""
+    gaps = found[-1]
+    parts = ["band one standard error over seeds"] * any("se" in line for line in gaps["lines"])
+    parts += ["bars 95 % intervals"] * bool(gaps["bars"]) + ["diamonds published"] * bool(gaps["marks"])
     titles = [
         "Loss, nats/token: validation thick (mean over seeds), training thin",
-        f"Gap to {base.label}, 1e-3 nats/token: band one standard error over seeds, bars 95 %, diamonds published",
+        f"Gap to {base.label}, 1e-3 nats/token: {', '.join(parts) or 'one seed, no error bar'}",
     ]
     style = plots.styles(groups, base)
     names = []

@@ -132,8 +132,8 @@ def moved(before: dict[str, Any] | None, now: dict[str, Any]) -> str | None:
     if before is None or before.get("device") == now["device"]:
         return None
     return (
-        f"warning: this run was on {before.get('device')} and continues on {now['device']}: losses differ in their last "
-        "bits from there on, and its speed is that of neither"
+        f"warning: this run was on {before.get('device')} and continues on {now['device']}: losses differ in their "
+        "last bits from there on, and its speed is that of neither"
     )
 
 
