@@ -16,7 +16,7 @@ from base.terminal import one_line_on_ctrl_c
 if __name__ == "__main__":
     one_line_on_ctrl_c("compare")
 
-from analysis import contrasts, noise, pairs, published, tables, verdict
+from analysis import contrasts, noise, pairs, publish, published, tables, verdict
 from analysis.alike import differences
 from analysis.compare import Group, Row, group_runs, pick_baseline, table
 from analysis.contrasts import Contrast
@@ -51,6 +51,8 @@ def arguments() -> argparse.Namespace:
         "--margin", type=between(1e-9, 1), help="nats within which a contrast is equivalent (default: 3e-3); alone it "
         "judges each recipe against the baseline"
     )  # fmt: skip
+    parser.add_argument("--wandb", metavar="PROJECT", help="also log plot and files, as an artifact, to this project")
+    parser.add_argument("--wandb-offline", action="store_true", help="into a folder that `wandb sync` sends later")
     return parser.parse_args()
 
 
@@ -124,6 +126,12 @@ def main() -> int:
         print("\n" + contrasts.text(claims))
     print("", *verdict.sentences(rows, found), sep="\n")
     print("\nwritten: " + "  ".join(str(p) for p in paths))
+    if args.wandb:
+        try:
+            print(f"W&B: {publish.to_wandb(paths, args.wandb, args.wandb_offline, order)}")
+        except RuntimeError as error:
+            print(f"compare: {error}", file=sys.stderr)
+            return 1
     return 0
 
 

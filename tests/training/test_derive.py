@@ -62,6 +62,10 @@ def test_warmup_in_tokens_or_steps():
     [
         (dict(optim=OptimSection(name="muon")), "optim=muon is made for model=nanochat_560m"),
         (
+            dict(model=ModelSection(family="nanochat", lr=0.02), optim=OptimSection(name="muon_rms")),
+            "takes AdamW's rates.*use optim=muon",
+        ),
+        (
             dict(model=ModelSection(family="nanochat", lr=0.02)),
             "its rate of 0.02 is Muon's; add optim=muon schedule=wsd",
         ),

@@ -1,11 +1,17 @@
 """TensorBoard and W&B: refused before any work where they can't be, and whole after a kill and a resume."""
 
+import base64
+import hashlib
+import json
 import struct
 import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
+from support import wait_until
 
+from base.files import write_text
 from training.config import LoggerSection, WandbSection
 from training.records import loggers
 from training.records.loggers import check_asked_for, wandb_labels
@@ -92,15 +98,49 @@ def test_one_offline_wandb_folder_has_the_whole_run_after_a_kill(run, rows, monk
     assert {"bf16", "llama_tiny"} <= set(begun["tags"])
     assert begun["config"]["recipe"] == '"bf16"' and begun["config"]["model"] == '"llama_tiny"'
     assert begun["config"]["commit"].strip('"') and begun["config"]["optim.name"] == '"adamw"'
+    (table,) = (offline / "files" / "media" / "table").glob("*.json")
+    shown = {(int(x), curve): y for x, curve, y in json.loads(table.read_text())["data"]}
+    assert {step: y for (step, curve), y in shown.items() if curve == "train"} == losses
+    assert [step for step, curve in shown if curve == "eval"] == [5, 10]
+
+
+def test_a_comparison_goes_to_wandb_as_a_plot_and_an_artifact(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    from analysis.publish import to_wandb
+
+    monkeypatch.setenv("WANDB_DATA_DIR", str(tmp_path / "staged"))
+    paths = [tmp_path / "compare.html", tmp_path / "compare.png"]
+    for number, path in enumerate(paths):
+        (write_text(path, "<html>") if number == 0 else Image.new("RGB", (4, 4)).save(path))
+    to_wandb(paths, "nibble", True, ["bf16", "sr"])
+    (offline,) = (tmp_path / "wandb").glob("offline-run-*")
+
+    def stored() -> dict[str, list]:
+        """What the folder holds by now: W&B's own process may still be writing."""
+        found = {"run": [], "artifact": []}
+        for record in wandb_records(next(offline.glob("*.wandb"))):
+            kind = record.WhichOneof("record_type")
+            found["run"] += [record.run] if kind == "run" else []
+            found["artifact"] += [record.artifact] if kind == "artifact" else []
+            if kind == "request" and record.request.HasField("log_artifact"):
+                found["artifact"].append(record.request.log_artifact.artifact)
+        return found
+
+    wait_until(lambda: all(stored().values()))
+    (started,) = stored()["run"]
+    assert started.job_type == "report" and {"bf16", "sr"} <= set(started.tags)
+    (artifact,) = [one for one in stored()["artifact"] if one.name == "comparison"]
+    digests = {entry.path: entry.digest for entry in artifact.manifest.contents}
+    wanted = {path.name: base64.b64encode(hashlib.md5(path.read_bytes()).digest()).decode() for path in paths}
+    assert artifact.type == "report" and digests == wanted
+    (image,) = (offline / "files" / "media" / "images" / "plot").glob("compare*.png")
+    assert image.read_bytes() == paths[1].read_bytes()
 
 
 def read_wandb(path: Path) -> tuple[dict, list[dict]]:
     """({group, job_type, tags, config}, rows of history) of a .wandb file; values as JSON text."""
-    from wandb.proto import wandb_internal_pb2
-
     begun, history = {}, []
-    for data in log_records(path.read_bytes()):
-        record = wandb_internal_pb2.Record.FromString(data)
+    for record in wandb_records(path):
         if record.WhichOneof("record_type") == "run":
             config = {item.key: item.value_json for item in record.run.config.update}
             begun = {"group": record.run.run_group, "job_type": record.run.job_type, "config": config}
@@ -109,6 +149,12 @@ def read_wandb(path: Path) -> tuple[dict, list[dict]]:
             items = record.history.item
             history.append({item.key or ".".join(item.nested_key): item.value_json for item in items})
     return begun, history
+
+
+def wandb_records(path: Path) -> list:
+    from wandb.proto import wandb_internal_pb2
+
+    return [wandb_internal_pb2.Record.FromString(data) for data in log_records(path.read_bytes())]
 
 
 def log_records(data: bytes) -> list[bytes]:

@@ -105,6 +105,7 @@ class WandbSink:
     def __init__(self, run_dir: Path, section: WandbSection, labels: dict[str, Any], past: Past = list):
         import wandb
 
+        self._curves: dict[str, tuple[list[int], list[float]]] = {"train": ([], []), "eval": ([], [])}
         self._earlier = list((run_dir / "wandb").glob(f"offline-run-*-{labels['id']}"))
         self._run = wandb.init(
             project=section.project,
@@ -122,6 +123,19 @@ class WandbSink:
         for row in rows:
             if values := numbers(row):
                 self._run.log({**values, "step": row["step"]}, step=row["step"])
+            if row["kind"] in self._curves:
+                for values, value in zip(self._curves[row["kind"]], (row["step"], row["loss"]), strict=True):
+                    values.append(value)
+            if row.get("event") == "finish":
+                self._plot(row["step"])
+
+    def _plot(self, step: int) -> None:
+        """Both curves as one chart, for whoever opens the run when it is over."""
+        import wandb
+
+        steps, losses = zip(*self._curves.values(), strict=True)
+        chart = wandb.plot.line_series(list(steps), list(losses), list(self._curves), "Loss, nats a token", "step")
+        self._run.log({"curves": chart}, step=step)
 
     def close(self) -> None:
         self._run.finish()
