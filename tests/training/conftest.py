@@ -10,7 +10,7 @@ import pytest
 from base.runfolder import read_metrics
 from data.prepare import prepare
 from data.spec import DataSpec
-from launcher.compose import compose
+from launcher.compose import Composer
 from training.probes import PROBES
 from training.probes.base import Probe
 from training.start.launch import Request, launch
@@ -42,6 +42,12 @@ def token_folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("tokens")
 
 
+@pytest.fixture(scope="session")
+def composer() -> Composer:
+    """Reads the files of configs/ once for all runs."""
+    return Composer()
+
+
 @pytest.fixture
 def asides() -> list[str]:
     """Overrides that every run of this test gets."""
@@ -55,13 +61,13 @@ def usual(tmp_path, text_file, token_folder) -> list[str]:
 
 
 @pytest.fixture
-def run(tmp_path, usual, asides):
+def run(tmp_path, usual, asides, composer):
     """run(*overrides) trains in this process and returns (exit code, run folder). `bare`: a fork, which has all but
     its name from its parent."""
 
     def start(*overrides: str, name: str | None = "test", bare: bool = False) -> tuple[int, Path]:
         named = [] if name is None else [f"run.name={name}"]
-        composed = compose([*([] if bare else usual), *named, *overrides, *asides], typed=False)
+        composed = composer.compose([*([] if bare else usual), *named, *overrides, *asides], typed=False)
         code = launch(Request(composed.config, composed.yaml, composed.choices, "test"))
         folders = sorted((tmp_path / "runs").iterdir()) if (tmp_path / "runs").exists() else []
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None

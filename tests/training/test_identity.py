@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from base.tree import flatten
-from launcher.compose import compose
+from launcher.compose import Composer
 from launcher.naming import HARMLESS
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.records.identity import IdentityError, hash_of, refuse_other
 from training.start.describe import Request, describe
 
+compose = Composer().compose  # the files of configs/ are read once
 BASE = ["model=llama_tiny", "quant=quartet2", "batch.sequences=8", "batch.micro=4", "batch.seq_len=128", "steps=40"]
 CHANGES_NUMBERS = [
     "seed=1",

@@ -1,9 +1,12 @@
 """Export to transformers gives equal logits; sampling is reproducible and reads the run's own tokenizer."""
 
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +14,7 @@ import pytest
 import torch
 
 from data.tokenizer import TextTokenizer
-from scripts import generate
+from scripts import export_hf, generate
 from scripts.generate import continuation
 from training.checkpoint.storage import CheckpointError
 from training.inference import load_trained, run_tokenizer, sample
@@ -19,20 +22,41 @@ from training.inference import load_trained, run_tokenizer, sample
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> Path:
+    """Where the one run is kept that all these tests copy."""
+    return tmp_path_factory.mktemp("once") / "test"
+
+
 @pytest.fixture
-def trained(run):
-    return run("quant=quartet2", "evaluate.every=null")[1]
+def trained(run, once, tmp_path):
+    if not once.exists():
+        shutil.copytree(run("quant=quartet2", "evaluate.every=null")[1], once)
+    return Path(shutil.copytree(once, tmp_path / "runs" / "test", dirs_exist_ok=True))
+
+
+def process(name: str, *arguments) -> subprocess.CompletedProcess:
+    """A script as it is typed; `script` is quicker."""
+    command = [sys.executable, str(ROOT / "scripts" / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 
 def script(name: str, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "scripts" / name)]
-    command += [word if isinstance(word, bytes) else str(word) for word in arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    """A script's main in this process."""
+    words = [os.fsdecode(word) if isinstance(word, bytes) else str(word) for word in arguments]
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [name, *words])
+        try:
+            code = {"generate.py": generate, "export_hf.py": export_hf}[name].main()
+        except SystemExit as left:
+            code = left.code
+    return subprocess.CompletedProcess([name, *words], code, out.getvalue(), err.getvalue())
 
 
 def test_exported_model_has_equal_logits_in_transformers(trained, tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    done = script("export_hf.py", trained, tmp_path / "exported")
+    done = process("export_hf.py", trained, tmp_path / "exported")
     assert done.returncode == 0, done.stderr
     assert f"{trained.name} at step 10, 191,872 parameters" in done.stdout
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
@@ -88,7 +112,7 @@ def test_bf16_export_rounds_the_weights_once(trained, tmp_path):
 
 
 def test_generated_text_depends_on_the_seed_alone(trained):
-    first = script("generate.py", trained, "kana", "--tokens", 20, "--seed", 1)
+    first = process("generate.py", trained, "kana", "--tokens", 20, "--seed", 1)
     assert first.returncode == 0, first.stderr
     assert first.stdout.startswith("kana") and len(first.stdout) > 10
     assert "at step 10" in first.stderr
