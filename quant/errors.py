@@ -95,8 +95,8 @@ def jackknife(left_out: Tensor) -> Tensor:
 def signal_to_noise(gradients: Tensor, mean_errors: Tensor, variance: float, share: float) -> dict[str, float | None]:
     """Of one weight at a whole batch, from slices [slices, n] that are `share` of it each; `variance` of a slice.
 
-    Signal is the gradient that slices have in common, |g|^2 = mean of <g_a, g_b> over a != b (0 where that is
-    negative); both noises fall as 1 / slices of the batch.
+    Signal is the gradient that slices have in common, |g|^2 = mean of <g_a, g_b> over a != b (all is None where that
+    isn't positive: so few slices don't tell it from noise); both noises fall as 1 / slices of the batch.
         snr_sampling  |g| over the spread of slices       snr_rounding  |g| over that of the random bits
         rho           snr_rounding / sqrt(3): below 1 quantized training gains little (arXiv 2505.19115)
         common        error that slices have in common, which no batch averages out, relative to |g|^2; may be negative
@@ -104,7 +104,7 @@ def signal_to_noise(gradients: Tensor, mean_errors: Tensor, variance: float, sha
     gram, errors = ((rows @ rows.t()).double().cpu() for rows in (gradients, mean_errors))
     signal, common = float(biases(gram[None])), float(biases(errors[None]))  # off the diagonal
     sampling = float(gram.diagonal().mean()) - signal
-    seen = torch.tensor(max(signal, 0.0), dtype=torch.float64)
+    seen = torch.tensor(signal if signal > 0 else float("nan"), dtype=torch.float64)
     rounding = (seen / (variance * share)).sqrt()
     found = {"snr_sampling": (seen / (sampling * share)).sqrt(), "snr_rounding": rounding, "rho": rounding / 3**0.5}
     return numbers(found | {"common": common / seen})

@@ -52,6 +52,11 @@ def test_signal_and_both_noises_at_the_whole_batch():
     assert found["common"] == pytest.approx(0.01, abs=0.002)
 
 
+def test_a_gradient_that_slices_do_not_share_has_no_ratio():
+    gradients = torch.tensor([[1.0, 0.0], [-1.0, 0.0]])
+    assert set(signal_to_noise(gradients, torch.zeros(2, 2), 1.0, 0.1).values()) == {None}
+
+
 @pytest.fixture(scope="module")
 def wish() -> Wish:
     rng = torch.zeros(3, dtype=torch.int64)

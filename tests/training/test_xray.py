@@ -186,7 +186,8 @@ def test_more_memory_than_there_is_is_refused_and_planned_for(run, monkeypatch, 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_no_bit_changes_on_two_ranks(rows, usual, tmp_path, mode):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "train.py"]
-    for name, look in (("plain", []), ("seen", [*LOOK, "probes.xray.steps=[1,3]"])):
+    looks = [*LOOK, "probes.xray.steps=[1,3]", "probes.oscillation={every: 2, window: 1}"]
+    for name, look in (("plain", []), ("seen", looks)):
         words = [*usual, *SHORT, *look, f"parallel={mode}", f"run.name={name}"]
         done = subprocess.run(
             [*command, *{word.partition("=")[0]: word for word in words}.values()],
@@ -199,3 +200,6 @@ def test_no_bit_changes_on_two_ranks(rows, usual, tmp_path, mode):
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[:3000]
     assert same(tmp_path / "runs" / "seen", tmp_path / "runs" / "plain")
     assert len(rows(tmp_path / "runs" / "seen", "xray")) == 2
+    [row] = rows(tmp_path / "runs" / "seen", "oscillation")
+    assert all(0 < layer["flips_per_step"] < 1 for layer in row["layers"].values())
+    assert all(sum(layer["distance"]) == pytest.approx(1) for layer in row["layers"].values())
