@@ -38,7 +38,8 @@ def test_a_third_regressor_is_found_where_it_acts():
     measured = {arm: row | {"other": extra.get(arm, 0.0)} for arm, row in MEASURED.items()}
     found = error_law.effects(*published(0.5, 0.7, extra=extra))
     with_it, without = error_law.fit(found, measured, extra="other"), error_law.fit(found, measured)
-    assert with_it.extra == pytest.approx(1.0) and with_it.left_out < 1e-9 < without.left_out
+    assert with_it.extra == pytest.approx(1.0) and with_it.left_out < 1e-9 < without.rms
+    assert without.left_out > 1.2 * without.rms  # an arm that is predicted has no say in the fit
 
 
 def test_intervals_tell_what_arms_can_not_tell():
