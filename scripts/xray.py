@@ -120,9 +120,9 @@ def main() -> int:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("run", help="run folder, or FOLDER@STEP")
     parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="others to measure, too")
-    for name, meaning in (("tokens", "of a slice"), ("slices", "how many"), ("draws", "of random bits")):
-        usual = getattr(XrayOptions, name)
-        parser.add_argument(f"--{name}", type=int, default=usual, help=f"{meaning} (default {usual})")
+    for flag, meaning in (("--tokens", "of a slice"), ("--slices", "how many"), ("--draws", "of random bits")):
+        usual = getattr(XrayOptions, flag[2:])
+        parser.add_argument(flag, type=int, default=usual, help=f"{meaning} (default {usual})")
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     arguments = parser.parse_args()
     folder, step = split_step(arguments.run)

@@ -71,9 +71,10 @@ def build(case: str, ranks: distributed.Dist) -> Job:
             if parameter.ndim == 1:
                 parameter.mul_(1.003)  # a gain that BF16 can't hold: a gather that rounded it would show
     rng = torch.zeros(3, dtype=torch.int64)
+    plan = plan_of(model, compose([f"quant={recipe or 'bf16'}"]).config.quant)
     if recipe:
         backend.use("reference", "cpu")
-        convert(model, plan_of(model, compose([f"quant={recipe}"]).config.quant), rng)
+        convert(model, plan, rng)
     else:
         for module in model.blocks.modules():
             if isinstance(module, nn.Linear):
@@ -81,7 +82,7 @@ def build(case: str, ranks: distributed.Dist) -> Job:
     loss = TinyLoss(model)
     wrapped = parallel.parallelize(loss, parallel.choose(mode, ranks, 0), ranks, bool(regather))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    around = hooks.build(hooks.read(model, None, {"ema": {}}), Run(loss, [optimizer], STEPS))
+    around = hooks.build(hooks.read(model, plan, {"ema": {}}), Run(loss, [optimizer], STEPS))
     around["ema"].begin(0)
     return Job(loss, wrapped, TrainState(model, [optimizer], around), config, rng)
 

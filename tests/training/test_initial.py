@@ -115,7 +115,7 @@ def exported(run, tmp_path):
     from scripts.export_hf import export
 
     _, folder = run("quant=bf16", name="first")
-    export(folder, tmp_path / "exported", None, torch.float32)
+    export(folder, tmp_path / "exported", None, "float32", 5)
     return tmp_path / "exported"
 
 
@@ -128,7 +128,7 @@ def test_training_begins_where_the_checkpoint_was(run, rows, tmp_path, stop_afte
     from scripts.export_hf import export
 
     _, first = run("quant=bf16", *words, name="first")
-    export(first, tmp_path / "out", None, torch.float32)
+    export(first, tmp_path / "out", None, "float32", 5)
     begun = [*words, "quant=sr", f"init.from={tmp_path / 'out'}", f"data.tokenizer={tmp_path / 'out'}", "optim.lr=1e-4"]
     begun += ["steps=4", "checkpoint.every=2", "evaluate.every=2"]
     _, straight = run(*begun, name="straight")

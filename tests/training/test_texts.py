@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from data.prepare import prepare
 from data.spec import DataSpec
@@ -43,7 +42,7 @@ def test_a_run_marks_approximate_bits_and_its_odd_bos_is_exported(run, tmp_path,
     assert json.loads((folder / "result.json").read_text())["final_bpb_approximate"] is True
     evaluation = np.load(folder / "eval" / "2.npz")
     assert abs(evaluation["bytes"].sum() / evaluation["tokens"].sum() - len(texts[0]) / 200) < 0.1
-    script("export_hf.py")["export"](folder, tmp_path / "exported", None, torch.float32)
+    script("export_hf.py")["export"](folder, tmp_path / "exported", None, "float32", 5)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
     assert tokenizer.bos_token == bos
     assert [i for i, number in enumerate(tokenizer(texts[0]).input_ids) if number == 1] == [0]
@@ -122,7 +121,7 @@ def test_named_texts_are_scored_beside_the_validation_text(run, tmp_path, text_f
     [
         ("data.val_sets={a: nowhere}", r"data\.val_sets\.a=nowhere is no token folder"),
         ("data.val_sets=[nowhere]", r"needed are names and folders"),
-        ("data.val_sets={1: nowhere}", r"the name 1 must begin with a letter"),
+        ("data.val_sets={1: nowhere}", r"the name '1' must begin with a letter"),
         ("data.val_sets={a: FOLDER}", r"data\.val_sets\.a: .* has another tokenizer"),
     ],
 )
