@@ -7,6 +7,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     metrics.jsonl eval/<step>.npz checkpoints/          while it goes, .lock held
     result.json                                         at the end
     score/<step>.json score/<step>.npz                  by scripts/score.py, whenever it is called
+    tasks/<step>.json                                   by its --tasks and --core: TASK
     profile/rank<n>.trace.json.gz, .memory.pickle       where profile.steps asks for them
     capture/<step>/                                     tensors of linear layers (training/capture.py), if asked for
     xray/<step>.json                                    by scripts/xray.py: what a row of kind xray has
@@ -21,7 +22,7 @@ from typing import Any
 
 CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
 METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
-SCORE, PROFILE, CAPTURE, XRAYS = "score", "profile", "capture", "xray"
+SCORE, TASKS, PROFILE, CAPTURE, XRAYS = "score", "tasks", "profile", "capture", "xray"
 RESULT = "result.json"
 # What every run.json has; later fields are beside these.
 RUN_KEYS = (
@@ -179,6 +180,13 @@ OSCILLATION = {
     "flips_per_step": "share whose code flips in a step, mean over the window",
     "near": "share within 5 % of the gap between two levels from their border",
     "distance": "10 shares: distance from the border in units of the gap, from 0 to 0.5; the last has what is beyond",
+}
+# What tasks/<step>.json has under "forwards" of each forward's tasks; each call replaces the tasks that it asks.
+TASK = {
+    "source": "lm-eval and its version, or core (training/core.py)",
+    "questions": "how many were asked",
+    "shots": "solved examples before each; null of a group of tasks",
+    "metrics": "name -> [value, standard error or null]",
 }
 _START = {
     "init_hash": "hash of the initial weights",

@@ -5,13 +5,18 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from base.runfolder import TASK, TASKS
 from launcher.compose import compose, stored
-from training.inference import find_checkpoint
+from training.harness import Adapter
+from training.inference import find_checkpoint, run_tokenizer
+from training.likelihood import opened
+from training.loss import LossModel
 from training.ranks.distributed import Dist
 from training.score import FORWARDS, forward_recipe, score
 
@@ -153,3 +158,115 @@ def test_the_stored_configuration_is_the_composed_one(trained):
     other.write_text(other.read_text() + "unheard: 1\n")
     with pytest.raises(ValueError, match=r"other\.yaml: .*unheard"):
         stored(other)
+
+
+QUESTIONS = [{"query": "kana lore", "choices": ["miti", "suvo kana"], "gold": i % 2} for i in range(4)]
+
+
+@pytest.fixture
+def bundle(tmp_path):
+    folder = tmp_path / "bundle"
+    (folder / "eval_data").mkdir(parents=True)
+    (folder / "core.yaml").write_text(
+        "icl_tasks:\n- {label: tiny, dataset_uri: q.jsonl, num_fewshot: [0], icl_task_type: multiple_choice}\n"
+    )
+    (folder / "eval_meta_data.csv").write_text("Eval Task,Random baseline\ntiny,50\n")
+    (folder / "eval_data" / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    return folder
+
+
+def test_core_is_asked_under_each_forward_and_kept(trained, script, bundle):
+    """The same question with the other answer half of the time: 0 whatever the model says."""
+    for forward in ([], ["--forward", "bf16"]):
+        code, printed, errors = script(f"{trained}@5", "--core", str(bundle), *forward)
+        assert code == 0, errors
+        assert [line.split()[:3] for line in printed.splitlines()[2:]] == [
+            ["tiny", "acc", "0.5000"],
+            ["tiny", "centred", "0.0000"],
+            ["core", "core", "0.0000"],
+        ]
+    kept = json.loads((trained / TASKS / "5.json").read_text())
+    assert kept["step"] == 5 and list(kept["forwards"]) == ["own", "bf16"]
+    assert all(row.keys() == TASK.keys() for rows in kept["forwards"].values() for row in rows.values())
+
+
+def test_an_answer_is_the_loss_of_its_tokens_and_depends_on_no_other_question(trained):
+    config, about = stored(trained / "config.yaml"), json.loads((trained / "run.json").read_text())
+    nats = {}
+    for forward in ("own", "bf16"):
+        where = config, about, find_checkpoint(trained, 10), 10, forward
+        with opened(*where, run_tokenizer(about), CPU) as likelihood:
+            pair, longer = (likelihood.parts("kana lore", text) for text in (" miti", " suvo kana vona" * 3))
+            (answer,) = likelihood.score([pair])
+            tokens = torch.tensor([pair[0] + pair[1]])
+            with torch.no_grad():
+                each = LossModel(likelihood.model)(tokens, per_token=True)[0, -len(pair[1]) :]
+            beside, _ = likelihood.score([pair, longer])
+            requests = [SimpleNamespace(args=("kana lore", t), task_name="t", doc_id=t) for t in (" vo", " miti")]
+            assert Adapter(likelihood).loglikelihood(requests)[1] == (-answer.nats, answer.greedy)
+        nats[forward] = answer.nats
+        assert answer.tokens == len(pair[1])
+        # BF16 rows know nothing of each other; a quantized tensor's scale is of its batch, the padding included.
+        assert answer.nats == pytest.approx(each.sum().item(), rel=1e-5 if forward == "bf16" else 0.02)
+        assert beside.nats == pytest.approx(answer.nats, rel=1e-5 if forward == "bf16" else 0.02)
+    assert nats["own"] != nats["bf16"]
+
+
+def test_lm_eval_asks_a_task_of_local_files(trained, script, tmp_path, monkeypatch):
+    mine = pytest.importorskip(
+        "lm_eval.tasks", reason="lm-eval isn't installed: pip install 'nibble-train[eval]'"
+    ).TaskManager
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    task = {
+        "task": "nibble_tiny",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}, "cache_dir": str(tmp_path / "cache")},
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{query}}",
+        "doc_to_target": "gold",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+        "metadata": {"version": 1.0},
+    }
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "tiny.yaml").write_text(json.dumps(task))  # JSON is YAML
+    writes = task | {"task": "nibble_writes", "output_type": "generate_until"}
+    (tmp_path / "tasks" / "writes.yaml").write_text(json.dumps(writes))
+    code, printed, errors = script(str(trained), "--tasks", "nibble_tiny", "--task-path", str(tmp_path / "tasks"))
+    assert code == 0, errors
+    assert printed.splitlines()[2].split() == ["nibble_tiny", "acc", "0.5000", "0.2887", "4", "0"]
+    (row,) = json.loads((trained / TASKS / "10.json").read_text())["forwards"]["own"].values()
+    assert row.keys() == TASK.keys() and row["metrics"] == {"acc": [0.5, pytest.approx(12**-0.5)]}
+    code, _, errors = script(str(trained), "--tasks", "nibble_writes", "--task-path", str(tmp_path / "tasks"))
+    assert code == 2 and "score.py: error: --tasks nibble_writes" in errors
+    # lm-eval's own tasks, 14,000, take ten seconds to list.
+    monkeypatch.setattr(
+        "lm_eval.tasks.TaskManager", lambda include_path, **_: mine(include_path=include_path, include_defaults=False)
+    )
+    code, _, errors = script(str(trained), "--tasks", "nible_tiny", "--task-path", str(tmp_path / "tasks"))
+    assert code == 2 and "did you mean nibble_tiny" in errors
+
+
+def test_without_lm_eval_tasks_are_refused_before_any_work(trained, script, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, printed, errors = script(str(trained), "--tasks", "hellaswag")
+    assert code == 1 and printed == "" and "nibble-train[eval]" in errors and errors.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--tasks", "x", "--task-path", "nowhere"], "--task-path nowhere"),
+        (["--core", "nowhere"], "core.yaml"),
+        (["--forward", "bf16"], "--forward"),
+        (["--core", "x", "--layers", "*"], "--layers"),
+    ],
+)
+def test_bad_words_for_tasks_are_one_error(trained, script, capsys, words, said):
+    try:
+        code, _, errors = script(str(trained), *words)
+    except SystemExit as end:  # argparse's own
+        code, errors = end.code, capsys.readouterr().err
+    assert code == 2 and said in errors and "Traceback" not in errors
+    assert not (trained / TASKS).exists()
