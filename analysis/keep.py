@@ -25,6 +25,7 @@ from base.runfolder import (
     RUN,
     SCORE,
     SEGMENT_KEYS,
+    TASKS,
     kept_fields,
     read_metrics,
     segments_file,
@@ -64,13 +65,17 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
     records = [thin(record, every, run.train["step"][-1:], targets) for record in records]
     (target / EVAL).mkdir(parents=True, exist_ok=True)
-    for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz"), *(target / SCORE).glob("*")):
+    scores = (*(target / SCORE).glob("*"), *(target / TASKS).glob("*"))
+    for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz"), *scores):
         old.unlink(missing_ok=True)
     (target / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records if r))
     for step, rows in evaluations.items():
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in SEGMENT_KEYS}
         np.savez_compressed(segments_file(target, step), **small)
     keep_scores(run.path / SCORE, target / SCORE)
+    for path in sorted((run.path / TASKS).glob("*.json")):
+        (target / TASKS).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / TASKS / path.name)
     for name in reversed(FILES if is_finished else FILES[:-1]):
         if (run.path / name).exists():
             write_json(target / name, without_paths(run.read_json(name)))

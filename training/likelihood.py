@@ -104,6 +104,8 @@ def opened(
     ranks: Dist,
 ) -> Iterator[Likelihood]:
     """The weights of `checkpoint` under the run's own forward or one of score.FORWARDS. The rest as score.score."""
+    if ranks.world > 1:
+        raise ValueError("tasks are asked by one process: python scripts/score.py, without torchrun")
     again = reopen(config, run, step, ranks)
     load_model(checkpoint, again.model)
     again.rng[2] = EVAL_MICRO_BASE  # the same random bits for every question

@@ -210,6 +210,9 @@ def test_an_answer_is_the_loss_of_its_tokens_and_depends_on_no_other_question(tr
         assert answer.nats == pytest.approx(each.sum().item(), rel=1e-5 if forward == "bf16" else 0.02)
         assert beside.nats == pytest.approx(answer.nats, rel=1e-5 if forward == "bf16" else 0.02)
     assert nats["own"] != nats["bf16"]
+    two = Dist(0, 2, 0, torch.device("cpu"))
+    with pytest.raises(ValueError, match="without torchrun"), opened(*where, run_tokenizer(about), two):
+        pass
 
 
 def test_lm_eval_asks_a_task_of_local_files(trained, script, tmp_path, monkeypatch):
