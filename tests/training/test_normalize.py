@@ -60,7 +60,7 @@ def test_a_run_keeps_lengths_and_resumes_bit_for_bit(run, stop_after):
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(ValueError, match="can't be exported"):
         runpy.run_path(str(ROOT / "scripts" / "export_hf.py"))["export"](
-            straight, straight / "exported", None, torch.float32
+            straight, straight / "exported", None, "float32", 5
         )
 
 
