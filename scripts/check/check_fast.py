@@ -366,7 +366,9 @@ def main() -> int:
         kernels.setdefault((case.spec, case.axis, case.source, case.rotation > 1), []).append(case)
     rows = [] if args.forms else single_rows()
     if args.workers > 1:
-        with ProcessPoolExecutor(args.workers, multiprocessing.get_context("spawn")) as pool:
+        # One thread each: with a pool of threads in every process 20 of them kept 32 cores busy with nothing.
+        start = multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)
+        with ProcessPoolExecutor(args.workers, *start) as pool:
             rows += itertools.chain(*pool.map(compare_all, kernels.values()))
     else:
         rows += compare_all(itertools.chain(*kernels.values()))
