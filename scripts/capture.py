@@ -16,17 +16,15 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import parser_of
-from base.runfolder import CAPTURE, CONFIG, RUN, read_json
+from base.runfolder import CAPTURE
 from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("capture")
 
-from launcher.compose import stored
+from launcher.kept import kept
 from training.capture import capture, save
-from training.checkpoint.manifest import step_of
 from training.checkpoint.state import load_model
-from training.inference import find_checkpoint, split_step
 from training.loss import LossModel
 from training.ranks.distributed import setup
 from training.reopen import reopen
@@ -39,21 +37,17 @@ def main() -> int:
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where to write; default: in the run folder")
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     arguments = parser.parse_args()
-    folder, step = split_step(arguments.run)
     with one_line_errors("capture.py") as outcome:
-        checkpoint = find_checkpoint(folder, step)
-        config, run = stored(folder / CONFIG), read_json(folder / RUN)
-        if arguments.data and config.data.mix:
-            raise ValueError(f"{run['name']} was trained on a mixture: put its folders back where data.mix names them")
-        config.data.path = arguments.data and str(arguments.data)
-        step, ranks = step_of(checkpoint), setup()
-        again = reopen(config, run, step, ranks)
-        load_model(checkpoint, again.model)
+        asked = kept(arguments.run, arguments.data)
+        ranks = setup()
+        again = reopen(asked.config, asked.run, asked.step, ranks)
+        load_model(asked.checkpoint, again.model)
         loss = LossModel(again.model)
         found = capture(
             again.model, again.evalset, again.numbers.micro, lambda tokens: loss(tokens.to(ranks.device)).backward()
         )
-        print(save(arguments.out or folder / CAPTURE / str(step), run, step, again.model, *found))
+        out = arguments.out or asked.folder / CAPTURE / str(asked.step)
+        print(save(out, asked.run, asked.step, again.model, *found))
         outcome.code = 0
     return outcome.code
 

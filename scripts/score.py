@@ -22,18 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import parser_of
 from base.files import write_json
-from base.runfolder import CONFIG, RUN, TASKS, read_json
+from base.runfolder import TASKS, read_json
 from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("score")
 
-from launcher.compose import stored
+from launcher.kept import Kept, kept
 from training import core
-from training.checkpoint.manifest import step_of
-from training.config import TrainConfig
 from training.harness import Harness
-from training.inference import find_checkpoint, run_tokenizer, split_step
+from training.inference import run_tokenizer
 from training.likelihood import opened
 from training.ranks.distributed import setup
 from training.score import FORWARDS, OWN, Scored, score
@@ -50,16 +48,17 @@ def report(run: str, scored: Scored) -> str:
     return "\n".join(lines)
 
 
-def asked(arguments: argparse.Namespace, config: TrainConfig, run: dict[str, Any], checkpoint: Path) -> dict[str, Any]:
+def asked(arguments: argparse.Namespace, taken: Kept) -> dict[str, Any]:
     """The rows of --tasks and --core. Everything that is named is read before the model is."""
     harness = Harness(arguments.tasks.split(","), arguments.task_path) if arguments.tasks else None
     tasks = core.read_tasks(arguments.core) if arguments.core else []
+    run = taken.run
     place = arguments.data or run["data_path"]
     tokenizer = run_tokenizer(run | {"data_path": place})
     if tokenizer is None:
         raise ValueError(f"the data of {run['name']} is gone ({place}): give its folder by --data")
-    step, ranks = step_of(checkpoint), setup()
-    with opened(config, run, checkpoint, step, arguments.forward or OWN, tokenizer, ranks) as likelihood:
+    model = taken.config, run, taken.checkpoint, taken.step
+    with opened(*model, arguments.forward or OWN, tokenizer, setup()) as likelihood:
         rows = harness.ask(likelihood) if harness else {}
         if tasks:
             rows |= core.ask(tasks, likelihood, lambda text: print(text, file=sys.stderr))
@@ -106,21 +105,16 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 def main() -> int:
     arguments = arguments_of(parser_of(__file__, __doc__))
-    folder, step = split_step(arguments.run)
     with one_line_errors("score.py") as outcome:
-        checkpoint = find_checkpoint(folder, step)
-        config, run = stored(folder / CONFIG), read_json(folder / RUN)
-        if arguments.data and config.data.mix:
-            raise ValueError(f"{run['name']} was trained on a mixture: put its folders back where data.mix names them")
-        config.data.path = arguments.data and str(arguments.data)
+        taken = kept(arguments.run, arguments.data)
         if arguments.tasks or arguments.core:
-            rows, forward = asked(arguments, config, run, checkpoint), arguments.forward or OWN
-            path = keep(folder, step_of(checkpoint), forward, rows)
-            print(answers(run["name"], step_of(checkpoint), forward, rows))
+            rows, forward = asked(arguments, taken), arguments.forward or OWN
+            path = keep(taken.folder, taken.step, forward, rows)
+            print(answers(taken.run["name"], taken.step, forward, rows))
         else:
-            scored = score(config, run, checkpoint, step_of(checkpoint), arguments.layers, setup())
-            path = scored.save(folder)
-            print(report(run["name"], scored))
+            scored = score(taken.config, taken.run, taken.checkpoint, taken.step, arguments.layers, setup())
+            path = scored.save(taken.folder)
+            print(report(taken.run["name"], scored))
         print(path, file=sys.stderr)
         outcome.code = 0
     return outcome.code

@@ -20,17 +20,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import parser_of
 from base.files import write_json
-from base.runfolder import CONFIG, RUN, XRAY_PARTS, XRAY_SCOPES, XRAYS, read_json
+from base.runfolder import XRAY_PARTS, XRAY_SCOPES, XRAYS
 from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("xray")
 
-from launcher.compose import stored
+from launcher.kept import Kept, kept
 from quant.names import GEMMS
-from training.checkpoint.manifest import step_of
 from training.checkpoint.state import load_model
-from training.inference import find_checkpoint, split_step
 from training.loss import LossModel
 from training.probes.xray import XrayOptions, row, slices
 from training.ranks.distributed import setup
@@ -95,17 +93,14 @@ def compared(layers: dict[str, Any], others: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def look(arguments: argparse.Namespace, folder: Path, checkpoint: Path, step: int) -> dict[str, Any]:
+def look(arguments: argparse.Namespace, asked: Kept) -> dict[str, Any]:
     """The row that the probe would write there."""
-    config, run = stored(folder / CONFIG), read_json(folder / RUN)
-    if arguments.data and config.data.mix:
-        raise ValueError(f"{run['name']} was trained on a mixture: put its folders back where data.mix names them")
-    config.data.path = arguments.data and str(arguments.data)
-    asked = {name: getattr(arguments, name) for name in ("tokens", "slices", "draws", "recipes")}
-    config.probes = {"xray": {**asked, "steps": [step]}}
+    options = {name: getattr(arguments, name) for name in ("tokens", "slices", "draws", "recipes")}
+    config, step = asked.config, asked.step
+    config.probes = {"xray": {**options, "steps": [step]}}
     ranks = setup()
-    again = reopen(config, run, step, ranks)
-    load_model(checkpoint, again.model)
+    again = reopen(config, asked.run, step, ranks)
+    load_model(asked.checkpoint, again.model)
     numbers, options = again.numbers, again.probes["xray"]
 
     def set_rng(draw: int) -> None:
@@ -125,10 +120,9 @@ def main() -> int:
         parser.add_argument(flag, type=int, default=usual, help=f"{meaning} (default {usual})")
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     arguments = parser.parse_args()
-    folder, step = split_step(arguments.run)
     with one_line_errors("xray.py") as outcome:
-        checkpoint = find_checkpoint(folder, step)
-        found = look(arguments, folder, checkpoint, step_of(checkpoint))
+        asked = kept(arguments.run, arguments.data)
+        found, folder = look(arguments, asked), asked.folder
         print(f"{folder} at step {found['step']}: {found['slices']} slices of {found['slice_tokens']:,} tokens")
         print(table(found["layers"]))
         if "what_if" in found:

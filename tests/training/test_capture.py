@@ -1,8 +1,6 @@
 """What linear layers multiply, kept at a run's end or from its checkpoint: that step's tensors, and no bit changed."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,18 +24,8 @@ WORDS = ["quant=quartet2", "evaluate.slots=true", "evaluate.every=null", "evalua
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """script(word, ...) calls scripts/capture.py in this process; returns (exit code, output, errors)."""
-    spec = importlib.util.spec_from_file_location("capture_script", ROOT / "scripts" / "capture.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["capture.py", *words])
-        return module.main(), *capsys.readouterr()
-
-    return call
+def script(main_of):
+    return main_of("capture.py")
 
 
 def untimed(rows: list[dict]) -> list[dict]:

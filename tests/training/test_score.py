@@ -1,6 +1,5 @@
 """Served loss: the same weights under other forwards, through scripts/score.py as a person runs it."""
 
-import importlib.util
 import json
 import shutil
 import sys
@@ -45,18 +44,8 @@ def scored(folder: Path, step: int, *globs: str):
 
 
 @pytest.fixture
-def script(monkeypatch, capsys):
-    """script(word, ...) calls scripts/score.py in this process; returns (exit code, output, errors)."""
-    spec = importlib.util.spec_from_file_location("score_script", ROOT / "scripts" / "score.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-
-    def call(*words: str) -> tuple[int, str, str]:
-        capsys.readouterr()
-        monkeypatch.setattr(sys, "argv", ["score.py", *words])
-        return module.main(), *capsys.readouterr()
-
-    return call
+def script(main_of):
+    return main_of("score.py")
 
 
 def test_own_and_bf16_are_what_the_run_itself_measured(trained, rows):
