@@ -19,10 +19,10 @@ from quant.decompose import decompose
 from quant.linear import QuantLinear
 from quant.plan import Entry, Precision, resolve
 from quant.product import Product
+from quant.products.shaped import DAMPING
 from quant.stats import slot_stats
 
 PRODUCTS = ("y", "dx", "dw")
-DAMPING = 0.1  # of the fit, as hooks.feedback has it
 
 
 def skeleton(linears: Mapping[str, tuple[int, int]]) -> nn.Module:

@@ -24,6 +24,7 @@ from quant.recipe import Recipe
 
 OPERANDS = ("x", "w")
 GRAM_TOKENS = 8192  # of a step's first micro-batch, at most
+DAMPING = 0.1  # of a fit: times the mean of the metric's diagonal, added to it
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,10 @@
 """X-rays: errors of layers whose answers are known, and a probe that changes no bit of its run."""
 
-import importlib.util
-import io
 import json
 import os
 import subprocess
 import sys
-from contextlib import nullcontext, redirect_stderr, redirect_stdout
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +118,7 @@ def same(one: Path, other: Path) -> bool:
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_no_bit_of_a_run_changes_and_a_checkpoint_gives_the_same_row(run, rows, capsys):
+def test_no_bit_of_a_run_changes_and_a_checkpoint_gives_the_same_row(run, rows, capsys, main_of):
     _, plain = run(*SHORT, name="plain")
     _, folder = run(*SHORT, *LOOK, "probes.xray.steps=[2]", name="seen")
     assert "probe      xray at 1 step (2)" in capsys.readouterr().out
@@ -134,22 +132,11 @@ def test_no_bit_of_a_run_changes_and_a_checkpoint_gives_the_same_row(run, rows, 
     assert set(layer["wgrad"]) == set(XRAY_SCOPES) and set(layer["wgrad"]["local"]) == set(XRAY_PARTS)
     assert set(layer["wgrad"]["local"]["backward"]) == set(XRAY["gemm"]) and set(layer["noise"]) == set(XRAY["noise"])
     assert set(layer["slots"]["fprop.x"]) == set(XRAY["slots"])
-    code, told = script(Path(f"{folder}@2"), "--tokens=128", "--slices=2", "--draws=3", "--recipes", "nvidia")
+    words = "--tokens=128", "--slices=2", "--draws=3", "--recipes", "nvidia"
+    code, told, _ = main_of("xray.py")(f"{folder}@2", *words)
     assert code == 0 and "blocks.0.mlp.down wgrad" in told and "nvidia" in told
     found = json.loads((folder / "xray" / "2.json").read_text())
     assert set(found.pop("what_if")) == {"nvidia"} and found == {k: v for k, v in row.items() if k != "time"}
-
-
-def script(folder: Path, *words: str) -> tuple[int, str]:
-    """scripts/xray.py in this process: (exit code, output)."""
-    spec = importlib.util.spec_from_file_location("xray_script", ROOT / "scripts" / "xray.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(out):
-        patch.setattr(sys, "argv", ["xray.py", str(folder), *words])
-        code = module.main()
-    return code, out.getvalue()
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +176,10 @@ def test_it_is_refused_before_any_work(run, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_step_that_is_not_there_is_one_line(run):
+def test_a_step_that_is_not_there_is_one_line(run, main_of):
     _, folder = run("quant=bf16", *SHORT[1:])
-    code, told = script(Path(f"{folder}@7"))
+    code, out, told = main_of("xray.py")(f"{folder}@7")
+    assert not out
     assert code and told.count("\n") == 1 and "no checkpoint of step 7; it has: 2, 3" in told
 
 

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from quant.plan import Plan, quant_linears
+from quant.products.shaped import DAMPING
 from training.hooks.base import Hook, Run, keep_where, local
 from training.hooks.osci_reset import shard_groups
 
@@ -21,7 +22,7 @@ class FeedbackOptions:
     """`every`: steps from one refit to the next. `damping`: times the mean of the metric's diagonal, added to it."""
 
     every: int = 32
-    damping: float = 0.1
+    damping: float = DAMPING
 
     def __post_init__(self) -> None:
         if type(self.every) is not int or self.every < 1:
