@@ -23,8 +23,7 @@ def panels(
     groups: list[Group], base: Group, rows: Iterable[Row], theirs: dict[str, float], figure: Figure
 ) -> list[dict[str, Any]]:
     """Losses, and with a second group gaps: what plots.figure draws, which has the limits that were chosen."""
-    numbers = {group.label: i for i, group in enumerate(g for g in groups if g is not base)}
-    colours = {base.label: "b"} | {label: i % len(plots.COLOURS) for label, i in numbers.items()}
+    colours = colours_of(groups, base)
     style = plots.styles(groups, base)
     unlike = plots.unlike_text(groups, base)
     losses, gaps = [], []
@@ -56,6 +55,18 @@ def panels(
     if gaps:
         found.append({"title": "gap", "lines": gaps, "bars": bars, "marks": marks, "digits": 1, "y": limits[1]})
     return found
+
+
+def colours_of(groups: list[Group], base: Group) -> dict[str, int | str]:
+    """{label: the number of its colour's class, b of the baseline's}."""
+    others = [group.label for group in groups if group is not base]
+    return {base.label: "b"} | {label: i % len(plots.COLOURS) for i, label in enumerate(others)}
+
+
+def element(identity: str, content: Any) -> str:
+    """Data for a script. No name in it can end the element."""
+    data = json.dumps(content, allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{identity}">{data}</script>'
 
 
 def _bar(row: Row, colour: int | str, place: int) -> dict[str, Any]:
@@ -99,11 +110,10 @@ def body(found: list[dict[str, Any]], groups: list[Group], base: Group) -> list[
         f'<div class="row">{zooms}<span class="said"></span></div></figure>'
         for i, (title, _) in enumerate(zip(titles, found, strict=False))
     ]
-    data = json.dumps(found, allow_nan=False).replace("<", "\\u003c")  # a name can't end the element
     return [
         f'<div class="row keys">{"".join(names)}</div>',
         f'<div class="charts">{"".join(figures)}</div>',
         f'<p class="note needs-script">{HINT}</p>',
-        f'<script type="application/json" id="curves">{data}</script>',
+        element("curves", found),
         f"<script>{SCRIPT.read_text(encoding='utf-8')}</script>",
     ]

@@ -33,6 +33,16 @@ svg text { font-size: 12.5px; fill: var(--soft) } svg line, polyline { fill: non
 .thick { stroke-width: 2 } .thin { stroke-width: .8; opacity: .35 } .bar { stroke-width: 2.5 }
 .band { opacity: .18; stroke: none } .mark { fill: none; stroke-width: 1.5 } .drag { fill: var(--strong); opacity: .25 }
 .sb { stroke: var(--base) } .band.sb { fill: var(--base) }
+select { font: inherit; font-size: 13.5px; color: inherit; background: var(--page); border: 1px solid var(--strong) }
+select { border-radius: .4rem; padding: .3rem; max-width: 100% } label { font-size: 13.5px; color: var(--soft) }
+.maps { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1rem }
+.multiples { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr)); gap: .4rem .6rem }
+.multiples figcaption { color: var(--soft); overflow-wrap: anywhere } .multiples svg { display: block }
+.pages [aria-pressed=false] { opacity: .75 } .pages [aria-pressed=true] { border-color: var(--ink); font-weight: 600 }
+#inside svg text { font-size: 11.5px } #inside .value { fill: currentColor; pointer-events: none }
+#inside :is(button, select, svg):focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
+.missing { fill: none; stroke: var(--rule) } .picked { fill: none; stroke: var(--ink); stroke-width: 2.5 }
+.others { stroke: var(--strong); opacity: .3; stroke-width: .8 } .dot { fill: #fff; stroke: #000; pointer-events: none }
 dt { font-weight: 600 } dd { margin: 0 0 .4rem 1rem; max-width: 56rem } summary { cursor: pointer }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }

@@ -6,7 +6,7 @@ from html import escape
 
 import matplotlib.pyplot as plt
 
-from analysis import chart, html, plots, slot_errors, tables, verdict
+from analysis import chart, html, inside, plots, slot_errors, tables, verdict
 from analysis.compare import Group, Row
 from analysis.equal_loss import EqualLoss, equal_loss
 from analysis.pairing import RESOLVED
@@ -54,6 +54,7 @@ def build(
         *pairwise(groups, found),
         *equal_losses(groups, base),
         *overlay(rows, theirs),
+        *inside.section(groups, base),
         *slot_errors.section(groups),
         *run_list(runs),
         *differing("Configuration", [(run, configuration(run)) for run in runs], groups, "configuration"),

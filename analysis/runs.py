@@ -29,6 +29,7 @@ from base.runfolder import (
 )
 from base.runfolder import columns as columns_of
 
+LOOKS = ("slots", "errors", "xray", "oscillation")  # kinds of rows that have figures of every layer
 SHARED_GIB = 4.0  # our own CUDA context, libraries and NCCL's buffers stay below
 
 
@@ -53,7 +54,7 @@ class Run:
     evals: dict[str, np.ndarray]
     events: list[dict]
     result: dict | None
-    errors: tuple[dict, ...] = ()  # rows of where quantizers' errors come from, if they were asked for
+    looks: tuple[dict, ...] = ()  # rows of LOOKS, what was seen inside its layers, if it was asked for
     as_of: int | None = None  # cut off by `until` at this step, where it was evaluated
 
     @property
@@ -131,6 +132,10 @@ class Run:
     def tokens_per_second(self) -> float:
         return self.info["tokens_per_step"] / self.milliseconds * 1e3
 
+    def looks_of(self, kind: str) -> list[dict]:
+        """The rows of one of LOOKS, in the order of steps."""
+        return [row for row in self.looks if row["kind"] == kind]
+
     def until(self, step: int) -> "Run":
         """The run as it stood after `step`: what came later, the result with it, is left out."""
 
@@ -144,7 +149,7 @@ class Run:
             train=head(self.train),
             evals=head(self.evals),
             events=events,
-            errors=tuple(row for row in self.errors if row["step"] <= step),
+            looks=tuple(row for row in self.looks if row["step"] <= step),
             result=None if cut else self.result,
             as_of=step if cut and step in self.evals["step"] else None,
         )
@@ -239,7 +244,7 @@ def read_run(path: str | Path, records: list[dict] | None = None) -> Run:
         evals=_columns(path, records, "eval"),
         events=[r for r in records if r["kind"] == "event"],
         result=result,
-        errors=tuple(r for r in records if r["kind"] == "errors"),
+        looks=tuple(r for r in records if r["kind"] in LOOKS),
     )
 
 

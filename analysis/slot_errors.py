@@ -40,7 +40,7 @@ def section(groups: list[Group]) -> list[str]:
 
 
 def _rows(group: Group) -> list[list[str]]:
-    looks = [run.errors for run in group.members if run.errors]
+    looks = [errors for run in group.members if (errors := run.looks_of("errors"))]
     if not looks:
         return []
     found = []
