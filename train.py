@@ -15,6 +15,15 @@ from launcher.compose import ConfigError, compose
 def main(arguments: list[str]) -> int:
     """Exit codes: 0 finished or stopped by Ctrl-C, 1 the machine or the run failed, 2 wrong command, 75 preempted,
     130 Ctrl-C before training began or a second one."""
+    if "--" in arguments:
+        from launcher.several import one_after_another
+
+        return one_after_another(arguments, run)
+    return run(arguments)
+
+
+def run(arguments: list[str]) -> int:
+    """What one command asks for."""
     try:
         line = read_command_line(arguments)
         if line.text is not None:
@@ -38,7 +47,9 @@ def main(arguments: list[str]) -> int:
     from training.start.launch import Request, launch
 
     with one_line_errors() as outcome:
-        outcome.code = launch(Request(composed.config, composed.yaml, composed.choices, typed(sys.argv)))
+        outcome.code = launch(
+            Request(composed.config, composed.yaml, composed.choices, typed([sys.argv[0], *arguments]))
+        )
     leave(outcome.code)
     return outcome.code
 

@@ -60,6 +60,11 @@ def step_of(fork: str) -> int:
     return int(step)
 
 
+def name_of(fork: str) -> str:
+    """The name of the run that is forked."""
+    return Path(fork.rpartition("@")[0]).name
+
+
 def parent_of(fork: str, runs: str | Path) -> Parent:
     """The parent that `fork` names: a folder, or the name of one in `runs`. ForkError where there is none."""
     step, where = step_of(fork), fork.rpartition("@")[0]

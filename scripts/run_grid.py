@@ -6,18 +6,21 @@ Stopped runs go on, finished ones stay.
     python scripts/run_grid.py experiment=corpus_screen only='bf16/*,quartet2/*' gpus=0,1 per_gpu=2
     python scripts/run_grid.py experiment=c4_grid launcher=slurm slurm.partition=gpu slurm.timeout_min=1440
 
-Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (say what would run, and stop), slurm.*.
+Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (say what would run, and stop), slurm.*,
+in_one=1 (so many forks of one trunk, one after another in one process), trunks=keep|delete.
 Everything else is passed to train.py. On a CPU one run at a time. Output of each run: <runs>/.grid/<run>.log.
 A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
 second one started beside it or after it takes only what nobody runs. Ctrl-C, SIGTERM and a closed terminal stop the
 runs after their current step, saved; the same command goes on. On SLURM a cell whose job waits or runs is not submitted
 again. A cell that diverged is a result, too: it is left alone unless nonfinite=skip or nonfinite=rollback is given. A
 damaged one is named, left alone, and makes the exit code 1. A cell that is a fork waits until its parent, another cell
-or a run that is there, has the checkpoint.
+or a run that is there, has the checkpoint; a trunk is run for its checkpoints even where its result is kept elsewhere.
+trunks=delete: when no cell of the grid needs them any more, a trunk's checkpoints but the last are deleted.
 """
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,9 +38,9 @@ if __name__ == "__main__":
 
 from analysis import states
 from base.files import write_text
-from base.fork import ForkError, parent_of
+from base.fork import ForkError, name_of, parent_of
 from base.ranks import RanksError, refuse_several
-from base.runfolder import RESULT, RunError
+from base.runfolder import CHECKPOINTS, RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
 from launcher import cellline, slurm
 from launcher.cells import CellError
@@ -49,11 +52,28 @@ from training.config import TrainConfig
 from training.ranks.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
-OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false"}
+OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false", "in_one": "1", "trunks": "keep"}
+OVER = (states.DONE, states.DEAD, states.DIVERGED)
+BESIDE = " + "  # between the cells of one process; none has it in its name
 
 
 def look(line: cellline.CellLine) -> dict[str, states.State]:
-    return {cell: found.state for cell, found in line.look().items()}
+    """{cell: state}. A trunk that is needed has that of its own folder: a copy elsewhere has no checkpoints."""
+    looked = line.look()
+    found = {cell: one.state for cell, one in looked.items()}
+    needed = {trunk_of(line, cell) for cell in found if found[cell].status == states.MISSING} - {None}
+    for cell, composed in line.cells.items():
+        name = composed.config.run.name
+        if name in needed and looked[cell].folder not in (None, line.runs / name):
+            line.adopted.pop(cell, None)
+            found[cell] = states.state_of(line.runs, name)
+    return found
+
+
+def trunk_of(line: cellline.CellLine, cell: str) -> str | None:
+    """The name of the run that a cell is a fork of; None for no fork."""
+    fork = line.cells[cell].config.fork
+    return name_of(fork) if fork else None
 
 
 def pending(line: cellline.CellLine, found: dict[str, states.State]) -> list[str]:
@@ -64,10 +84,14 @@ def pending(line: cellline.CellLine, found: dict[str, states.State]) -> list[str
 
 
 def command(line: cellline.CellLine, cell: str) -> list[str]:
+    return [sys.executable, str(TRAIN), *words_of(line, cell)]
+
+
+def words_of(line: cellline.CellLine, cell: str) -> list[str]:
     words = [f"experiment={line.experiment}", f"cell={cell}", *line.extra]
     if line.run_name(cell) != line.cells[cell].config.run.name:
         words.append(f"run.name={line.run_name(cell)}")  # it began under this name and goes on there
-    return [sys.executable, str(TRAIN), *words]
+    return words
 
 
 def mended(line: cellline.CellLine) -> str:
@@ -76,36 +100,55 @@ def mended(line: cellline.CellLine) -> str:
     return "" if policy == "stop" else f"nonfinite={policy}"
 
 
-def start(line: cellline.CellLine, cell: str, lane: Lane) -> Running | None:
-    """Start one run; None when another process holds or has finished the cell by now. The child inherits the lock."""
-    name = line.run_name(cell)
-    lock = states.cell_lock(line.runs, name)
-    lock.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        lock_file(descriptor)
-        if (line.runs / name / RESULT).exists():
+def start(line: cellline.CellLine, cells: list[str], lane: Lane) -> Running | None:
+    """Start one process that runs `cells`, one after another; those that another one holds or has finished by now are
+    left alone, None where that leaves none. The child inherits the locks; its output is in the first one's log."""
+    with locked(line, cells) as locks:
+        if not locks:
             return None
-        with open(lock.with_suffix(".log"), "ab") as log:
+        first, *others = locks
+        words = [word for cell in others for word in ("--", *words_of(line, cell))]
+        with open(states.cell_lock(line.runs, line.run_name(first)).with_suffix(".log"), "ab") as log:
             process = subprocess.Popen(
-                command(line, cell),
+                [*command(line, first), *words],
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=environment(lane),
-                pass_fds=(descriptor,),
+                pass_fds=tuple(locks.values()),
                 start_new_session=True,  # Ctrl-C reaches us alone; we pass it on once
             )
-        return Running(cell, lane, process)
-    except BlockingIOError:
-        return None
+        return Running(BESIDE.join(locks), lane, process)
+
+
+@contextmanager
+def locked(line: cellline.CellLine, cells: list[str]) -> Iterator[dict[str, int]]:
+    """{cell: its open lock} of those that can be run; afterwards a child's copies keep them locked."""
+    locks: dict[str, int] = {}
+    try:
+        for cell in cells:
+            name = line.run_name(cell)
+            path = states.cell_lock(line.runs, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                lock_file(descriptor)
+                if (line.runs / name / RESULT).exists():
+                    raise BlockingIOError
+                locks[cell] = descriptor
+            except BlockingIOError:
+                print(f"{cell}: finished or running elsewhere, left alone", flush=True)
+                os.close(descriptor)
+        yield locks
     finally:
-        os.close(descriptor)  # the child's copy keeps the lock
+        for descriptor in locks.values():
+            os.close(descriptor)
 
 
 def run_local(line: cellline.CellLine) -> int:
     """Keep every GPU busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
-    if not line.own["per_gpu"].isdecimal() or int(line.own["per_gpu"]) < 1:
-        raise CellError(f"per_gpu={line.own['per_gpu']}: give a whole number, 1 or more")
+    for key in ("per_gpu", "in_one"):
+        if not line.own[key].isdecimal() or int(line.own[key]) < 1:
+            raise CellError(f"{key}={line.own[key]}: give a whole number, 1 or more")
     lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
     outlive_readers()  # `| head` ends no grid
     found = look(line)
@@ -118,14 +161,15 @@ def run_local(line: cellline.CellLine) -> int:
     )
 
     def ended(run: Running, queued: int, running: int, stopping: bool) -> None:
-        if run.process.returncode and not stopping:
-            failed.append(run.job)
-        report(line, run, queued, running)
+        for cell in run.job.split(BESIDE):
+            state = report(line, run, cell, queued, running)
+            if run.process.returncode and not stopping and state.status not in OVER[:-1]:
+                failed.append(cell)
 
     stopping = keep_busy(
         queue,
         lanes,
-        start=lambda cell, lane: begin(line, cell, lane),
+        start=lambda cell, lane: begin(line, beside(line, cell, queue), lane),
         ended=ended,
         forward=lambda process, number: process.send_signal(signal.SIGTERM),
         ready=lambda queue: next_ready(line, queue),
@@ -139,6 +183,8 @@ def run_local(line: cellline.CellLine) -> int:
         print(f"{cell}: diverged{hint}")
     for cell in [] if stopping else queue:
         print(f"{cell}: left alone, fork={line.cells[cell].config.fork} has no checkpoint to go on from")
+    if not stopping and line.own["trunks"] == "delete":
+        delete_trunks(line)
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
     return 1 if failed or has_problems or (queue and not stopping) else EXIT_PREEMPTED if stopping else 0
@@ -158,24 +204,54 @@ def is_ready(config: TrainConfig) -> bool:
         return False
 
 
-def begin(line: cellline.CellLine, cell: str, lane: Lane) -> Running | None:
-    run = start(line, cell, lane)
-    if run is None:
-        print(f"{cell}: finished or running elsewhere, left alone", flush=True)
-    else:
-        print(f"{cell}: started on {run.place}, pid {run.process.pid}", flush=True)
+def beside(line: cellline.CellLine, cell: str, queue: list[str]) -> list[str]:
+    """A cell and the forks of the same trunk that go into its process; these are taken out of the queue."""
+    taken, trunk = [cell], trunk_of(line, cell)
+    for other in list(queue) if trunk else []:
+        if (
+            len(taken) < int(line.own["in_one"])
+            and trunk_of(line, other) == trunk
+            and is_ready(line.cells[other].config)
+        ):
+            queue.remove(other)
+            taken.append(other)
+    return taken
+
+
+def begin(line: cellline.CellLine, cells: list[str], lane: Lane) -> Running | None:
+    run = start(line, cells, lane)
+    if run is not None:
+        print(f"{run.job}: started on {run.place}, pid {run.process.pid}", flush=True)
     return run
 
 
-def report(line: cellline.CellLine, run: Running, queued: int, running: int) -> None:
-    state = states.state_of(line.runs, line.run_name(run.job))
+def report(line: cellline.CellLine, run: Running, cell: str, queued: int, running: int) -> states.State:
+    state = states.state_of(line.runs, line.run_name(cell))
     loss = "" if state.loss is None else f", final loss {state.loss:.4f}"
     code = run.process.returncode
     print(
-        f"{run.job}: {state.status} at step {state.step} after {run.minutes:.1f} min (exit code {code})"
+        f"{cell}: {state.status} at step {state.step} after {run.minutes:.1f} min (exit code {code})"
         f"{loss}; {running} running, {queued} waiting",
         flush=True,
     )
+    return state
+
+
+def delete_trunks(line: cellline.CellLine) -> None:
+    """Delete the checkpoints but the last of every trunk of the chosen cells whose forks, chosen or not, are over."""
+    from training.checkpoint.manifest import checkpoints  # here: torch takes seconds
+
+    whole = cellline.read([f"experiment={line.experiment}", *line.extra], OWN)
+    found = look(whole)
+    for trunk in sorted({trunk_of(line, cell) for cell in line.cells} - {None}):
+        left = [c for c in whole.cells if trunk_of(whole, c) == trunk and found[c].status not in OVER]
+        old = checkpoints(line.runs / trunk / CHECKPOINTS)[:-1]
+        if left and old:
+            print(f"{trunk}: its checkpoints stay, {len(left)} forks of it are left, such as {left[0]}")
+        elif old and states.state_of(line.runs, trunk).status in OVER:
+            for path in old:
+                shutil.rmtree(path)
+            print(f"{trunk}: {len(old)} checkpoints deleted, its last one stays")
 
 
 def submit(line: cellline.CellLine, options: dict[str, str]) -> int:
@@ -227,6 +303,8 @@ def main(words: list[str]) -> int:
         if first.config.dry_run:
             shown = f"train.py experiment={line.experiment} cell={name} dry_run=true"
             raise CellError(f"dry_run=true runs no cell: list=true lists them; {shown} shows a plan")
+        if line.own["trunks"] not in ("keep", "delete"):
+            raise CellError(f"trunks={line.own['trunks']}: write trunks=keep or trunks=delete")
         if line.is_true("list"):
             found = look(line)
             for cell in pending(line, found):

@@ -278,7 +278,7 @@ def test_who_asks_is_not_who_runs(run_grid, tmp_path):
     asking = os.open(cell, os.O_RDWR | os.O_CREAT)
     fcntl.flock(asking, fcntl.LOCK_SH)
     threading.Timer(0.05, os.close, [asking]).start()
-    assert run_grid.start(line, "bf16/s0", None).process.wait(timeout=30) == 0
+    assert run_grid.start(line, ["bf16/s0"], None).process.wait(timeout=30) == 0
 
 
 def test_slurm_submits_one_job_a_missing_cell(run_grid, tmp_path, capsys):
@@ -450,29 +450,82 @@ def test_a_rerun_is_done_by_its_own_run_alone(run_grid, tmp_path, monkeypatch, c
         assert ("rerun" in capsys.readouterr().out) == (name == "first")
 
 
-def test_forks_wait_for_their_trunks_checkpoint_and_are_named_if_it_never_comes(
-    run_grid, tmp_path, monkeypatch, capsys
-):
+@pytest.fixture
+def tails(run_grid, tmp_path, monkeypatch):
+    """tails(only, found, *words) runs these cells of corpus_tails, all but those in `found` ({cell: Found}) missing;
+    returns (exit code, the cells of each process in order). A trunk's makes its checkpoint of step 2595."""
+
+    def run(only, found, *words):
+        missing = lookup.Found(states.State("missing"))
+        monkeypatch.setattr(
+            cellline.CellLine, "look", lambda self: {cell: found.get(cell, missing) for cell in self.cells}
+        )
+        started = []
+
+        def start(line, cells, lane):
+            started.append(cells)
+            for cell in cells:
+                folder = line.runs / line.cells[cell].config.run.name
+                (folder / "checkpoints" / "step_00002595").mkdir(parents=True)
+                for name, text in (("run.json", "{}"), ("config.yaml", "")):
+                    (folder / name).write_text(text)
+            return run_grid.Running(run_grid.BESIDE.join(cells), lane, subprocess.Popen(["true"]))
+
+        monkeypatch.setattr(run_grid, "start", start)
+        return run_grid.main(["experiment=corpus_tails", f"only={only}", f"paths.runs={tmp_path}", *words]), started
+
+    return run
+
+
+def test_forks_wait_for_their_trunks_checkpoint_and_are_named_if_it_never_comes(tails, capsys):
     """A trunk, a fork of it, and a fork at a step that the trunk doesn't keep."""
-    line = cellline.read(
-        ["experiment=corpus_tails", "only=trunk/s0,same_85/s0,fprop_bf16_70/s0", f"paths.runs={tmp_path}"], {}
-    )
-    started = []
-    monkeypatch.setattr(
-        type(line), "look", lambda self: dict.fromkeys(self.cells, lookup.Found(states.State("missing"), None))
-    )
-
-    def start(line, cell, lane):
-        started.append(cell)
-        if cell == "trunk/s0":
-            folder = tmp_path / "corpus_tails-trunk-s0"
-            (folder / "checkpoints" / "step_00002595").mkdir(parents=True)
-            for name, text in (("run.json", "{}"), ("config.yaml", "")):
-                (folder / name).write_text(text)
-        return run_grid.Running(cell, lane, subprocess.Popen(["true"]))
-
-    monkeypatch.setattr(run_grid, "start", start)
-    line.own.update({"gpus": "all", "per_gpu": "1"})
-    assert run_grid.run_local(line) == 1
-    assert started == ["trunk/s0", "same_85/s0"]
+    code, started = tails("trunk/s0,same_85/s0,fprop_bf16_70/s0", {})
+    assert code == 1 and started == [["trunk/s0"], ["same_85/s0"]]
     assert "fprop_bf16_70/s0: left alone, fork=corpus_tails-trunk-s0@2137 has no checkpoint" in capsys.readouterr().out
+
+
+def test_forks_of_one_trunk_share_a_process(tails):
+    only = "trunk/s0,bf16_trunk/s0,same_85/s0,bf16_ema_85/s0,x_only_85/s0,w_only_85/s0"
+    _, started = tails(only, {}, "in_one=2")
+    assert sorted(started) == [
+        ["bf16_ema_85/s0"],
+        ["bf16_trunk/s0"],
+        ["same_85/s0", "x_only_85/s0"],
+        ["trunk/s0"],
+        ["w_only_85/s0"],
+    ]
+
+
+def test_a_trunk_whose_result_alone_is_kept_is_run_for_its_forks(tails, tmp_path):
+    kept = {"trunk/s0": lookup.Found(states.State("done", 3052, 3.6), tmp_path / "elsewhere")}
+    assert tails("trunk/s0,same_85/s0", kept)[1] == [["trunk/s0"], ["same_85/s0"]]
+    assert tails("trunk/s1,trunk/s0", kept)[1] == [["trunk/s1"]]  # no fork of it is wanted
+    done = kept | {"same_85/s0": lookup.Found(states.State("done", 3052, 3.6), tmp_path / "tail")}
+    assert tails("trunk/s0,same_85/s0", done)[1] == []
+
+
+def test_a_trunks_checkpoints_go_with_its_last_fork(tails, tmp_path, capsys):
+    folder = tmp_path / "corpus_tails-trunk-s0"
+    for step in (2137, 2595, 3052):
+        (folder / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (folder / "result.json").write_text('{"status": "finished", "step": 3052, "final_loss": 3.6}')
+    done = lookup.Found(states.State("done", 3052, 3.6), folder)
+    forks = [cell for cell in all_cells() if trunk_of(cell) == folder.name]
+    assert len(forks) > 10
+    left = dict.fromkeys(["trunk/s0", *forks[1:]], done)
+    assert tails("trunk/s0,same_85/s0", left | {"same_85/s0": done}, "trunks=delete")[0] == 0
+    assert "its checkpoints stay, 1 forks of it are left, such as " + forks[0] in capsys.readouterr().out
+    assert tails("trunk/s0", left | {forks[0]: done}, "trunks=keep")[0] == 0
+    assert len(list((folder / "checkpoints").iterdir())) == 3
+    assert tails("same_85/s0", left | {forks[0]: done}, "trunks=delete")[0] == 0
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00003052"]
+    assert tails("same_85/s0", {}, "trunks=yes")[0] == 2
+
+
+def all_cells():
+    return experiments.expand(experiments.load("corpus_tails"))
+
+
+def trunk_of(cell):
+    found = [word for word in all_cells()[cell] if word.startswith("fork=")]
+    return found[0].removeprefix("fork=").replace("${seed}", cell[-1]).partition("@")[0] if found else None
