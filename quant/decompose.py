@@ -37,7 +37,8 @@ NAMES = ("mse", *TERMS, "align", "cos", "dead_share", "clipped", "underflowed", 
 
 @dataclass(frozen=True)
 class Parts:
-    """An operand in FP64: x, Q, Q*, what the slot made; where it clipped; log2(s/s*) of blocks."""
+    """An operand in FP64: x, Q, Q*, what the slot made; where it clipped; log2(s/s*) of blocks, NaN
+    for dead ones; the blocks themselves, where the format has some."""
 
     x: Tensor
     nearest: Tensor
@@ -45,31 +46,40 @@ class Parts:
     made: Tensor
     clipped: Tensor
     log2_scale: Tensor
+    blocks: Blocks | None = None
 
 
 def decompose(x: Tensor, wish: Wish) -> dict[str, Tensor]:
     """{NAMES: FP64 []} of the operand that `wish` makes of x (bf16, natural layout). Not finite where
     amax isn't."""
+    return terms(parts_of(x, wish))
+
+
+def parts_of(x: Tensor, wish: Wish) -> Parts:
+    """Nothing in it waits for the device."""
     y = reference.stored(x, wish.axis, wish.signs)
     largest = wish.largest(reference.amax, x)
     scale = reference.tensor_scale(largest, wish.spec)
     if wish.spec.per_row and wish.axis == 0:
         scale = scale.t()
     dim = None if wish.signs is None else wish.signs.shape[-1]
-    return terms(y, wish.spec, scale, wish.draw, dim, wish.feedback)
+    return stored_parts(y, wish.spec, scale, wish.draw, dim, wish.feedback)
 
 
-def terms(
+def stored_parts(
     y: Tensor,
     spec: QuantSpec,
     scale: Tensor,
     draw: Draw | None = None,
     dim: int | None = None,
     feedback: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """The same of a stored operand y (FP32 [rows, contraction]) under its tensor scale; dim: of its
-    rotation."""
-    parts = of_blocks(y, spec, scale, draw, dim, feedback) if spec.is_blocked else of_whole(y, spec, scale)
+) -> Parts:
+    """Of a stored operand y (FP32 [rows, contraction]) under its tensor scale; dim: of its rotation."""
+    return of_blocks(y, spec, scale, draw, dim, feedback) if spec.is_blocked else of_whole(y, spec, scale)
+
+
+def terms(parts: Parts) -> dict[str, Tensor]:
+    """{NAMES: FP64 []}"""
     energy = parts.x.square().sum()
     error, rest = parts.nearest - parts.x, parts.ideal - parts.x
     off_scale = parts.nearest - parts.ideal
@@ -91,7 +101,7 @@ def terms(
         "dead_share": is_dead.double().mean(),
         "clipped": parts.clipped.double().mean(),
         "underflowed": ((parts.made == 0) & (parts.x != 0)).double().mean(),
-        "log2_scale": parts.log2_scale.mean(),
+        "log2_scale": parts.log2_scale.nanmean(),
     }
     cosine = sums["scale_grid"] / 2 / (sums["scale"] * sums["grid"]).sqrt()
     cosine = cosine.nan_to_num(0.0)  # where one of both is 0
@@ -113,14 +123,15 @@ def of_blocks(
         made = quantize_blocks(y, spec, scale, draw, dim) if spec.draws_random_bits else nearest
     x, outer = groups.double(), (scale * (1.0 / spec.prescale)).double()
     divisor = torch.where(best > 0, best, 1.0)
-    ratio = (nearest.scales * outer / divisor).log2()[nearest.alive & (best > 0)]
+    ratio = (nearest.scales * outer / divisor).log2()
     return Parts(
         x=x,
         nearest=nearest.values.double() * outer,
         ideal=on_grid((x / divisor).float(), nearest.members, spec).double() * divisor,
         made=made.codes.double() * made.scales.double() * outer,
         clipped=beyond_grid(made, spec),
-        log2_scale=ratio,
+        log2_scale=torch.where(nearest.alive & (best > 0), ratio, float("nan")),
+        blocks=made,
     )
 
 

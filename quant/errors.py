@@ -10,9 +10,12 @@ cosine is relative to the sum of |f|^2:
     bias_se     its standard error: jackknives over draws and over slices, added. Elements share signs and scales, so
                 that they are no independent sample
     visible     three standard errors of the bias where there is none, from the spread of those <e_r, e_t>
+
+All of it follows from inner products: `moments` takes those where the products are, `Errors` reads those of many
+products at once, on the host.
 """
 
-from collections.abc import Sequence
+import math
 
 import torch
 from torch import Tensor
@@ -20,96 +23,99 @@ from torch import Tensor
 DRAWS_AT_LEAST = 3  # below, the pairs of draws have no spread
 
 
+def moments(references: Tensor, errors: Tensor) -> Tensor:
+    """FP32 [R, R + 2] of one product of a slice: <e_r, e_t>, <e_r, f>, |f|^2. references: FP32
+    [1 or R, n], of all draws or of each; errors: FP32 [R, n]."""
+    dots = (errors * references).sum(1, keepdim=True)
+    powers = references.square().sum(1, keepdim=True).expand(len(errors), 1)
+    return torch.cat((errors @ errors.t(), dots, powers), dim=1)
+
+
 class Errors:
-    """Of one product: the inner products of its errors, all that the figures need."""
+    """Figures of products from their moments, [products, slices, R, R + 2]; each figure is FP64 [products]."""
 
-    def __init__(self) -> None:
-        self._grams: list[Tensor] = []  # [R, R] of a slice
-        self._dots: list[Tensor] = []  # [R]
-        self._powers: list[Tensor] = []  # [R]
+    def __init__(self, found: Tensor):
+        draws, found = found.shape[2], found.double()
+        self.grams, self.dots, self.powers = found[..., :draws], found[..., draws], found[..., draws + 1]
 
-    def add(self, references: Sequence[Tensor], draws: Sequence[Tensor]) -> Tensor:
-        """One slice: R draws, and the reference of all or of each. Returns the mean error, FP32."""
-        reference, found = torch.stack([*references]).float(), torch.stack([*draws]).float()
-        errors = found - reference
-        self._grams.append(errors @ errors.t())
-        self._dots.append((errors * reference).sum(1))
-        self._powers.append(reference.square().sum(1).expand(len(found)))
-        return errors.mean(0)
-
-    def near(self) -> dict[str, float | None]:
+    def near(self) -> dict[str, Tensor]:
         """error, cosine and projection."""
-        grams, dots, powers = self._read()
-        own = grams.diagonal(dim1=1, dim2=2)
-        total = powers.mean(1).sum()
-        cosines = (powers + dots) / (powers * (powers + 2 * dots + own)).sqrt()
-        found = {"error": own.mean(1).sum() / total, "cosine": cosines.mean()}
-        return numbers(found | {"projection": 1 + dots.mean(1).sum() / total})
+        own = self.grams.diagonal(dim1=2, dim2=3)
+        total = self.powers.mean(2).sum(1)
+        cosines = (self.powers + self.dots) / (self.powers * (self.powers + 2 * self.dots + own)).sqrt()
+        found = {"error": own.mean(2).sum(1) / total, "cosine": cosines.mean((1, 2))}
+        return found | {"projection": 1 + self.dots.mean(2).sum(1) / total}
 
-    def spread(self) -> dict[str, float | None]:
+    def spread(self) -> dict[str, Tensor]:
         """variance, bias, bias_se and visible; of at least DRAWS_AT_LEAST draws."""
-        grams, _, powers = self._read()
-        slices, draws, total = len(grams), grams.shape[1], powers.mean(1).sum()
-        pairs = grams[:, *torch.triu_indices(draws, draws, 1)]
-        within = (pairs - pairs.mean(1, keepdim=True)).square().sum() / (pairs.numel() - slices)
-        found = {
-            "variance": variances(grams).sum() / total,
-            "bias": biases(grams).sum() / total,
-            "bias_se": self._standard_error(grams, powers.mean(1)),
-            "visible": 3 * (within / pairs.numel()).sqrt() * slices / total,
+        slices, draws, total = *self.grams.shape[1:3], self.powers.mean(2).sum(1)
+        pairs = self.grams[..., *torch.triu_indices(draws, draws, 1)]
+        count = pairs[0].numel()
+        within = (pairs - pairs.mean(2, keepdim=True)).square().sum((1, 2)) / (count - slices)
+        return {
+            "variance": variances(self.grams).sum(1) / total,
+            "bias": biases(self.grams).sum(1) / total,
+            "bias_se": self._standard_error(),
+            "visible": 3 * (within / count).sqrt() * slices / total,
         }
-        return numbers(found)
 
-    def variance(self) -> float:
+    def variance(self) -> Tensor:
         """s^2 of a slice, not relative to anything."""
-        return float(variances(self._read()[0]).mean())
+        return variances(self.grams).mean(1)
 
-    def _standard_error(self, grams: Tensor, powers: Tensor) -> Tensor:
-        kept = [[i for i in range(grams.shape[1]) if i != left] for left in range(grams.shape[1])]
-        by_draw = torch.stack([biases(grams[:, some][:, :, some]).sum() / powers.sum() for some in kept])
-        by_slice = (biases(grams).sum() - biases(grams)) / (powers.sum() - powers)
-        return (jackknife(by_draw) + (jackknife(by_slice) if len(powers) > 1 else 0.0)).sqrt()
-
-    def _read(self) -> tuple[Tensor, Tensor, Tensor]:
-        return tuple(torch.stack(part).double().cpu() for part in (self._grams, self._dots, self._powers))
+    def _standard_error(self) -> Tensor:
+        slices, draws, powers = *self.grams.shape[1:3], self.powers.mean(2)
+        kept = [[i for i in range(draws) if i != left] for left in range(draws)]
+        by_draw = [biases(self.grams[:, :, some][..., some]).sum(1) / powers.sum(1) for some in kept]
+        whole, each, total = biases(self.grams).sum(1, keepdim=True), biases(self.grams), powers.sum(1, keepdim=True)
+        by_slice = (whole - each) / (total - powers)
+        return (jackknife(torch.stack(by_draw, 1)) + (jackknife(by_slice) if slices > 1 else 0.0)).sqrt()
 
 
 def variances(grams: Tensor) -> Tensor:
-    """s^2 of each slice from [slices, R, R]."""
-    draws = grams.shape[1]
-    return (grams.diagonal(dim1=1, dim2=2).sum(1) - grams.sum((1, 2)) / draws) / (draws - 1)
+    """s^2 of each from [..., R, R]."""
+    draws = grams.shape[-1]
+    own = grams.diagonal(dim1=-2, dim2=-1).sum(-1)
+    return (own - grams.sum((-2, -1)) / draws) / (draws - 1)
 
 
 def biases(grams: Tensor) -> Tensor:
-    """|mean e|^2 - s^2 / R of each slice: the mean off the diagonal."""
-    draws = grams.shape[1]
-    return (grams.sum((1, 2)) - grams.diagonal(dim1=1, dim2=2).sum(1)) / (draws * (draws - 1))
+    """|mean e|^2 - s^2 / R of each from [..., R, R]: the mean off the diagonal."""
+    draws = grams.shape[-1]
+    return (grams.sum((-2, -1)) - grams.diagonal(dim1=-2, dim2=-1).sum(-1)) / (draws * (draws - 1))
 
 
 def jackknife(left_out: Tensor) -> Tensor:
-    """Variance of a figure from its values without one of the sample each."""
-    count = len(left_out)
-    return (count - 1) / count * (left_out - left_out.mean()).square().sum()
+    """Variance of a figure from its values [..., n] without one of the sample each."""
+    count = left_out.shape[-1]
+    return (count - 1) / count * (left_out - left_out.mean(-1, keepdim=True)).square().sum(-1)
 
 
-def signal_to_noise(gradients: Tensor, mean_errors: Tensor, variance: float, share: float) -> dict[str, float | None]:
-    """Of one weight at a whole batch, from slices [slices, n] that are `share` of it each; `variance` of a slice.
+def signal_to_noise(gram: Tensor, errors: Tensor, variance: Tensor, share: float) -> dict[str, Tensor]:
+    """Of one weight at a whole batch, from slices that are `share` of it each. gram, errors: inner products of the
+    slices' gradients and of their mean errors, [..., slices, slices]; variance: of a slice, [...].
 
-    Signal is the gradient that slices have in common, |g|^2 = mean of <g_a, g_b> over a != b (all is None where that
+    Signal is the gradient that slices have in common, |g|^2 = mean of <g_a, g_b> over a != b (all is NaN where that
     isn't positive: so few slices don't tell it from noise); both noises fall as 1 / slices of the batch.
         snr_sampling  |g| over the spread of slices       snr_rounding  |g| over that of the random bits
         rho           snr_rounding / sqrt(3): below 1 quantized training gains little (arXiv 2505.19115)
         common        error that slices have in common, which no batch averages out, relative to |g|^2; may be negative
     """
-    gram, errors = ((rows @ rows.t()).double().cpu() for rows in (gradients, mean_errors))
-    signal, common = float(biases(gram[None])), float(biases(errors[None]))  # off the diagonal
-    sampling = float(gram.diagonal().mean()) - signal
-    seen = torch.tensor(signal if signal > 0 else float("nan"), dtype=torch.float64)
+    gram, errors, variance = gram.double(), errors.double(), variance.double()
+    signal, common = biases(gram), biases(errors)
+    sampling = gram.diagonal(dim1=-2, dim2=-1).mean(-1) - signal
+    seen = torch.where(signal > 0, signal, float("nan"))
     rounding = (seen / (variance * share)).sqrt()
     found = {"snr_sampling": (seen / (sampling * share)).sqrt(), "snr_rounding": rounding, "rho": rounding / 3**0.5}
-    return numbers(found | {"common": common / seen})
+    return found | {"common": common / seen}
 
 
-def numbers(found: dict[str, Tensor]) -> dict[str, float | None]:
-    """None for what isn't finite: a gradient of zeros has no relative error, and NaN is no JSON. Six digits."""
-    return {name: float(f"{float(value):.6g}") if value.isfinite() else None for name, value in found.items()}
+def numbers(found: dict[str, Tensor]) -> list[dict[str, float | None]]:
+    """Of each product its figures [products], on the host: None for what isn't finite (a gradient of zeros has no
+    relative error, and NaN is no JSON), six digits."""
+    columns = [[number(value) for value in values.tolist()] for values in found.values()]
+    return [dict(zip(found, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
+def number(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -123,6 +123,12 @@ class Product:
         """Whether the forward takes random bits or signs, so that another draw is another forward."""
         return True
 
+    @property
+    def keeps_alike(self) -> bool:
+        """Whether what `forward` keeps is the same for every draw, and for `exact_backward`: then
+        one forward serves the backwards of all."""
+        return False
+
     def exact_backward(self) -> "Product":
         """The same forward, and the exact gradients through it: what the forward kept, multiplied without rounding.
 

@@ -30,7 +30,7 @@ from launcher.kept import Kept, kept
 from quant.names import GEMMS
 from training.checkpoint.state import load_model
 from training.loss import LossModel
-from training.probes.xray import XrayOptions, row, slices
+from training.probes.xray import Xray, XrayOptions, slices
 from training.ranks.distributed import setup
 from training.reopen import reopen
 from training.start.build import micro_batches
@@ -107,8 +107,8 @@ def look(arguments: argparse.Namespace, asked: Kept) -> dict[str, Any]:
         again.rng[2] = numbers.micro_batches + draw
 
     text = slices(lambda first: micro_batches(again.train, numbers, ranks, first), step, numbers, options)
-    view = View(LossModel(again.model), list(text), numbers.tokens_per_step, set_rng, lambda last: nullcontext())
-    return row(view, step, numbers, options)
+    view = View(LossModel(again.model), numbers.tokens_per_step, set_rng, lambda last: nullcontext())
+    return Xray(options).row(view, list(text), step, numbers)
 
 
 def main() -> int:

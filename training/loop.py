@@ -342,6 +342,7 @@ class Trainer:
             set_rng=self._set_rng,
             accumulate=self.p.accumulate,
             release=self.p.micro_batch.release,
+            graphs=self.p.micro_batch.graphs,
             evaluation=evaluation,
         )
 

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 class MicroBatch:
     """Adds one micro-batch's gradients to the parameters'; `loss` maps tokens int [B, T+1] to summed nats."""
 
+    graphs = False  # whether CUDA graphs are replayed
+
     def __init__(self, loss: nn.Module, tokens_per_step: int, accumulate: Callable[[bool], AbstractContextManager]):
         self._loss = loss
         self._tokens_per_step = tokens_per_step
@@ -94,6 +96,8 @@ class GraphedMicroBatch(MicroBatch):
 
 class SwitchedMicroBatch(MicroBatch):
     """A graphed micro-batch for each variant in use, since a graph repeats the kernels that it has captured."""
+
+    graphs = True
 
     def __init__(self, make: Callable[[], MicroBatch]):
         self._make = make

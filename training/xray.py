@@ -9,178 +9,358 @@ averaged away, so only the latter has a bias over draws (the former too, where t
 
 Random bits are counters, hence draws are other numbers of the micro-batch: none that training uses. Everything is
 measured on slices of text, whose amax and tensor scales are the slice's. No gradient is left behind.
+
+What costs are launches, not arithmetic: slices are small. So one forward serves the backwards of all draws where
+nothing in it is drawn; where training replays CUDA graphs, so do the passes here, and the products of a layer, captured
+once for all layers of a shape; figures are inner products, read from the device once a look.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quant.errors import Errors, signal_to_noise
+from quant.errors import Errors, moments, numbers, signal_to_noise
 from quant.linear import Call, QuantLinear
 from quant.names import GEMMS
-from quant.operands import Look
+from quant.operands import Look, named
 from quant.plan import HEAD, quant_linears, replaced
 from quant.product import Product
+from training.replay import Replay
 
 # Elements of a product that figures are taken from: all layers' are held at once where they are propagated.
 KEPT_LOCAL, KEPT = 1 << 20, 1 << 18
-Products = dict[str, Tensor]  # GEMM -> elements of its product, FP32
+BACKWARD = GEMMS[1:]
+Products = dict[str, Tensor]  # GEMM -> elements of its product, FP32 [n]
 
 
 @dataclass(frozen=True)
 class View:
-    """What is looked at. `slices`: tokens int64 [B, T+1] on the device. `set_rng(number)`: the random state of draw
-    `number` of this view. `accumulate(last micro-batch?)`: the context of a forward and its backward."""
+    """What is looked at. `set_rng(number)`: the random state of draw `number` of this view. `accumulate(last
+    micro-batch?)`: the context of a forward and its backward. `several`: whether a forward may have several backwards
+    (not where weights are gathered for each). `graphs`: whether passes may be captured as CUDA graphs."""
 
     loss: nn.Module
-    slices: Sequence[Tensor]
     tokens_per_step: int
     set_rng: Callable[[int], None]
     accumulate: Callable[[bool], AbstractContextManager]
+    several: bool = True
+    graphs: bool = False
 
     @property
     def layers(self) -> dict[str, QuantLinear]:
         return {name: layer for name, layer in quant_linears(self.loss.model).items() if name != HEAD}
 
+    @property
+    def recipes(self) -> dict[str, Product]:
+        return {name: layer.recipe for name, layer in self.layers.items()}
+
 
 class Tap(Product):
-    """A layer's product as it is; `products` takes from what it computed. `local` is called with (x, weight, dY)."""
+    """A layer's product as it is; `products` takes from what it computed last. Random bits of the backward are those of
+    `rng`. Backwards may go another product's way, `instead`, whose forward is the same; others `feed` (x, weight, dY)
+    to whom it is set."""
 
-    def __init__(self, product: Product, local: Callable[[Tensor, Tensor, Tensor], None] | None = None):
-        self.name, self.product, self.products, self.local = product.name, product, {}, local
+    def __init__(self, product: Product, rng: Tensor):
+        self.name, self.product, self.rng, self.products = product.name, product, rng, {}
+        self.instead: Product | None = None
+        self.feed: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def forward(self, call: Call, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Sequence[Any]]:
         y, kept = self.product.forward(call, x, weight, keep)
         self.products["fprop"] = elements(y, KEPT)
-        if self.local:
-            self._fed = x, weight
+        self._input, self._fitted = (x.detach(), weight.detach()), call.fitted  # attached they'd hold autograd's graph
         return y, kept
 
     def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool], kept: Sequence[Any]) -> tuple[Any, Any]:
-        if self.local:
-            self.local(*self._fed, dy)
-            del self._fed
-        return self.product.gradients(call, dy, needed, kept)
+        self._call, self._kept = replace(call, rng=self.rng, fitted=self._fitted), kept
+        if self.instead and not self.instead.keeps_alike:
+            self._kept = self.instead.forward(self._call, *self._input, True)[1]
+        if self.feed and not self.instead:
+            self.feed(*self._input, dy)
+        return self._way.gradients(self._call, dy, needed, self._kept)
 
     def input_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
-        dx = self.product.input_gradient(call, dy, kept)
+        dx = self._way.input_gradient(self._call, dy, self._kept)
         self.products["dgrad"] = elements(dx, KEPT)
         return dx
 
     def weight_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
-        dw = self.product.weight_gradient(call, dy, kept)
+        dw = self._way.weight_gradient(self._call, dy, self._kept)
         self.products["wgrad"] = elements(dw, KEPT)
+        self._kept = ()  # autograd's graph hangs on it
         return dw
 
-
-@dataclass
-class Gaps:
-    """Errors of one layer's products: of the forward's part for each GEMM, and of the backward's."""
-
-    draws: bool  # whether the forward does
-    forward: dict[str, Errors] = field(default_factory=lambda: {gemm: Errors() for gemm in GEMMS})
-    backward: dict[str, Errors] = field(default_factory=lambda: {gemm: Errors() for gemm in GEMMS[1:]})
-
-    def add(self, plain: Products, exact: list[Products], drawn: list[Products]) -> Tensor:
-        """One slice: g0; gF once, or for every draw where the forward draws; gQ. Returns the mean error of dW."""
-        for gemm, errors in self.forward.items():
-            errors.add([plain[gemm]], [one[gemm] for one in exact])
-        means = {
-            gemm: errors.add([one[gemm] for one in exact], [one[gemm] for one in drawn])
-            for gemm, errors in self.backward.items()
-        }
-        return means["wgrad"]
-
-    def figures(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """{GEMM: {forward or backward: figures}}."""
-        found = {g: {"forward": e.near() | (e.spread() if self.draws else {})} for g, e in self.forward.items()}
-        for gemm, errors in self.backward.items():
-            found[gemm]["backward"] = errors.near() | errors.spread()
-        return found
+    @property
+    def _way(self) -> Product:
+        return self.instead or self.product
 
 
-def xray(view: View, draws: int, others: Mapping[str, Product]) -> dict[str, Any]:
-    """{"layers": ..., "what_if": ...} of a row (base/runfolder.py, XRAY). `others`: label -> recipe, whose products of
-    the same tensors are measured too; what_if is there with them only."""
-    with torch.compiler.set_stance("force_eager"):
-        return _Xray(view, draws, others).row()
+class Rows:
+    """Tensors of each draw, or of each slice, one below the other: {key: FP32 [count, n]}."""
+
+    def __init__(self, count: int):
+        self.count = count
+        self.all: dict[Any, Tensor] = {}
+
+    def put(self, row: int, found: Mapping[Any, Tensor]) -> None:
+        for key, values in found.items():
+            if key not in self.all:
+                self.all[key] = values.new_empty((self.count, *values.shape))
+        torch._foreach_copy_([self.all[key][row] for key in found], list(found.values()))
 
 
-class _Xray:
+def gaps(plain: Products, exact: Products, drawn: Products) -> tuple[Tensor, Tensor]:
+    """One slice of a layer: g0 [n], gF [1 or R, n], gQ [R, n]. (moments of the forward's part for each GEMM, then of
+    the backward's; the mean error of dW.)"""
+    forward = [moments(plain[gemm][None], exact[gemm] - plain[gemm]) for gemm in GEMMS]
+    errors = {gemm: drawn[gemm] - exact[gemm] for gemm in BACKWARD}
+    backward = [moments(exact[gemm], errors[gemm]) for gemm in BACKWARD]
+    return torch.cat([part.flatten() for part in (*forward, *backward)]), errors["wgrad"].mean(0)
+
+
+def parts(found: Tensor, forward_draws: int, draws: int) -> dict[tuple[str, str], Errors]:
+    """{(GEMM, forward or backward): of all layers} from `gaps` [layers, slices, m]."""
+    sizes = [forward_draws] * len(GEMMS) + [draws] * len(BACKWARD)
+    names = [(gemm, "forward") for gemm in GEMMS] + [(gemm, "backward") for gemm in BACKWARD]
+    split = found.split([size * (size + 2) for size in sizes], dim=2)
+    return {
+        name: Errors(part.unflatten(2, (size, size + 2))) for name, part, size in zip(names, split, sizes, strict=True)
+    }
+
+
+def figures(found: Mapping[tuple[str, str], Errors], forward_draws: bool) -> list[dict[str, dict[str, Any]]]:
+    """Of each layer {GEMM: {forward or backward: figures}}."""
+    count = len(next(iter(found.values())).grams)
+    layers: list[dict[str, dict[str, Any]]] = [{gemm: {} for gemm in GEMMS} for _ in range(count)]
+    for (gemm, part), errors in found.items():
+        spread = errors.spread() if part == "backward" or forward_draws else {}
+        for layer, read in zip(layers, numbers(errors.near() | spread), strict=True):
+            layer[gemm][part] = read
+    return layers
+
+
+class Alone:
+    """The products of a layer apart from its model, under one recipe: of all layers of a shape, one after the other."""
+
+    def __init__(self, product: Product, plain: Product, draws: int, replay: Callable[[Callable[[], Any]], Replay]):
+        exact = product.exact_backward()
+        self._exacts, self._drawns = Rows(draws if product.forward_draws else 1), Rows(draws)
+        self._plain, self._exact, self._drawn = (
+            replay(partial(self._multiply, one)) for one in (plain, exact, product)
+        )
+        self._look = replay(partial(self._watched, product))
+        self._gaps = replay(lambda: gaps(self._plains, self._exacts.all, self._drawns.all)[0])
+        self._fed: list[Tensor] = []
+
+    def feed(self, layer: QuantLinear, x: Tensor, weight: Tensor, dy: Tensor) -> None:
+        """What is multiplied from now on. The first tensors are copied, so that graphs find all others in their
+        place."""
+        fitted = layer.fitted()
+        given = [layer.rng, layer.layer, x, weight, dy, *fitted.values()]
+        if not self._fed:
+            self._fed = [tensor.detach().clone() for tensor in given]
+            self._fitted = dict(zip(fitted, self._fed[5:], strict=True))
+        for place, tensor in zip(self._fed, given, strict=True):
+            place.copy_(tensor.detach())
+
+    def measure(self, states: Tensor) -> Tensor:
+        """What `gaps` gives, by the random states [draws, 3]."""
+        self._plains = self._plain()
+        for draw, state in enumerate(states):
+            self._fed[0].copy_(state)
+            if draw < self._exacts.count:
+                self._exacts.put(draw, self._exact())
+            self._drawns.put(draw, self._drawn())
+        return self._gaps().clone()
+
+    def look(self) -> dict[str, Tensor]:
+        """{slot: quant.operands.figures} of its operands, by the random state that it was fed with."""
+        return {slot: found.clone() for slot, found in self._look().items()}
+
+    def _watched(self, product: Product) -> dict[str, Tensor]:
+        look = Look()
+        self._multiply(product, look)
+        return look.slots
+
+    def _multiply(self, product: Product, watch: Look | None = None) -> Products:
+        rng, layer, x, weight, dy = self._fed[:5]
+        return multiply(product, Call(rng, layer, watch, self._fitted), x, weight, dy)
+
+
+class Found:
+    """What one look has seen, on the device: moments of each slice, figures of operands."""
+
+    def __init__(self, slices: int):
+        self.propagated: list[Tensor] = []  # [layers, m]
+        self.local: dict[str | None, dict[str, list[Tensor]]] = {}  # recipe -> layer -> [m]
+        self.weights = Rows(slices)  # (layer, "gradient" or "error"): elements of dW, its mean error
+        self.slots: dict[str, dict[str, Tensor]] = {}
+
+
+class Eye:
+    """Looks at one model, again and again: what is captured serves all looks. `others`: label -> recipe, whose products
+    of the same tensors are measured too."""
+
     def __init__(self, view: View, draws: int, others: Mapping[str, Product]):
-        self.view, self.draws, self.layers = view, draws, view.layers
-        self.products = {name: layer.recipe for name, layer in self.layers.items()}
-        self.exact = {name: product.exact_backward() for name, product in self.products.items()}
-        self.plain = {name: product.plain() for name, product in self.products.items()}
-        self.forward_draws = any(product.is_quantized and product.forward_draws for product in self.products.values())
-        self.propagated = {name: Gaps(self.forward_draws) for name in self.layers}
-        # Of each layer its own recipe, under None, and the others.
-        self.recipes = {name: {None: product, **others} for name, product in self.products.items()}
-        self.local = {
-            name: {label: Gaps(product.forward_draws) for label, product in recipes.items()}
-            for name, recipes in self.recipes.items()
-        }
-        self.looks = {name: Look() for name in self.layers}
-        self.weights: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}  # dW, mean error
+        self.view, self.draws, self.layers, self.recipes = view, draws, view.layers, view.recipes
+        self.measured = {name: {None: recipe, **others} for name, recipe in self.recipes.items()}
+        self.forward_draws = any(recipe.is_quantized and recipe.forward_draws for recipe in self.recipes.values())
+        self._replay = partial(Replay, pool=torch.cuda.graph_pool_handle() if view.graphs else None)
+        self._rng = next(iter(self.layers.values())).rng
+        self._tap_rng = self._rng.clone()  # of backwards: the other one is kept by autograd as it was
+        self._offsets = torch.zeros((draws, 3), dtype=torch.int64, device=self._rng.device)
+        self._offsets[:, 2] = torch.arange(draws)
+        self._plain, self._exact, self._drawn = (
+            {name: Tap(of(recipe), self._tap_rng) for name, recipe in self.recipes.items()}
+            for of in (lambda one: one.plain(), lambda one: one.exact_backward(), lambda one: one)
+        )
+        for name, tap in self._exact.items():
+            tap.feed = partial(self._feed, name)
+        self._exacts, self._drawns = Rows(draws if self.forward_draws else 1), Rows(draws)
+        self._run_plain = self._replay(partial(self._pass, self._plain))
+        self._run_exact = self._replay(partial(self._pass, self._exact, view.several))
+        self._run_drawn = self._replay(self._again if view.several else partial(self._pass, self._drawn))
+        self._run_gaps = self._replay(self._gaps)
+        self._tokens: Tensor | None = None
+        self._fed: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._alone: dict[Any, Alone] = {}
 
-    def row(self) -> dict[str, Any]:
-        for number, tokens in enumerate(self.view.slices):
-            self._slice(tokens, number * self.draws)
-        found = {"layers": {name: self._layer(name) for name in self.layers}}
-        labels = [label for label in next(iter(self.local.values())) if label is not None]
-        what_if = {label: {name: gaps[label].figures() for name, gaps in self.local.items()} for label in labels}
-        return summary(found["layers"]) | found | ({"what_if": what_if} if labels else {})
+    def sees(self, view: View) -> bool:
+        """Whether what was built for another view serves this one: phases of a run change recipes."""
+        return self.view.loss is view.loss and self.recipes == view.recipes
 
-    def _slice(self, tokens: Tensor, first: int) -> None:
-        plain = self._pass(tokens, first, self.plain)
-        exact, drawn = [], []
+    def close(self) -> None:
+        """Gives the graphs' memory back."""
+        self.__dict__.clear()
+
+    def look(self, slices: Sequence[Tensor]) -> dict[str, Any]:
+        """{"layers": ..., "what_if": ...} of a row (base/runfolder.py, XRAY); what_if is there with other recipes only.
+        slices: tokens int64 [B, T+1] on the device, all of a shape."""
+        self._found = Found(len(slices))
+        with torch.compiler.set_stance("force_eager"):
+            for number, tokens in enumerate(slices):
+                self._slice(tokens, number)
+        return row_of(self._found, self, slices[0][:, 1:].numel() / self.view.tokens_per_step)
+
+    def _slice(self, tokens: Tensor, number: int) -> None:
+        if self._tokens is None:
+            self._tokens = tokens.clone()
+        self._tokens.copy_(tokens)
+        self.view.set_rng(number * self.draws)
+        self._states = self._rng + self._offsets
+        self._run_plain()
         for draw in range(self.draws):
-            if draw == 0 or self.forward_draws:
-                exact.append(self._pass(tokens, first + draw, self.exact, local=draw == 0))
-            drawn.append(self._pass(tokens, first + draw, self.products))
-        for name, gaps in self.propagated.items():
-            mean = gaps.add(plain[name], [one[name] for one in exact], [one[name] for one in drawn])
-            self.weights[name].append((exact[0][name]["wgrad"], mean))
+            self._tap_rng.copy_(self._states[draw])
+            if draw and (self.forward_draws or not self.view.several):
+                self.view.set_rng(number * self.draws + draw)
+            if draw < self._exacts.count:
+                self._measures = draw == 0
+                self._through = self._run_exact()
+                self._exacts.put(draw, products(self._exact, GEMMS))
+                for name, fed in self._fed.items() if draw == 0 else ():
+                    self._measure(name, *fed)
+            self._run_drawn()
+            self._drawns.put(draw, products(self._exact if self.view.several else self._drawn, BACKWARD))
+        self._through = None  # a replay keeps its own
+        moments_of_all, errors = self._run_gaps()
+        self._found.propagated.append(moments_of_all.clone())
+        gradients = {(name, "gradient"): self._exacts.all[name, "wgrad"][0] for name in self.layers}
+        self._found.weights.put(number, gradients | {(name, "error"): mean for name, mean in errors.items()})
 
-    def _pass(self, tokens: Tensor, number: int, products: Mapping[str, Product], local: bool = False) -> dict:
-        """{layer: Products} of a forward and backward of the whole model."""
-        taps = {name: Tap(product, self._measure(name) if local else None) for name, product in products.items()}
-        self.view.set_rng(number)
-        with replaced(self.view.loss.model, taps), self.view.accumulate(True):
-            (self.view.loss(tokens) / self.view.tokens_per_step).backward()
+    def _pass(self, taps: Mapping[str, Tap], keep: bool = False) -> Tensor | None:
+        """A forward and backward of the whole model. keep: returns the loss, for more backwards."""
+        with replaced(self.view.loss.model, taps), self.view.accumulate(not self.view.several):
+            nats = self.view.loss(self._tokens) / self.view.tokens_per_step
+            nats.backward(retain_graph=keep)
         self.view.loss.zero_grad(set_to_none=True)
-        return {name: tap.products for name, tap in taps.items()}
+        return nats if keep else None
 
-    def _measure(self, name: str) -> Callable[[Tensor, Tensor, Tensor], None]:
-        layer, watch = self.layers[name], None if self.looks[name].slots else self.looks[name]
+    def _again(self) -> None:
+        """The backward as trained, through the forward that gF went through."""
+        for name, tap in self._exact.items():
+            tap.instead = self.recipes[name]
+        with self.view.accumulate(False):
+            self._through.backward(retain_graph=True)
+        self.view.loss.zero_grad(set_to_none=True)
+        for tap in self._exact.values():
+            tap.instead = None
 
-        def measure(x: Tensor, weight: Tensor, dy: Tensor) -> None:
-            plain, fitted = multiply(self.plain[name], Call(layer.rng, layer.layer), x, weight, dy), layer.fitted()
-            for label, product in self.recipes[name].items():
-                calls = [Call(moved(layer.rng, draw), layer.layer, None, fitted) for draw in range(self.draws)]
-                firsts = calls if product.forward_draws else calls[:1]
-                exact = [multiply(product.exact_backward(), call, x, weight, dy) for call in firsts]
-                if label is None:
-                    calls[0] = replace(calls[0], watch=watch)
-                drawn = [multiply(product, call, x, weight, dy) for call in calls]
-                self.local[name][label].add(plain, exact, drawn)
+    def _gaps(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """(moments [layers, m], mean errors of dW) of what the passes of a slice left."""
+        found = {
+            name: gaps(
+                self._plain[name].products,
+                {gemm: self._exacts.all[name, gemm] for gemm in GEMMS},
+                {gemm: self._drawns.all[name, gemm] for gemm in BACKWARD},
+            )
+            for name in self.layers
+        }
+        return torch.stack([each for each, _ in found.values()]), {name: error for name, (_, error) in found.items()}
 
-        return measure
+    def _feed(self, name: str, x: Tensor, weight: Tensor, dy: Tensor) -> None:
+        """Within a backward, where weights are there as a whole; what is captured is measured afterwards."""
+        if self.view.graphs:
+            self._fed[name] = x, weight, dy
+        elif self._measures:
+            self._measure(name, x, weight, dy)
 
-    def _layer(self, name: str) -> dict[str, Any]:
-        local, propagated = self.local[name][None].figures(), self.propagated[name].figures()
-        gemms = {gemm: {"local": local[gemm], "propagated": propagated[gemm]} for gemm in GEMMS}
-        gradients, means = (torch.stack(part) for part in zip(*self.weights[name], strict=True))
-        share = self.view.slices[0][:, 1:].numel() / self.view.tokens_per_step
-        variance = self.propagated[name].backward["wgrad"].variance()
-        noise = signal_to_noise(gradients, means, variance, share)
-        return {"recipe": self.products[name].name, **gemms, "noise": noise, "slots": self.looks[name].slots}
+    def _measure(self, name: str, x: Tensor, weight: Tensor, dy: Tensor) -> None:
+        layer, found = self.layers[name], self._found
+        for label, recipe in self.measured[name].items():
+            kind = recipe, x.shape, weight.shape
+            if kind not in self._alone:
+                self._alone[kind] = Alone(recipe, self.recipes[name].plain(), self.draws, self._replay)
+            alone = self._alone[kind]
+            alone.feed(layer, x, weight, dy)
+            if label is None and name not in found.slots:
+                found.slots[name] = alone.look()
+            found.local.setdefault(label, {}).setdefault(name, []).append(alone.measure(self._states))
+
+
+def products(taps: Mapping[str, Tap], gemms: Sequence[str]) -> dict[tuple[str, str], Tensor]:
+    return {(name, gemm): tap.products[gemm] for name, tap in taps.items() for gemm in gemms}
+
+
+def row_of(found: Found, eye: Eye, share: float) -> dict[str, Any]:
+    """What a look has found, read from the device. share: of the tokens of a step that a slice has."""
+    names = list(eye.layers)
+    whole = parts(torch.stack(found.propagated, 1).cpu(), eye.draws if eye.forward_draws else 1, eye.draws)
+    propagated = dict(zip(names, figures(whole, eye.forward_draws), strict=True))
+    grams = [
+        torch.stack([rows @ rows.t() for rows in (found.weights.all[name, kind] for name in names)]).cpu()
+        for kind in ("gradient", "error")
+    ]
+    noises = numbers(signal_to_noise(*grams, whole["wgrad", "backward"].variance(), share))
+    local = {label: local_figures(each, eye, label) for label, each in found.local.items()}
+    own = local.pop(None)
+    layers = {
+        name: {
+            "recipe": eye.recipes[name].name,
+            **{gemm: {"local": own[name][gemm], "propagated": propagated[name][gemm]} for gemm in GEMMS},
+            "noise": noise,
+            "slots": {slot: named(values.cpu()) for slot, values in found.slots[name].items()},
+        }
+        for name, noise in zip(names, noises, strict=True)
+    }
+    return summary(layers) | {"layers": layers} | ({"what_if": local} if local else {})
+
+
+def local_figures(found: Mapping[str, list[Tensor]], eye: Eye, label: str | None) -> dict[str, dict[str, Any]]:
+    """{layer: figures} of one recipe; layers whose forward draws have more to read."""
+    read = {}
+    for draws in (False, True):
+        names = [name for name in found if eye.measured[name][label].forward_draws == draws]
+        if names:
+            stacked = torch.stack([torch.stack(found[name]) for name in names]).cpu()
+            read |= zip(names, figures(parts(stacked, eye.draws if draws else 1, eye.draws), draws), strict=True)
+    return {name: read[name] for name in found}
 
 
 def summary(layers: Mapping[str, Any]) -> dict[str, float | int | None]:
@@ -212,11 +392,6 @@ def multiply(product: Product, call: Call, x: Tensor, weight: Tensor, dy: Tensor
     found = {"fprop": y, "dgrad": product.input_gradient(call, a, kept)}
     found["wgrad"] = product.weight_gradient(call, b, kept)
     return {gemm: elements(made, KEPT_LOCAL) for gemm, made in found.items()}
-
-
-def moved(rng: Tensor, draw: int) -> Tensor:
-    """The random state of another draw."""
-    return rng + torch.tensor([0, 0, draw], device=rng.device)
 
 
 def elements(x: Tensor, most: int) -> Tensor:

@@ -9,7 +9,7 @@ from kernels.philox import Draw
 from kernels.quantize import reference_impl as reference
 from kernels.spec import MXFP4_SCALES, NVFP4_SCALES, QuantSpec, default_scales
 from quant import audit, library
-from quant.decompose import NAMES, TERMS, decompose, terms
+from quant.decompose import NAMES, TERMS, decompose, stored_parts, terms
 from quant.held import Wish
 from quant.linear import QuantLinear
 from quant.stats import slot_stats
@@ -22,7 +22,8 @@ def use_reference():
 
 def of(x: torch.Tensor, spec: QuantSpec) -> dict[str, float]:
     y = x.float()
-    return {name: float(value) for name, value in terms(y, spec, reference.tensor_scale(y.abs().amax(), spec)).items()}
+    parts = stored_parts(y, spec, reference.tensor_scale(y.abs().amax(), spec))
+    return {name: float(value) for name, value in terms(parts).items()}
 
 
 def mxfp4(rule: str) -> QuantSpec:

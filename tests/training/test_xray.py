@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from base.runfolder import XRAY, XRAY_PARTS, XRAY_SCOPES
 from kernels import backend
@@ -28,10 +28,11 @@ from training.options import read_options
 from training.probes import PROBES
 from training.probes.base import Coming
 from training.probes.xray import Xray
+from training.replay import Replay
 from training.start import describe
 from training.start.derive import derive
 from training.start.shapes import model_of, shape_of
-from training.xray import Gaps, View, moved, multiply, xray
+from training.xray import Alone, Eye, View, figures, parts
 
 ROOT = Path(__file__).parents[2]
 SLICES, DRAWS = 4, 8
@@ -46,18 +47,16 @@ def cpu():
 
 def gaps_of(product: Product, plain: Product) -> dict:
     """Figures of one layer, 128 to 128 features, over slices of 128 tokens of normal numbers."""
-    generator, gaps = torch.Generator().manual_seed(0), Gaps(product.forward_draws)
-    weight, rng, layer = (
-        torch.randn((128, 128), generator=generator),
-        torch.zeros(3, dtype=torch.int64),
-        torch.tensor(0),
-    )
+    generator, rng = torch.Generator().manual_seed(0), torch.zeros(3, dtype=torch.int64)
+    linear = nn.Linear(128, 128, bias=False)
+    nn.init.normal_(linear.weight, generator=generator)
+    layer, alone, found = product.build(linear, 0, rng), Alone(product, plain, DRAWS, Replay), []
     for number in range(SLICES):
         x, dy = torch.randn((2, 128, 128), generator=generator).bfloat16()
-        calls = [Call(moved(rng, number * DRAWS + draw), layer) for draw in range(DRAWS)]
-        made = [[multiply(one, call, x, weight, dy) for call in calls] for one in (product.exact_backward(), product)]
-        gaps.add(multiply(plain, calls[0], x, weight, dy), made[0], made[1])
-    return gaps.figures()
+        alone.feed(layer, x, linear.weight, dy)
+        found.append(alone.measure(torch.tensor([[0, 0, number * DRAWS + draw] for draw in range(DRAWS)])))
+    count = DRAWS if product.forward_draws else 1
+    return figures(parts(torch.stack(found)[None], count, DRAWS), product.forward_draws)[0]
 
 
 @pytest.mark.parametrize("recipe", ["sr", "quartet2"])
@@ -93,7 +92,7 @@ def test_a_planted_bias_is_found_where_it_was_planted():
     convert(model, plan_of(model, library.mapping("sr")), rng)
     model.blocks[0].mlp.gate_up.recipe = Tilted.from_dict(library.load("sr").to_dict())
     text = list(torch.randint(97, (4, 65), generator=torch.Generator().manual_seed(0)).split(2))
-    row = xray(View(LossModel(model), text, 1024, rng[2].fill_, lambda last: nullcontext()), 4, {})
+    row = Eye(View(LossModel(model), 1024, rng[2].fill_, lambda last: nullcontext()), 4, {}).look(text)
     found = {name.removeprefix("blocks.0."): layer["dgrad"] for name, layer in row["layers"].items()}
 
     def seen(layer: str, scope: str) -> bool:

@@ -54,8 +54,8 @@ class Context:
 
     `batches(first step)`: this rank's training micro-batches, int64 on the device. `set_rng(step, micro-batch)`: the
     random state of what runs next. `accumulate(last micro-batch?)`: the context of a forward and its backward.
-    `release()`: gives back captured CUDA graphs, before something else needs as much memory. `folder`: the run's, for
-    what is too large for a row (base/runfolder.py names it).
+    `release()`: gives back captured CUDA graphs, before something else needs as much memory. `graphs`: whether training
+    replays such, so that a probe may. `folder`: the run's, for what is too large for a row (base/runfolder.py).
     """
 
     step: int
@@ -68,6 +68,7 @@ class Context:
     set_rng: Callable[[int, int], None]
     accumulate: Callable[[bool], AbstractContextManager]
     release: Callable[[], None]
+    graphs: bool = False
     evaluation: Evaluation | None = None
 
     @property

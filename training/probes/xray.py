@@ -11,9 +11,10 @@ from quant import library
 from quant.errors import DRAWS_AT_LEAST
 from quant.plan import HEAD, Plan, Precision, resolve
 from training.probes.base import Coming, Context, Probe
+from training.ranks.parallel import is_sharded
 from training.start.derive import Numbers
 from training.start.memory import GIB, MemoryEstimate
-from training.xray import View, held_bytes, xray
+from training.xray import Eye, View, held_bytes
 
 LOOKS = 10
 
@@ -89,30 +90,46 @@ class Xray(Probe):
     def due(self, step: int) -> bool:
         return step in self.options.steps
 
+    def __init__(self, options: XrayOptions):
+        super().__init__(options)
+        self._eye: Eye | None = None
+
     def rows(self, context: Context) -> list[dict[str, Any]]:
         numbers, options = context.numbers, self.options
-        context.release()
+        if not context.graphs:
+            context.release()
         view = View(
             context.loss,
-            list(slices(context.batches, context.step, numbers, options)),
             numbers.tokens_per_step,
             lambda draw: context.set_rng(context.step, numbers.micro_batches + draw),
             context.accumulate,
+            several=not is_sharded(context.loss),
+            graphs=context.graphs,
         )
-        return [row(view, context.step, numbers, options)]
+        text = list(slices(context.batches, context.step, numbers, options))
+        return [self.row(view, text, context.step, numbers)]
 
-
-def row(view: View, step: int, numbers: Numbers, options: XrayOptions) -> dict[str, Any]:
-    others = {name: library.load(name) for name in options.recipes}
-    return {
-        "kind": "xray",
-        "step": step,
-        "tokens": step * numbers.tokens_per_step,
-        "slices": options.slices,
-        "slice_tokens": options.tokens,
-        "draws": options.draws,
-        **xray(view, options.draws, others),
-    }
+    def row(self, view: View, text: list[Tensor], step: int, numbers: Numbers) -> dict[str, Any]:
+        """What one look sees. Graphs stay for the next one."""
+        if self._eye is not None and not self._eye.sees(view):
+            self._eye.close()
+            self._eye = None
+        options = self.options
+        eye = self._eye or Eye(view, options.draws, {name: library.load(name) for name in options.recipes})
+        eye.view, self._eye = view, eye
+        found = eye.look(text)
+        if not view.graphs:
+            eye.close()
+            self._eye = None
+        return {
+            "kind": "xray",
+            "step": step,
+            "tokens": step * numbers.tokens_per_step,
+            "slices": options.slices,
+            "slice_tokens": options.tokens,
+            "draws": options.draws,
+            **found,
+        }
 
 
 def chosen_steps(every: int | None, last: int) -> list[int]:

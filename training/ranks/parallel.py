@@ -163,6 +163,11 @@ def _sharded_accumulation(loss: nn.Module, last: bool, regather: bool) -> Iterat
     yield
 
 
+def is_sharded(loss: nn.Module) -> bool:
+    """Whether weights are gathered for a forward and its backward."""
+    return any(isinstance(module, FSDPModule) for module in loss.modules())
+
+
 def reshard(loss: nn.Module) -> None:
     """Drop weights that were gathered whole: the next forward gathers what the shards hold then."""
     for module in loss.modules():
