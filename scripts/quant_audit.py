@@ -8,7 +8,8 @@ On the CPU: 140 s of one core for all recipes.
     python scripts/quant_audit.py --captured runs/NAME/capture/3052 --recipes quartet2,nvidia
 
 --captured judges recipes on the tensors of a run (probes.capture={} or scripts/capture.py): the errors of
-operands and products by layer and by kind of layer, layers that a recipe leaves in BF16 left out of means.
+operands and products by layer and by kind of layer, layers that a recipe leaves in BF16 left out of means. There
+--recipes takes cells of a grid, too, whose overrides count: leaderboard/po2_x/x2.8/s0.
 
 Without names a recipe whose file is broken is named and left out, and the exit code is 1.
 --check exits with 1 if a published figure is missed by more than 1 %, a stochastic quantizer of a recipe is biased on
@@ -34,6 +35,9 @@ if __name__ == "__main__":
 from base.files import write_json
 from base.terminal import quiet_pipes
 from kernels import backend
+from kernels.formats.scales import PowersOfTwo
+from kernels.spec import QuantSpec
+from launcher.compose import compose
 from quant import audit, library
 from quant.audit import Curve, Quantizer
 from quant.captured import PRODUCTS, entries, errors, mean, measure
@@ -41,6 +45,7 @@ from quant.decompose import NAMES, TERMS
 from quant.names import SLOTS
 from quant.plan import Entry, Precision
 from quant.product import Product
+from quant.recipe import Recipe
 from training.capture import Captured, opened
 
 
@@ -212,7 +217,8 @@ def on_captured(folder: Path, names: list[str], glob: str, out: str | None) -> i
     layers = [name for name in found.index["layers"] if fnmatchcase(name, glob)]
     if not layers:
         raise ValueError(f"--layers {glob} matches none that was captured: {', '.join(found.index['layers'])}")
-    planned = {name: entries(Precision.from_dict(library.mapping(name)), found.index["linears"]) for name in names}
+    wanted = dict(map(mapping_of, names))
+    planned = {name: entries(Precision.from_dict(values), found.index["linears"]) for name, values in wanted.items()}
     for name, plan in planned.items():
         if not any(plan[layer].recipe.is_quantized for layer in layers):
             raise ValueError(
@@ -230,10 +236,21 @@ def on_captured(folder: Path, names: list[str], glob: str, out: str | None) -> i
     return 0
 
 
+def mapping_of(word: str) -> tuple[str, dict[str, Any]]:
+    """(name, values as in a recipe file) of a recipe, or of a grid's cell: EXPERIMENT/CELL. ValueError for neither."""
+    experiment, _, cell = word.partition("/")
+    if not cell:
+        return word, library.mapping(word)
+    values = compose([f"experiment={experiment}", f"cell={cell}"]).config.quant
+    return values["name"], values
+
+
 def of_recipe(found: Captured, plan: dict[str, Entry], layers: list[str]) -> dict[str, Any]:
-    """{"layers", "kinds", "mean"}; of a layer in BF16 only why it is."""
+    """{"layers", "kinds", "mean", "fprop", "native"}; of a layer in BF16 only why it is. fprop: of each of its operands
+    the bits a value, alignment and clipped share, means over layers."""
     measured: dict[str, Any] = {}
     kinds: dict[str, list[dict[str, float]]] = {}
+    fprop: dict[str, list[dict[str, float]]] = {}
     for layer in layers:
         about, entry = found.index["layers"][layer], plan[layer]
         if not entry.recipe.is_quantized:
@@ -242,8 +259,38 @@ def of_recipe(found: Captured, plan: dict[str, Entry], layers: list[str]) -> dic
         got = measure(entry.recipe, about["index"], found.index["step"], *found.tensors(layer))
         measured[layer] = {"kind": about["kind"], **got}
         kinds.setdefault(about["kind"], []).append(errors(got))
+        for name in {"fprop.x", "fprop.w"} & got["slots"].keys():
+            bits = entry.recipe.audited().operand(name).spec.bits
+            shown = {"bits": bits, **{key: got["slots"][name][key] for key in ("align", "clipped")}}
+            fprop.setdefault(name, []).append(shown)
     every = [row for rows in kinds.values() for row in rows]
-    return {"layers": measured, "kinds": {kind: mean(rows) for kind, rows in kinds.items()}, "mean": mean(every)}
+    return {
+        "layers": measured,
+        "kinds": {kind: mean(rows) for kind, rows in kinds.items()},
+        "mean": mean(every),
+        "fprop": {name: mean(rows) for name, rows in sorted(fprop.items())},
+        "native": native([slots for layer in layers if (slots := plan[layer].recipe.audited())]),
+    }
+
+
+# Which tensor cores multiply the codes of each kind of operand; other formats' only in BF16, that is emulated.
+CORES = {"NVFP4": "Blackwell", "MXFP4": "Blackwell", "FP8": "Hopper"}
+
+
+def native(recipes: list[Recipe]) -> str:
+    """The hardware whose tensor cores multiply all operands of these recipes: "Blackwell (NVFP4)"; or "none"."""
+    specs = {recipe.operand(slot).spec for recipe in recipes for slot in SLOTS if recipe.operand(slot).is_quantized}
+    kinds = {operand_kind(spec) for spec in specs}
+    if not kinds or not kinds <= CORES.keys():
+        return "none"
+    return f"{min(CORES[kind] for kind in kinds)} ({', '.join(sorted(kinds))})"
+
+
+def operand_kind(spec: QuantSpec) -> str:
+    if not spec.is_blocked:
+        return "FP8"
+    is_plain = spec.grid == "e2m1" and isinstance(spec.scaling, PowersOfTwo) and spec.macro_bits is None
+    return "NVFP4" if spec.tensor_core else "MXFP4" if is_plain else spec.label
 
 
 def captured_table(recipes: dict[str, Any]) -> str:

@@ -20,11 +20,13 @@ from base.terminal import one_line_on_ctrl_c
 if __name__ == "__main__":
     one_line_on_ctrl_c("results")
 
-from analysis import noise, pairs
+from analysis import leaderboard, noise, pairs
 from analysis.compare import Group, Row, group_runs, pick_baseline, seed_means, table
+from analysis.contrasts import Spread
 from analysis.equal_loss import equal_loss
 from analysis.pages import PageError, blocks, differences, sentence
 from analysis.pages import table as markdown
+from analysis.pairing import t_quantile
 from analysis.runs import Run, find_runs, read_run
 from base.commands import ROOT
 from base.files import write_text
@@ -277,6 +279,37 @@ def tail_rows() -> Iterator[str]:
         yield f"| {step:,} ({percent} %) | {loss:.4f} | {e3(over)} | {100 * over / gap:.0f} % | ..."
 
 
+BOARD = "llama_30m", 1.7e-3  # model and peak rate of the leaderboard
+OWN = "ngpt_30m"  # compared with its own bf16 alone
+
+
+@cache
+def board_runs() -> list[Run]:
+    """Those kept of the leaderboard and of the candidates, which share its protocol."""
+    return find_runs([f"{RESULTS}/{name}/*" for name in ("leaderboard", "candidates")])
+
+
+@cache
+def board() -> tuple[list[leaderboard.Arm], Spread]:
+    kept = compared(SHOWN).floor["paired"]
+    spread = Spread(kept["sd"], kept["df"], f"the paired spread of {SHOWN}")
+    return leaderboard.arms(leaderboard.at(board_runs(), *BOARD), spread)
+
+
+def board_properties() -> str:
+    captured = read_json(RESULTS / "error_law" / "captured.json")["recipes"]
+    return leaderboard.properties(board()[0], captured, leaderboard.step_ratios(RESULTS / "bench", BOARD[0]))
+
+
+def board_sentences() -> list[str]:
+    _, spread = board()
+    half = 1e3 * t_quantile(spread.df) * spread.sd * 2**0.5
+    return [
+        f"one run has a standard deviation of {1e3 * spread.sd:.1f}e-3 ({spread.df:g} degrees of freedom), "
+        f"one seed's gap an interval of +- {half:.1f}e-3"
+    ]
+
+
 def forward_alone() -> str:
     """The gap of the forward alone and that of quartet2, over the seeds that both have."""
     found = compared("corpus_screen")
@@ -353,6 +386,7 @@ def sentences() -> dict[str, list[str]]:
             f"{compared('corpus_short').floor['seed']['df']:.1f})",
         ],
         "docs/results/speed.md": [],
+        "docs/results/leaderboard.md": board_sentences(),
         "results/law/README.md": [
             f"It fits the 21 BF16 cells to {1e3 * law['rms']['coupled']:.1f}e-3 nats (rms); the additive form (gamma = "
             f"1, Chinchilla's) only to {1e3 * law['rms']['additive']:.1f}e-3",
@@ -394,6 +428,9 @@ TABLES = {
     "noise": noise_table,
     "served": served_table,
     "layers": layers_table,
+    "leaderboard": lambda: leaderboard.board(*board()),
+    "leaderboard_arms": board_properties,
+    "leaderboard_own": lambda: leaderboard.own_baseline(leaderboard.at(board_runs(), OWN, None)),
 }
 
 

@@ -131,6 +131,15 @@ def test_the_script_prints_and_writes_errors_by_layer_and_kind(folder, audit, tm
     ys = [row["products"]["y"]["error"] for row in found["layers"].values()]
     assert found["mean"]["y"] == pytest.approx(sum(ys) / 4) and found["mean"]["y"] == pytest.approx(15e-3, rel=0.2)
     assert found["layers"]["blocks.0.attn.out"]["slots"]["dgrad.dy"]["random"] > 0
+    assert found["native"] == "Blackwell (NVFP4)" and found["fprop"]["fprop.w"]["bits"] == 4.5
+
+
+def test_a_grids_cell_is_judged_with_its_overrides(folder, audit):
+    words = ("--recipes", "leaderboard/po2_x/x2.8/s0,tseng", "--layers", "blocks.0.attn.out", "--json", "-")
+    found = json.loads(audit("--captured", str(folder), *words)[1])["recipes"]
+    one = found["quartet2_po2_x"]
+    assert one["native"] == "none" and one["mean"]["fprop.x"] < 0.8 * one["mean"]["fprop.w"]
+    assert found["tseng"]["native"] == "Blackwell (MXFP4)" and found["tseng"]["fprop"] == {}
 
 
 def test_blocks_that_a_recipe_leaves_in_bf16_are_named_and_in_no_mean(folder, audit, monkeypatch):
@@ -151,10 +160,11 @@ def test_blocks_that_a_recipe_leaves_in_bf16_are_named_and_in_no_mean(folder, au
         (["--recipes", "quartet2"], "no index.json there"),
         ([], "--recipes quartet2,nvidia"),
         (["--recipes", "quartet"], "did you mean quartet2"),
+        (["--recipes", "leaderboard/po2"], "leaderboard has no cell po2"),
         (["--recipes", "quartet2", "--layers", "blocks.7.*"], "blocks.7.* matches none"),
         (["--recipes", "quartet2", "--decompose"], "leave the others out"),
     ],
-    ids=["folder", "recipes", "recipe", "layer", "mode"],
+    ids=["folder", "recipes", "recipe", "cell", "layer", "mode"],
 )
 def test_what_is_wrong_is_one_line(folder, audit, words, message):
     place = folder.parent if message.startswith("no index") else folder
