@@ -131,15 +131,24 @@ def _without_seed(run: Run) -> tuple:
 def pick_baseline(groups: list[Group], name: str | None) -> Group:
     """The group called `name`, else bf16, else the first. ValueError when `name` is not among the labels."""
     labels = [g.label for g in groups]
-    for wanted in (name,) if name else ("bf16", labels[0]):
-        if wanted in labels:
-            return groups[labels.index(wanted)]
-        matching = [g for g in groups if g.label.startswith(f"{wanted} (")]
-        if len(matching) == 1:
-            return matching[0]
-    if name:
-        raise ValueError(f"--baseline {name!r} is not among the recipes of these runs: {', '.join(labels)}")
+    try:
+        return groups[labels.index(named(labels, name or "bf16"))]
+    except LookupError as error:
+        if name:
+            raise ValueError(f"--baseline {name}: {error}") from None
     return groups[0]
+
+
+def named(labels: list[str], name: str) -> str:
+    """The label that `name` is, or begins with other numerics in brackets. LookupError for none, and for several."""
+    if name in labels:
+        return name
+    matching = [label for label in labels if label.startswith(f"{name} (")]
+    if len(matching) > 1:
+        raise LookupError(f"{name!r} may be {', '.join(matching)}: give one of them whole, or fewer runs")
+    if not matching:
+        raise LookupError(f"{name!r} is not among the recipes: {', '.join(labels)}")
+    return matching[0]
 
 
 def common_step(a: Group, b: Group) -> int | None:

@@ -5,10 +5,16 @@ bf16 is less than a quarter of quartet2's. Three outcomes, and never "equal" for
     different    the two-sided test of zero rejects
     equivalent   both one-sided tests of a margin reject (Schuirmann 1987), whether or not zero is rejected, too
     open         neither
-Each family of p-values, of difference and of equivalence, is adjusted by Holm (1979) over all contrasts of the call.
+A claim, `arm<quartet2:.25,bf16:.75`, is of that arm alone and one-sided:
+    below        the one-sided test of zero rejects
+    not above    that of the margin does: non-inferior
+    open         neither
+Each family of p-values, the first and the second of these tests, is adjusted by Holm (1979) over all contrasts and
+claims of the call. `recipe[nvfp4]` is the loss of its final weights under that forward (scripts/score.py).
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -17,12 +23,16 @@ from scipy.special import stdtr
 
 from analysis import tables
 from analysis.alike import same_rows
-from analysis.compare import Group, losses_at
+from analysis.compare import Group, losses_at, named, seed_means
 from analysis.noise import paired
 from analysis.pairing import CONFIDENCE, Floor, t_quantile
+from base.runfolder import RunError
 
 ALPHA = 1 - CONFIDENCE
 DIFFERENT, EQUIVALENT, OPEN = "different", "equivalent", "open"
+BELOW, NOT_ABOVE = "below", "not above"
+PART = re.compile(r"(?P<side>.+?):(?P<weight>[^,:]*)(?:,|$)")  # a label may hold colons and commas
+SERVED = re.compile(r"(?P<label>.+)\[(?P<forward>\w+)\]")
 CSV_HEADER = ("recipe", "minus", "step", "value", "half_width", "seeds", "sd", "df", "margin", "p_different")
 CSV_HEADER += ("p_equivalent", "p_below_zero", "p_below_margin", "holm_different", "holm_equivalent", "outcome")
 
@@ -38,6 +48,18 @@ class Spread:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What is to be judged against `mixture` {side: weight}: `arm`, one-sided; None: every recipe that isn't in it."""
+
+    mixture: dict[str, float]
+    arm: str | None = None
+
+    @property
+    def sides(self) -> list[str]:
+        return [*([self.arm] if self.arm else []), *self.mixture]
+
+
+@dataclass(frozen=True)
 class Contrast:
     """`recipe` minus `mixture` at `step`: `value` with its standard error `se` [nats/token], over `seeds` that all
     have. `holm_*`: p-values adjusted for all contrasts of the call; NaN where there is no verdict."""
@@ -50,6 +72,7 @@ class Contrast:
     seeds: int
     spread: Spread | None
     margin: float
+    one_sided: bool = False
     holm_different: float = math.nan
     holm_equivalent: float = math.nan
 
@@ -60,12 +83,16 @@ class Contrast:
 
     @property
     def p_different(self) -> float:
-        """Two-sided, of zero."""
+        """Of zero: two-sided, of a claim one-sided."""
+        if self.one_sided:
+            return self.p_below(0.0)
         return 2 * min(self.p_below(0.0), self._p_above(0.0))
 
     @property
     def p_equivalent(self) -> float:
-        """Two one-sided tests: the larger of both."""
+        """Two one-sided tests: the larger of both; of a claim the one that it is not above the margin."""
+        if self.one_sided:
+            return self.p_below(self.margin)
         return max(self.p_below(self.margin), self._p_above(-self.margin))
 
     def p_below(self, bound: float) -> float:
@@ -85,19 +112,32 @@ class Contrast:
     @property
     def outcome(self) -> str:
         """By the adjusted p-values. Equivalent goes first: what is resolved within the margin is no loss."""
+        if self.one_sided and self.holm_different < ALPHA:
+            return BELOW
+        if self.one_sided:
+            return NOT_ABOVE if self.holm_equivalent < ALPHA else OPEN
         if self.holm_equivalent < ALPHA:
             return EQUIVALENT
         return DIFFERENT if self.holm_different < ALPHA else OPEN
 
 
-def parse(text: str, labels: Iterable[str]) -> dict[str, float]:
-    """{recipe: weight} of "quartet2:.25,bf16:.75". ValueError for an unknown recipe, weights that are no numbers above
+def read(text: str, labels: Iterable[str]) -> Asked:
+    """A contrast, "quartet2:.25,bf16:.75", or a claim, "arm<quartet2:.25,bf16:.75". ValueError as `parse`."""
+    arm, less, mixture = text.rpartition("<")
+    labels = list(labels)
+    return Asked(parse(mixture, labels, text), side_of(arm.strip(), labels, text) if less else None)
+
+
+def parse(mixture: str, labels: Iterable[str], text: str = "") -> dict[str, float]:
+    """{side: weight} of "quartet2:.25,bf16:.75". ValueError for an unknown recipe, weights that are no numbers above
     0, and those that don't sum to 1: the level of the losses would enter."""
-    labels, weights = list(labels), {}
-    for part in text.split(","):
-        name, _, weight = part.rpartition(":")
-        if name not in labels:
-            raise ValueError(f"--contrast {text}: {name or part!r} is not among the recipes: {', '.join(labels)}")
+    labels, weights, text = list(labels), {}, text or mixture
+    parts = list(PART.finditer(mixture))
+    if not parts or parts[-1].end() < len(mixture):
+        last = mixture[parts[-1].end() :] if parts else mixture
+        raise ValueError(f"--contrast {text}: {last!r} has no weight; write {last}:1 or quartet2:.25,bf16:.75")
+    for part in parts:
+        name, weight = side_of(part["side"].strip(), labels, text), part["weight"]
         try:
             weights[name] = weights.get(name, 0.0) + float(weight)
         except ValueError:
@@ -109,23 +149,59 @@ def parse(text: str, labels: Iterable[str]) -> dict[str, float]:
     return weights
 
 
-def contrasts(
-    groups: list[Group], mixtures: list[dict[str, float]], margin: float, floor: Floor | None
-) -> list[Contrast]:
-    """Each recipe that is not in a mixture against it, adjusted over all of them. RunError unless all that are compared
-    were scored on the same text."""
-    named = {group.label: group for group in groups}
+def side_of(name: str, labels: list[str], text: str) -> str:
+    """`name` with its recipe's whole label: "bf16[nvfp4]" as "bf16 (optim.lr=1)[nvfp4]". ValueError for none."""
+    label, forward = split(name)
+    try:
+        return f"{named(labels, label)}{'' if forward is None else f'[{forward}]'}"
+    except LookupError as error:
+        raise ValueError(f"--contrast {text}: {error}") from None
+
+
+def split(side: str) -> tuple[str, str | None]:
+    """(label, the forward under which it is served, None for its own)."""
+    found = SERVED.fullmatch(side)
+    return (found["label"], found["forward"]) if found else (side, None)
+
+
+def contrasts(groups: list[Group], asked: list[Asked], margin: float, floor: Floor | None) -> list[Contrast]:
+    """Each claim, and each recipe that is not in a mixture against it, adjusted over all of them. RunError unless all
+    that are compared were scored on the same text."""
     found = []
-    for mixture in mixtures:
-        parts = [named[label] for label in mixture]
-        for group in groups:
-            if group.label not in mixture and (step := last_step([group, *parts])) is not None:
-                same_rows((run, step) for side in (group, *parts) for run in side.runs)
-                losses = {side.label: losses_at(side, step) for side in groups if _was_there(side, step)}
-                at_end = all(run.info["steps"] == step for side in (group, *parts) for run in side.runs)
-                spread = spread_of(losses, floor if at_end else None)
-                found.append(contrast(group.label, mixture, step, losses, spread, margin))
+    for one in asked:
+        mixed = {split(side)[0] for side in one.mixture}
+        arms = [one.arm] if one.arm else [group.label for group in groups if group.label not in mixed]
+        found += [c for arm in arms if (c := judged(groups, one, arm, margin, floor)) is not None]
     return adjusted(found)
+
+
+def judged(groups: list[Group], asked: Asked, arm: str, margin: float, floor: Floor | None) -> Contrast | None:
+    """`arm` against the mixture at the last step that all sides have; None without one."""
+    by_label = {group.label: group for group in groups}
+    names = [arm, *asked.mixture]
+    sides = [by_label[split(name)[0]] for name in names]
+    step = last_step(sides)
+    if step is None:
+        return None
+    same_rows((run, step) for side in {id(side): side for side in sides}.values() for run in side.runs)
+    at_end = all(run.info["steps"] == step for side in sides for run in side.runs)
+    losses = {name: losses_of(side, name, step, at_end) for name, side in zip(names, sides, strict=True)}
+    # What tells how far runs scatter: each recipe once, those of the contrast as they are in it.
+    mine = {split(name)[0]: name for name in reversed(names)}
+    others = {group.label: losses_at(group, step) for group in groups if _was_there(group, step)}
+    scatter = others | {label: losses[name] for label, name in mine.items()}
+    spread = spread_of(scatter, floor if at_end else None)
+    return contrast(arm, asked.mixture, step, losses, spread, margin, one_sided=asked.arm is not None)
+
+
+def losses_of(side: Group, name: str, step: int, at_end: bool) -> dict[int, float]:
+    """{seed: loss at `step`} of a side; under another forward there are those of the end alone."""
+    forward = split(name)[1]
+    if forward is None:
+        return losses_at(side, step)
+    if not at_end:
+        raise RunError(f"{name}: other forwards are scored at the end, and the last step in common is {step}")
+    return seed_means(side, lambda run: run.served(forward))
 
 
 def last_step(sides: list[Group]) -> int | None:
@@ -154,6 +230,7 @@ def contrast(
     losses: dict[str, dict[int, float]],
     spread: Spread | None,
     margin: float,
+    one_sided: bool = False,
 ) -> Contrast:
     """From {recipe: {seed: loss}}. Over the seeds that all have; of fewer than two there is a value and no verdict.
 
@@ -166,7 +243,8 @@ def contrast(
     factor = math.sqrt((1 + sum(weight**2 for weight in mixture.values())) / max(len(values), 1))
     judged = spread if len(values) > 1 and math.isfinite(value) else None
     text = " + ".join(label if weight == 1 else f"{weight:g} {label}" for label, weight in mixture.items())
-    return Contrast(recipe, text, step, value, factor * judged.sd if judged else math.nan, len(values), judged, margin)
+    se = factor * judged.sd if judged else math.nan
+    return Contrast(recipe, text, step, value, se, len(values), judged, margin, one_sided)
 
 
 def adjusted(found: list[Contrast]) -> list[Contrast]:
@@ -197,7 +275,8 @@ def text(found: list[Contrast]) -> str:
     lines = []
     for c in found:
         interval = f"{1e3 * c.value:+.2f}" + (f" +- {1e3 * c.half_width:.2f}" if c.spread else "")
-        tests = f"p {c.holm_different:.2g} different, {c.holm_equivalent:.2g} equivalent" if c.spread else why_open(c)
+        what = (BELOW, f"{NOT_ABOVE} the margin") if c.one_sided else (DIFFERENT, EQUIVALENT)
+        tests = f"p {c.holm_different:.2g} {what[0]}, {c.holm_equivalent:.2g} {what[1]}" if c.spread else why_open(c)
         lines.append(
             f"{c.outcome:10}  {c.recipe} - ({c.mixture}): {interval} e-3 at step {c.step}, {c.seeds} seeds; {tests}"
         )

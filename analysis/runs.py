@@ -21,6 +21,7 @@ from base.runfolder import (
     RESULT,
     RUN,
     RUN_KEYS,
+    SCORE,
     SEGMENT_KEYS,
     RunError,
     read_json,
@@ -135,6 +136,20 @@ class Run:
     def looks_of(self, kind: str) -> list[dict]:
         """The rows of one of LOOKS, in the order of steps."""
         return [row for row in self.looks if row["kind"] == kind]
+
+    def served(self, forward: str) -> float:
+        """Loss [nats/token] of the final weights under another forward, as scored; RunError where nobody has."""
+        scores = self.scores
+        if forward not in scores:
+            has = f"it has {', '.join(scores)}" if scores else f"python scripts/score.py runs/{self.name} scores it"
+            raise RunError(f"{self.path}: no loss under the forward {forward!r} at its end; {has}")
+        return float(scores[forward]["loss"])
+
+    @cached_property
+    def scores(self) -> dict[str, dict[str, float | None]]:
+        """{forward: loss, over_bf16, ...} of the final weights; {} where they were not scored."""
+        file = self.read_json(f"{SCORE}/{self.info['steps']}.json")
+        return file.get("forwards", {}) if self.as_of is None else {}
 
     def until(self, step: int) -> "Run":
         """The run as it stood after `step`: what came later, the result with it, is left out."""

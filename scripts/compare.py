@@ -2,6 +2,8 @@
 
 python scripts/compare.py 'runs/*' --baseline bf16 --out comparison
 python scripts/compare.py 'runs/*' --contrast quartet2:.25,bf16:.75 --margin 3e-3     # different, equivalent or open
+python scripts/compare.py 'runs/*' --contrast 'arm<quartet2:.25,bf16:.75' --contrast 'arm<fp8:1'  # claims, one-sided
+python scripts/compare.py 'runs/*' --contrast 'arm[nvfp4]<quartet2[nvfp4]:.7,bf16[nvfp4]:.3'  # the same weights served
 """
 
 import argparse
@@ -45,7 +47,8 @@ def arguments() -> argparse.Namespace:
         "--contrast",
         action="append",
         metavar="RECIPE:WEIGHT,...",
-        help="judge each other recipe against this mixture, such as quartet2:.25,bf16:.75; may be given several times",
+        help="judge each other recipe against this mixture, such as quartet2:.25,bf16:.75, or by ARM<... one arm, "
+        "one-sided; RECIPE[nvfp4] is its loss under that forward (score.py); may be given several times",
     )
     parser.add_argument(
         "--margin", type=between(1e-9, 1), help="nats within which a contrast is equivalent (default: 3e-3); alone it "
@@ -61,8 +64,8 @@ def judged(args: argparse.Namespace, groups: list[Group], base: Group, floor: Fl
     if args.contrast is None and args.margin is None:
         return None
     labels = [group.label for group in groups]
-    mixtures = [contrasts.parse(text, labels) for text in args.contrast or [f"{base.label}:1"]]
-    return contrasts.contrasts(groups, mixtures, args.margin or MARGIN, floor)
+    asked = [contrasts.read(text, labels) for text in args.contrast or [f"{base.label}:1"]]
+    return contrasts.contrasts(groups, asked, args.margin or MARGIN, floor)
 
 
 def write(

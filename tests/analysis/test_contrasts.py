@@ -1,5 +1,6 @@
 import csv
 import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_there_is_power_where_the_design_says_so():
     ("text", "message"),
     [
         ("quartet3:.25,bf16:.75", "'quartet3' is not among the recipes: arm, bf16, quartet2"),
-        ("bf16", "'bf16' is not among|'bf16' is no weight"),
+        ("bf16", "'bf16' has no weight; write bf16:1"),
+        ("quartet2:.25,bf16", "'bf16' has no weight"),
         ("bf16:.5", "sum to 1"),
         ("bf16:1.5,quartet2:-.5", "above 0"),
         ("bf16:nan", "above 0"),
@@ -110,11 +112,27 @@ def test_a_label_may_hold_colons_and_weights_add_up():
     assert parse("a (x:1):.5,b:.25,b:.25", ["a (x:1)", "b"]) == {"a (x:1)": 0.5, "b": 0.5}
 
 
-def compare(tmp_path, *words):
+def test_a_claim_is_one_sided_and_of_one_arm():
+    """Half of the two-sided p below zero, and below the margin where equivalence asks for both sides."""
+    for arm, outcome in ((-0.004, "below"), (0.001, "not above"), (-0.001, "not above"), (0.0035, OPEN)):
+        one, two = (
+            contrast("arm", QUARTER, 100, losses(arm + 0.25 * 0.035), SPREAD, 3e-3, one_sided=side)
+            for side in (True, False)
+        )
+        assert one.p_different == pytest.approx(two.p_different / 2 if arm < 0 else 1 - two.p_different / 2)
+        assert one.p_equivalent == one.p_below(3e-3) <= two.p_equivalent
+        assert adjusted([one])[0].outcome == outcome
+    asked = contrasts.read("arm[nvfp4]<quartet2:.25,bf16[nvfp4]:.75", ["arm", "bf16 (lr=1, seed=2)", "quartet2"])
+    assert asked.arm == "arm[nvfp4]" and asked.mixture == {"quartet2": 0.25, "bf16 (lr=1, seed=2)[nvfp4]": 0.75}
+    with pytest.raises(ValueError, match=r"'bf16' may be bf16 \(a\), bf16 \(b\): give one of them whole"):
+        contrasts.read("bf16:1", ["bf16 (a)", "bf16 (b)"])
+
+
+def compare(tmp_path, *words, runs=("runs/*",)):
     spec = importlib.util.spec_from_file_location("compare", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    sys.argv = ["compare.py", f"{tmp_path}/runs/*", "--out", str(tmp_path / "out"), *words]
+    sys.argv = ["compare.py", *(f"{tmp_path}/{glob}" for glob in runs), "--out", str(tmp_path / "out"), *words]
     return module.main()
 
 
@@ -140,3 +158,27 @@ def test_the_command_line_judges_and_writes(tmp_path, capsys, monkeypatch):
     assert "equivalent" in (tmp_path / "out" / "compare.md").read_text()
     assert compare(tmp_path, "--margin", "5e-3") == 0 and "quartet2 - (bf16): " in capsys.readouterr().out
     assert compare(tmp_path, "--contrast", "nope:1") == 2 and "'nope' is not among" in capsys.readouterr().err
+
+
+def test_claims_over_two_experiments_and_other_forwards(tmp_path, capsys, monkeypatch):
+    """Holm over the claims alone, not over the recipes beside them; served losses are those of score/<step>.json."""
+    monkeypatch.setattr(sys, "argv", [])
+    shifts = {"bf16": 0.0, "quartet2": 0.030, "arm": 0.020, "aside": 0.029}
+    for recipe, shift in shifts.items():
+        for seed in range(3):
+            noise = 1e-4 * ((7 * seed + len(recipe)) % 3)
+            folder = tmp_path / "runs" if recipe == "bf16" else tmp_path / "others"
+            path = write_run(folder, recipe, seed, 3.0 + shift + noise)
+            (path / "score").mkdir()
+            scores = {"nvfp4": {"loss": 3.03 + noise - shift / 10}, "own": {"loss": 3.0 + shift + noise}}
+            (path / "score" / "100.json").write_text(json.dumps({"step": 100, "forwards": scores}))
+    first, runs = ["--contrast", "arm<quartet2:.75,bf16:.25"], ("runs/*", "others/*")
+    second = ["--contrast", "arm[nvfp4]<quartet2[nvfp4]:.7,bf16[nvfp4]:.3"]
+    assert compare(tmp_path, *first, *second, runs=runs) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "seeds; p " in line]
+    assert len(lines) == 2 and lines[0].startswith("below ") and "arm - (0.75 quartet2 + 0.25 bf16): -2." in lines[0]
+    assert "arm[nvfp4] - (0.7 quartet2[nvfp4] + 0.3 bf16[nvfp4]): +0.1" in lines[1]
+    rows = list(csv.DictReader((tmp_path / "out" / "contrasts.csv").open()))
+    assert float(rows[0]["holm_different"]) == pytest.approx(2 * float(rows[0]["p_below_zero"]))
+    assert compare(tmp_path, "--contrast", "arm<bf16[fp8]:1", runs=runs) == 2
+    assert "no loss under the forward 'fp8' at its end; it has nvfp4, own" in capsys.readouterr().err
