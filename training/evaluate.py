@@ -30,9 +30,11 @@ def evaluate(
     """Score every sequence, `batch` at a time; every rank gets the FP64 nats of all segments.
 
     nats_per_token: int64 tokens [B, T + 1] on the device -> FP32 [B, T]. `before_batch(i)` sets the random state.
+    The device has its next batch before the host takes up the nats of the one before: neither waits for the other.
     """
     total = np.zeros(len(evalset.segments.sequence))
     batches = list(enumerate(range(0, evalset.sequences, batch)))
+    scored: Scored | None = None
     with torch.no_grad():
         for first_of_round in range(0, len(batches), ranks.world):
             # A forward is a collective under FSDP: a rank without a batch in the last round repeats the first one.
@@ -40,10 +42,33 @@ def evaluate(
             i, first = batches[first_of_round + ranks.rank] if has_batch else batches[0]
             count = min(batch, evalset.sequences - first)
             before_batch(EVAL_MICRO_BASE + i)
-            nats = nats_per_token(evalset.samples(first, count).to(ranks.device))
-            if has_batch:
-                total[evalset.segment_range(first, count)] = evalset.segment_nats(first, nats.cpu().numpy())
+            tokens = evalset.samples(first, count)
+            tokens = tokens.pin_memory() if ranks.device.type == "cuda" else tokens
+            nats = nats_per_token(tokens.to(ranks.device, non_blocking=True))
+            if scored:
+                scored.add_to(total, evalset)
+            scored = Scored(first, count, nats) if has_batch else None
+    if scored:
+        scored.add_to(total, evalset)
     return ranks.sum(torch.from_numpy(total)).numpy()
+
+
+class Scored:
+    """The nats of sequences first .. first + count, on their way from the device."""
+
+    def __init__(self, first: int, count: int, nats: Tensor) -> None:
+        self._first, self._count, self._arrived = first, count, None
+        self._nats = nats
+        if nats.is_cuda:
+            self._nats = torch.empty(nats.shape, dtype=nats.dtype, pin_memory=True).copy_(nats, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def add_to(self, total: np.ndarray, evalset: EvalSet) -> None:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        where = evalset.segment_range(self._first, self._count)
+        total[where] = evalset.segment_nats(self._first, self._nats.numpy())
 
 
 def save_rows(path: Path, evalset: EvalSet, nats: np.ndarray) -> None:

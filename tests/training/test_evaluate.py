@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from training import loop
 from training.evaluate import evaluate
 from training.ranks.distributed import Dist
 
@@ -49,6 +50,31 @@ def test_evaluation_draws_by_batch_and_never_what_training_draws():
     assert parts == [[whole[0], whole[2]], [whole[1], whole[0]]]  # rank 1 has no second batch and repeats the first
     assert scored[0].tolist() == [0.0, 3.0, 6.0, 9.0, 12.0]
     assert (scored[1] + scored[2]).tolist() == scored[0].tolist()
+
+
+def test_the_device_has_its_next_batch_before_the_host_takes_up_the_last_one():
+    order = []
+
+    class Watched(OneSegmentEach):
+        def segment_nats(self, first: int, nats: np.ndarray) -> np.ndarray:
+            order.append(f"nats {first}")
+            return super().segment_nats(first, nats)
+
+    def forward(tokens: torch.Tensor) -> torch.Tensor:
+        order.append(f"forward {int(tokens[0, 0])}")
+        return tokens[:, 1:].float()
+
+    evaluate(forward, Watched(), BATCH, Dist(0, 1, 0, torch.device("cpu")), lambda number: None)
+    assert order == ["forward 0", "forward 2", "nats 0", "forward 4", "nats 2", "nats 4"]
+
+
+@pytest.mark.parametrize(("recipe", "times"), [("bf16", 1), ("nvfp4_rtn", 2)])
+def test_what_is_bf16_already_is_not_scored_in_bf16_once_more(run, rows, monkeypatch, recipe, times):
+    scored, evaluated = [], loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *arguments: scored.append(0) or evaluated(*arguments))
+    _, folder = run(f"quant={recipe}", "steps=1", "evaluate.every=null", "evaluate.bf16=true")
+    (row,) = rows(folder, "eval")
+    assert len(scored) == times and (row["loss"] == row["loss_bf16"]) == (times == 1)
 
 
 SQUARE_X = ["quant=nvfp4_rtn", "quant.fprop.x.scales=[tensor fp32,16x16 e4m3]", "quant.wgrad=none", "steps=2"]
