@@ -43,6 +43,9 @@ select { border-radius: .4rem; padding: .3rem; max-width: 100% } label { font-si
 #inside :is(button, select, svg):focus-visible { outline: 2px solid var(--c0); outline-offset: 2px }
 .missing { fill: none; stroke: var(--rule) } .picked { fill: none; stroke: var(--ink); stroke-width: 2.5 }
 .others { stroke: var(--strong); opacity: .3; stroke-width: .8 } .dot { fill: #fff; stroke: #000; pointer-events: none }
+.lifting svg { display: block } .lifting td { padding-block: .1rem } .lifting .zero { stroke: var(--strong) }
+.fill0 { fill: var(--c0) } .fill1 { fill: var(--c1) } .error { stroke: var(--ink); stroke-width: 2 }
+.diamond { fill: var(--page); stroke: var(--ink); stroke-width: 1.3 }
 dt { font-weight: 600 } dd { margin: 0 0 .4rem 1rem; max-width: 56rem } summary { cursor: pointer }
 table { border-collapse: collapse; font-size: 13.5px; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }

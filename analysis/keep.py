@@ -20,17 +20,20 @@ from base.runfolder import (
     CONFIG,
     ENV,
     EVAL,
+    LIFTS,
     METRICS,
     RESULT,
     RUN,
     SCORE,
     SEGMENT_KEYS,
     TASKS,
+    XRAYS,
     kept_fields,
     read_metrics,
     segments_file,
 )
 
+LOOKS = (TASKS, XRAYS, LIFTS)  # folders of JSON files that scripts wrote afterwards
 FILES = (RUN, ENV, RESULT)  # the first goes first and comes last: without it a copy is no run
 PLACES = ("data.path=", "data.files=", "data.val_files=", "data.tokenizer=", "paths.")
 SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
@@ -65,7 +68,7 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
     records = [thin(record, every, run.train["step"][-1:], targets) for record in records]
     (target / EVAL).mkdir(parents=True, exist_ok=True)
-    scores = (*(target / SCORE).glob("*"), *(target / TASKS).glob("*"))
+    scores = [path for name in (SCORE, *LOOKS) for path in (target / name).glob("*")]
     for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz"), *scores):
         old.unlink(missing_ok=True)
     (target / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records if r))
@@ -73,9 +76,9 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
         small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in SEGMENT_KEYS}
         np.savez_compressed(segments_file(target, step), **small)
     keep_scores(run.path / SCORE, target / SCORE)
-    for path in sorted((run.path / TASKS).glob("*.json")):
-        (target / TASKS).mkdir(exist_ok=True)
-        shutil.copyfile(path, target / TASKS / path.name)
+    for path in sorted(path for name in LOOKS for path in (run.path / name).glob("*.json")):
+        (target / path.parent.name).mkdir(exist_ok=True)
+        shutil.copyfile(path, target / path.parent.name / path.name)
     for name in reversed(FILES if is_finished else FILES[:-1]):
         if (run.path / name).exists():
             write_json(target / name, without_paths(run.read_json(name)))

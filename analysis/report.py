@@ -6,7 +6,7 @@ from html import escape
 
 import matplotlib.pyplot as plt
 
-from analysis import chart, html, inside, plots, slot_errors, tables, verdict
+from analysis import chart, html, inside, lifting, plots, slot_errors, tables, verdict
 from analysis.compare import Group, Row
 from analysis.equal_loss import EqualLoss, equal_loss
 from analysis.pairing import RESOLVED
@@ -55,6 +55,7 @@ def build(
         *equal_losses(groups, base),
         *overlay(rows, theirs),
         *inside.section(groups, base),
+        *lifting.section(groups),
         *slot_errors.section(groups),
         *run_list(runs),
         *differing("Configuration", [(run, configuration(run)) for run in runs], groups, "configuration"),

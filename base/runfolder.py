@@ -11,6 +11,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     profile/rank<n>.trace.json.gz, .memory.pickle       where profile.steps asks for them
     capture/<step>/                                     tensors of linear layers (training/capture.py), if asked for
     xray/<step>.json                                    by scripts/xray.py: what a row of kind xray has
+    lift/<step>.json                                    by its --lift: LIFT
 """
 
 import json
@@ -22,7 +23,7 @@ from typing import Any
 
 CONFIG, RUN, PLAN, ENV, START = "config.yaml", "run.json", "plan.json", "env.json", "start.txt"
 METRICS, EVAL, CHECKPOINTS, LOCK = "metrics.jsonl", "eval", "checkpoints", ".lock"
-SCORE, TASKS, PROFILE, CAPTURE, XRAYS = "score", "tasks", "profile", "capture", "xray"
+SCORE, TASKS, PROFILE, CAPTURE, XRAYS, LIFTS = "score", "tasks", "profile", "capture", "xray", "lift"
 RESULT = "result.json"
 # What every run.json has; later fields are beside these.
 RUN_KEYS = (
@@ -187,6 +188,26 @@ TASK = {
     "questions": "how many were asked",
     "shots": "solved examples before each; null of a group of tasks",
     "metrics": "name -> [value, standard error or null]",
+}
+# What lift/<step>.json has. `layers` is layer -> lifted (it in BF16, the rest as the run has it) or alone (it as the
+# run has it, the rest in BF16) -> layer, x or w (both operands of fprop, or one) -> CHANGE.
+LIFT = {
+    "step": "completed optimizer steps",
+    "targets": "tokens scored",
+    "recipe": "the run's",
+    "own": "loss under the run's own forward, nats a token",
+    "bf16": "the same weights with every GEMM in BF16",
+    "gap": "own less bf16",
+    "gap_se": "its standard error over documents",
+    "layers": "see above",
+}
+CHANGE = {
+    "change": "of the loss, nats a token; of lifted usually below 0",
+    "change_se": "its standard error over documents; null for one document",
+    "first": "what the first term of a Taylor series says of it: mean of g.dY",
+    "first_se": "standard error over sequences",
+    "second": "the second term under Fisher's matrix: mean of (g.dY)^2 / 2",
+    "second_se": "standard error over sequences",
 }
 _START = {
     "init_hash": "hash of the initial weights",

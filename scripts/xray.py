@@ -3,9 +3,12 @@
     python scripts/xray.py runs/NAME                       # the newest checkpoint
     python scripts/xray.py runs/NAME@1000                  # that of step 1000
     python scripts/xray.py runs/NAME --recipes nvidia sr   # the same tensors under other recipes, too
+    python scripts/xray.py runs/NAME --lift                # what each layer costs in loss
 
 Prints a table and writes xray/<step>.json into the run folder: what the probe `xray` writes into metrics.jsonl while a
 run trains. Errors are squared and relative, in 1e-3; a bias is over random bits, +- its standard error.
+--lift takes each layer, and each of its operands, to BF16 while the rest stays in 4 bits, and puts it into 4 bits
+alone: changes of the loss of the same weights on the same text, beside what a Taylor series says; lift/<step>.json.
 """
 
 import argparse
@@ -27,8 +30,9 @@ if __name__ == "__main__":
     one_line_on_ctrl_c("xray")
 
 from launcher.kept import Kept, kept
-from quant.names import GEMMS
+from quant.names import GEMMS, OPERANDS
 from training.checkpoint.state import load_model
+from training.lift import LAYER, TOKENS, Change, lift, save
 from training.loss import LossModel
 from training.probes.xray import Xray, XrayOptions, slices
 from training.ranks.distributed import setup
@@ -93,6 +97,35 @@ def compared(layers: dict[str, Any], others: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def costs(found: dict[str, Any]) -> str:
+    """The table: changes of loss in 1e-3 nats a token, layers in the order of what lifting them gains."""
+    heads = ("lifted", "its X", "its W", "alone", "1st term", "2nd term")
+    wide = max(map(len, found["layers"])) + 1
+    gap, error = found["gap"], found["gap_se"]
+    over = f"{1e3 * gap:.3f}" + ("" if error is None else f" +- {1e3 * error:.3f}")
+    lines = [f"own forward {found['own']:.5f}, BF16 {found['bf16']:.5f}, apart {over} (1e-3 nats a token)"]
+    lines.append(f"{'':{wide}}" + "".join(f"{head:>18}" for head in heads))
+    order = sorted(found["layers"], key=lambda name: found["layers"][name]["lifted"][LAYER]["change"])
+    for name in order:
+        lifted, alone = found["layers"][name]["lifted"], found["layers"][name]["alone"]
+        cells = [lifted.get(what, {}) for what in (LAYER, *OPERANDS["fprop"])]
+        texts = [written(cell, "change") for cell in (*cells, alone[LAYER])]
+        texts += [written(alone[LAYER], term) for term in ("first", "second")]
+        lines.append(f"{name:{wide}}" + "".join(f"{text:>18}" for text in texts))
+    ways = (("lifted", "change"), ("alone", "change"), ("alone", "first"), ("alone", "second"))
+    sums = (sum(found["layers"][name][way][LAYER][key] for name in order) for way, key in ways)
+    lifted, *rest = (f"{1e3 * value:.3f}" for value in sums)
+    lines.append(f"{'sum':{wide}}" + "".join(f"{text:>18}" for text in (lifted, "", "", *rest)))
+    return "\n".join(lines)
+
+
+def written(cell: Change, key: str) -> str:
+    if cell.get(key) is None:
+        return ""
+    error = cell[f"{key}_se"]
+    return f"{1e3 * cell[key]:.3f}" + ("" if error is None else f" +- {1e3 * error:.3f}")
+
+
 def look(arguments: argparse.Namespace, asked: Kept) -> dict[str, Any]:
     """The row that the probe would write there."""
     options = {name: getattr(arguments, name) for name in ("tokens", "slices", "draws", "recipes")}
@@ -115,24 +148,41 @@ def main() -> int:
     parser = parser_of(__file__, __doc__)
     parser.add_argument("run", help="run folder, or FOLDER@STEP")
     parser.add_argument("--recipes", nargs="+", default=[], metavar="NAME", help="others to measure, too")
-    for flag, meaning in (("--tokens", "of a slice"), ("--slices", "how many"), ("--draws", "of random bits")):
+    parser.add_argument("--lift", action="store_true", help="what each layer costs in loss, instead")
+    sizes = f"of a slice (default {XrayOptions.tokens}); with --lift of validation text (default {TOKENS})"
+    parser.add_argument("--tokens", type=int, help=sizes)
+    for flag, meaning in (("--slices", "how many"), ("--draws", "of random bits")):
         usual = getattr(XrayOptions, flag[2:])
         parser.add_argument(flag, type=int, default=usual, help=f"{meaning} (default {usual})")
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     arguments = parser.parse_args()
+    if arguments.tokens is None:
+        arguments.tokens = TOKENS if arguments.lift else XrayOptions.tokens
     with one_line_errors("xray.py") as outcome:
         asked = kept(arguments.run, arguments.data)
-        found, folder = look(arguments, asked), asked.folder
-        print(f"{folder} at step {found['step']}: {found['slices']} slices of {found['slice_tokens']:,} tokens")
-        print(table(found["layers"]))
-        if "what_if" in found:
-            print("\n" + compared(found["layers"], found["what_if"]))
-        path = folder / XRAYS / f"{found['step']}.json"
-        path.parent.mkdir(exist_ok=True)
-        write_json(path, found)
+        path = lifted(arguments, asked) if arguments.lift else looked(arguments, asked)
         print(path, file=sys.stderr)
         outcome.code = 0
     return outcome.code
+
+
+def looked(arguments: argparse.Namespace, asked: Kept) -> Path:
+    found = look(arguments, asked)
+    print(f"{asked.folder} at step {found['step']}: {found['slices']} slices of {found['slice_tokens']:,} tokens")
+    print(table(found["layers"]))
+    if "what_if" in found:
+        print("\n" + compared(found["layers"], found["what_if"]))
+    path = asked.folder / XRAYS / f"{found['step']}.json"
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, found)
+    return path
+
+
+def lifted(arguments: argparse.Namespace, asked: Kept) -> Path:
+    found = lift(asked.config, asked.run, asked.checkpoint, asked.step, arguments.tokens, setup())
+    print(f"{asked.folder} at step {found['step']}: {found['targets']:,} tokens of validation text")
+    print(costs(found))
+    return save(asked.folder, found)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import subprocess
 import pytest
 from synthetic import write_run
 
-from analysis import inside, report
+from analysis import inside, lifting, report
 from analysis.compare import group_runs, pick_baseline, table
 from analysis.pairs import pairs
 from analysis.runs import find_runs, read_run
@@ -111,6 +111,28 @@ def test_counters_and_oscillation_are_shown(document):
 def test_without_looks_there_is_no_such_page(folder):
     groups = group_runs([read_run(folder / "llama_tiny-bf16-0")])
     assert inside.section(groups, groups[0]) == []
+
+
+def test_lifted_layers_are_bars_in_the_order_of_their_gain(folder, document):
+    assert "Which layers cost loss" not in document
+
+    def change(size: float) -> dict:
+        return {"change": size, "change_se": 1e-4, "first": 0.0, "first_se": 0.0, "second": 2e-3, "second_se": 0.0}
+
+    def layer(size: float) -> dict:
+        return {"lifted": {"layer": change(-size), "x": change(-size / 2)}, "alone": {"layer": change(size / 4)}}
+
+    path = folder / "llama_tiny-bf16-0" / "lift"
+    path.mkdir()
+    look = {"targets": 4096, "gap": 2e-3, "gap_se": None, "layers": {"a": layer(1e-3), "<b>": layer(4e-3)}}
+    for step in (9, 50):
+        (path / f"{step}.json").write_text(json.dumps({"step": step} | look))
+    text = "".join(lifting.section(group_runs([read_run(path.parent)])))
+    rows = re.findall(r"<tr><td>(.*?)</tr>", text)
+    assert "at step 50" in text and [row.partition("<")[0] for row in rows] == ["&lt;b&gt;", "a"]
+    assert re.findall(r"<td>([^<]*)</td>", rows[0]) == ["+4.00 ± 0.10", "+1.00 ± 0.10", "2.00", "+2.00 ± 0.10", "-"]
+    wide = [float(width) for width in re.findall(r'<rect x="[\d.]+" y="3" width="([\d.]+)"', text)]
+    assert wide == pytest.approx([4 * wide[2], wide[2], wide[2], wide[2] / 4], abs=0.1)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium or google-chrome on the PATH")

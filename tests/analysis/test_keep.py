@@ -149,8 +149,9 @@ def test_losses_under_other_forwards_are_kept(tmp_path):
     original = write_run(tmp_path / "runs")
     (original / "score").mkdir()
     (original / "score" / "100.json").write_text('{"step": 100}')
-    (original / "tasks").mkdir()
-    (original / "tasks" / "100.json").write_text('{"step": 100, "forwards": {}}')
+    for name in ("tasks", "xray", "lift"):
+        (original / name).mkdir()
+        (original / name / "100.json").write_text('{"step": 100, "forwards": {}}')
     ids = {key: np.arange(3) for key in ("sequence", "document", "tokens", "bytes")}
     np.savez(original / "score" / "100.npz", **ids, **{"nats.own": np.full(3, 1 / 3)})
     kept = keep(read_run(original), tmp_path / "kept")
@@ -158,8 +159,9 @@ def test_losses_under_other_forwards_are_kept(tmp_path):
     assert sorted(arrays) == ["bytes", "document", "nats.own", "sequence", "tokens"]
     assert arrays["nats.own"].dtype == np.float32 and arrays["nats.own"] == pytest.approx(1 / 3)
     assert json.loads((kept / "score" / "100.json").read_text()) == {"step": 100}
-    assert json.loads((kept / "tasks" / "100.json").read_text()) == {"step": 100, "forwards": {}}
-    for name in ("score", "tasks"):
+    for name in ("tasks", "xray", "lift"):
+        assert json.loads((kept / name / "100.json").read_text()) == {"step": 100, "forwards": {}}
+    for name in ("score", "tasks", "xray", "lift"):
         shutil.rmtree(original / name)
         assert not list((keep(read_run(original), tmp_path / "kept") / name).iterdir())
 
