@@ -185,7 +185,14 @@ def _check_change(where: str, plan: Plan, other: Plan) -> None:
         if type(one.recipe) is not type(two.recipe):
             raise ValueError(
                 f"{where}: {one.name} would become another kind of layer ({library.label(two.recipe)} after "
-                f"{library.label(one.recipe)}); a phase changes what a recipe's GEMMs do"
+                f"{library.label(one.recipe)}); a phase changes what a recipe's GEMMs do, a fork (fork=RUN@STEP "
+                "quant=...) the recipe"
+            )
+        if more := two.recipe.module_state() - one.recipe.module_state():
+            raise ValueError(
+                f"{where}: {one.name} is built for {library.label(one.recipe)} and lacks what "
+                f"{library.label(two.recipe)} needs ({', '.join(map(str, sorted(more, key=str)))}); let the run begin "
+                "with it and leave it out in a phase, or use a fork (fork=RUN@STEP quant=...)"
             )
 
 

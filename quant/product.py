@@ -90,6 +90,10 @@ class Product:
     def kept_bytes(self) -> Kept:
         return Kept()
 
+    def module_state(self) -> frozenset[Any]:
+        """What a layer's module must have been built with for it: a phase of a run can't ask for more."""
+        return frozenset()
+
     def operands(self) -> dict[str, Any]:
         """{slot: quant.recipe.Operand} of operands whose quantizers are ours, to be audited and counted."""
         return {}

@@ -88,6 +88,10 @@ class Shaped(Recipe):
     def plain(self) -> Product:
         return Recipe.bf16()
 
+    def module_state(self) -> frozenset[Any]:
+        """Feedback matrices, X's of one rank."""
+        return frozenset((name, self.rank if name == "x" else None) for name in self.shape if self.shapes(name))
+
     def alone(self) -> dict[str, Product]:
         return {gemm: replace(product, shape=self.shape, rank=self.rank) for gemm, product in super().alone().items()}
 

@@ -87,6 +87,10 @@ class TEProduct(Product):
     def plain(self) -> Product:
         return Recipe.bf16()
 
+    def module_state(self) -> frozenset[Any]:
+        """Transformer Engine's own recipe object."""
+        return frozenset(self.to_dict().items())
+
     def build(self, linear: nn.Linear, index: int, rng: Tensor) -> "TELinear":
         return TELinear(linear, self, index, rng)
 

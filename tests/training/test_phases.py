@@ -9,6 +9,7 @@ import torch
 from quant.phases import _draw
 from training.checkpoint.manifest import checkpoints
 from training.checkpoint.state import read_all
+from training.start import describe
 
 SHORT = ["evaluate.every=null", "evaluate.tokens=256", "evaluate.final_tokens=256", "batch.sequences=4"]
 TAIL = "quant.phases=[{from: .5, set: {fprop: none}}]"
@@ -117,6 +118,7 @@ def test_only_what_is_named_is_trained_from_its_step_on(run, rows, stop_after):
         (["seed=1"], "seed=1, the parent has 0; a fork keeps it"),
         (["model.layers=2"], "model.layers=2, the parent has 1"),
         (["batch.sequences=8"], "batch.sequences=8, the parent has 4"),
+        (["data.val_fraction=0.1"], "the parent was trained on other text .*; give that one"),
         (["debug=smoke"], "debug=: a fork has everything else from its parent"),
     ],
 )
@@ -183,9 +185,45 @@ def made_trunk(run, trunk_folder):
         ("quartet2", "[{from: .5}]", "write '"),
         ("quartet2", "[{from: .5, set: {fprop: {x: {rounding: srr}}}}]", r"quant\.phases\[0\].*srr"),
         ("quartet2", "[{from: .5, set: {rules: []}}]", "rules belongs to the whole run"),
+        (
+            "quartet2",
+            "[{from: .5, set: {scheme: shaped}}]",
+            r"would become another kind of layer.*a fork \(fork=RUN@STEP quant",
+        ),
+        ("quartet2_shaped_w", "[{from: .5, set: {shape: [x, w]}}]", r"is built for quartet2_shaped_w and lacks.*'x'"),
+        ("quartet2_shaped_r64", "[{from: .5, set: {rank: 32}}]", r"is built for quartet2_shaped_r64 and lacks.*32"),
+        ("nvfp4_te", "[{from: .5, set: {rht: false}}]", "is built for nvfp4_te.*use a fork"),
     ],
 )
 def test_wrong_phases_are_refused_before_any_work(run, tmp_path, recipe, phases, told):
     with pytest.raises(ValueError, match=told):
         run(f"quant={recipe}", f"quant.phases={phases}")
     assert not (tmp_path / "runs").exists()
+
+
+def test_memory_that_only_a_later_phase_needs_is_missed_before_any_work(run, tmp_path, monkeypatch):
+    """Operands kept in BF16 take more than codes: the device has room for the run as it begins."""
+    words = ["quant=quartet2", *SHORT, TAIL]
+    seen = []
+
+    def has(device, local_world):
+        seen.append(1)
+        return room
+
+    monkeypatch.setattr(describe, "memory_of", has)
+    monkeypatch.setattr(
+        describe, "expected_memory", lambda config, described, *rest: Total(2 if described.phases else 1)
+    )
+    room = 1.5
+    with pytest.raises(
+        ValueError, match=r"quant\.phases: steps 5 to 9.* needs 2.0 GiB, this device has 1.5.*batch.micro"
+    ):
+        run(*words)
+    assert seen and not (tmp_path / "runs").exists()
+
+
+class Total:
+    """A MemoryEstimate of so many GiB."""
+
+    def __init__(self, total: float):
+        self.total = total

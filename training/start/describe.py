@@ -284,12 +284,21 @@ def expected_memory(
 
 
 def check_memory(config: TrainConfig, described: Description, ranks: Dist) -> None:
-    """ValueError where there is memory for the run, and not for its probes."""
+    """ValueError where there is memory for the run as it begins, and not for a later phase or for its probes."""
     mode = choose(config.parallel, ranks, described.shape.parameters)
     graphed = is_graphed(config, described.plan.fullgraph, mode, ranks.device)
     has = memory_of(ranks.device, ranks.local_world)
-    alone = expected_memory(config, replace(described, probes={}), ranks, mode, graphed).total
-    both = expected_memory(config, described, ranks, mode, graphed).total
+
+    def expected(**without: Any) -> float:
+        return expected_memory(config, replace(described, **without), ranks, mode, graphed).total
+
+    begins, alone, both = expected(phases=(), probes={}), expected(probes={}), expected()
+    if begins <= has < alone:
+        phase = max(described.phases, key=lambda one: expected(phases=(one,), probes={}))
+        raise ValueError(
+            f"quant.phases: {phase} needs {alone:.1f} GiB, this device has {has:.1f} and the run begins with "
+            f"{begins:.1f}; set a smaller batch.micro, or recompute=true"
+        )
     if alone <= has < both:
         raise ValueError(
             f"probes: {', '.join(described.probes)} need {both:.1f} GiB, this device has {has:.1f} and the run takes "
