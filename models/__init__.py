@@ -6,8 +6,9 @@ A new model is one file and one line of FAMILIES. The class says everything that
     optimizer      the optimizer that its presets' peak rates are made for: "adamw" or "muon"
     scalar_rates   under Muon: {parameter that is no matrix of a block, embedding or head: share of the scalars' rate}
     hooks          what happens around a training step because of the model: {name: options} (training/hooks)
-    refuses        {"muon", "export" or "document_mask": why not with this family}; export needs no word where it is
-                   not built
+    refuses        {"muon" or "export": why not with this family}; export needs no word where it is not built
+    document_start None, or the token that begins a document, set where attention shall stay within one
+    blockwise      False; set where masks shall be FlexAttention's (models/attention.py)
     head_weight    FP32 [V, D]: what the loss multiplies hidden states by
     stacked_rows   only where "muon" isn't refused and its rates are AdamW's: rows of fused weights' matrices
     decays(name)   whether weight decay applies to a parameter

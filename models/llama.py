@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import pointwise
 from kernels.pointwise import reference_impl
+from models.attention import Mask, attend, masks
 from models.shape import BYTES_BF16, DTYPES, DecoderShape
 
 DRAW_THREADS = 8  # a generator is serial: one thread per parameter, or llama_1b9 takes half a minute on every start
@@ -93,16 +93,6 @@ class RMSNorm(nn.Module):
         return pointwise.add_norm(x, branch, self.weight, self.eps, self.dtype)
 
 
-def document_mask(tokens_BT: Tensor, start: int) -> Tensor:
-    """bool [B, 1, T, T]: position i sees j iff j <= i and no document begins between them, nor at i where j < i.
-
-    RoPE knows distances alone, so a document's place in the row doesn't count.
-    """
-    document_BT = (tokens_BT == start).cumsum(1)
-    mask_BTT = document_BT[:, :, None] == document_BT[:, None, :]
-    return mask_BTT.tril()[:, None]
-
-
 def rope_table(max_seq_len: int, head_dim: int, theta: float, llama3: tuple[float, ...] = ()) -> Tensor:
     """cos and signed sin of every position's angles, each value twice: FP32 [2, T, K].
 
@@ -137,11 +127,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.width, config.width + 2 * config.kv_width, bias=False)
         self.out = nn.Linear(config.width, config.width, bias=False)
 
-    def forward(self, x_BTD: Tensor, rope: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask`: bool [B, 1, T, T], what each position sees; None: all before it and itself."""
+    def forward(self, x_BTD: Tensor, rope: Tensor, mask: Mask = None) -> Tensor:
         q, k, v = pointwise.rope_heads(self.qkv(x_BTD), rope, self.heads, self.kv_heads)
-        how = {"is_causal": mask is None, "enable_gqa": self.kv_heads != self.heads}
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **how)
+        y_BHTK = attend(q, k, v, mask)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -169,7 +157,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config)
 
     def forward(
-        self, x_BTD: Tensor, branch_BTD: Tensor | None, rope: Tensor, mask: Tensor | None = None
+        self, x_BTD: Tensor, branch_BTD: Tensor | None, rope: Tensor, mask: Mask = None
     ) -> tuple[Tensor, Tensor]:
         x_BTD, y_BTD = self.attn_norm(x_BTD, branch_BTD)
         x_BTD, y_BTD = self.mlp_norm(x_BTD, self.attn(y_BTD, rope, mask))
@@ -186,6 +174,7 @@ class Llama(nn.Module):
     refuses: Mapping[str, str] = {}
     softcap: float | None = None  # of the logits; the loss reads it
     document_start: int | None = None  # the token that begins a document; None: a row is one text
+    blockwise = False  # masks as FlexAttention takes them
 
     def __init__(self, config: LlamaConfig, compute_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -203,9 +192,9 @@ class Llama(nn.Module):
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
         check_positions(tokens_BT, self.config)
         x_BTD, branch_BTD = self.first(tokens_BT), None
-        masks = () if self.document_start is None else (document_mask(tokens_BT, self.document_start),)
+        mask = masks(tokens_BT, self.document_start, (None,), self.blockwise)[None]
         for block in self.blocks:
-            x_BTD, branch_BTD = block(x_BTD, branch_BTD, self.rope, *masks)
+            x_BTD, branch_BTD = block(x_BTD, branch_BTD, self.rope, mask)
         return self.last(x_BTD, branch_BTD)
 
     def first(self, tokens_BT: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import inverse_rms, turn
+from models.attention import Mask, attend, masks
 from models.llama import check_positions, fill_model, generator_for, rope_table
 from models.shape import DTYPES, DecoderShape
 
@@ -43,7 +44,6 @@ class NanochatConfig(DecoderShape):
         return self.layers * (4 * self.width**2 + 2 * self.width * self.hidden) + 2 * self.layers
 
     def window(self, layer: int) -> int | None:
-        """How many earlier positions a layer sees; None: all."""
         is_short = WINDOW_PATTERN[layer % len(WINDOW_PATTERN)] == "S" and layer != self.layers - 1
         return self.max_seq_len // 2 if is_short else None
 
@@ -54,29 +54,17 @@ def rms_norm(x: Tensor, dtype: torch.dtype) -> Tensor:
     return (x * inverse_rms(x, NORM_EPS)).to(dtype)
 
 
-def window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """bool [T, T]: position i sees j iff i - window <= j <= i."""
-    distance = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
-    return (distance >= 0) & (distance <= window)
-
-
 class Attention(nn.Module):
-    def __init__(self, config: NanochatConfig, layer: int):
+    def __init__(self, config: NanochatConfig):
         super().__init__()
         self.heads = config.heads
-        self.window = config.window(layer)
         self.q, self.k, self.v, self.out = (nn.Linear(config.width, config.width, bias=False) for _ in range(4))
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, mask: Mask) -> Tensor:
         q, k, v = (linear(x_BTD).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
         q, k = (rms_norm(turn(t, rope), t.dtype) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        length = x_BTD.shape[1]
-        if self.window is None or self.window >= length - 1:
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:
-            mask = window_mask(length, self.window, x_BTD.device)
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        y_BHTK = attend(q, k, v, mask)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))
 
 
@@ -93,16 +81,18 @@ class SquaredReLU(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: NanochatConfig, layer: int, dtype: torch.dtype):
+    def __init__(self, config: NanochatConfig, dtype: torch.dtype):
         super().__init__()
         self.dtype = dtype
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp = SquaredReLU(config)
 
-    def forward(self, x_BTD: Tensor, first_BTD: Tensor, x_scale: Tensor, first_scale: Tensor, rope: Tensor) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, first_BTD: Tensor, x_scale: Tensor, first_scale: Tensor, rope: Tensor, mask: Mask
+    ) -> Tensor:
         """`first_BTD`: the normalized embedding, which every layer sees; both scales are []."""
         x_BTD = (x_scale * x_BTD.float() + first_scale * first_BTD.float()).to(x_BTD.dtype)
-        x_BTD = x_BTD + self.attn(rms_norm(x_BTD, self.dtype), rope).to(x_BTD.dtype)
+        x_BTD = x_BTD + self.attn(rms_norm(x_BTD, self.dtype), rope, mask).to(x_BTD.dtype)
         return x_BTD + self.mlp(rms_norm(x_BTD, self.dtype)).to(x_BTD.dtype)
 
 
@@ -116,9 +106,10 @@ class Nanochat(nn.Module):
     hooks: Mapping[str, Mapping[str, Any]] = {}
     refuses: Mapping[str, str] = {
         "export": "transformers' NanoChat has neither the short windows nor the mixed residual stream of this one",
-        "document_mask": "the published runs attend across the documents of a row, and its short windows do, too",
     }
     softcap = SOFTCAP
+    document_start: int | None = None  # the token that begins a document; None: a row is one text
+    blockwise = False  # masks as FlexAttention takes them
 
     def __init__(self, config: NanochatConfig, compute_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -126,7 +117,7 @@ class Nanochat(nn.Module):
         self.dtype = compute_dtype
         self.residual_dtype = DTYPES[config.residual_dtype] if compute_dtype != torch.float32 else torch.float32
         self.embed = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList(Block(config, layer, compute_dtype) for layer in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config, compute_dtype) for _ in range(config.layers))
         self.residual_scales = nn.Parameter(torch.empty(config.layers))
         self.embedding_scales = nn.Parameter(torch.empty(config.layers))
         self.lm_head = nn.Linear(config.width, config.vocab_size, bias=False)
@@ -149,8 +140,11 @@ class Nanochat(nn.Module):
         """tokens int [B, T] -> what lm_head reads: the final norm's output, [B, T, D] in the compute dtype."""
         check_positions(tokens_BT, self.config)
         x_BTD = first_BTD = self.first(tokens_BT)
+        windows = self.config.windows
+        seen = masks(tokens_BT, self.document_start, windows, self.blockwise)
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, first_BTD, self.residual_scales[layer], self.embedding_scales[layer], self.rope)
+            scales = self.residual_scales[layer], self.embedding_scales[layer]
+            x_BTD = block(x_BTD, first_BTD, *scales, self.rope, seen[windows[layer]])
         return self.last(x_BTD)
 
     def first(self, tokens_BT: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.pointwise.reference_impl import turn
+from models.attention import Mask, attend, masks
 from models.llama import check_positions, fill_model, generator_for, rope_table
 from models.shape import BYTES_BF16, DecoderShape
 from models.unit import COLUMNS, ROWS, unit
@@ -78,12 +79,12 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.width, config.width, bias=False)
         self.qk_scale = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, x_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, rope: Tensor, mask: Mask) -> Tensor:
         q, k, v = self.qkv(x_BTD).unflatten(-1, (3, self.heads, -1)).unbind(2)
         scale_HK = (self.qk_scale * math.sqrt(x_BTD.shape[-1])).view(self.heads, -1)
         q, k = ((norm(turn(t.float(), rope)) * scale_HK).to(v.dtype) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=math.sqrt(q.shape[-1]))
+        y_BHTK = attend(q, k, v, mask, scale=math.sqrt(q.shape[-1]))
         return self.out(norm(y_BHTK.transpose(1, 2).flatten(2)).to(x_BTD.dtype))
 
 
@@ -110,9 +111,9 @@ class Block(nn.Module):
         self.attn_alpha = nn.Parameter(torch.empty(config.width))
         self.mlp_alpha = nn.Parameter(torch.empty(config.width))
 
-    def forward(self, h_BTD: Tensor, rope: Tensor) -> Tensor:
+    def forward(self, h_BTD: Tensor, rope: Tensor, mask: Mask = None) -> Tensor:
         """FP32 unit vectors to FP32 unit vectors."""
-        h_BTD = towards(h_BTD, self.attn(h_BTD.to(self.dtype), rope), self.attn_alpha)
+        h_BTD = towards(h_BTD, self.attn(h_BTD.to(self.dtype), rope, mask), self.attn_alpha)
         return towards(h_BTD, self.mlp(h_BTD.to(self.dtype)), self.mlp_alpha)
 
 
@@ -133,9 +134,10 @@ class Ngpt(nn.Module):
         "muon": "its rows and columns are scaled to length one after each step, by which the rates of AdamW were "
         "chosen; for Muon's orthogonal updates none is known",
         "export": "transformers has no model with nGPT's norms and scales",
-        "document_mask": "its attention takes no mask",
     }
     softcap: float | None = None
+    document_start: int | None = None  # the token that begins a document; None: a row is one text
+    blockwise = False  # masks as FlexAttention takes them
 
     def __init__(self, config: NgptConfig, compute_dtype: torch.dtype = torch.bfloat16):
         super().__init__()
@@ -165,8 +167,9 @@ class Ngpt(nn.Module):
         """tokens int [B, T] -> what the head reads: unit vectors, [B, T, D] in the compute dtype."""
         check_positions(tokens_BT, self.config)
         h_BTD = self.first(tokens_BT)
+        mask = masks(tokens_BT, self.document_start, (None,), self.blockwise)[None]
         for block in self.blocks:
-            h_BTD = block(h_BTD, self.rope)
+            h_BTD = block(h_BTD, self.rope, mask)
         return self.last(h_BTD)
 
     def first(self, tokens_BT: Tensor) -> Tensor:

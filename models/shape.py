@@ -53,6 +53,15 @@ class DecoderShape:
     def parameters(self) -> int:
         return self.parameters_non_embedding + self.parameters_ends
 
+    def window(self, layer: int) -> int | None:
+        """How many earlier positions a layer sees; None: all."""
+        return None
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """Of all layers."""
+        return tuple(map(self.window, range(self.layers)))
+
     def block_bytes(self, residual: float, inputs: float) -> float:
         """What autograd keeps of one block, bytes a token: two norm inputs in the residual's dtype (`residual` bytes an
         element); q, k, v after RoPE and attention's output, gate and up in BF16; the inputs of qkv, out, gate_up and

@@ -2,9 +2,10 @@
 
     python scripts/bench/bench_step.py models=llama_30m,llama_100m,wide recipes=bf16,quartet2 [steps=25] [json=FILE]
 
-sequences=32 sets every model's micro-batch, in sequences of 512. Any further key=value is an override of train.py
-(compile=false, backend=reference, model.residual_dtype=bfloat16). `wide` is the 24-layer, 2048-wide model of the speed
-issue. A recipe may carry overrides of its own, behind semicolons:
+sequences=32 sets every model's batch, seq_len=2048 its sequences' size, micro=16 the sequences of a micro-batch (all of
+them where it isn't said). Any further key=value is an override of train.py (compile=false, backend=reference,
+model.residual_dtype=bfloat16, batch.document_mask=true: then one token in 500 begins a document). `wide` is the
+24-layer, 2048-wide model of the speed issue. A recipe may carry overrides of its own, behind semicolons:
 recipes='bf16,quartet2;quant.fprop.x.tensor_scale=pow2'. Every model and recipe is built anew in this process, on random
 tokens. Reported: min, median and max over the timed steps (CUDA events), tokens/s, MFU by the named formula, peak
 memory and its estimate, the first step's time (compilation included), recompilations after the second step, ratios to
@@ -47,7 +48,7 @@ from training.start.describe import check
 from training.start.memory import GIB, estimate, kept_of
 
 VOCABULARY = 32000
-SEQ_LEN = 512
+DOCUMENT_START, DOCUMENT_TOKENS = 1, 500  # with batch.document_mask=true: what begins a document, and their mean length
 # Sequences per step of each model; others take 128.
 SEQUENCES = {"wide": 24}
 WIDE = [
@@ -92,10 +93,24 @@ class Built:
     kept: Kept
 
 
-def build(model: str, recipe: str, extra: list[str], ranks: Dist, sequences: int) -> Built:
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of a step, of a micro-batch, and tokens of a sequence."""
+
+    sequences: int
+    micro: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        return self.sequences * self.seq_len
+
+
+def build(model: str, recipe: str, extra: list[str], ranks: Dist, batch: Batch) -> Built:
     name, *overrides = recipe.split(";")
     chosen = WIDE if model == "wide" else [f"model={model}"]
-    sizes = [f"batch.seq_len={SEQ_LEN}", f"batch.sequences={sequences}", f"batch.micro={sequences}", "steps=1"]
+    sizes = [f"batch.seq_len={batch.seq_len}", f"batch.sequences={batch.sequences}", f"batch.micro={batch.micro}"]
+    sizes.append("steps=1")
     config = compose([*chosen, f"quant={name}", "data=pydocs", *sizes, *overrides, *extra]).config
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
@@ -103,6 +118,7 @@ def build(model: str, recipe: str, extra: list[str], ranks: Dist, sequences: int
     shape, plan, numbers = checked.shape, checked.plan, checked.numbers
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     loss, parallel, _ = build_loss(config, shape, plan, rng, ranks)
+    loss.model.document_start = DOCUMENT_START if config.batch.document_mask else None
     optimizers = build_optimizers(loss.model, config.optim, numbers.schedule.lr_peak)
     micro_batch = build_micro_batch(loss, config, plan, parallel, numbers.tokens_per_step, ranks.device)
     return Built(config, shape, loss.model, optimizers, micro_batch, rng, kept_of(plan))
@@ -114,16 +130,23 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     steps, sequences = int(options["steps"]), int(options["sequences"] or SEQUENCES.get(model, 128))
-    tokens = sequences * SEQ_LEN
-    built = build(model, recipe, extra, ranks, sequences)
+    batch = Batch(sequences, int(options["micro"] or sequences), int(options["seq_len"]))
+    built = build(model, recipe, extra, ranks, batch)
     generator = torch.Generator(device=ranks.device).manual_seed(1)
     batches = [
-        torch.randint(VOCABULARY, (sequences, SEQ_LEN + 1), device=ranks.device, generator=generator) for _ in range(4)
+        torch.randint(VOCABULARY, (sequences, batch.seq_len + 1), device=ranks.device, generator=generator)
+        for _ in range(4)
     ]
+
+    if built.config.batch.document_mask:
+        for rows in batches:
+            rows[torch.rand(rows.shape, device=ranks.device) < 1 / DOCUMENT_TOKENS] = DOCUMENT_START
 
     def step(index: int) -> Tensor:
         built.rng[1].fill_(index)
-        nats = built.micro_batch(batches[index % len(batches)], first=True, last=True)
+        parts, nats = batches[index % len(batches)].split(batch.micro), 0
+        for i, part in enumerate(parts):
+            nats = nats + built.micro_batch(part, first=i == 0, last=i == len(parts) - 1)
         clip_gradients(built.model, built.config.optim.clip)
         for optimizer in built.optimizers:
             optimizer.step()
@@ -145,24 +168,30 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
         events[index + 1].record()
     torch.cuda.synchronize()
     times = [a.elapsed_time(b) for a, b in pairwise(events)]
-    rate = 1e3 * tokens / median(times)
+    rate = 1e3 * batch.tokens / median(times)
     if options["profile"] == "true":
         print(kernel_table(lambda: step(0)), flush=True)
     peak = peak_flops(ranks.device)
     return Timing(
         model=model,
         recipe=recipe,
-        tokens=tokens,
+        tokens=batch.tokens,
         ms_min=min(times),
         ms_median=median(times),
         ms_max=max(times),
         tokens_per_second=rate,
-        mfu=built.shape.flops_per_token(SEQ_LEN) * rate / peak if peak else None,
+        mfu=built.shape.flops_per_token(batch.seq_len) * rate / peak if peak else None,
         memory_gib=torch.cuda.max_memory_allocated() / GIB,
-        expected_gib=estimate(built.shape, tokens, built.kept, optimizer=built.config.optim.name).total,
+        expected_gib=estimate(
+            built.shape,
+            batch.micro * batch.seq_len,
+            built.kept,
+            accumulates=batch.micro < sequences,
+            optimizer=built.config.optim.name,
+        ).total,
         first_step_s=first,
         recompilations=graphs() - compiled,
-        last_loss=nats.item() / tokens,
+        last_loss=nats.item() / batch.tokens,
     )
 
 
@@ -210,6 +239,8 @@ def main(arguments: list[str]) -> int:
         "json": "",
         "profile": "false",
         "sequences": "",
+        "micro": "",
+        "seq_len": "512",
     }
     extra = []
     for argument in arguments:

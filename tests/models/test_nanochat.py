@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from models.nanochat import Nanochat, NanochatConfig, window_mask
+from models.attention import dense, sight
+from models.nanochat import Nanochat, NanochatConfig
 
 TINY = NanochatConfig(layers=4, width=32, heads=2, hidden=64, vocab_size=50, max_seq_len=16)
 
@@ -82,8 +83,8 @@ def test_parameter_counts_and_lengths_of_the_published_runs(shape, parameters):
 
 
 def test_windows_are_half_the_context_but_in_every_fourth_and_the_last_layer():
-    assert [NanochatConfig(6, 32, 2, 64, 50, 2048).window(i) for i in range(6)] == [1024, 1024, 1024, None, 1024, None]
-    mask = window_mask(5, 2, torch.device("cpu"))
+    assert NanochatConfig(6, 32, 2, 64, 50, 2048).windows == (1024, 1024, 1024, None, 1024, None)
+    mask = dense(sight(None, 2), 1, 5, torch.device("cpu"))
     assert mask.int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 1, 1, 1]]
 
 

@@ -105,6 +105,7 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
     if not is_compiled(config, device):
         return
     torch._dynamo.config.recompile_limit = GRAPHS_PER_METHOD
+    loss.model.blockwise = is_blockwise(config, device)
     for module, method in loss.model.regions():
         setattr(module, method, torch.compile(getattr(module, method), fullgraph=fullgraph, dynamic=False))
 
@@ -128,6 +129,11 @@ def is_graphed(config: TrainConfig, fullgraph: bool, mode: str, device: torch.de
             f"here: {device.type}, parallel={mode}; use cuda_graphs=auto"
         )
     return possible and (config.cuda_graphs == "true" or (config.cuda_graphs == "auto" and is_compiled(config, device)))
+
+
+def is_blockwise(config: TrainConfig, device: torch.device) -> bool:
+    """Whether masks are FlexAttention's. Uncompiled it would make all scores of all heads."""
+    return device.type == "cuda" and is_compiled(config, device)
 
 
 def is_compiled(config: TrainConfig, device: torch.device) -> bool:

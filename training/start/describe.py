@@ -23,7 +23,7 @@ from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
 from training.start import fork, initial
-from training.start.build import is_compiled, is_graphed
+from training.start.build import is_blockwise, is_compiled, is_graphed
 from training.start.cautions import cpu_seconds, many_epochs, memory_of, slow, too_large
 from training.start.derive import Numbers, derive
 from training.start.initial import check_data, check_model, check_tokenizer, source_of
@@ -98,8 +98,6 @@ def check(config: TrainConfig, ranks: Dist, vocab_size: int) -> Checked:
     with torch.device("meta"):
         model = model_of(shape)
     numbers = derive(config, shape.parameters_non_embedding, ranks.world)
-    if config.batch.document_mask and (why := model.refuses.get("document_mask")):
-        raise ValueError(f"batch.document_mask=true isn't possible with model={config.model.name}: {why}; leave it out")
     plan = plan_of(model, config.quant)
     phases = phases_of(model, config.quant, plan, numbers.steps)
     plans = [plan, *(phase.plan for phase in phases)]
@@ -233,6 +231,7 @@ def screen(
             parallel=mode,
             model=config.model.name,
             shape=described.shape,
+            attention=attention(config, described.shape, ranks.device),
             recipe=described.plan.label,
             plan_lines=described.plan.table().splitlines(),
             fork=fork.told(described.parent, described.run["numerics"]) if described.parent else None,
@@ -247,6 +246,15 @@ def screen(
     )
 
 
+def attention(config: TrainConfig, shape: DecoderShape, device: torch.device) -> str | None:
+    """How masks act; None where every layer sees everything before."""
+    windows = [window for window in shape.windows if window is not None and window < config.batch.seq_len - 1]
+    within = ["documents"] if config.batch.document_mask else []
+    within += [f"windows of {windows[0]:,} positions in {len(windows)} of {shape.layers} layers"] if windows else []
+    how = "FlexAttention" if is_blockwise(config, device) else "a dense mask"
+    return f"within {' and '.join(within)}, by {how}" if within else None
+
+
 def _data_name(tokens: TokenSet) -> str:
     copies = tokens.copies_of_val
     return tokens.label + (f" ({copies:,} train rows are copies of validation rows)" if copies else "")
@@ -257,16 +265,19 @@ def expected_memory(
 ) -> MemoryEstimate:
     """Of the phase or probe that takes most. Where a phase draws its steps, the graphs of both its recipes stay."""
 
-    def of(plan: Plan, tokens: int = described.numbers.micro_tokens) -> MemoryEstimate:
+    numbers, blockwise = described.numbers, is_blockwise(config, ranks.device)
+
+    def of(plan: Plan, tokens: int = numbers.micro_tokens) -> MemoryEstimate:
         return estimate(
             described.shape,
             tokens,
             kept_of(plan),
             shards={"fsdp": ranks.world, "hsdp": ranks.local_world}.get(mode, 1),
             recompute=config.recompute,
-            accumulates=described.numbers.accumulation > 1,
+            accumulates=numbers.accumulation > 1,
             replicated=mode == "ddp",
             optimizer=config.optim.name,
+            mask_length=numbers.seq_len if config.batch.document_mask and not blockwise else 0,
             hooks=hooks.bytes_per_parameter(described.hooks),
         )
 

@@ -14,6 +14,9 @@ last norm's, the loss's gradient with respect to the hidden states, and one chun
 the backward of the last block, its own temporaries come on top: the gradients of the MLP (3 F + 2 D in BF16, and its
 operands once more as exact BF16 values when a recipe quantizes).
 
+A dense mask of documents takes a byte a pair of positions, and attention keeps it in BF16 for the backward of every
+block.
+
 Gradients, 4 bytes a parameter: where a step has several micro-batches, those of the earlier ones are there at the peak.
 Those of the micro-batch itself take the place of the activations that its backward frees; only lm_head's is made in the
 forward. DDP sums gradients in a copy of them. Under FSDP a rank holds, whole and in FP32: all weights, or under
@@ -53,11 +56,13 @@ def estimate(
     accumulates: bool = False,
     replicated: bool = False,
     optimizer: str = "adamw",
+    mask_length: int = 0,
     hooks: float = 0.0,
 ) -> MemoryEstimate:
     """`shards`: ranks that share the states (1 under DDP). `recompute`: only each block's input is kept, and one
     block's activations at a time. `accumulates`: a rank has several micro-batches a step. `replicated`: gradients are
-    summed over ranks by DDP, from a copy of all of them. `hooks`: bytes a parameter of the hooks' state."""
+    summed over ranks by DDP, from a copy of all of them. `mask_length`: positions of a row under a dense mask of its
+    documents; 0: none. `hooks`: bytes a parameter of the hooks' state."""
     activations = activation_bytes(config, micro_tokens, kept, recompute)
     sizes = {
         "weights, moments": state_bytes(config, optimizer) / shards,
@@ -65,6 +70,9 @@ def estimate(
         "activations": activations,
         "temporaries": temporary_bytes(config, micro_tokens, kept),
     }
+    if mask_length:
+        kept_in = 1 if recompute else config.layers
+        sizes["masks"] = micro_tokens * mask_length * (1 + BYTES_BF16 * kept_in)
     if hooks:
         sizes["hooks"] = hooks * config.parameters / shards
     if shards > 1:

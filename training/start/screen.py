@@ -24,6 +24,7 @@ class StartScreen:
     parallel: str
     model: str
     shape: DecoderShape
+    attention: str | None
     recipe: str
     plan_lines: list[str]
     phases: list[str]
@@ -48,6 +49,7 @@ class StartScreen:
                 "model",
                 f"{self.model}: {shape.layers} x {shape.width}, {shape.heads} heads, hidden {shape.hidden}; {count}",
             ),
+            *([("attention", self.attention)] if self.attention else []),
             ("recipe", self.recipe),
             *(("", line) for line in self.plan_lines),
             *(("phase" if line.startswith("steps ") else "", line) for line in self.phases),
