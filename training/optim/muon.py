@@ -7,12 +7,16 @@
 
 torch.optim.Muon has the momentum and Newton-Schulz with one set of coefficients for all steps; it lacks the Polar
 Express coefficients, the variance reduction, the cautious decay and the on-device skip of a non-finite step.
-Under FSDP the momentum is sharded like its weight; u is gathered, each rank orthogonalizes the whole of it and takes
-its own rows of the result: the numbers are those of one process.
+Of the matrices of one shape each rank orthogonalizes its share, and gathers those of the others. Under FSDP the
+momentum is sharded like its weight: u is gathered before, and each rank takes its own rows of the result. The numbers
+are those of one process (on a GPU, as far as a library multiplies fewer matrices by the same kernel).
 Sources: docs/published.md#5-nanochat-protocol; arXiv 2505.16932 (coefficients); arXiv 2510.05491 (variance reduction).
 """
 
+import math
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
@@ -33,16 +37,37 @@ VARIANCE_BETA = 0.95
 ADAMW_RMS = 0.2  # of an update, over the rate (arXiv 2502.16982)
 
 
+def rounded(matrices: Tensor) -> Tensor:
+    """As they are multiplied: BF16 on a GPU, FP32 on a CPU."""
+    return matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+
+
 def polar(matrices: Tensor) -> Tensor:
-    """The orthogonal polar factor of each matrix [..., m, n], approximately, in BF16 on a GPU and FP32 on a CPU."""
-    x = matrices.to(torch.bfloat16) if matrices.is_cuda else matrices.float()
+    """The orthogonal polar factor of each `rounded` matrix [L, m, n], approximately, in its dtype."""
+    x = matrices
     is_tall = x.shape[-2] > x.shape[-1]
     x = x.mT if is_tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)
     for a, b, c in POLAR_EXPRESS:
         gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if is_tall else x).float()
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, factor, x, beta=a)
+    return x.mT if is_tall else x
+
+
+def shared_polar(matrices: Tensor) -> Tensor:
+    """FP32 `polar` of `rounded` matrices [L, m, n] that every rank has: each rank makes its share of them."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if world == 1:
+        return polar(matrices).contiguous().float()  # sums over it don't follow how it came here
+    share = math.ceil(len(matrices) / world)
+    own = matrices[dist.get_rank() * share :][:share]
+    part = matrices.new_zeros(share, *matrices.shape[1:])
+    if len(own):
+        part[: len(own)] = polar(own)
+    whole = part.new_empty(world * share, *part.shape[1:])
+    dist.all_gather_into_tensor(whole, part)
+    return whole[: len(matrices)].float()
 
 
 class Muon(torch.optim.Optimizer):
@@ -86,8 +111,8 @@ class Muon(torch.optim.Optimizer):
         old = [torch.stack([local(self.state[p][key]) for p in params]) for key in ("momentum", "variance")]
         weights, gradients = (torch.stack([local(t) for t in ts]) for ts in (params, [p.grad for p in params]))
         momentum = torch.lerp(old[0], gradients, 1 - group["momentum"])
-        nesterov = gathered(torch.lerp(gradients, momentum, group["momentum"]), params[0])
-        whole, variance = reduce_variance(polar(nesterov), old[1])
+        nesterov = gathered(rounded(torch.lerp(gradients, momentum, group["momentum"])), params[0])
+        whole, variance = reduce_variance(shared_polar(nesterov), old[1])
         update = own_rows(whole, params[0])
         rows, columns = params[0].shape
         lr = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -130,9 +155,9 @@ class PlainMuon(Muon):
             torch.stack([local(t) for t in ts]) for ts in (moments, params, [p.grad for p in params])
         )
         momentum = torch.lerp(old, gradients, 1 - MOMENTUM[1])
-        nesterov = gathered(torch.lerp(gradients, momentum, MOMENTUM[1]), params[0])
+        nesterov = gathered(rounded(torch.lerp(gradients, momentum, MOMENTUM[1])), params[0])
         matrices = nesterov.split(group["rows"], dim=1)
-        whole = torch.cat([ADAMW_RMS * max(m.shape[1:]) ** 0.5 * polar(m) for m in matrices], dim=1)
+        whole = torch.cat([ADAMW_RMS * max(m.shape[1:]) ** 0.5 * shared_polar(m) for m in matrices], dim=1)
         update = own_rows(whole, params[0]) + group["weight_decay"] * weights
         new = (weights - group["lr"] * update, momentum)
         if skip is not None:
