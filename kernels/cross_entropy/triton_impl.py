@@ -3,8 +3,9 @@
 For a chunk of tokens: logits = bf16(h W^T) by a library GEMM; one program per token reads its row twice, the second
 time from the cache: maximum, sum and loss in FP32, then bf16(softmax - onehot) over the logits; two GEMMs add to dh and
 dW in FP32. Bytes per logit: 2 written by the GEMM, 2 read and 2 written by the kernel, 2 + 2 read by the two GEMMs.
-One H100, 8192 x 32000: 0.425 ms so, 0.56 ms with the row held in registers, 0.35 ms a plain copy.
-Differs from the reference only in the order of FP32 sums and in exp(x - max) / sum instead of exp(x - logsumexp).
+One H200, 8320 x 32000: 0.290 ms, a plain copy 0.255; instructions decide, so an exponential is a fused product and an
+exp2, and the target's element is written once more afterwards instead of being looked for among all.
+Differs from the reference only in the order of FP32 sums and in 2^(x log2(e) - log2 of the sum) for exp(x - logsumexp).
 """
 
 from collections.abc import Iterator
@@ -20,7 +21,10 @@ from kernels.gemm import cublaslt_impl
 # Large enough for full-speed GEMMs and few passes over dW, small enough not to decide the peak memory.
 CHUNK_BYTES = 512 * 2**20
 # Threads of a program, and elements that each reads at once (16 bytes).
-LANES, VECTOR = 1024, 8
+LANES, VECTOR = 512, 8
+LOG2E = tl.constexpr(1.4426950408889634)
+# What an idle lane reads: finite, and so is its product with LOG2E, so that no lane forms inf - inf.
+IDLE = tl.constexpr(-2.0e38)
 
 
 def unavailable() -> str | None:
@@ -44,22 +48,21 @@ def nats_kernel(
     total = tl.zeros([LANES], tl.float32)
     for start in range(0, vocab, LANES * VECTOR):
         index = start + offsets
-        # The lowest finite number, not -inf: an idle lane must not form inf - inf.
-        x = tl.load(at + index, mask=index < vocab, other=-3.0e38).to(tl.float32)
+        x = tl.load(at + index, mask=index < vocab, other=IDLE).to(tl.float32)
         if SOFTCAP is not None:
-            x = tl.where(index < vocab, _capped(x, SOFTCAP), -3.0e38)
+            x = tl.where(index < vocab, _capped(x, SOFTCAP), IDLE)
         new = tl.maximum(largest, tl.reduce(x, 1, _nan_max), propagate_nan=tl.PropagateNan.ALL)
-        total = total * tl.exp(largest - new) + tl.sum(tl.exp(x - new[:, None]), axis=1)
+        total = total * tl.exp2((largest - new) * LOG2E) + tl.sum(_exp_over(x, (new * LOG2E)[:, None]), axis=1)
         largest = new
     row_max = tl.max(largest, axis=0)
-    row_sum = tl.sum(total * tl.exp(largest - row_max), axis=0)
+    row_sum = tl.sum(total * tl.exp2((largest - row_max) * LOG2E), axis=0)
     picked = tl.load(at + target).to(tl.float32)
     if SOFTCAP is not None:
         picked = _capped(picked, SOFTCAP)
     tl.store(nats + row, row_max + tl.log(row_sum) - picked)
     if WRITE_GRADIENT:
         tl.debug_barrier()  # `picked` is read before any thread overwrites it
-        inverse = 1.0 / row_sum
+        base = row_max * LOG2E + tl.log2(row_sum)
         # Backwards: what was read last is still in the first-level cache.
         chunks = tl.cdiv(vocab, LANES * VECTOR)
         for back in range(0, chunks):
@@ -67,10 +70,21 @@ def nats_kernel(
             x = tl.load(at + index, mask=index < vocab, other=0.0).to(tl.float32)
             if SOFTCAP is not None:
                 x = _capped(x, SOFTCAP)
-            gradient = tl.exp(x - row_max) * inverse - tl.where(index == target, 1.0, 0.0)
+            gradient = _exp_over(x, base)
             if SOFTCAP is not None:
                 gradient *= 1.0 - (x / SOFTCAP) * (x / SOFTCAP)
-            tl.store(at + index, gradient.to(tl.bfloat16), mask=index < vocab)
+            tl.store(at + index, gradient.to(tl.bfloat16), mask=index < vocab, eviction_policy="evict_first")
+        tl.debug_barrier()  # after all of them, the target's
+        gradient = _exp_over(picked, base) - 1.0
+        if SOFTCAP is not None:
+            gradient *= 1.0 - (picked / SOFTCAP) * (picked / SOFTCAP)
+        tl.store(at + target, gradient.to(tl.bfloat16))
+
+
+@triton.jit
+def _exp_over(x, base):
+    """e^x / 2^base"""
+    return tl.exp2(tl.fma(x, LOG2E, -base))
 
 
 @triton.jit
@@ -118,7 +132,7 @@ def loss_and_gradients(
     total = torch.zeros((), dtype=torch.float32, device=h.device)
     one = cublaslt.constant(1.0, h.device)
     for start, rows in chunks(h, head):
-        logits = torch.mm(rows, head.t())
+        logits = cublaslt.mm(rows, head.t(), torch.bfloat16)
         total += nats_of(logits, targets[start : start + len(rows)], softcap, write_gradient=True).sum()
         cublaslt.matmul(logits, head, one, dh[start : start + len(rows)])
         cublaslt.matmul(logits.t(), rows, one, dweight, beta=1.0 if start else 0.0)
@@ -135,7 +149,12 @@ def _(h: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> tuple[
 def token_nats(h: Tensor, head: Tensor, targets: Tensor, softcap: float | None) -> Tensor:
     """h [T, d] bf16, head [V, d] bf16, targets int64 [T] -> nats of each token, FP32 [T]. No gradient."""
     parts = [
-        nats_of(torch.mm(rows, head.t()), targets[start : start + len(rows)], softcap, write_gradient=False)
+        nats_of(
+            cublaslt.mm(rows, head.t(), torch.bfloat16),
+            targets[start : start + len(rows)],
+            softcap,
+            write_gradient=False,
+        )
         for start, rows in chunks(h, head)
     ]
     return torch.cat(parts)

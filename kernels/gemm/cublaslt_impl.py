@@ -50,7 +50,7 @@ def gemm(a: Quantized, b: Quantized, kind: str, alpha_const: float, out_dtype: t
     is_bf16 = left.dtype == torch.bfloat16
     if is_bf16 and alpha is None:
         # Without scales: the plain library product, so that six `none` slots are bitwise the BF16 baseline.
-        return torch.mm(left, right) if out_dtype == torch.bfloat16 else torch.mm(left, right, out_dtype=out_dtype)
+        return torch.ops.nibble.plain_matmul(left, right, out_dtype == torch.float32)
     if not isinstance(alpha, Tensor):
         alpha = torch.full((), 1.0 if alpha is None else alpha, dtype=torch.float32, device=left.device)
     if alpha.ndim == 0:
@@ -78,9 +78,24 @@ def _compatible(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left, right if right.stride(0) == 1 else torch.ops.nibble.transpose_bytes(right).t()
 
 
+@torch.library.custom_op("nibble::plain_matmul", mutates_args=())
+def _plain_matmul_op(left: Tensor, right: Tensor, out_fp32: bool) -> Tensor:
+    left, right = _laid_out(left, right)
+    return cublaslt.mm(left, right, torch.float32 if out_fp32 else torch.bfloat16)
+
+
+@_plain_matmul_op.register_fake
+def _(left, right, out_fp32):
+    return left.new_empty((left.shape[0], right.shape[1]), dtype=torch.float32 if out_fp32 else torch.bfloat16)
+
+
+def _laid_out(*matrices: Tensor) -> tuple[Tensor, ...]:
+    return tuple(matrix if 1 in matrix.stride() else matrix.contiguous() for matrix in matrices)
+
+
 @torch.library.custom_op("nibble::scaled_matmul", mutates_args=())
 def _scaled_matmul_op(left: Tensor, right: Tensor, alpha: Tensor, out_fp32: bool) -> Tensor:
-    left, right = (m if 1 in m.stride() else m.contiguous() for m in (left, right))
+    left, right = _laid_out(left, right)
     out = left.new_empty((left.shape[0], right.shape[1]), dtype=torch.float32 if out_fp32 else torch.bfloat16)
     return cublaslt.matmul(left, right, alpha, out)
 

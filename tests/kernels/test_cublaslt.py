@@ -106,6 +106,29 @@ def test_alignment_is_the_largest_common_power_of_two():
     assert cublaslt._alignment(storage, storage[8:]) == 8
 
 
+@pytest.mark.parametrize(("is_zero", "expected"), [(False, 3), (True, 0)])
+def test_the_fastest_algorithm_that_gives_the_usual_bits_is_taken(fake_library, monkeypatch, is_zero, expected):
+    """Number 2 is the fastest and sums in another order; of zeros all have the same bits, which proves nothing."""
+    times = [4.0, 3.0, 1.0, 2.0]
+    algorithm = cublaslt.Algorithm(
+        fake_library, None, 4, 4, 4, *[(torch.float32, False, 4)] * 2, torch.float32, 16, False
+    )
+    algorithm.candidates, out = [*range(4)], torch.zeros(4, 4)
+    algorithm.usual = algorithm.best = 0
+    monkeypatch.setattr(cublaslt, "_shortest", lambda run, number: times[number])
+
+    def run(number: int) -> None:
+        out.fill_(0.0 if is_zero else 1.0)
+        out[2, 3] += 2.0**-23 * (number == 2 and not is_zero)
+
+    for _ in range(cublaslt.TRIES):
+        assert algorithm.tries
+        algorithm.settle(run, out)
+        if not is_zero:
+            break
+    assert algorithm.best == expected and not algorithm.tries
+
+
 def operands(kind: str, m: int, n: int, k: int, device: str, dtype: torch.dtype) -> tuple[Quantized, Quantized]:
     """Random operands of a linear layer, scales 2^-3 / 3 and 5; FP8 ones stored along their contraction."""
     generator = torch.Generator(device=device).manual_seed(0)
