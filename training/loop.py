@@ -150,7 +150,7 @@ class Trainer:
             self.p.console.within(f"step {step + 1}", micro - micro_batches[0] + 1, len(micro_batches))
         for hook in self.state.hooks.values():
             hook.before_update(step)
-        grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip)
+        grad_norm = clip_gradients(self.state.model, self.p.config.optim.clip, self.optimizers)
         self._guard.watch(grad_norm)
         set_rates(self.optimizers, numbers.schedule, step)
         for optimizer in self.optimizers:

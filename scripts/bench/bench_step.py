@@ -147,7 +147,7 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
         parts, nats = batches[index % len(batches)].split(batch.micro), 0
         for i, part in enumerate(parts):
             nats = nats + built.micro_batch(part, first=i == 0, last=i == len(parts) - 1)
-        clip_gradients(built.model, built.config.optim.clip)
+        clip_gradients(built.model, built.config.optim.clip, built.optimizers)
         for optimizer in built.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)

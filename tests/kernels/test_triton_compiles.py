@@ -18,7 +18,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from kernels import sass, triton_common  # noqa: E402
+from kernels import adamw, sass, triton_common  # noqa: E402
 from kernels.quantize import triton_kernels, triton_ops, triton_shaped, triton_tiles  # noqa: E402
 from kernels.selftest import conversion  # noqa: E402
 from kernels.spec import HIF4_SCALES, MXFP4_SCALES, NVFP4_SCALES, QuantSpec  # noqa: E402
@@ -173,6 +173,16 @@ def test_tile_kernels_compile(target: int, tmp_path: Path):
     assert_e2m1_instruction_on_blackwell_only(check, target, tmp_path)
     signs = dict(STREAM=1, DIM=16, FIXED=False, INTERPRET=False)
     assert compile_kernel(triton_kernels.signs_kernel, signs, target, 1).asm["cubin"]
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+def test_adamw_compiles_and_reads_four_neighbours_at_once(aligned: bool):
+    form = dict(LERP=True, DECAY64=True, EPS64=True, ALIGNED=aligned, BLOCK=adamw.BLOCK, BLOCKS=adamw.BLOCKS)
+    types = {name: "i64" for name in adamw.adamw_kernel.arg_names if name.endswith("bits")}
+    types |= {name: "*i64" for name in ("address_ptr", "size_ptr", "tensor_ptr", "first_ptr")}
+    types |= dict(factor_ptr="*fp32", skip_ptr="*fp32")
+    compiled = compile_kernel(adamw.adamw_kernel, form | dict(INTERPRET=False), 90, **types)
+    assert ("ld.global.v4" in compiled.asm["ptx"]) == aligned and ".local" not in compiled.asm["ptx"]
 
 
 FORMS = {

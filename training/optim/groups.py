@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from training.config import OptimSection
+from training.optim.adamw import ClippingAdamW
 from training.optim.muon import Muon, PlainMuon
 from training.optim.schedule import Schedule
 from training.start.derive import MUON_IS_FOR
@@ -15,7 +16,7 @@ from training.start.derive import MUON_IS_FOR
 REFERENCE_WIDTH, REFERENCE_LAYERS = 768, 12
 
 
-def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> ClippingAdamW:
     """AdamW over the FP32 master weights."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
@@ -25,12 +26,12 @@ def build_optimizer(model: nn.Module, config: OptimSection, lr: float) -> torch.
     return adamw([group for group in groups if group["params"]], config, lr)
 
 
-def adamw(groups: list[dict[str, Any]], config: OptimSection, lr: float) -> torch.optim.AdamW:
-    """One fused kernel per group where torch has one for the device."""
+def adamw(groups: list[dict[str, Any]], config: OptimSection, lr: float) -> ClippingAdamW:
+    """One fused kernel per group where there is one for the device."""
     devices = {parameter.device.type for group in groups for parameter in group["params"]}
     beta1, beta2 = config.betas
     fused = devices <= {"cuda", "cpu"}
-    return torch.optim.AdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, weight_decay=0.0, fused=fused)
+    return ClippingAdamW(groups, lr=lr, betas=(beta1, beta2), eps=config.eps, weight_decay=0.0, fused=fused)
 
 
 def build_optimizers(model: nn.Module, config: OptimSection, lr: float) -> list[torch.optim.Optimizer]:
@@ -81,18 +82,32 @@ def set_rates(optimizers: list[torch.optim.Optimizer], schedule: Schedule, step:
 
 
 @torch.no_grad()
-def clip_gradients(model: nn.Module, max_norm: float | None) -> Tensor:
+def clip_gradients(
+    model: nn.Module, max_norm: float | None, optimizers: Sequence[torch.optim.Optimizer] = ()
+) -> Tensor:
     """Scale all gradients so that their global L2 norm is at most `max_norm`; returns the norm before, FP32 [].
 
+    Those of `optimizers` that can do so scale theirs in their next step, to the same bits: no pass over the gradients.
     No device synchronization. A sharded model (DTensor gradients) gives the norm over all shards.
     """
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
-    if max_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    if max_norm is None:
+        return norm
+    later = set()
+    for optimizer in optimizers:
+        if isinstance(optimizer, ClippingAdamW) and optimizer.can_clip():
+            optimizer.factor = clip_factor(norm, max_norm)
+            later |= {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p not in later], max_norm, norm)
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What torch's clip_grads_with_norm_ multiplies by, FP32 []."""
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def create_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:
