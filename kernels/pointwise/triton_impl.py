@@ -5,7 +5,13 @@ two halves as one masked output; RoPE's loads single elements around a `flip` an
 norm's leaves the BF16 copy of the stream's gradient, which the next GEMMs read, to a kernel of its own.
 Results equal autograd's up to the order of FP32 operations; of the gain's gradient, FP32 sums over tokens in a fixed
 order that depends on the shape alone.
+
+What these kernels write is the dY of the linear layer before, and a per-tensor quantizer asks for its largest magnitude
+first. Each has a second operator, *_measured, that gives the maxima of its programs beside what the first one gives;
+measured.py puts it where a compiled graph would read a tensor again for its maximum.
 """
+
+import math
 
 import torch
 import triton
@@ -13,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.pointwise import reference_impl
+from kernels.triton_common import max_nan
 
 BF16 = torch.bfloat16
 # Programs that share the rows of a norm's backward: one wave on an H100; fixed, so that sums don't follow the GPU.
@@ -46,11 +53,25 @@ class _SwiGLU(torch.autograd.Function):
 @torch.library.custom_op("nibble::swiglu_backward", mutates_args=())
 def swiglu_backward(dh: Tensor, gate_up: Tensor) -> Tensor:
     """dh [..., F] and gate_up [..., 2 F], contiguous BF16 -> the gradient of gate_up."""
+    return _swiglu_backward(dh, gate_up, None)
+
+
+@torch.library.custom_op("nibble::swiglu_backward_measured", mutates_args=())
+def swiglu_backward_measured(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    largest = dh.new_empty(math.prod(_swiglu_grid(dh)))
+    return _swiglu_backward(dh, gate_up, largest), largest
+
+
+def _swiglu_backward(dh: Tensor, gate_up: Tensor, largest: Tensor | None) -> Tensor:
     out = torch.empty_like(gate_up)
     hidden, rows = dh.shape[-1], dh.numel() // dh.shape[-1]
-    grid = (triton.cdiv(rows, SWIGLU_ROWS), triton.cdiv(hidden, SWIGLU_COLUMNS))
-    swiglu_kernel[grid](dh, gate_up, out, rows, hidden, ROWS=SWIGLU_ROWS, COLUMNS=SWIGLU_COLUMNS)
+    swiglu_kernel[_swiglu_grid(dh)](dh, gate_up, out, largest, rows, hidden, ROWS=SWIGLU_ROWS, COLUMNS=SWIGLU_COLUMNS)
     return out
+
+
+def _swiglu_grid(dh: Tensor) -> tuple[int, int]:
+    hidden, rows = dh.shape[-1], dh.numel() // dh.shape[-1]
+    return triton.cdiv(rows, SWIGLU_ROWS), triton.cdiv(hidden, SWIGLU_COLUMNS)
 
 
 @swiglu_backward.register_fake
@@ -58,9 +79,16 @@ def _(dh: Tensor, gate_up: Tensor) -> Tensor:
     return torch.empty_like(gate_up)
 
 
+@swiglu_backward_measured.register_fake
+def _(dh: Tensor, gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(gate_up), dh.new_empty(math.prod(_swiglu_grid(dh)))
+
+
 @triton.jit
-def swiglu_kernel(dh_ptr, gate_up_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program per tile [ROWS, COLUMNS] of dh."""
+def swiglu_kernel(
+    dh_ptr, gate_up_ptr, out_ptr, largest_ptr, rows, hidden, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):  # fmt: skip
+    """One program per tile [ROWS, COLUMNS] of dh. largest_ptr: BF16, one a program, or None."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     mask = (row < rows) & (column < hidden)
@@ -70,8 +98,18 @@ def swiglu_kernel(dh_ptr, gate_up_ptr, out_ptr, rows, hidden, ROWS: tl.constexpr
     up = tl.load(gate_up_ptr + at + hidden, mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(gate)
     d_gate = dh * up * sigmoid * (1.0 + gate * (1.0 - sigmoid))
+    d_up = dh * gate * sigmoid
     tl.store(out_ptr + at, d_gate.to(tl.bfloat16), mask=mask)
-    tl.store(out_ptr + at + hidden, (dh * gate * sigmoid).to(tl.bfloat16), mask=mask)
+    tl.store(out_ptr + at + hidden, d_up.to(tl.bfloat16), mask=mask)
+    if largest_ptr is not None:
+        larger = tl.maximum(tl.abs(d_gate), tl.abs(d_up), propagate_nan=tl.PropagateNan.ALL)
+        _store_largest(largest_ptr + tl.program_id(0) * tl.num_programs(1) + tl.program_id(1), larger)
+
+
+@triton.jit
+def _store_largest(at, magnitudes):
+    """Of FP32 [rows, columns], rounded as its elements were: rounding keeps their order."""
+    tl.store(at, tl.reduce(tl.reduce(magnitudes, 1, max_nan), 0, max_nan).to(tl.bfloat16))
 
 
 def rope_heads(qkv: Tensor, table: Tensor, heads: int, kv_heads: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,12 +132,23 @@ class _RopeHeads(torch.autograd.Function):
 @torch.library.custom_op("nibble::rope_backward", mutates_args=())
 def rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor) -> Tensor:
     """Gradients of q, k, v [B, H, T, K], BF16 -> that of qkv [B, T, 3 H K]: q and k turned back."""
+    return _rope_backward(dq, dk, dv, table, None)
+
+
+@torch.library.custom_op("nibble::rope_backward_measured", mutates_args=())
+def rope_backward_measured(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    largest = dq.new_empty(dq.shape[0] * dq.shape[2])
+    return _rope_backward(dq, dk, dv, table, largest), largest
+
+
+def _rope_backward(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor, largest: Tensor | None) -> Tensor:
     batch, heads, length, head_dim = dq.shape
     dq, dk, dv = (_pairs(d) for d in (dq, dk, dv))
     out = torch.empty(batch, length, 3 * heads * head_dim, dtype=BF16, device=dq.device)
     rope_kernel[(batch * length,)](
-        dq, dk, dv, table, out.view(torch.int32), length, heads, table.stride(0), *dq.stride()[:3], *dk.stride()[:3],
-        *dv.stride()[:3], PAIRS=head_dim // 2, HEADS=triton.next_power_of_2(heads), num_warps=ROPE_WARPS,
+        dq, dk, dv, table, out.view(torch.int32), largest, length, heads, table.stride(0), *dq.stride()[:3],
+        *dk.stride()[:3], *dv.stride()[:3], PAIRS=head_dim // 2, HEADS=triton.next_power_of_2(heads),
+        num_warps=ROPE_WARPS,
     )  # fmt: skip
     return out
 
@@ -116,13 +165,20 @@ def _(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor) -> Tensor:
     return dq.new_empty(batch, length, 3 * heads * head_dim)
 
 
+@rope_backward_measured.register_fake
+def _(dq: Tensor, dk: Tensor, dv: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    batch, heads, length, head_dim = dq.shape
+    return dq.new_empty(batch, length, 3 * heads * head_dim), dq.new_empty(batch * length)
+
+
 @triton.jit
 def rope_kernel(
-    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr, length, heads, sin_offset,
+    dq_ptr, dk_ptr, dv_ptr, table_ptr, out_ptr, largest_ptr, length, heads, sin_offset,
     q_batch, q_head, q_step, k_batch, k_head, k_step, v_batch, v_head, v_step,
     PAIRS: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """One program per token. A pair is one word, so that its two values stay in one thread."""
+    """One program per token. A pair is one word, so that its two values stay in one thread. largest_ptr: BF16, one a
+    program, or None."""
     token = tl.program_id(0)
     step, sequence = token % length, (token // length).to(tl.int64)
     head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
@@ -134,9 +190,19 @@ def rope_kernel(
     dk = tl.load(dk_ptr + sequence * k_batch + step * k_step + head * k_head + pair, mask=inside, other=0)
     dv = tl.load(dv_ptr + sequence * v_batch + step * v_step + head * v_head + pair, mask=inside, other=0)
     out = out_ptr + token.to(tl.int64) * (3 * heads * PAIRS) + head * PAIRS + pair
-    tl.store(out, _turned_back(dq, cos, sin), mask=inside)
-    tl.store(out + heads * PAIRS, _turned_back(dk, cos, sin), mask=inside)
+    dq, dk = _turned_back(dq, cos, sin), _turned_back(dk, cos, sin)
+    tl.store(out, dq, mask=inside)
+    tl.store(out + heads * PAIRS, dk, mask=inside)
     tl.store(out + 2 * heads * PAIRS, dv, mask=inside)
+    if largest_ptr is not None:
+        # Magnitudes of BF16 are ordered as their bits are, NaN last.
+        bits = tl.max(tl.max(tl.maximum(tl.maximum(_larger(dq), _larger(dk)), _larger(dv)), 1), 0)
+        tl.store(largest_ptr + token, (bits << 16).to(tl.float32, bitcast=True).to(tl.bfloat16))
+
+
+@triton.jit
+def _larger(word):
+    return tl.maximum(word & 0x7FFF, (word >> 16) & 0x7FFF)
 
 
 @triton.jit
@@ -181,6 +247,20 @@ def norm_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of add_norm over rows of D: total and d_total [..., D] FP32 or BF16, inverse [..., 1] FP32, dy [..., D]
     BF16 -> (gradient of the stream in its dtype, the same in BF16, partial sums [programs, D] of the gain's)."""
+    return _norm_backward(total, inverse, weight, d_total, dy, None)
+
+
+@torch.library.custom_op("nibble::norm_backward_measured", mutates_args=())
+def norm_backward_measured(
+    total: Tensor, inverse: Tensor, weight: Tensor, d_total: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    largest = dy.new_empty(_norm_programs(total.numel() // total.shape[-1]))
+    return *_norm_backward(total, inverse, weight, d_total, dy, largest), largest
+
+
+def _norm_backward(
+    total: Tensor, inverse: Tensor, weight: Tensor, d_total: Tensor, dy: Tensor, largest: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     width, rows = total.shape[-1], total.numel() // total.shape[-1]
     padded = triton.next_power_of_2(width)
     tile = max(1, NORM_TILE // padded)
@@ -188,8 +268,8 @@ def norm_backward(
     d_residual, d_branch = torch.empty_like(total), torch.empty_like(dy)
     parts = torch.empty(programs, width, dtype=torch.float32, device=total.device)
     norm_kernel[(programs,)](
-        total, inverse, weight, d_total, dy, d_residual, d_branch, parts, rows, triton.cdiv(rows, programs), width,
-        PADDED=padded, ROWS=tile, num_warps=8,
+        total, inverse, weight, d_total, dy, d_residual, d_branch, parts, largest, rows, triton.cdiv(rows, programs),
+        width, PADDED=padded, ROWS=tile, num_warps=8,
     )  # fmt: skip
     return d_residual, d_branch, parts
 
@@ -200,6 +280,15 @@ def _(total: Tensor, inverse: Tensor, weight: Tensor, d_total: Tensor, dy: Tenso
     return torch.empty_like(total), torch.empty_like(dy), weight.new_empty(programs, total.shape[-1])
 
 
+@norm_backward_measured.register_fake
+def _(
+    total: Tensor, inverse: Tensor, weight: Tensor, d_total: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    programs = _norm_programs(total.numel() // total.shape[-1])
+    parts = weight.new_empty(programs, total.shape[-1])
+    return torch.empty_like(total), torch.empty_like(dy), parts, dy.new_empty(programs)
+
+
 def _norm_programs(rows: int) -> int:
     return min(NORM_PROGRAMS, rows)
 
@@ -207,13 +296,14 @@ def _norm_programs(rows: int) -> int:
 @triton.jit
 def norm_kernel(
     total_ptr, inverse_ptr, weight_ptr, d_total_ptr, dy_ptr, d_residual_ptr, d_branch_ptr, parts_ptr,
-    rows, share, width, PADDED: tl.constexpr, ROWS: tl.constexpr,
+    largest_ptr, rows, share, width, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """One program per `share` consecutive rows, ROWS of them at a time."""
+    """One program per `share` consecutive rows, ROWS of them at a time. largest_ptr: BF16, one a program, or None."""
     program = tl.program_id(0)
     column = tl.arange(0, PADDED)[None, :]
     weight = tl.load(weight_ptr + column, mask=column < width, other=0.0)
     d_weight = tl.zeros([ROWS, PADDED], tl.float32)
+    largest = tl.zeros([ROWS, PADDED], tl.float32)
     last = tl.minimum((program + 1) * share, rows)
     for first in range(program * share, last, ROWS):
         row = first + tl.arange(0, ROWS)[:, None]
@@ -229,6 +319,10 @@ def norm_kernel(
         gradient = d_total + inverse * (dy - x * mean)
         tl.store(d_residual_ptr + at, gradient.to(d_residual_ptr.dtype.element_ty), mask=mask)
         tl.store(d_branch_ptr + at, gradient.to(tl.bfloat16), mask=mask)
+        if largest_ptr is not None:
+            largest = tl.maximum(largest, tl.abs(gradient), propagate_nan=tl.PropagateNan.ALL)
+    if largest_ptr is not None:
+        _store_largest(largest_ptr + program, largest)
     tl.store(parts_ptr + program * width + column, tl.sum(d_weight, axis=0)[None, :], mask=column < width)
 
 

@@ -106,6 +106,18 @@ def test_alignment_is_the_largest_common_power_of_two():
     assert cublaslt._alignment(storage, storage[8:]) == 8
 
 
+def test_a_product_without_scales_is_torchs_until_another_has_its_bits(fake_library, monkeypatch):
+    """As on a GPU, but that the library multiplies on the host."""
+    left, right = torch.randn(5, 7).t(), torch.randn(5, 3)
+    monkeypatch.setattr(cublaslt, "_may_settle", lambda out: True)
+    monkeypatch.setattr(cublaslt, "_shortest", lambda run, one: run(one) or (2.0 if one is None else 1.0))
+    monkeypatch.setattr(cublaslt, "_sums_of_bits", lambda out: out.mul(1024).round())
+    torch.testing.assert_close(cublaslt.mm(left, right, torch.float32), left @ right)
+    chosen = cublaslt._chosen(left, right, torch.empty(7, 3), plain=True)
+    assert chosen.best is chosen.candidates[0] and not chosen.tries
+    torch.testing.assert_close(cublaslt.mm(left, right, torch.float32), left @ right)
+
+
 @pytest.mark.parametrize(("is_zero", "expected"), [(False, 3), (True, 0)])
 def test_the_fastest_algorithm_that_gives_the_usual_bits_is_taken(fake_library, monkeypatch, is_zero, expected):
     """Number 2 is the fastest and sums in another order; of zeros all have the same bits, which proves nothing."""

@@ -6,6 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 
 from kernels.pointwise import reference_impl, triton_impl  # noqa: E402
+from kernels.pointwise.measured import MeasuredMaxima  # noqa: E402
 from models.llama import rope_table  # noqa: E402
 
 ON_GPU = torch.cuda.is_available()
@@ -91,3 +92,52 @@ def test_add_norm(stream, rows, width, monkeypatch):
     else:
         torch.testing.assert_close(got[2], expected[2], rtol=1e-4, atol=1e-3)
         assert_one_rounding_apart(got[:2], expected[:2])
+
+
+def cases():
+    """(operator, its measured form, arguments, index of the output that is measured)"""
+    nibble = torch.ops.nibble
+    flat = [bf16(9, 48, seed=i).detach() for i in range(3)]
+    norm = [flat[0].float(), flat[1][:, :1].float(), flat[2][0].float(), flat[1].float(), flat[2]]
+    heads = [bf16(2, 3, 7, 16, seed=i).detach() for i in (1, 2, 3)]
+    return [
+        (nibble.swiglu_backward, nibble.swiglu_backward_measured, [flat[0], torch.cat(flat[1:], 1)], 0),
+        (nibble.rope_backward, nibble.rope_backward_measured, [*heads, rope_table(12, 16, 1e4).to(DEVICE)], 0),
+        (nibble.norm_backward, nibble.norm_backward_measured, norm, 1),
+    ]
+
+
+@pytest.mark.parametrize("number", range(3))
+@pytest.mark.parametrize("bad", [None, float("nan"), float("inf")])
+def test_what_is_measured_while_written_is_the_maximum(number, bad):
+    operator, measured, arguments, index = cases()[number]
+    if bad is not None:
+        arguments[2 if number == 1 else -1].view(-1)[-1] = bad
+    plain, (*outputs, largest) = operator(*arguments), measured(*arguments)
+    plain = plain if isinstance(plain, tuple) else (plain,)
+    for one, other in zip(plain, outputs, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(largest.amax(), plain[index].abs().amax(), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_compiled_graph_measures_what_it_would_read_again(number):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    operator, measured, arguments, index = cases()[number]
+
+    def consumer(*arguments):
+        made = operator(*arguments)
+        out = made[index] if isinstance(made, tuple) else made
+        return out, out.flatten(0, -2).abs().amax(-1).amax(), out.abs().amax(0)  # the last one is no maximum of all
+
+    graph = make_fx(consumer, tracing_mode="fake")(*arguments)
+    before = graph(*arguments)
+    MeasuredMaxima()(graph.graph)
+    graph.recompile()
+    targets = [node.target for node in graph.graph.nodes]
+    assert measured.default in targets and operator.default not in targets
+    for one, other in zip(before, graph(*arguments), strict=True):
+        assert torch.equal(one, other)
+    magnitudes = [node for node in graph.graph.nodes if node.target is torch.ops.aten.abs.default]
+    assert len(magnitudes) == 1

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,10 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
         return
     torch._dynamo.config.recompile_limit = GRAPHS_PER_METHOD
     loss.model.blockwise = is_blockwise(config, device)
+    if find_spec("triton"):
+        from kernels.pointwise.measured import MeasuredMaxima  # here: it takes seconds and belongs to the compiler
+
+        torch._inductor.config.post_grad_custom_pre_pass = MeasuredMaxima()
     for module, method in loss.model.regions():
         setattr(module, method, torch.compile(getattr(module, method), fullgraph=fullgraph, dynamic=False))
 
