@@ -6,7 +6,8 @@ from html import escape
 
 import matplotlib.pyplot as plt
 
-from analysis import chart, html, inside, lifting, plots, slot_errors, tables, verdict
+from analysis import chart, forks, html, inside, lifting, plots, slot_errors, tables, verdict
+from analysis import served as served_losses
 from analysis.compare import Group, Row
 from analysis.equal_loss import EqualLoss, equal_loss
 from analysis.pairing import RESOLVED
@@ -52,6 +53,8 @@ def build(
         html.glossary(tables.GLOSSARY),
         html.note(tables.methods(rows)),
         *pairwise(groups, found),
+        *served(groups, base),
+        *tree(groups),
         *equal_losses(groups, base),
         *overlay(rows, theirs),
         *inside.section(groups, base),
@@ -91,6 +94,28 @@ def pairwise(groups: list[Group], found: list[Pair]) -> list[str]:
         html.table(["", *labels], rows, "pairwise"),
         html.note(note),
     ]
+
+
+def served(groups: list[Group], base: Group) -> list[str]:
+    found = served_losses.served(groups, base)
+    if not found:
+        return []
+    table = html.table(served_losses.header(found), served_losses.cells(found), "served")
+    return [html.heading("The same weights under other forwards"), table, html.note(served_losses.NOTE)]
+
+
+def tree(groups: list[Group]) -> list[str]:
+    """Which runs are forks of which."""
+    roots = forks.trees(groups)
+    if not roots:
+        return []
+    figure = forks.figure(roots)
+    drawn = html.picture(figure, forks.text(roots))
+    plt.close(figure)
+    note = (
+        "Final losses, means over trunks, minus the parent's where both ended at one step. Tails of one trunk are one."
+    )
+    return [html.heading("Forks"), drawn, html.note(note)]
 
 
 def _pair_cell(pair: Pair, sign: int) -> tuple[str, str]:

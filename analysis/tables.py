@@ -3,7 +3,7 @@
 import csv
 import io
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from analysis.compare import Row
 from analysis.pairing import Gap
@@ -122,10 +122,19 @@ def cells(row: Row) -> tuple[str, ...]:
 
 def text(rows: list[Row]) -> str:
     """Aligned columns for a terminal."""
-    lines = [HEADER, *(cells(r) for r in rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
+    return aligned([HEADER, *(cells(r) for r in rows)])
+
+
+def aligned(lines: list[Sequence[str]]) -> str:
+    """The first and the last column to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    last = len(widths) - 1
     return "\n".join(
-        "  ".join(_pad(c, w, i) for i, (c, w) in enumerate(zip(line, widths, strict=True))) for line in lines
+        "  ".join(
+            cell.ljust(w) if i in (0, last) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
     )
 
 
@@ -186,7 +195,3 @@ def signed(value: float, digits: int = 2) -> str:
 
 def _number(value: float, form: str) -> str:
     return "-" if math.isnan(value) else form.format(value)
-
-
-def _pad(cell: str, width: int, column: int) -> str:
-    return cell.ljust(width) if column in (0, len(HEADER) - 1) else cell.rjust(width)

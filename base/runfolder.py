@@ -6,7 +6,7 @@ Training writes by this module and analysis reads by it. A new metric is produce
     config.yaml run.json plan.json env.json start.txt   at start
     metrics.jsonl eval/<step>.npz checkpoints/          while it goes, .lock held
     result.json                                         at the end
-    score/<step>.json score/<step>.npz                  by scripts/score.py, whenever it is called
+    score/<step>.json score/<step>.npz                  by evaluate.served, or scripts/score.py at any time
     tasks/<step>.json                                   by its --tasks and --core: TASK
     profile/rank<n>.trace.json.gz, .memory.pickle       where profile.steps asks for them
     capture/<step>/                                     tensors of linear layers (training/capture.py), if asked for
@@ -54,6 +54,15 @@ class Field:
     kept: bool = True
 
 
+# Forwards under which a model's weights are scored beside its own (training/served.py).
+FORWARDS = {
+    "bf16": "every GEMM in BF16",
+    "nvfp4": "X and W in NVFP4, RTN with Four-over-Six, the fixed quantizer under which 4-bit models are compared",
+    "nvfp4_x": "X alone so",
+    "nvfp4_w": "W alone so",
+    "nvfp4_absmax": "both in NVFP4 without Four-over-Six",
+    "fp8": "both in E4M3 with a scale a tensor",
+}
 KIND = Field("train, eval, slots, errors, xray, oscillation or event")
 STEP = Field("completed optimizer steps", column=True)
 TOKENS = Field("tokens trained on so far", column=True)
@@ -89,6 +98,11 @@ ROWS: dict[str, dict[str, Field]] = {
         "se": Field("standard error of loss over documents; null for fewer than two", column=True),
         "loss_bf16": Field("loss of the same weights with every GEMM in BF16"),
         "loss_ema": Field("loss of the weights' moving average (hooks.ema)"),
+        **{
+            f"loss_{name}": Field(f"loss of the same weights with {what} (evaluate.served), at the end")
+            for name, what in FORWARDS.items()
+            if name != "bf16"
+        },
         "time": TIME,
     },
     "xray": {

@@ -18,7 +18,7 @@ from base.terminal import one_line_on_ctrl_c
 if __name__ == "__main__":
     one_line_on_ctrl_c("compare")
 
-from analysis import contrasts, noise, pairs, publish, published, tables, verdict
+from analysis import contrasts, noise, pairs, publish, published, served, tables, verdict
 from analysis.alike import differences
 from analysis.compare import Group, Row, group_runs, pick_baseline, table
 from analysis.contrasts import Contrast
@@ -78,7 +78,8 @@ def write(
     found: list[pairs.Pair],
     claims: list[Contrast] | None,
 ) -> list[Path]:
-    """compare.{csv,md,png,html}, pairs.csv and, for `claims`, contrasts.csv in `out`; returns their paths."""
+    """compare.{csv,md,png,html}, pairs.csv, served.csv where weights were scored, contrasts.csv for
+    `claims`, in `out`; returns their paths."""
     from analysis import plots, report  # here: they import matplotlib
 
     points = published.load(args.published) if args.published.exists() else {}
@@ -86,15 +87,26 @@ def write(
     paths = [out / f"compare.{suffix}" for suffix in ("csv", "md", "png", "html")] + [out / "pairs.csv"]
     write_text(paths[0], tables.to_csv(rows))
     below = [f"{tables.NOTE} {judged_by(rows, found)}", *(f"**Mixed:** {note}" for note in notes)]
+    scored = served.served(groups, base)
+    below += [served.markdown(scored)] if scored else []
     below += [] if claims is None else [f"```\n{contrasts.text(claims)}\n```"]
     write_text(paths[1], "\n\n".join([tables.markdown(rows).rstrip("\n"), *below]) + "\n")
     plots.save(plots.figure(groups, base, rows), paths[2])
     write_text(paths[3], report.build(groups, base, rows, notes, found, points))
     write_text(paths[4], pairs.to_csv(found))
+    if scored:
+        paths.append(out / "served.csv")
+        write_text(paths[-1], served.to_csv(scored))
     if claims is not None:
         paths.append(out / "contrasts.csv")
         write_text(paths[-1], contrasts.to_csv(claims))
     return paths
+
+
+def tree(groups: list[Group]) -> str:
+    from analysis import forks  # here: it imports matplotlib
+
+    return forks.text(forks.trees(groups))
 
 
 def judged_by(rows: list[Row], found: list[pairs.Pair]) -> str:
@@ -125,6 +137,9 @@ def main() -> int:
     for note in notes:
         print(f"MIXED: {note}")
     print(tables.text(rows), tables.NOTE, judged_by(rows, found), sep="\n\n")
+    for more in (served.text(served.served(groups, base)), tree(groups)):
+        if more:
+            print("\n" + more)
     if claims is not None:
         print("\n" + contrasts.text(claims))
     print("", *verdict.sentences(rows, found), sep="\n")

@@ -34,7 +34,8 @@ from training.harness import Harness
 from training.inference import run_tokenizer
 from training.likelihood import opened
 from training.ranks.distributed import setup
-from training.score import FORWARDS, OWN, Scored, score
+from training.score import score
+from training.served import FORWARDS, OWN, Scored
 from training.start.failures import one_line_errors
 
 

@@ -169,6 +169,7 @@ class EvaluateSection:
     tokens: float | None = 1048576  # of the validation split, always the same ones; null: all
     final_tokens: float | None = None  # at the last step; null: the whole validation split
     bf16: bool = False  # report the unquantized model too
+    served: bool = False  # at the end, the same weights under other forwards: BF16, NVFP4, FP8 (scripts/score.py)
     slots: bool = True  # count clipping and underflow per operand slot
 
     def __post_init__(self) -> None:

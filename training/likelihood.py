@@ -23,7 +23,7 @@ from training.config import TrainConfig
 from training.evaluate import EVAL_MICRO_BASE
 from training.ranks.distributed import Dist
 from training.reopen import reopen
-from training.score import OWN, all_forwards
+from training.served import OWN, all_forwards
 
 BLOCK = 16  # positions of a batch are a multiple: blocks of 16x16 divide it
 

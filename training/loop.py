@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from base.flops import mfu_formula
-from base.runfolder import RESULT, segments_file
+from base.runfolder import FORWARDS, RESULT, segments_file
 from data.evalset import EvalSet
 from training.checkpoint.state import Checkpointer, Saved, TrainState
 from training.checkpoint.storage import NonFiniteState
@@ -278,13 +278,13 @@ class Trainer:
         return evaluate(nats_per_token, evalset, self.numbers.micro, self.p.ranks, before_batch)
 
     def _evaluate(self, evalset: EvalSet, at_end: bool = False) -> dict[str, float | None]:
-        """Score, write eval/<step>.npz, the eval row and those of the probes; returns {loss, bpb, se, ...}."""
+        """Score, write eval/<step>.npz, the eval row and those of the probes; returns the row's {loss, bpb, ...}."""
         step = self.state.step
         for hook in self.state.hooks.values():
             hook.before_evaluation(step)
         nats = self._score(evalset)
         probes = self._due_probes(at_evaluation=True)
-        context = self._context(Evaluation(evalset, nats, lambda: evalset.summary(self._score(evalset))))
+        context = self._context(Evaluation(evalset, nats, lambda: self._score(evalset)))
         summary, beside = evalset.summary(nats), {}
         for probe in probes.values():
             beside |= probe.scores(context)
@@ -302,7 +302,7 @@ class Trainer:
             f"eval at step {step}: {summary['loss']:.4f}{error} nats/token{others}, "
             f"{about}{summary['bpb']:.4f} bits/byte over {evalset.targets:,} tokens"
         )
-        return summary
+        return summary | beside
 
     def _evaluate_named(self, at_end: bool) -> dict[str, float | None]:
         """Score data.val_sets; returns {loss/<name>, bpb/<name>, se/<name>}, the rows go to eval/<name>/<step>.npz."""
@@ -372,6 +372,11 @@ class Trainer:
         self.p.console.say(f"finished: {self.p.folder.path}")
         return 0
 
+    def _served(self, final: dict[str, float | None]) -> dict[str, dict[str, float]]:
+        """{served: {forward: loss}} where evaluate.served asked for it."""
+        losses = {name: final[f"loss_{name}"] for name in FORWARDS if f"loss_{name}" in final}
+        return {"served": losses} if len(losses) == len(FORWARDS) else {}
+
     def _result(self, final: dict[str, float | None]) -> dict[str, Any]:
         rows = self.p.loggers.file.rows()
         train = [row for row in rows if row["kind"] == "train"]
@@ -385,6 +390,7 @@ class Trainer:
             **({"final_bpb_approximate": True} if final.get("bpb_approximate") else {}),
             "final_se": final["se"],
             **{f"final_{key}": value for key, value in final.items() if "/" in key},
+            **self._served(final),
             "wall_s": self._wall_s(),
             "train_loss_last": train[-1]["loss"] if train else None,
             "ms_per_step_median": median(row["ms_per_step"] for row in train) if train else None,

@@ -12,6 +12,7 @@ SOMETIMES = {"bpb_approximate"}  # tests/training/test_given_tokenizers.py
 
 def test_every_row_of_a_run_is_declared_and_every_field_is_written(run, stop_after):
     words = ("quant=quartet2", "evaluate.bf16=true", "evaluate.slots=true", "hooks.ema.decay=0.9", "probes.errors={}")
+    words += ("evaluate.served=true",)
     words += ("probes.xray={steps: [5], tokens: 128, slices: 2, draws: 3, recipes: [nvidia]}",)
     words += ("probes.oscillation={every: 5, window: 2}",)
     with stop_after(3):

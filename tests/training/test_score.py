@@ -17,7 +17,8 @@ from training.inference import find_checkpoint, run_tokenizer
 from training.likelihood import opened
 from training.loss import LossModel
 from training.ranks.distributed import Dist
-from training.score import FORWARDS, forward_recipe, score
+from training.score import score
+from training.served import FORWARDS, forward_recipe
 
 ROOT = Path(__file__).parents[2]
 CPU = Dist(0, 1, 0, torch.device("cpu"))
@@ -63,6 +64,23 @@ def test_own_and_bf16_are_what_the_run_itself_measured(trained, rows):
     assert np.array_equal(found.nats["nvfp4@*"], found.nats["nvfp4"])
     different = ["bf16", "nvfp4", "nvfp4_x", "nvfp4_w", "nvfp4_absmax", "fp8", "nvfp4@*.mlp.*", "nvfp4@*.attn.*"]
     assert len({table[name]["loss"] for name in different}) == len(different)
+
+
+def test_a_run_scores_its_final_weights_itself_as_the_script_does(run, rows, script):
+    """Bit for bit: its file, its last row, and result.json, which the script writes alike."""
+    _, folder = run("quant=sr", "evaluate.served=true", "evaluate.tokens=512", "compile=false")
+    own = np.load(folder / "score" / "10.npz")
+    first, last = rows(folder, "eval")
+    result = json.loads((folder / "result.json").read_text())
+    assert not first.keys() & {"loss_fp8", "loss_bf16"} and result["served"].keys() == FORWARDS.keys()
+    assert result["served"] == {name: last[f"loss_{name}"] for name in FORWARDS}
+    assert len({*result["served"].values()}) == len(FORWARDS)
+    assert last["loss"] == last["loss_nvfp4_absmax"]  # sr's own forward
+    (folder / "result.json").write_text(json.dumps(result | {"served": None}))
+    assert script(str(folder))[0] == 0
+    assert json.loads((folder / "result.json").read_text()) == result
+    again = np.load(folder / "score" / "10.npz")
+    assert own.files == again.files and all(np.array_equal(own[name], again[name]) for name in own.files)
 
 
 def test_a_mixture_is_scored_on_the_text_that_it_was_evaluated_on(run, rows, mix, mixed_folders, script):

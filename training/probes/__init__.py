@@ -14,12 +14,14 @@ from training.probes.bf16 import Bf16
 from training.probes.capture import Capture
 from training.probes.oscillation import Oscillation
 from training.probes.other_weights import OtherWeights
+from training.probes.served import Served
 from training.probes.slots import Errors, Slots
 from training.probes.xray import Xray
 from training.start.derive import Numbers
 
 PROBES: dict[str, type[Probe]] = {
     "bf16": Bf16,
+    "served": Served,
     "other_weights": OtherWeights,
     "slots": Slots,
     "errors": Errors,
@@ -30,11 +32,13 @@ PROBES: dict[str, type[Probe]] = {
 
 
 def read(config: TrainConfig, coming: Coming, is_quantized: bool, has_hooks: bool) -> dict[str, Any]:
-    """{name: checked options} in the order in which they are asked. `evaluate.bf16` and `evaluate.slots` ask for the
-    probes of these names; slots are counted where there is something to count."""
+    """{name: checked options} in the order in which they are asked. `evaluate.bf16`, `served` and `slots` ask for
+    the probes of these names; slots are counted where there is something to count."""
     asked: dict[str, Mapping[str, Any]] = {}
     if config.evaluate.bf16:
         asked["bf16"] = {}
+    if config.evaluate.served:
+        asked["served"] = {}
     if has_hooks:
         asked["other_weights"] = {}
     if config.evaluate.slots and is_quantized:

@@ -31,12 +31,16 @@ from training.start.memory import MemoryEstimate
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was scored. `nats`: FP64, one per segment of `evalset`. `score()` does it again, under what the caller has
-    changed meanwhile: {loss, bpb, se}."""
+    """What was scored. `nats`: FP64, one per segment of `evalset`. `again()` does it once more, under what the caller
+    has changed meanwhile."""
 
     evalset: EvalSet
     nats: np.ndarray
-    score: Callable[[], dict[str, float | None]]
+    again: Callable[[], np.ndarray]
+
+    def score(self) -> dict[str, float | None]:
+        """{loss, bpb, se} of `again`."""
+        return self.evalset.summary(self.again())
 
 
 @dataclass(frozen=True)
