@@ -47,6 +47,44 @@ def binade(magnitude):
     return (magnitude.to(tl.int32, bitcast=True) & EXPONENT_MASK).to(tl.float32, bitcast=True)
 
 
+@triton.constexpr_function
+def interpreted():
+    return triton.knobs.runtime.interpret
+
+
+@triton.jit
+def _clamped(x, LIMIT: tl.constexpr):
+    """x's sign on min(|x|, LIMIT)."""
+    if interpreted():
+        return tl.minimum(tl.maximum(x, -LIMIT), LIMIT)
+    return tl.inline_asm_elementwise(
+        "min.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [x, LIMIT], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def _floored(x, LIMIT: tl.constexpr):
+    """x's sign on max(|x|, LIMIT)."""
+    if interpreted():
+        return tl.where(x < 0.0, tl.minimum(x, -LIMIT), tl.maximum(x, LIMIT))
+    return tl.inline_asm_elementwise(
+        "max.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [x, LIMIT], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def reciprocal_rn(d, INTERPRET: tl.constexpr):
+    """IEEE 1 / d of normal d up to 2^126, without the branch of a division that compilers put there for other d.
+
+    The chip's approximation is within one unit and one Newton step with fused products rounds it right, as in the
+    division it replaces.
+    """
+    if INTERPRET:
+        return tl.div_rn(1.0, d)
+    near = tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [d], tl.float32, is_pure=True, pack=1)
+    return tl.fma(near, tl.fma(near, -d, 1.0), near)
+
+
 @triton.jit
 def round_e2m1(x):
     """formats.round_nearest(x, E2M1). The product inside each fma is exact, so fused or not gives the same bits."""
@@ -72,9 +110,12 @@ def round_e2m1(x):
             )
             + 0.0
         )
-    x = tl.minimum(tl.maximum(x, -6.0), 6.0)
-    power = binade(tl.maximum(tl.abs(x), 1.0))
-    return tl.fma(power, -E2M1_SHIFT, tl.fma(power, E2M1_SHIFT, x))
+    # With K of x's sign and binade, or 1, x + 2^22 K has steps of half a binade, that is E2M1's. 2^22 K is an even
+    # number of steps where x is a tie, so ties go to even; the factor keeps the sum from the next binade, whose steps
+    # are wider. Where the factor takes K to the binade below, x is its lower end up to 2^-20 and rounds to that end.
+    x = _clamped(x, 6.0)
+    power = _floored(x * (1.0 - 2.0**-20), 1.0)
+    return tl.fma(power, -(2.0**22), tl.fma(power, 2.0**22, x))
 
 
 @triton.jit
@@ -146,7 +187,7 @@ def divide(x, d, reciprocal, INTERPRET: tl.constexpr):
     if INTERPRET:
         return tl.where(reciprocal == 0.0, 0.0, tl.div_rn(x, d))
     quotient = x * reciprocal
-    return tl.fma(tl.fma(-quotient, d, x), reciprocal, quotient)
+    return tl.fma(tl.fma(quotient, -d, x), reciprocal, quotient)  # -quotient would be a second product
 
 
 @triton.jit
@@ -200,6 +241,79 @@ def encode_words(values, source):
         return tl.sum(pairs << (tl.arange(0, 4) * 8)[None, :], 1)
     codes = tl.reshape(e2m1_code(values, source), [GROUPS * 2, 8])
     return tl.sum(codes << (tl.arange(0, 8) * 4)[None, :], 1)
+
+
+@triton.jit
+def both_halves(pairs):
+    """Words of two BF16 numbers [G, n] -> FP32 [G, 2 n]."""
+    low, high = (pairs << 16).to(tl.float32, bitcast=True), (pairs & HIGH_HALF).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.join(low, high), [pairs.shape[0], 2 * pairs.shape[1]])
+
+
+@triton.jit
+def two_bf16(x):
+    """int32: an FP32 number that is exact in BF16, as two of them."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits | ((bits >> 16) & 0xFFFF)
+
+
+@triton.jit
+def joined(low, high):
+    """[G, 2 n] of its two halves."""
+    return tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [low.shape[0], 2 * low.shape[1]])
+
+
+@triton.jit
+def halves(x):
+    """The first and the second half of each row of [G, n]."""
+    return tl.split(tl.permute(tl.reshape(x, [x.shape[0], 2, x.shape[1] // 2]), [0, 2, 1]))
+
+
+@triton.jit
+def values_and_word(even, odd, twice, pairs):
+    """Of 8 neighbours: values as words of two BF16 numbers [G, 4] and the word of their codes [G], as `encode_words`.
+
+    even, odd [G, 4]: grid values; twice: the block's scale as two BF16 numbers; pairs: what was quantized, for signs.
+    Times 2^-126 the bits of a grid value that are its code are 8 to 6 of each half (as in _decode_pair); six bits
+    higher they stand beside the sign, in the upper half of a byte. The value's own sign, which zeros have not kept,
+    falls into a byte that is not taken.
+    """
+    values, nibbles = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 both, code, tiny;
+        cvt.rn.bf16x2.f32 both, $3, $2;
+        mul.rn.bf16x2 $0, both, $5;
+        mov.b32 tiny, 0x00800080;
+        mul.rn.bf16x2 code, both, tiny;
+        shl.b32 code, code, 6;
+        lop3.b32 $1, code, $4, 0x80008000, 0xF8;  // code | (pair & signs)
+        }""",
+        "=r,=r,f,f,r,r",
+        [even, odd, pairs, twice],
+        dtype=(tl.int32, tl.int32),
+        is_pure=True,
+        pack=1,
+    )
+    first, second = tl.split(tl.reshape(nibbles, [nibbles.shape[0], 2, 2]))  # pairs 0, 2 and pairs 1, 3
+    pair0, pair2 = tl.split(first)
+    pair1, pair3 = tl.split(second)
+    word = tl.inline_asm_elementwise(
+        """{
+        .reg .b32 early, late, even, odd;
+        prmt.b32 early, $1, $2, 0x7531;
+        prmt.b32 late, $3, $4, 0x7531;
+        prmt.b32 even, early, late, 0x6420;
+        prmt.b32 odd, early, late, 0x7531;
+        shr.u32 even, even, 4;
+        or.b32 $0, even, odd;
+        }""",
+        "=r,r,r,r,r",
+        [pair0, pair1, pair2, pair3],
+        dtype=tl.int32,
+        is_pure=True,
+        pack=1,
+    )
+    return values, word
 
 
 @triton.jit
@@ -291,6 +405,14 @@ def max_nan(a, b):
 
 
 @triton.jit
+def _larger_magnitude(a, b):
+    """max(|a|, |b|), NaN if there is one, under some sign. One instruction, where |x| of max.NaN takes another."""
+    return tl.inline_asm_elementwise(
+        "max.NaN.xorsign.abs.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def largest_magnitude(x, AXIS: tl.constexpr, INTERPRET: tl.constexpr):
     """max |x| along AXIS, NaN if there is one. The interpreter runs a custom reduction element by element: too slow."""
-    return tl.max(tl.abs(x), AXIS) if INTERPRET else tl.reduce(tl.abs(x), AXIS, max_nan)
+    return tl.max(tl.abs(x), AXIS) if INTERPRET else tl.abs(tl.reduce(x, AXIS, _larger_magnitude))

@@ -32,6 +32,7 @@ from kernels.quantize.triton_forms import (
 from kernels.triton_common import (
     divide,
     philox4x32,
+    reciprocal_rn,
     round_e2m1,
     round_e4m3,
     stochastic_e2m1,
@@ -75,7 +76,7 @@ def _round_groups(y, ratio, T, factor, random24, SR: tl.constexpr, INTERPRET: tl
     alive = scale > 0.0
     divisor = tl.where(alive, scale * T * factor, 1.0)
     # A zero reciprocal gives a dead block codes 0.
-    reciprocal = tl.where(alive, tl.div_rn(1.0, divisor), 0.0)
+    reciprocal = tl.where(alive, reciprocal_rn(divisor, INTERPRET), 0.0)
     elements = divide(y, divisor[:, None], reciprocal[:, None], INTERPRET)
     codes = stochastic_e2m1(elements, random24, INTERPRET) if SR else round_e2m1(elements)
     return elements, codes, tl.where(alive, scale, 1.0), alive
@@ -114,13 +115,17 @@ def _over_blocks(per_group, EDEN_GROUPS: tl.constexpr):
 
 @triton.jit
 def _corrected(elements, codes, scale, alive, group, key, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-               INTERPRET: tl.constexpr):  # fmt: skip
-    """Reference `correct`, MS-EDEN: (codes, block scales, alive)."""
+               SETTLED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """Reference `correct`, MS-EDEN: (codes, block scales, alive). Not SETTLED: blocks that died here keep their codes
+    and have scale 0."""
     weight = scale * scale if EDEN_GROUPS > 1 and not SCALED else 1.0
     squares = _over_blocks(weight * tl.sum(elements * elements, 1), EDEN_GROUPS)
     products = _over_blocks(weight * tl.sum(elements * codes, 1), EDEN_GROUPS)
-    correction = tl.where(products > 0.0, tl.div_rn(squares, products), 1.0)
+    quotient = divide(squares, products, reciprocal_rn(products, INTERPRET), INTERPRET)
+    correction = tl.where(products > 0.0, quotient, 1.0)
     scale = stochastic_e4m3(correction * scale, _random24_groups(group, key, scale.shape[0], INTERPRET))
+    if not SETTLED:
+        return codes, scale, alive
     alive = alive & (scale > 0.0)
     codes = tl.where(alive[:, None], codes, 0.0)
     return codes, tl.where(alive, scale, 1.0), alive
@@ -129,7 +134,7 @@ def _corrected(elements, codes, scale, alive, group, key, EDEN_GROUPS: tl.conste
 @triton.jit
 def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr, SELECT_46: tl.constexpr,
                     ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
-                    INTERPRET: tl.constexpr):  # fmt: skip
+                    SETTLED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Reference `quantize_blocks`: FP32 codes [G, n] and block scales [G] of y [G, n] (n = 16, or 256 for tiles).
 
     T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales;
@@ -151,7 +156,8 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
             elements = tl.where(four[:, None], elements4, elements)
             alive = tl.where(four, alive4, alive)
     if ROUNDING == "ms_eden":
-        codes, scale, alive = _corrected(elements, codes, scale, alive, group, key, EDEN_GROUPS, SCALED, INTERPRET)
+        codes, scale, alive = _corrected(elements, codes, scale, alive, group, key, EDEN_GROUPS, SCALED, SETTLED,
+                                         INTERPRET)  # fmt: skip
     return codes, scale
 
 
@@ -202,7 +208,7 @@ def _competed(
     levels = untagged(q, FORM, TAGGED and not of(FORM, "looked_up"))
     if ROUNDING == "ms_eden":
         levels, scale, alive = _corrected(x, levels, scale, alive, group, key, EDEN_GROUPS, False,
-                                          INTERPRET)  # fmt: skip
+                                          True, INTERPRET)  # fmt: skip
     if members_of(FORM) > 1:  # blocks.settle_dead
         levels = tl.where(alive[:, None], levels, 0.0)
         member = tl.where(alive, member, of(FORM, "zero_member"))

@@ -10,8 +10,8 @@ l = lane % 4). `rotation`'s columns are permuted so that column n holds the rota
 then owns two whole groups of 16, all group sums stay inside a thread, and per-group work (division, Philox, E4M3) is
 done once, not four times. The result does not depend on it: `_natural_order` undoes the permutation in the indices.
 Along axis 0 the tile is multiplied transposed, so the groups lie along the columns there too.
-Instructions, not bytes, bound such a kernel: for sm_90 its loop has 28 (MS-EDEN) or 34 (SR) an element, and it runs at
-85 to 89 % and 65 % of a copy's speed on an H100 (scripts/bench/bench_quantize.py).
+Instructions, not bytes, bound such a kernel: for sm_90 its loop has 19 (MS-EDEN) or 30 (SR) an element, and it runs at
+76 % and 52 % of a copy's speed on an H200 (scripts/bench/bench_quantize.py, docs/kernels.md#5-triton).
 
 Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its reciprocal infinite, so the rotation
 (loaded anyway) carries a factor 2^64 and so do s_g T and v T after they were rounded: every quotient stays exact.
@@ -23,14 +23,20 @@ import triton.language as tl
 from kernels.quantize.triton_blocks import quantize_form, quantize_groups
 from kernels.quantize.triton_forms import prescale_of, scale_byte, store_form
 from kernels.triton_common import (
+    both_halves,
     decode_words,
     e4m3_byte,
     encode_words,
+    halves,
+    has_e2m1_instruction,
+    joined,
     largest_magnitude,
     load_key,
     max_nan,
     next_power_of_two,
     philox4x32,
+    two_bf16,
+    values_and_word,
 )
 
 ROTATION_TILE = tl.constexpr(128)
@@ -58,6 +64,12 @@ def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr
 
 
 @triton.jit
+def _corner(row0, col0, columns):
+    """Where a tile begins: the only 64-bit number, made once a tile. Inside one 32 bits do (columns < 2^24)."""
+    return row0.to(tl.int64) * columns + col0
+
+
+@triton.jit
 def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.constexpr, COLS: tl.constexpr,
               PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """[ROWS, COLS] of the source as BF16 (FP32 when interpreting: its BF16 dot is wrong); zeros outside [R, C].
@@ -65,27 +77,48 @@ def load_tile(src_ptr, scales_ptr, row0, col0, R, C, words, groups, ROWS: tl.con
     Packed sources come in words of 8 codes, `words` = C / 8 and `groups` = C / 16 a row, and give values * 2^-8.
     EVEN: the tiles cover [R, C] exactly, so that no access needs a mask.
     """
-    rows = (row0 + tl.arange(0, ROWS)).to(tl.int64)
+    row = tl.arange(0, ROWS)
     if PACKED:
-        word = col0 // 8 + tl.arange(0, COLS // 8)
-        group = col0 // 16 + tl.arange(0, COLS // 16)
-        word_at = src_ptr + rows[:, None] * words + word[None, :]
-        scale_at = scales_ptr + (rows // 16 if SQUARE else rows)[:, None] * groups + group[None, :]
+        word, group = tl.arange(0, COLS // 8), tl.arange(0, COLS // 16)
+        word_at = src_ptr + _corner(row0, col0 // 8, words) + (row[:, None] * words + word[None, :])
+        scale_row0, scale_row = (row0 // 16, row // 16) if SQUARE else (row0, row)
+        scale_at = scales_ptr + _corner(scale_row0, col0 // 16, groups) + (scale_row[:, None] * groups + group[None, :])
         if EVEN:
             codes = tl.load(word_at)
             scales = tl.load(scale_at)
         else:
-            codes = tl.load(word_at, mask=(rows < R)[:, None] & (word < words)[None, :], other=0)
-            scales = tl.load(scale_at, mask=(rows < R)[:, None] & (group < groups)[None, :], other=0)
+            inside = (row0 + row < R)[:, None]
+            codes = tl.load(word_at, mask=inside & (col0 // 8 + word < words)[None, :], other=0)
+            scales = tl.load(scale_at, mask=inside & (col0 // 16 + group < groups)[None, :], other=0)
         tile = decode_words(codes, scales, ROWS, COLS, INTERPRET)
     else:
-        cols = col0 + tl.arange(0, COLS)
-        at = src_ptr + rows[:, None] * C + cols[None, :]
+        col = tl.arange(0, COLS)
+        at = src_ptr + _corner(row0, col0, C) + (row[:, None] * C + col[None, :])
         if EVEN:
             tile = tl.load(at)
         else:
-            tile = tl.load(at, mask=(rows < R)[:, None] & (cols < C)[None, :], other=0.0)
+            tile = tl.load(at, mask=(row0 + row < R)[:, None] & (col0 + col < C)[None, :], other=0.0)
     return tile.to(tl.float32) if INTERPRET else tile.to(tl.bfloat16)
+
+
+@triton.jit
+def _first_tile(tiles_c, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """(row, column) where this program's first tile begins, and how far on its next one is in each direction."""
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    return (
+        program // tiles_c * TILE_R,
+        program % tiles_c * TILE_C,
+        programs // tiles_c * TILE_R,
+        programs % tiles_c * TILE_C,
+    )
+
+
+@triton.jit
+def _next_tile(row0, col0, step_r, step_c, tiles_c, TILE_R: tl.constexpr, TILE_C: tl.constexpr):
+    """Where the tile num_programs on begins: without the division that its number would take."""
+    row0, col0 = row0 + step_r, col0 + step_c
+    over = col0 >= tiles_c * TILE_C
+    return tl.where(over, row0 + TILE_R, row0), tl.where(over, col0 - tiles_c * TILE_C, col0)
 
 
 @triton.jit
@@ -120,7 +153,7 @@ def _group_numbers(line0, group0, out_groups, TILE: tl.constexpr, ROW: tl.conste
 def _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                  PAIRS: tl.constexpr, TILE: tl.constexpr, FORM: tl.constexpr, TAGGED: tl.constexpr,
-                 INTERPRET: tl.constexpr):  # fmt: skip
+                 SETTLED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Rotate x [TILE, 128], whose first group is (line0, group0) of the stored operand: (levels, block scales, what
     packed codes are made from, members): y, or with a FORM the codes.
 
@@ -137,24 +170,28 @@ def _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0, lines, o
     else:
         calls = lines * out_groups * 4
         codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
-                                       SCALED, INTERPRET)  # fmt: skip
+                                       SCALED, SETTLED, INTERPRET)  # fmt: skip
         return codes, scale, y, scale
 
 
 @triton.jit
 def _store_values(values_ptr, codes, scale, row0, col0, R, C, AXIS: tl.constexpr, TILE: tl.constexpr,
-                  EVEN: tl.constexpr):  # fmt: skip
+                  EVEN: tl.constexpr, DEAD_ZERO: tl.constexpr):  # fmt: skip
     """codes * scale as BF16 (exact) into [R, C]; the tile lies transposed for AXIS 0."""
-    values = tl.reshape((codes * scale[:, None]).to(tl.bfloat16), [TILE, 128])
+    if DEAD_ZERO:  # what scale 0 makes of a negative code is +0
+        values = tl.fma(codes, tl.broadcast_to(scale[:, None], codes.shape), 0.0)
+    else:
+        values = codes * scale[:, None]
+    values = tl.reshape(values.to(tl.bfloat16), [TILE, 128])
     if AXIS == 0:
         values = tl.trans(values)
-    rows = (row0 + tl.arange(0, 128 if AXIS == 0 else TILE)).to(tl.int64)
-    cols = col0 + tl.arange(0, TILE if AXIS == 0 else 128)
-    at = values_ptr + rows[:, None] * C + cols[None, :]
+    row = tl.arange(0, 128 if AXIS == 0 else TILE)
+    col = tl.arange(0, TILE if AXIS == 0 else 128)
+    at = values_ptr + _corner(row0, col0, C) + (row[:, None] * C + col[None, :])
     if EVEN:
         tl.store(at, values)
     else:
-        tl.store(at, values, mask=(rows < R)[:, None] & (cols < C)[None, :])
+        tl.store(at, values, mask=(row0 + row < R)[:, None] & (col0 + col < C)[None, :])
 
 
 @triton.jit
@@ -185,14 +222,18 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
     if ROUNDING != "rtn":
         key = load_key(rng_ptr, layer_ptr, STREAM)
     unpacking: tl.constexpr = 256.0 if PACKED else 1.0
+    SETTLED: tl.constexpr = STORE_PACKED or ROUNDING != "ms_eden" or FORM is not None
     rotation = _load_rotation(rotation_ptr, signs_ptr, dim, factor * unpacking, HAS_SIGNS, INTERPRET)
     TILE_R: tl.constexpr = 128 if AXIS == 0 else TILE
     TILE_C: tl.constexpr = TILE if AXIS == 0 else 128
     tiles_c = tl.cdiv(C, TILE_C)
     tiles = tl.cdiv(R, TILE_R) * tiles_c
-    for tile in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
-        row0 = (tile // tiles_c) * TILE_R
-        col0 = (tile % tiles_c) * TILE_C
+    near_r, near_c, step_r, step_c = _first_tile(tiles_c, TILE_R, TILE_C)
+    # From the end, which what ran before, the amax say, has left in the L2 cache.
+    BACKWARDS: tl.constexpr = AXIS == 1
+    last_row, last_col = (tl.cdiv(R, TILE_R) - 1) * TILE_R, (tiles_c - 1) * TILE_C
+    for _ in tl.range(program, tiles, tl.num_programs(0), num_stages=STAGES):
+        row0, col0 = (last_row - near_r, last_col - near_c) if BACKWARDS else (near_r, near_c)
         x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, src_words, src_groups, TILE_R, TILE_C, PACKED, SQUARE,
                       EVEN, INTERPRET)  # fmt: skip
         if AXIS == 0:
@@ -202,9 +243,9 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
         code, scale, y, member = _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0,
                                               C if AXIS == 0 else R, out_groups, TARGET, SELECT_46, ROUNDING,
                                               EDEN_GROUPS, SCALED, PAIRS, TILE, FORM, STORE_PACKED,
-                                              INTERPRET)  # fmt: skip
+                                              SETTLED, INTERPRET)  # fmt: skip
         if STORE_VALUES:
-            _store_values(values_ptr, code, scale, row0, col0, R, C, AXIS, TILE, EVEN)
+            _store_values(values_ptr, code, scale, row0, col0, R, C, AXIS, TILE, EVEN, not SETTLED)
         if STORE_PACKED and FORM is not None:
             store_form(codes_ptr, scales_ptr, members_ptr, y, scale, member, line0, group0, C if AXIS == 0 else R,
                        out_words, out_groups, FORM, TILE)  # fmt: skip
@@ -223,6 +264,13 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
             else:
                 tl.store(at, packed, mask=inside & (words < out_words)[None, :])
                 tl.store(scale_at, scale_bytes, mask=inside & (groups < out_groups)[None, :])
+        near_r, near_c = _next_tile(near_r, near_c, step_r, step_c, tiles_c, TILE_R, TILE_C)
+
+
+@triton.jit
+def load_halves(pointer, at, HALF: tl.constexpr, inside):
+    """What begins at `at` and HALF further on, as loads of their own: a thread then holds whole groups."""
+    return tl.load(pointer + at, mask=inside, other=0), tl.load(pointer + at + HALF, mask=inside, other=0)
 
 
 @triton.jit
@@ -241,36 +289,54 @@ def rows_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, co
     key = (0, 0, 0, 0, 0)
     if ROUNDING != "rtn":
         key = load_key(rng_ptr, layer_ptr, STREAM)
-    group = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = (group < count)[:, None]
-    at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
-    low = tl.load(src_ptr + at, mask=inside, other=0.0)
-    high = tl.load(src_ptr + at + 8, mask=inside, other=0.0)
-    x = tl.reshape(tl.permute(tl.join(low, high), [0, 2, 1]), [BLOCK, 16])
-    y = x.to(tl.float32) * factor
-    call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
-    if FORM is not None:
-        code, words, scale, member = quantize_form(
-            y, T, factor, call, group, key, table_ptr, FORM, ROUNDING, 1, STORE_PACKED, INTERPRET
-        )
-    else:
-        calls = count * 4
-        code, scale = quantize_groups(
-            y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
-        )
-    if STORE_VALUES:
-        values = (code * scale[:, None]).to(tl.bfloat16)
-        at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
-        tl.store(values_ptr + at, values, mask=inside)
-    if STORE_PACKED:
-        at = group.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
-        if FORM is not None:
-            words = tl.sum(tl.reshape(words, [BLOCK * 2, 8]) << (tl.arange(0, 8) * 4)[None, :], 1)
-            tl.store(codes_ptr + at, tl.reshape(words, [BLOCK, 2]), mask=inside)
-            tl.store(scales_ptr + group, scale_byte(scale, member, FORM), mask=group < count)
+    IS_BF16: tl.constexpr = src_ptr.dtype.element_ty == tl.bfloat16 and not INTERPRET
+    IN_WORDS: tl.constexpr = FORM is None and IS_BF16 and not has_e2m1_instruction()
+    blocks = tl.cdiv(count, BLOCK)
+    for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=1):
+        group = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)  # backwards, as along axis 1 above
+        inside = (group < count)[:, None]
+        if IN_WORDS:
+            at = group.to(tl.int64)[:, None] * 8 + tl.arange(0, 4)[None, :]
+            low, high = load_halves(src_ptr.to(tl.pointer_type(tl.int32)), at, 4, inside)
+            x = both_halves(joined(low, high))
         else:
-            tl.store(codes_ptr + at, tl.reshape(encode_words(code, y), [BLOCK, 2]), mask=inside)
-            tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
+            at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
+            x = joined(*load_halves(src_ptr, at, 8, inside)).to(tl.float32)
+        y = x * factor
+        call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        if FORM is not None:
+            code, words, scale, member = quantize_form(
+                y, T, factor, call, group, key, table_ptr, FORM, ROUNDING, 1, STORE_PACKED, INTERPRET
+            )
+        else:
+            calls = count * 4
+            code, scale = quantize_groups(
+                y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, True, INTERPRET
+            )
+        if IN_WORDS:
+            even, odd = tl.split(tl.reshape(code, [BLOCK, 8, 2]))
+            even_low, even_high = halves(even)
+            odd_low, odd_high = halves(odd)
+            twice = two_bf16(scale)[:, None]
+            low, word = values_and_word(even_low, odd_low, twice, low)
+            high, next_word = values_and_word(even_high, odd_high, twice, high)
+            words = tl.join(word, next_word)
+            if STORE_VALUES:
+                tl.store(values_ptr.to(tl.pointer_type(tl.int32)) + at, low, mask=inside)
+                tl.store(values_ptr.to(tl.pointer_type(tl.int32)) + at + 4, high, mask=inside)
+        elif STORE_VALUES:
+            at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 16)[None, :]
+            tl.store(values_ptr + at, (code * scale[:, None]).to(tl.bfloat16), mask=inside)
+        if STORE_PACKED:
+            at = group.to(tl.int64)[:, None] * 2 + tl.arange(0, 2)[None, :]
+            if FORM is not None:
+                words = tl.sum(tl.reshape(words, [BLOCK * 2, 8]) << (tl.arange(0, 8) * 4)[None, :], 1)
+                tl.store(scales_ptr + group, scale_byte(scale, member, FORM), mask=group < count)
+            else:
+                tl.store(scales_ptr + group, e4m3_byte(scale), mask=group < count)
+                if not IN_WORDS:
+                    words = encode_words(code, y)
+            tl.store(codes_ptr + at, tl.reshape(words, [BLOCK, 2]), mask=inside)
 
 
 @triton.jit
@@ -298,9 +364,8 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
     largest1 = tl.zeros([TILE_R], tl.float32)
     largest = tl.zeros([TILE_R], tl.float32)
     tiles_c = tl.cdiv(C, TILE_C)
-    for tile in tl.range(program, tl.cdiv(R, TILE_R) * tiles_c, tl.num_programs(0), num_stages=STAGES):
-        row0 = (tile // tiles_c) * TILE_R
-        col0 = (tile % tiles_c) * TILE_C
+    row0, col0, step_r, step_c = _first_tile(tiles_c, TILE_R, TILE_C)
+    for _ in tl.range(program, tl.cdiv(R, TILE_R) * tiles_c, tl.num_programs(0), num_stages=STAGES):
         x = load_tile(src_ptr, src_scales_ptr, row0, col0, R, C, words, groups, TILE_R, TILE_C, PACKED, SQUARE,
                       EVEN, INTERPRET)  # fmt: skip
         if PLAIN:
@@ -309,6 +374,7 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
             largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
         if ALONG_0:
             largest0 = max_nan(largest0, largest_magnitude(tl.dot(tl.trans(x), rotation0), 1, INTERPRET))
+        row0, col0 = _next_tile(row0, col0, step_r, step_c, tiles_c, TILE_R, TILE_C)
     if ALONG_1:
         _atomic_max(amax1_ptr, largest_magnitude(largest1, 0, INTERPRET))
     if ALONG_0:

@@ -1,6 +1,7 @@
 """Launches of the Triton quantizers and the torch operators around them, with their fake implementations.
 
-Launch shapes are fixed: what scripts/bench_quantize.py --tune found on an H100, never tuned at run time.
+Launch shapes are fixed: what scripts/bench/bench_quantize.py --tune found on an H100 or an H200, never tuned at run
+time.
 """
 
 from dataclasses import dataclass
@@ -27,8 +28,9 @@ INTERPRET = bool(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Launch:
-    """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile, or groups of rows_kernel; programs: on each
-    multiprocessor; registers: limit for each thread, so that more programs fit."""
+    """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile, or groups of rows_kernel; programs: for each
+    multiprocessor (of rows_kernel more than fit at once: 114 us with 64, 122 with 12); registers: limit for each
+    thread, so that more programs fit."""
 
     tile: int
     warps: int
@@ -37,36 +39,36 @@ class Launch:
     registers: int | None = None
 
 
-# By (kernel, axis); axis 2 is both. What --tune found best on an H100; axis-1 entries of kernels that no recipe uses
+# By (kernel, axis); axis 2 is both. What --tune found best; axis-1 entries of kernels that no recipe uses
 # (rtn, 4/6 and packed ones) follow their axis-0 twins.
 CONFIGS: dict[tuple[str, int], Launch] = {
-    ("rtn_rows", 1): Launch(128, 4),
-    ("four_over_six_rows", 1): Launch(64, 2),
-    ("sr_rows", 1): Launch(128, 4),
-    ("ms_eden_rows", 1): Launch(128, 4),
+    ("rtn_rows", 1): Launch(128, 4, programs=64),
+    ("four_over_six_rows", 1): Launch(64, 2, programs=64),
+    ("sr_rows", 1): Launch(128, 4, programs=64),
+    ("ms_eden_rows", 1): Launch(128, 4, programs=64),
     ("rtn", 0): Launch(64, 4, 3, 2),
     ("rtn", 1): Launch(64, 4, 3, 2),
     ("four_over_six", 0): Launch(64, 8, 3, 2, 128),
     ("four_over_six", 1): Launch(64, 8, 3, 2, 128),
-    ("sr", 0): Launch(64, 8, 3, 4, 128),
+    ("sr", 0): Launch(64, 8, 3, 2, 128),
     ("sr", 1): Launch(64, 8, 3, 2, 128),
     ("ms_eden", 0): Launch(64, 4, 3, 2),
     ("ms_eden", 1): Launch(64, 4, 3, 2),
     ("rtn_packed", 0): Launch(64, 4, 3, 3),
     ("rtn_packed", 1): Launch(64, 4, 3, 3),
-    ("sr_packed", 0): Launch(64, 8, 3, 4, 128),
-    ("sr_packed", 1): Launch(64, 8, 3, 4, 128),
+    ("sr_packed", 0): Launch(64, 4, 2, 3),
+    ("sr_packed", 1): Launch(64, 4, 2, 3),
     ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
     ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
     # Forms (triton_forms.py); not tuned.
-    ("form_rows", 1): Launch(128, 4),
+    ("form_rows", 1): Launch(128, 4, programs=64),
     ("form", 0): Launch(64, 8, 2, 2, 128),
     ("form", 1): Launch(64, 8, 2, 2, 128),
     ("amax", 0): Launch(64, 4, 3, 2),
     ("amax", 1): Launch(64, 4, 3, 2),
     ("amax", 2): Launch(128, 8, 4, 1),
-    ("amax_packed", 0): Launch(64, 4, 4, 3),
-    ("amax_packed", 1): Launch(64, 4, 4, 3),
+    ("amax_packed", 0): Launch(64, 4, 3, 3),
+    ("amax_packed", 1): Launch(64, 4, 3, 3),
 }
 
 
@@ -146,6 +148,12 @@ def _dim(signs: Tensor | None) -> int:
     return dim
 
 
+def check_columns(columns: int) -> None:
+    """ValueError for tensors in whose tiles of 128 rows 32-bit offsets would not do."""
+    if columns >= 2**24:
+        raise ValueError(f"the Triton back end quantizes up to 2^24 columns, got {columns}: use backend=reference")
+
+
 def launch_quantize(
     src: Tensor,
     src_scales: Tensor | None,
@@ -168,11 +176,12 @@ def launch_quantize(
     outputs = allocate(src, is_packed, axis, spec, store_values, store_packed)
     values, scale, codes, block_scales, members = outputs
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    check_columns(columns)
     key = config_key(is_packed, axis, spec, signs is not None)
     config = CONFIGS[key]
     if key[0].endswith("_rows"):
         count = rows * columns // NVFP4_BLOCK
-        rows_kernel[(triton.cdiv(count, config.tile),)](
+        rows_kernel[grid_size(triton.cdiv(count, config.tile), src.device, config.programs)](
             src, lookup_of(spec, src.device), amax, rng, layer, values, _words(codes), block_scales, scale, count,
             **constants(spec, slot), STORE_VALUES=store_values, STORE_PACKED=store_packed, BLOCK=config.tile,
             INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers, enable_fp_fusion=fuses(spec),
@@ -254,6 +263,7 @@ def launch_amax(
     is_packed = src_scales is not None
     src = src.contiguous()
     rows, columns = src.shape[0], src.shape[1] * (2 if is_packed else 1)
+    check_columns(columns)
     along0, along1 = signs0 is not None, signs1 is not None
     amax0, amax1 = (src.new_zeros(() if along else (0,), dtype=torch.float32) for along in (along0, along1))
     config = CONFIGS["amax_packed" if is_packed else "amax", 2 if along0 and along1 else int(along1)]

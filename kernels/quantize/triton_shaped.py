@@ -49,7 +49,7 @@ def shaped_kernel(src_ptr, amax_ptr, feedback_ptr, errors_ptr, values_ptr, codes
         # Errors carry `factor` as y does.
         y = tl.load(src_ptr + at, mask=inside, other=0.0).to(tl.float32) * factor - handed
         _, scale = quantize_groups(
-            y, T, factor, 0, 0, 0, (0, 0, 0, 0, 0), TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+            y, T, factor, 0, 0, 0, (0, 0, 0, 0, 0), TARGET, SELECT_46, ROUNDING, 1, False, True, INTERPRET
         )
         divisor = scale * T * factor
         reciprocal = tl.div_rn(1.0, divisor)

@@ -15,7 +15,16 @@ from kernels.quantize import Quantized, reference_impl
 from kernels.quantize.triton_blocks import quantize_form, quantize_groups
 from kernels.quantize.triton_forms import load_scales, of, scale_byte
 from kernels.quantize.triton_kernels import load_tile, tensor_scale
-from kernels.quantize.triton_ops import INTERPRET, allocate, constants, form_of, fuses, levels_of, lookup_of
+from kernels.quantize.triton_ops import (
+    INTERPRET,
+    allocate,
+    check_columns,
+    constants,
+    form_of,
+    fuses,
+    levels_of,
+    lookup_of,
+)
 from kernels.spec import NVFP4_BLOCK, QuantSpec, from_key
 from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
 
@@ -53,7 +62,7 @@ def square_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, 
         )
     else:
         codes, scale = quantize_groups(
-            y, T, factor, call, calls, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, INTERPRET
+            y, T, factor, call, calls, tile, key, TARGET, SELECT_46, ROUNDING, 1, False, True, INTERPRET
         )
     if STORE_VALUES:
         tl.store(values_ptr + offsets, (codes * scale[:, None]).to(tl.bfloat16), mask=inside[:, None])
@@ -299,6 +308,7 @@ def _(x, amax1, amax0, targets, pow2, per_row, e4m3):
 def _unpack_op(codes: Tensor, scales: Tensor, axis: int) -> Tensor:
     values = _allocate_values(codes, axis)
     rows, columns = codes.shape[0], codes.shape[1] * 2
+    check_columns(columns)
     tile_r, tile_c = (32, 256) if axis == 1 else (64, 128)
     unpack_kernel[(triton.cdiv(rows, tile_r), triton.cdiv(columns, tile_c))](
         codes.view(torch.int32), scales, values, rows, columns, columns // 8, columns // 16,
