@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import zstandard
 
+from data import pydocs
 from data.open import open_source
 from data.pydocs import PydocsSource, module_text
 from data.sources import FileSource, file_fingerprints
@@ -174,6 +175,18 @@ def test_python_documentation_topics_come_first(tmp_path):
     first = [next(rows) for _ in range(len(topics))]
     assert [row.id for row in first] == sorted(topics) and sum(len(row.text) for row in first) > 300_000
     assert source.fingerprint() == PydocsSource().fingerprint()
+
+
+def test_installed_packages_are_not_even_looked_at(tmp_path, monkeypatch):
+    """A hundred times as many files; every start of a run lists the modules."""
+    for name in ("b.py", "a/c.py", "a/test/d.py", "site-packages/torch/e.py", "a-b/f.py", "a/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.setattr(pydocs.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    looked, scandir = [], os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looked.append(Path(folder).name) or scandir(folder))
+    assert [p.relative_to(tmp_path).as_posix() for p in PydocsSource().paths] == ["a/c.py", "a-b/f.py", "b.py"]
+    assert "a" in looked and "site-packages" not in looked and "test" not in looked
 
 
 def test_docstrings_come_in_source_order(tmp_path):
