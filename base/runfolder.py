@@ -112,6 +112,7 @@ ROWS: dict[str, dict[str, Field]] = {
         "slices": Field("pieces of text that were looked at, as micro-batches of their own"),
         "slice_tokens": Field("tokens of each; amax and tensor scales are the slice's"),
         "draws": Field("draws of the random bits for each slice"),
+        "seconds": Field("that the look took", later=True),
         "forward_error": Field("dW's squared error of the forward's part in the whole pass, mean over layers"),
         "backward_error": Field("the same of the backward's part"),
         "least_rho": Field("the smallest rho of a layer (XRAY)"),

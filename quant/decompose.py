@@ -58,7 +58,7 @@ def decompose(x: Tensor, wish: Wish) -> dict[str, Tensor]:
 def parts_of(x: Tensor, wish: Wish) -> Parts:
     """Nothing in it waits for the device."""
     y = reference.stored(x, wish.axis, wish.signs)
-    largest = wish.largest(reference.amax, x)
+    largest = wish.largest(lambda y, axis, signs, per_row: reference.amax_stored(y, axis, per_row), y)
     scale = reference.tensor_scale(largest, wish.spec)
     if wish.spec.per_row and wish.axis == 0:
         scale = scale.t()
@@ -120,7 +120,7 @@ def of_blocks(
     if feedback is not None:
         made = shape_blocks(y, spec, scale, feedback)
     else:
-        made = quantize_blocks(y, spec, scale, draw, dim) if spec.draws_random_bits else nearest
+        made = quantize_blocks(y, spec, scale, draw, dim, blocks) if spec.draws_random_bits else nearest
     x, outer = groups.double(), (scale * (1.0 / spec.prescale)).double()
     divisor = torch.where(best > 0, best, 1.0)
     ratio = (nearest.scales * outer / divisor).log2()

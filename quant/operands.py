@@ -55,4 +55,5 @@ def scale_histogram(parts: Parts) -> Tensor:
     largest = torch.where(blocks.alive, blocks.scales, 0.0).max()
     halvings = (largest / blocks.scales).log2().floor().nan_to_num()
     bins = torch.where(blocks.alive, halvings.clamp(0, BINS - 2), BINS - 1).flatten()
-    return torch.stack([(bins == number).double().mean() for number in range(BINS)])
+    counts = (bins == torch.arange(BINS, device=bins.device)[:, None]).sum(1)
+    return counts.double() / bins.numel()

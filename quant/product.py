@@ -127,14 +127,9 @@ class Product:
         """Whether the forward takes random bits or signs, so that another draw is another forward."""
         return True
 
-    @property
-    def keeps_alike(self) -> bool:
-        """Whether what `forward` keeps is the same for every draw, and for `exact_backward`: then
-        one forward serves the backwards of all."""
-        return False
-
     def exact_backward(self) -> "Product":
-        """The same forward, and the exact gradients through it: what the forward kept, multiplied without rounding.
+        """The same forward, and the exact gradients through it: what the forward kept, multiplied without
+        rounding. What its forward keeps serves this one's gradients as well.
 
         Raises ValueError where forward and backward look the same."""
         raise ValueError(f"recipe {self.name}: its backward can't be parted from its forward; use a recipe of slots")

@@ -97,11 +97,6 @@ class Slots(Product):
         gemm = self.gemm("fprop")
         return gemm.rotation_dim is not None or any(operand.spec.draws_random_bits for operand in gemm.operands)
 
-    @property
-    def keeps_alike(self) -> bool:
-        wgrad_x = self.operand("wgrad.x")
-        return not self.forward_draws and not (wgrad_x.is_quantized and wgrad_x.source == "input")
-
     def exact_backward(self) -> Product:
         return replace(self, dgrad=self.gemm("dgrad").unquantized, wgrad=self.gemm("wgrad").unquantized)
 

@@ -369,6 +369,8 @@ class Trainer:
             self.p.folder.write(RESULT, result)
             if "why" in result:
                 self.p.console.say(f"warning: this run is dead: {result['why']}; {REMEDY}")
+        for line in filter(None, (probe.spent() for probe in self.state.probes.values())):
+            self.p.console.say(line)
         self.p.console.say(f"finished: {self.p.folder.path}")
         return 0
 

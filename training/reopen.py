@@ -15,11 +15,15 @@ from data.loader import Loader
 from data.mixture import open_tokens
 from kernels import backend
 from quant.phases import scored
+from quant.plan import Plan
 from training.config import TrainConfig
+from training.probes import PROBES
 from training.ranks.distributed import Dist
 from training.start.build import build_model, check_recipes, mask_documents, open_texts, set_torch_flags
+from training.start.cautions import memory_of
 from training.start.derive import Numbers
-from training.start.describe import check
+from training.start.describe import Checked, check
+from training.start.memory import BYTES_FP32, GIB, MemoryEstimate, estimate, kept_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ def reopen(config: TrainConfig, run: Mapping[str, Any], step: int, ranks: Dist) 
     """The run as it computes after `step` steps: a phase of its recipe counts.
 
     config: the run's own; data.path, where it is given, is where its tokens lie now. run: its run.json. Raises
-    ValueError for other text than the run's, RuntimeError for what the machine can't do.
+    ValueError for other text than the run's and for too little memory, RuntimeError for what the machine can't do.
     """
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
@@ -49,6 +53,7 @@ def reopen(config: TrainConfig, run: Mapping[str, Any], step: int, ranks: Dist) 
     checked = check(config, ranks, tokens.vocab_size)
     plan = checked.plans[scored(checked.phases, step)]
     check_recipes(plan, recompute=False)
+    check_room(config, checked, plan, ranks)
     rng = torch.zeros(3, dtype=torch.int64, device=ranks.device)
     rng[0] = config.seed if config.rounding_seed is None else config.rounding_seed
     rng[1] = step
@@ -56,3 +61,22 @@ def reopen(config: TrainConfig, run: Mapping[str, Any], step: int, ranks: Dist) 
     mask_documents(model, config, tokens)
     texts = open_texts(config, tokens)
     return Reopened(model, checked.numbers, texts.train, texts.final, rng, checked.probes)
+
+
+def check_room(config: TrainConfig, checked: Checked, plan: Plan, ranks: Dist) -> None:
+    """ValueError where the model, or what a probe does with it, needs more memory than there is. There
+    are no moments."""
+
+    def of(plan: Plan, tokens: int = checked.numbers.micro_tokens) -> MemoryEstimate:
+        parts = estimate(checked.shape, tokens, kept_of(plan)).parts
+        return MemoryEstimate(parts | {"weights, moments": weights})
+
+    weights = BYTES_FP32 * checked.shape.parameters / GIB
+    looking = (PROBES[name].memory(given, plan, of, False) for name, given in checked.probes.items())
+    needed = max([weights, *(estimate.total for estimate in looking if estimate)])
+    has = memory_of(ranks.device, ranks.local_world)
+    if needed > has:
+        raise ValueError(
+            f"{config.model.name} needs {needed:.1f} GiB here, this device has {has:.1f}; take fewer tokens, slices or "
+            "draws where they are asked for, or a larger device"
+        )

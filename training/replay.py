@@ -1,18 +1,45 @@
-"""A function that launches many kernels, as one CUDA graph."""
+"""Functions that launch many kernels, each as one CUDA graph."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 
-class Replay:
-    """`function`, which reads and writes tensors where they lie. With a pool: the first call runs it once, so that
-    what is loaded or built on first use is there, and captures it; that call and all others replay. Its result then
-    lies in the graph's memory: each call overwrites it. Graphs of one pool keep what anyone still holds.
-    """
+class Lane:
+    """Functions replayed as CUDA graphs from one pool of memory, in which nothing is reused that anyone still holds.
+    Without `graphs` they run as they are. Graphs of different lanes share no memory and may run at once (`aside`)."""
 
-    def __init__(self, function: Callable[[], Any], pool: Any = None):
+    def __init__(self, graphs: bool):
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        self._stream = torch.cuda.Stream() if graphs else None
+
+    def replay(self, function: Callable[[], Any]) -> "Replay":
+        return Replay(function, self._pool)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is launched within it begins after all that was launched before it, and runs beside what follows."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def join(self) -> None:
+        """What is launched from here on waits for what runs aside."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class Replay:
+    """`function`, which reads and writes tensors where they lie. The first call runs it once, so that what is loaded or
+    built on first use is there, and captures it; that call and all others replay. Its result then lies in the graph's
+    memory: each call overwrites it."""
+
+    def __init__(self, function: Callable[[], Any], pool: Any):
         self._function, self._pool = function, pool
         self._graph: torch.cuda.CUDAGraph | None = None
 

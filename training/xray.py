@@ -12,7 +12,7 @@ measured on slices of text, whose amax and tensor scales are the slice's. No gra
 
 What costs are launches, not arithmetic: slices are small. So one forward serves the backwards of all draws where
 nothing in it is drawn; where training replays CUDA graphs, so do the passes here, and the products of a layer, captured
-once for all layers of a shape; figures are inner products, read from the device once a look.
+once for all layers of a shape and run beside the passes; figures are inner products, read from the device once a look.
 """
 
 import math
@@ -32,10 +32,11 @@ from quant.names import GEMMS
 from quant.operands import Look, named
 from quant.plan import HEAD, quant_linears, replaced
 from quant.product import Product
-from training.replay import Replay
+from training.replay import Lane
 
 # Elements of a product that figures are taken from: all layers' are held at once where they are propagated.
 KEPT_LOCAL, KEPT = 1 << 20, 1 << 18
+LOOK_BYTES = 150  # an element of an operand, while quant/operands.py looks at it in FP64
 BACKWARD = GEMMS[1:]
 Products = dict[str, Tensor]  # GEMM -> elements of its product, FP32 [n]
 
@@ -75,26 +76,24 @@ class Tap(Product):
     def forward(self, call: Call, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Sequence[Any]]:
         y, kept = self.product.forward(call, x, weight, keep)
         self.products["fprop"] = elements(y, KEPT)
-        self._input, self._fitted = (x.detach(), weight.detach()), call.fitted  # attached they'd hold autograd's graph
+        if self.feed:
+            self._input = x.detach(), weight.detach()  # attached they'd hold autograd's graph
         return y, kept
 
     def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool], kept: Sequence[Any]) -> tuple[Any, Any]:
-        self._call, self._kept = replace(call, rng=self.rng, fitted=self._fitted), kept
-        if self.instead and not self.instead.keeps_alike:
-            self._kept = self.instead.forward(self._call, *self._input, True)[1]
+        self._call = replace(call, rng=self.rng)
         if self.feed and not self.instead:
             self.feed(*self._input, dy)
-        return self._way.gradients(self._call, dy, needed, self._kept)
+        return self._way.gradients(self._call, dy, needed, kept)
 
     def input_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
-        dx = self._way.input_gradient(self._call, dy, self._kept)
+        dx = self._way.input_gradient(self._call, dy, kept)
         self.products["dgrad"] = elements(dx, KEPT)
         return dx
 
     def weight_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
-        dw = self._way.weight_gradient(self._call, dy, self._kept)
+        dw = self._way.weight_gradient(self._call, dy, kept)
         self.products["wgrad"] = elements(dw, KEPT)
-        self._kept = ()  # autograd's graph hangs on it
         return dw
 
     @property
@@ -147,16 +146,15 @@ def figures(found: Mapping[tuple[str, str], Errors], forward_draws: bool) -> lis
 
 
 class Alone:
-    """The products of a layer apart from its model, under one recipe: of all layers of a shape, one after the other."""
+    """The products of a layer apart from its model, under one recipe: of all layers of a shape, one after the other, in
+    a lane of its own."""
 
-    def __init__(self, product: Product, plain: Product, draws: int, replay: Callable[[Callable[[], Any]], Replay]):
-        exact = product.exact_backward()
+    def __init__(self, product: Product, plain: Product, draws: int, graphs: bool = False):
+        self._product, self._plain, self._exact = product, plain, product.exact_backward()
+        self.lane = Lane(graphs)
         self._exacts, self._drawns = Rows(draws if product.forward_draws else 1), Rows(draws)
-        self._plain, self._exact, self._drawn = (
-            replay(partial(self._multiply, one)) for one in (plain, exact, product)
-        )
-        self._look = replay(partial(self._watched, product))
-        self._gaps = replay(lambda: gaps(self._plains, self._exacts.all, self._drawns.all)[0])
+        functions = self._plain_pass, self._exact_pass, self._drawn_backward, self._gaps_of_all, self._watched
+        self._run_plain, self._run_exact, self._run_drawn, self._run_gaps, self._look = map(self.lane.replay, functions)
         self._fed: list[Tensor] = []
 
     def feed(self, layer: QuantLinear, x: Tensor, weight: Tensor, dy: Tensor) -> None:
@@ -172,26 +170,39 @@ class Alone:
 
     def measure(self, states: Tensor) -> Tensor:
         """What `gaps` gives, by the random states [draws, 3]."""
-        self._plains = self._plain()
+        self._plains = self._run_plain()
         for draw, state in enumerate(states):
             self._fed[0].copy_(state)
-            if draw < self._exacts.count:
-                self._exacts.put(draw, self._exact())
-            self._drawns.put(draw, self._drawn())
-        return self._gaps().clone()
+            if draw < self._exacts.count:  # else what it kept serves this draw, too
+                self._exacts.put(draw, self._run_exact())
+            self._drawns.put(draw, self._run_drawn())
+        return self._run_gaps().clone()
 
     def look(self) -> dict[str, Tensor]:
         """{slot: quant.operands.figures} of its operands, by the random state that it was fed with."""
         return {slot: found.clone() for slot, found in self._look().items()}
 
-    def _watched(self, product: Product) -> dict[str, Tensor]:
+    def _call(self, watch: Look | None = None) -> Call:
+        return Call(*self._fed[:2], watch, self._fitted)
+
+    def _plain_pass(self) -> Products:
+        return multiply(self._plain, self._call(), *self._fed[2:5])
+
+    def _exact_pass(self) -> Products:
+        x, weight, dy = self._fed[2:5]
+        y, self._kept = self._exact.forward(self._call(), x, weight, True)
+        return {"fprop": elements(y, KEPT_LOCAL), **gradients(self._exact, self._call(), dy, self._kept)}
+
+    def _drawn_backward(self) -> Products:
+        return gradients(self._product, self._call(), self._fed[4], self._kept)
+
+    def _watched(self) -> dict[str, Tensor]:
         look = Look()
-        self._multiply(product, look)
+        multiply(self._product, self._call(look), *self._fed[2:5])
         return look.slots
 
-    def _multiply(self, product: Product, watch: Look | None = None) -> Products:
-        rng, layer, x, weight, dy = self._fed[:5]
-        return multiply(product, Call(rng, layer, watch, self._fitted), x, weight, dy)
+    def _gaps_of_all(self) -> Tensor:
+        return gaps(self._plains, self._exacts.all, self._drawns.all)[0]
 
 
 class Found:
@@ -212,7 +223,7 @@ class Eye:
         self.view, self.draws, self.layers, self.recipes = view, draws, view.layers, view.recipes
         self.measured = {name: {None: recipe, **others} for name, recipe in self.recipes.items()}
         self.forward_draws = any(recipe.is_quantized and recipe.forward_draws for recipe in self.recipes.values())
-        self._replay = partial(Replay, pool=torch.cuda.graph_pool_handle() if view.graphs else None)
+        lane = Lane(view.graphs)
         self._rng = next(iter(self.layers.values())).rng
         self._tap_rng = self._rng.clone()  # of backwards: the other one is kept by autograd as it was
         self._offsets = torch.zeros((draws, 3), dtype=torch.int64, device=self._rng.device)
@@ -224,10 +235,10 @@ class Eye:
         for name, tap in self._exact.items():
             tap.feed = partial(self._feed, name)
         self._exacts, self._drawns = Rows(draws if self.forward_draws else 1), Rows(draws)
-        self._run_plain = self._replay(partial(self._pass, self._plain))
-        self._run_exact = self._replay(partial(self._pass, self._exact, view.several))
-        self._run_drawn = self._replay(self._again if view.several else partial(self._pass, self._drawn))
-        self._run_gaps = self._replay(self._gaps)
+        self._run_plain = lane.replay(partial(self._pass, self._plain))
+        self._run_exact = lane.replay(partial(self._pass, self._exact, view.several))
+        self._run_drawn = lane.replay(self._again if view.several else partial(self._pass, self._drawn))
+        self._run_gaps = lane.replay(self._gaps)
         self._tokens: Tensor | None = None
         self._fed: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._alone: dict[Any, Alone] = {}
@@ -261,6 +272,7 @@ class Eye:
             if draw and (self.forward_draws or not self.view.several):
                 self.view.set_rng(number * self.draws + draw)
             if draw < self._exacts.count:
+                self._join()  # X and dY of the draw before are read aside
                 self._measures = draw == 0
                 self._through = self._run_exact()
                 self._exacts.put(draw, products(self._exact, GEMMS))
@@ -273,6 +285,11 @@ class Eye:
         self._found.propagated.append(moments_of_all.clone())
         gradients = {(name, "gradient"): self._exacts.all[name, "wgrad"][0] for name in self.layers}
         self._found.weights.put(number, gradients | {(name, "error"): mean for name, mean in errors.items()})
+        self._join()
+
+    def _join(self) -> None:
+        for alone in self._alone.values():
+            alone.lane.join()
 
     def _pass(self, taps: Mapping[str, Tap], keep: bool = False) -> Tensor | None:
         """A forward and backward of the whole model. keep: returns the loss, for more backwards."""
@@ -316,12 +333,13 @@ class Eye:
         for label, recipe in self.measured[name].items():
             kind = recipe, x.shape, weight.shape
             if kind not in self._alone:
-                self._alone[kind] = Alone(recipe, self.recipes[name].plain(), self.draws, self._replay)
+                self._alone[kind] = Alone(recipe, self.recipes[name].plain(), self.draws, self.view.graphs)
             alone = self._alone[kind]
-            alone.feed(layer, x, weight, dy)
-            if label is None and name not in found.slots:
-                found.slots[name] = alone.look()
-            found.local.setdefault(label, {}).setdefault(name, []).append(alone.measure(self._states))
+            with alone.lane.aside():
+                alone.feed(layer, x, weight, dy)
+                if label is None and name not in found.slots:
+                    found.slots[name] = alone.look()
+                found.local.setdefault(label, {}).setdefault(name, []).append(alone.measure(self._states))
 
 
 def products(taps: Mapping[str, Tap], gemms: Sequence[str]) -> dict[tuple[str, str], Tensor]:
@@ -375,23 +393,37 @@ def summary(layers: Mapping[str, Any]) -> dict[str, float | int | None]:
     }
 
 
-def held_bytes(shapes: Sequence[tuple[int, int]], tokens: int, slices: int, draws: int) -> float:
+def held_bytes(shapes: Sequence[tuple[int, int]], tokens: int, slices: int, draws: int, recipes: int = 1) -> float:
     """Of what an X-ray holds beside the passes themselves, at most. shapes: (out, in) features of the layers."""
-    held = 0
+    held = 0.0
     for out_features, in_features in shapes:
-        sizes = tokens * out_features, tokens * in_features, out_features * in_features
-        kept = [min(size, KEPT) for size in sizes]
-        held += sum(kept) * (2 + 2 * draws) + kept[-1] * 2 * slices
-    return 4.0 * (held + 3 * KEPT_LOCAL * (1 + 4 * draws))
+        kept = [min(size, KEPT) for size in sizes_of(out_features, in_features, tokens)]
+        held += 4 * (sum(kept) * (4 + 2 * draws) + kept[-1] * 2 * slices)
+        held += 2 * tokens * (out_features + in_features)  # X and dY
+    for shape in set(shapes):
+        sizes = sizes_of(*shape, tokens)
+        held += recipes * 4 * sum(min(size, KEPT_LOCAL) for size in sizes) * (4 + 2 * draws)
+        held += recipes * (2 * sum(sizes) + 2 * sizes[-1])
+    largest = max(max(sizes_of(*shape, tokens)) for shape in shapes)
+    return held + LOOK_BYTES * largest
+
+
+def sizes_of(out_features: int, in_features: int, tokens: int) -> tuple[int, int, int]:
+    """Elements of Y and dY, of X and dX, of W and dW."""
+    return tokens * out_features, tokens * in_features, out_features * in_features
 
 
 def multiply(product: Product, call: Call, x: Tensor, weight: Tensor, dy: Tensor) -> Products:
     """All three products of one layer, apart from any model."""
     y, kept = product.forward(call, x, weight, True)
+    return {"fprop": elements(y, KEPT_LOCAL), **gradients(product, call, dy, kept)}
+
+
+def gradients(product: Product, call: Call, dy: Tensor, kept: Sequence[Any]) -> Products:
+    """dX and dW, from what a forward kept."""
     a, b = product.gradients(call, dy, (True, True), kept)
-    found = {"fprop": y, "dgrad": product.input_gradient(call, a, kept)}
-    found["wgrad"] = product.weight_gradient(call, b, kept)
-    return {gemm: elements(made, KEPT_LOCAL) for gemm, made in found.items()}
+    dx = elements(product.input_gradient(call, a, kept), KEPT_LOCAL)
+    return {"dgrad": dx, "wgrad": elements(product.weight_gradient(call, b, kept), KEPT_LOCAL)}
 
 
 def elements(x: Tensor, most: int) -> Tensor:

@@ -48,16 +48,20 @@ class Blocks:
         return self.codes * self.scales
 
 
-def quantize_blocks(y: Tensor, spec: QuantSpec, scale: Tensor, draw: Draw | None, dim: int | None) -> Blocks:
-    """The blocks of the stored operand y [rows, contraction] under tensor scale `scale`. dim: of its rotation."""
+def quantize_blocks(
+    y: Tensor, spec: QuantSpec, scale: Tensor, draw: Draw | None, dim: int | None, best: Blocks | None = None
+) -> Blocks:
+    """The blocks of the stored operand y [rows, contraction] under tensor scale `scale`. dim: of its rotation. best:
+    what `best_of` gives without random bits, where that is known."""
     groups = y.view(y.shape[0], -1, spec.scaling.group)
     if spec.rounding != "sr":
-        blocks = best_of(groups, spec, scale)
+        blocks = best_of(groups, spec, scale) if best is None else best
     elif spec.rounds_every_candidate:
         noise = draw.random24(len(spec.candidates) * y.numel())
         blocks = best_of(groups, spec, scale, noise.view(-1, *groups.shape))
     else:
-        blocks = round_again(best_of(groups, spec, scale), spec, draw.random24(y.numel()).view(groups.shape))
+        blocks = best_of(groups, spec, scale) if best is None else best
+        blocks = round_again(blocks, spec, draw.random24(y.numel()).view(groups.shape))
     if spec.rounding == "ms_eden":
         blocks = correct(blocks, spec, draw.random24(blocks.scales.numel()).view(blocks.scales.shape), dim)
     return blocks if blocks.members is None else settle_dead(blocks, spec)

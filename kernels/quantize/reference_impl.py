@@ -55,14 +55,19 @@ def stored(x: Tensor, axis: int, signs: Tensor | None) -> Tensor:
 
 
 def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
-    if per_row:
-        rows = stored(x, axis, signs).abs().amax(dim=1, keepdim=True)
-        return rows if axis == 1 else rows.t()
-    if signs is not None:
-        return stored(x, axis, signs).abs().amax()
+    if per_row or signs is not None:
+        return amax_stored(stored(x, axis, signs), axis, per_row)
     # A reduction of rows and then of the result lets Inductor fuse the first into whatever produced x. It may then see
     # x before its rounding to BF16; rounding is monotone, so rounding the maximum gives the same number.
     return round_bf16(x.abs().amax(-1).amax().to(torch.float32))
+
+
+def amax_stored(y: Tensor, axis: int, per_row: bool) -> Tensor:
+    """`amax` from what `stored` gives."""
+    if not per_row:
+        return y.abs().amax()
+    rows = y.abs().amax(dim=1, keepdim=True)
+    return rows if axis == 1 else rows.t()
 
 
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:

@@ -58,6 +58,22 @@ def test_cuda_graphs_change_no_bit(run, rows, recipe):
 
 
 @pytest.mark.gpu
+def test_an_xray_under_cuda_graphs_changes_no_bit(run, rows):
+    """Looks between replays, and one after an evaluation that gave training's graphs back; the same rows as launched
+    kernel by kernel."""
+    words = ["quant=quartet2", "compile=true", "batch.micro=4", "evaluate.every=4", "evaluate.slots=true"]
+    look = ["probes.xray={steps: [1, 3, 5, 9], tokens: 128, slices: 2, draws: 3}"]
+    ends, looks = {}, {}
+    for name, graphs, probe in (("plain", "true", []), ("seen", "true", look), ("launched", "false", look)):
+        torch.compiler.reset()
+        _, folder = run(*SHAPE, *words, *probe, f"cuda_graphs={graphs}", name=name)
+        ends[name] = [(row["loss"], row["grad_norm"]) for row in rows(folder, "train")]
+        looks[name] = [{k: v for k, v in row.items() if k not in ("time", "seconds")} for row in rows(folder, "xray")]
+    assert ends["plain"] == ends["seen"] == ends["launched"]
+    assert looks["seen"] == looks["launched"] and len(looks["seen"]) == 4
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("phase", ["from: .5", "share: .5, seed: 1"])
 def test_phases_under_cuda_graphs_change_no_bit(run, rows, phase):
     """A switch in the middle, and steps drawn between the two recipes, each with graphs of its own."""

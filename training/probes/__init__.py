@@ -7,6 +7,7 @@ A new probe is one file beside this one (base.py says what it may do) and one li
 from collections.abc import Mapping
 from typing import Any
 
+from quant.plan import Plan
 from training.config import TrainConfig
 from training.options import read_options
 from training.probes.base import Coming, Probe
@@ -53,7 +54,7 @@ def build(wanted: Mapping[str, Any]) -> dict[str, Probe]:
     return {name: PROBES[name](options) for name, options in wanted.items()}
 
 
-def costs(wanted: Mapping[str, Any], numbers: Numbers) -> list[str]:
+def costs(wanted: Mapping[str, Any], numbers: Numbers, plan: Plan, graphed: bool) -> list[str]:
     """Lines for the start screen."""
-    told = (PROBES[name].cost(options, numbers) for name, options in wanted.items())
+    told = (PROBES[name].cost(options, numbers, plan, graphed) for name, options in wanted.items())
     return [line for line in told if line]

@@ -95,14 +95,20 @@ class Probe:
         return options
 
     @classmethod
-    def cost(cls, options: Any, numbers: Numbers) -> str | None:
+    def cost(cls, options: Any, numbers: Numbers, plan: Plan, graphed: bool) -> str | None:
         """A line of the start screen, of a probe that takes time worth a word."""
         return None
 
+    def spent(self) -> str | None:
+        """A line of the run's end, of what `cost` foretold."""
+        return None
+
     @classmethod
-    def memory(cls, options: Any, plan: Plan, of: Callable[[Plan, int], MemoryEstimate]) -> MemoryEstimate | None:
-        """What is expected while it looks, if that may be more than a step takes. `of`: of a step by a plan with
-        micro-batches of so many tokens."""
+    def memory(
+        cls, options: Any, plan: Plan, of: Callable[..., MemoryEstimate], graphed: bool
+    ) -> MemoryEstimate | None:
+        """What is expected while it looks, if that may be more than a step takes. `of`: of a step by
+        a plan, with micro-batches of so many tokens if that is said."""
         return None
 
     def due(self, step: int) -> bool:

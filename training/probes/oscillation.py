@@ -66,7 +66,7 @@ class Oscillation(Probe):
         return options
 
     @classmethod
-    def memory(cls, options: Any, plan: Plan, of: Callable[[Plan], MemoryEstimate]) -> MemoryEstimate:
+    def memory(cls, options: Any, plan: Plan, of: Callable[..., MemoryEstimate], graphed: bool) -> MemoryEstimate:
         weights = sum(entry.shape[0] * entry.shape[1] for entry in plan.entries if has_codes(entry.recipe))
         return MemoryEstimate(of(plan).parts | {"codes": BYTES * weights / GIB})
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from quant.plan import replaced
+from quant.plan import Plan, replaced
 from training.probes.base import Context, Probe
 from training.served import FORWARDS, OWN, Scored, all_forwards
 from training.start.derive import Numbers
@@ -14,7 +14,7 @@ class Served(Probe):
     at_evaluation = True
 
     @classmethod
-    def cost(cls, options: object, numbers: Numbers) -> str:
+    def cost(cls, options: object, numbers: Numbers, plan: Plan, graphed: bool) -> str:
         return f"served: {len(FORWARDS)} more passes over the final evaluation, uncompiled"
 
     def scores(self, context: Context) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """What quantization does to every layer's gradients, at ten steps of the run (training/xray.py)."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,8 @@ from training.start.memory import GIB, MemoryEstimate
 from training.xray import Eye, View, held_bytes
 
 LOOKS = 10
+# Measured on an H200: a layer's three products and what they are quantized from, replayed; the first look's captures.
+REPLAY_S, CAPTURE_S = 0.2e-3, 2.0
 
 
 @dataclass(frozen=True)
@@ -71,21 +74,32 @@ class Xray(Probe):
         return replace(options, steps=steps)
 
     @classmethod
-    def cost(cls, options: XrayOptions, numbers: Numbers) -> str:
-        looks, passes = len(options.steps), options.slices * (2 + options.draws)
-        # A layer's own products run once more for each recipe: about as much again.
-        each = options.tokens * passes * (2 + len(options.recipes))
-        share = looks * each / numbers.tokens
-        return (
+    def cost(cls, options: XrayOptions, numbers: Numbers, plan: Plan, graphed: bool) -> str:
+        looks = len(options.steps)
+        line = (
             f"xray at {looks} step{'s' * (looks > 1)} ({shown(options.steps)}): {options.slices} slices of "
-            f"{options.tokens:,} tokens, {passes} passes each time, uncompiled; work of {share:.1%} of the run's tokens"
+            f"{options.tokens:,} tokens, {options.draws} draws, uncompiled"
         )
+        return line + (f"; about {seconds(options, plan):.0f} s on an H200, replayed" if graphed else "")
+
+    def spent(self) -> str | None:
+        looks = f"{self._looks} look{'s' * (self._looks > 1)}"
+        return f"xray: {looks} took {self._seconds:.1f} s" if self._looks else None
 
     @classmethod
-    def memory(cls, options: XrayOptions, plan: Plan, of: Callable[[Plan, int], MemoryEstimate]) -> MemoryEstimate:
+    def memory(
+        cls, options: XrayOptions, plan: Plan, of: Callable[..., MemoryEstimate], graphed: bool
+    ) -> MemoryEstimate:
+        """What is captured stays beside the step's own graphs; else one is gone before the other begins."""
         shapes = [entry.shape for entry in plan.entries if entry.name != HEAD]
-        held = held_bytes(shapes, options.tokens, options.slices, options.draws)
-        return MemoryEstimate(of(plan, options.tokens).parts | {"X-ray": held / GIB})
+        recipes = 1 + len(options.recipes)
+        held = held_bytes(shapes, options.tokens, options.slices, options.draws, recipes) / GIB
+        parts = of(plan, options.tokens).parts
+        held += parts["activations"]  # one forward's stay until the last draw's backward
+        if not graphed:
+            return MemoryEstimate(parts | {"X-ray": held})
+        held += sum(parts[name] for name in ("activations", "temporaries", "gradients"))
+        return MemoryEstimate(of(plan).parts | {"X-ray": held})
 
     def due(self, step: int) -> bool:
         return step in self.options.steps
@@ -93,6 +107,7 @@ class Xray(Probe):
     def __init__(self, options: XrayOptions):
         super().__init__(options)
         self._eye: Eye | None = None
+        self._looks, self._seconds = 0, 0.0
 
     def rows(self, context: Context) -> list[dict[str, Any]]:
         numbers, options = context.numbers, self.options
@@ -111,6 +126,7 @@ class Xray(Probe):
 
     def row(self, view: View, text: list[Tensor], step: int, numbers: Numbers) -> dict[str, Any]:
         """What one look sees. Graphs stay for the next one."""
+        began = time.perf_counter()
         if self._eye is not None and not self._eye.sees(view):
             self._eye.close()
             self._eye = None
@@ -121,6 +137,8 @@ class Xray(Probe):
         if not view.graphs:
             eye.close()
             self._eye = None
+        spent = time.perf_counter() - began
+        self._looks, self._seconds = self._looks + 1, self._seconds + spent
         return {
             "kind": "xray",
             "step": step,
@@ -128,8 +146,17 @@ class Xray(Probe):
             "slices": options.slices,
             "slice_tokens": options.tokens,
             "draws": options.draws,
+            "seconds": round(spent, 3),
             **found,
         }
+
+
+def seconds(options: XrayOptions, plan: Plan) -> float:
+    """Of all looks, on an H200 (docs/results/xray.md): in every slice each layer's products for BF16, the exact
+    backward and each draw, in the pass and then alone, alone under every recipe."""
+    layers = sum(entry.name != HEAD for entry in plan.entries)
+    once = options.slices * layers * (2 + options.draws) * (2 + len(options.recipes))
+    return CAPTURE_S + len(options.steps) * once * REPLAY_S
 
 
 def chosen_steps(every: int | None, last: int) -> list[int]:

@@ -239,7 +239,7 @@ def screen(
             numbers=described.numbers,
             data=config.data.name if described.tokens is None else _data_name(described.tokens),
             train_tokens=described.train_tokens,
-            probes=probes.costs(described.probes, described.numbers),
+            probes=probes.costs(described.probes, described.numbers, described.plan, graphed),
             memory=memory,
             warnings=cautions(config, described, ranks, memory.total, elsewhere),
         )
@@ -290,7 +290,9 @@ def expected_memory(
             own = MemoryEstimate(usual.parts | {"graphs of the drawn steps": again})
         found.append(own)
     largest = max(found, key=lambda estimate: estimate.total)
-    looking = [probes.PROBES[name].memory(options, described.plan, of) for name, options in described.probes.items()]
+    looking = [
+        probes.PROBES[name].memory(options, described.plan, of, graphed) for name, options in described.probes.items()
+    ]
     return max([largest, *filter(None, looking)], key=lambda estimate: estimate.total)
 
 
