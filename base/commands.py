@@ -23,6 +23,7 @@ COMMANDS = {
     "audit": "scripts/quant_audit.py",
     "cost": "scripts/cost.py",
     "price": "scripts/price.py",
+    "pareto": "scripts/pareto.py",
     "fit": "scripts/fit_scaling_law.py",
     "errors": "scripts/fit_error_law.py",
     "keep": "scripts/keep_results.py",
