@@ -15,6 +15,7 @@ COMMANDS = {
     "grid": "scripts/run_grid.py",
     "compare": "scripts/compare.py",
     "noise": "scripts/noise_floor.py",
+    "early": "scripts/early.py",
     "score": "scripts/score.py",
     "xray": "scripts/xray.py",
     "capture": "scripts/capture.py",

@@ -63,13 +63,14 @@ def keep_busy(
     ended: Callable[[Running, int, int, bool], None],
     forward: Callable[[subprocess.Popen, int], None],
     ready: Callable[[list[str]], str | None] = lambda queue: queue[0] if queue else None,
+    has_lost: Callable[[Running], bool] = lambda run: False,
 ) -> list[int]:
     """Keep every lane busy until nothing is left or a stop is asked for, and wait for all that was started. Returns the
     signals that asked; `queue` keeps what was not started.
 
     start: None where a job is left alone. ended(run, waiting, running, stopping): a run is over. forward(process,
     signal): tells a run to stop. ready: which job of the queue can start now; nothing is waited for where none can and
-    none runs.
+    none runs. has_lost: asked often, of each that runs; true ends it.
     """
     running: list[Running] = []
     asked: list[int] = []
@@ -93,6 +94,9 @@ def keep_busy(
             if queue and not running and not ready(queue):
                 break
             time.sleep(POLL_S)
+            for run in running:
+                if has_lost(run):
+                    forward(run.process, signal.SIGTERM)
             for run in [r for r in running if r.process.poll() is not None]:
                 running.remove(run)
                 free.append(run.lane)

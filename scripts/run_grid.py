@@ -7,7 +7,7 @@ Stopped runs go on, finished ones stay.
     python scripts/run_grid.py experiment=c4_grid launcher=slurm slurm.partition=gpu slurm.timeout_min=1440
 
 Own keys: only, launcher=local|slurm, gpus=all|0,1, per_gpu=1, list=false|true (say what would run, and stop), slurm.*,
-in_one=1 (so many forks of one trunk, one after another in one process), trunks=keep|delete.
+in_one=1 (so many forks of one trunk, one after another in one process), trunks=keep|delete, stop_losers=false.
 Everything else is passed to train.py. On a CPU one run at a time. Output of each run: <runs>/.grid/<run>.log.
 A cell is locked while it runs, by the run itself: killing this script, even with -9, leaves the runs going, and a
 second one started beside it or after it takes only what nobody runs. Ctrl-C, SIGTERM and a closed terminal stop the
@@ -16,6 +16,8 @@ again. A cell that diverged is a result, too: it is left alone unless nonfinite=
 damaged one is named, left alone, and makes the exit code 1. A cell that is a fork waits until its parent, another cell
 or a run that is there, has the checkpoint; a trunk is run for its checkpoints even where its result is kept elsewhere.
 trunks=delete: when no cell of the grid needs them any more, a trunk's checkpoints but the last are deleted.
+stop_losers=true: an arm that is 15e-3 behind the leading 4-bit arm of its seed after a quarter of its steps, or 5e-3
+after half of them, is stopped, saved, and left alone from then on; without the key it goes on (scripts/early.py).
 """
 
 import os
@@ -47,12 +49,14 @@ from launcher.cells import CellError
 from launcher.cli import take_launcher
 from launcher.compose import ConfigError
 from launcher.lanes import Lane, Running, environment, gpu_lanes, keep_busy
+from launcher.losers import Losers, mark_of
 from launcher.slurm import TRAIN
 from training.config import TrainConfig
 from training.ranks.signals import EXIT_PREEMPTED, lock_file
 
 # launcher= is taken off before these are read; here it is for the suggestion.
 OWN = {"launcher": "local", "gpus": "all", "per_gpu": "1", "list": "false", "in_one": "1", "trunks": "keep"}
+OWN |= {"stop_losers": "false"}
 OVER = (states.DONE, states.DEAD, states.DIVERGED)
 BESIDE = " + "  # between the cells of one process; none has it in its name
 
@@ -80,7 +84,13 @@ def pending(line: cellline.CellLine, found: dict[str, states.State]) -> list[str
     """Cells that nobody has finished or is running, begun ones first: they are nearest to a result. Those that diverged
     only where the command says how to get past that: they would end as before."""
     begun = {states.STOPPED, states.DIVERGED} if mended(line) else {states.STOPPED}
-    return [c for wanted in (begun, {states.MISSING}) for c in found if found[c].status in wanted]
+    lost = set(losers(line))
+    return [c for wanted in (begun, {states.MISSING}) for c in found if found[c].status in wanted and c not in lost]
+
+
+def losers(line: cellline.CellLine) -> list[str]:
+    """Cells that stop_losers=true ended, and that it leaves alone."""
+    return [c for c in line.cells if line.is_true("stop_losers") and mark_of(line.runs, line.run_name(c)).exists()]
 
 
 def command(line: cellline.CellLine, cell: str) -> list[str]:
@@ -149,6 +159,7 @@ def run_local(line: cellline.CellLine) -> int:
     for key in ("per_gpu", "in_one"):
         if not line.own[key].isdecimal() or int(line.own[key]) < 1:
             raise CellError(f"{key}={line.own[key]}: give a whole number, 1 or more")
+    judges = line.is_true("stop_losers")
     lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
     outlive_readers()  # `| head` ends no grid
     found = look(line)
@@ -160,10 +171,14 @@ def run_local(line: cellline.CellLine) -> int:
         flush=True,
     )
 
+    judge = Losers(line.runs, {cell: line.run_name(cell) for cell in line.cells}, folders_of(line) if judges else [])
+
     def ended(run: Running, queued: int, running: int, stopping: bool) -> None:
         for cell in run.job.split(BESIDE):
             state = report(line, run, cell, queued, running)
-            if run.process.returncode and not stopping and state.status not in OVER[:-1]:
+            if cell in judge.said:
+                print(f"{cell}: {judge.said[cell]}; without stop_losers=true it goes on", flush=True)
+            elif run.process.returncode and not stopping and state.status not in OVER[:-1]:
                 failed.append(cell)
 
     stopping = keep_busy(
@@ -173,6 +188,7 @@ def run_local(line: cellline.CellLine) -> int:
         ended=ended,
         forward=lambda process, number: process.send_signal(signal.SIGTERM),
         ready=lambda queue: next_ready(line, queue),
+        has_lost=judge.has_lost if judges else lambda run: False,
     )
     for cell in [c for c, state in look(line).items() if state.status == states.DIVERGED]:
         hint = (
@@ -188,6 +204,12 @@ def run_local(line: cellline.CellLine) -> int:
     for cell in failed:
         print(f"FAILED {cell}: see {states.cell_lock(line.runs, line.run_name(cell)).with_suffix('.log')}")
     return 1 if failed or has_problems or (queue and not stopping) else EXIT_PREEMPTED if stopping else 0
+
+
+def folders_of(line: cellline.CellLine) -> list[Path]:
+    """Of all runs of the grid: where results are kept, or where the cell runs or will."""
+    looked = line.look()
+    return [found.folder or line.runs / line.run_name(cell) for cell, found in looked.items()]
 
 
 def next_ready(line: cellline.CellLine, queue: list[str]) -> str | None:
@@ -305,6 +327,8 @@ def main(words: list[str]) -> int:
             raise CellError(f"dry_run=true runs no cell: list=true lists them; {shown} shows a plan")
         if line.own["trunks"] not in ("keep", "delete"):
             raise CellError(f"trunks={line.own['trunks']}: write trunks=keep or trunks=delete")
+        if line.is_true("stop_losers") and options is not None:
+            raise CellError("stop_losers=true judges runs of this machine; leave it out with launcher=slurm")
         if line.is_true("list"):
             found = look(line)
             for cell in pending(line, found):

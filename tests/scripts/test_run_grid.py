@@ -10,12 +10,14 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support import wait_until
 
-from analysis import states
-from launcher import cellline, lookup
+from analysis import early, states
+from base.runfolder import RunError
+from launcher import cellline, lookup, losers
 from launcher import cells as experiments
 from launcher.compose import Composer, compose
 from launcher.naming import Text
@@ -186,6 +188,33 @@ def test_a_run_that_diverges_in_spite_of_skip_is_not_told_to_skip(run_grid, tmp_
     (folder / "metrics.jsonl").write_text('{"kind": "event", "event": "nonfinite", "step": 6, "bad_step": 7}\n')
     assert run_grid.main(["experiment=corpus_screen", "cell=bf16/s0", *words, "nonfinite=skip"]) == 1
     assert "bf16/s0: diverged in spite of nonfinite=skip\n" in capsys.readouterr().out
+
+
+def test_a_loser_is_stopped_saved_and_left_alone_until_losers_go_on(run_grid, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(losers, "LOOK_S", 0.0)
+    mine = SimpleNamespace(evals={"step": [3]}, info={"steps": 20}, name="mine")
+
+    def read(folder):
+        if not (folder / "metrics.jsonl").exists():
+            raise RunError("it has only begun")
+        return mine
+
+    monkeypatch.setattr(losers, "read_run", read)
+    monkeypatch.setattr(early, "refusal", lambda run: None)
+    monkeypatch.setattr(early, "rivals_of", lambda run, runs: [])
+    monkeypatch.setattr(early, "lost", lambda run, rivals, share: (SimpleNamespace(name="first"), 0.016))
+    hold(tmp_path)
+    words = ["experiment=corpus_screen", "only=bf16/s0", f"paths.runs={tmp_path}"]
+    assert run_grid.main([*words, "stop_losers=true"]) == 0
+    out = capsys.readouterr().out
+    assert "bf16/s0: ended at step 3: 16.0e-3 behind first" in out and "FAILED" not in out
+    assert run_grid.main([*words, "stop_losers=true"]) == 0
+    assert "1 cells, 0 to run" in capsys.readouterr().out
+    (tmp_path / "corpus_screen-bf16-s0" / "hold").unlink()
+    assert run_grid.main(words) == 0
+    assert states.state_of(tmp_path, "corpus_screen-bf16-s0").status == "done"
+    assert run_grid.main([*words, "stop_losers=true", "launcher=slurm"]) == 2
+    assert "leave it out with launcher=slurm" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", [10, 150_000, 2_000_000])
