@@ -119,6 +119,23 @@ def round_e2m1(x):
 
 
 @triton.jit
+def nearest_bf16(x, INTERPRET: tl.constexpr):
+    """x rounded to BF16, as FP32. One instruction: the upper half of a pair of BF16 is an FP32 number."""
+    if INTERPRET:
+        return x.to(tl.bfloat16).to(tl.float32)
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .f32 zero;
+        .reg .b32 both;
+        mov.f32 zero, 0f00000000;
+        cvt.rn.bf16x2.f32 both, $1, zero;
+        mov.b32 $0, both;
+        }""",
+        "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
 def round_e4m3(x):
     """formats.round_nearest(x, E4M3) of non-negative x."""
     x = tl.minimum(x, E4M3_MAX)

@@ -116,16 +116,19 @@ def quantize_shaped(
     """`quantize` along axis 1, unrotated, with each element's error handed on to those right of it in its row, so that
     what is left lies where a product doesn't see it (blocks.py; kernels/quantize/feedback.py makes F).
 
-    x: [R, C] bf16 or FP32. feedback: bf16 [C, C], zero but above its diagonal; zeros give `quantize`, bit for bit.
+    x: [R, C] bf16 or FP32. feedback: bf16 [C, C] or its factors [C, 16 + 2 r]; zeros give `quantize`, bit for bit.
     Sums of errors run over FP32 in an order that differs between back ends; one code that differs moves those after it.
-    Raises ValueError for a spec that isn't NVFP4 in 1x16 blocks rounded to nearest by absmax or 4/6, and for shapes.
+    Raises ValueError for a spec that isn't NVFP4 in 1x16 blocks rounded to nearest, and for shapes.
     """
     _check(x, 1, None)
     _check_spec(x.shape, spec, 1, None, None)
-    if not spec.tensor_core or spec.is_square or spec.rounding != "rtn" or spec.select == "search":
-        raise ValueError(f"shaped rounding is for e2m1 in [tensor fp32, 1x16 e4m3], rtn, absmax or 4/6; got {spec.key}")
-    if feedback.shape != (x.shape[1], x.shape[1]):
-        raise ValueError(f"feedback of shape {tuple(feedback.shape)} for {x.shape[1]} columns; needs both to be equal")
+    if not spec.tensor_core or spec.is_square or spec.rounding != "rtn":
+        raise ValueError(f"shaped rounding is for e2m1 in [tensor fp32, 1x16 e4m3], rtn; got {spec.key}")
+    if len(feedback) != x.shape[1] or feedback.shape[1] > x.shape[1] or feedback.shape[1] % 2:
+        raise ValueError(
+            f"feedback of shape {tuple(feedback.shape)} for {x.shape[1]} columns; needs as many rows, and as many "
+            "columns or those of its factors"
+        )
     return backend.impl("quantize").quantize_shaped(x, spec, amax, feedback, want)
 
 

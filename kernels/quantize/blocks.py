@@ -13,6 +13,8 @@ Shaped rounding (`shape_blocks`) goes from left to right along a row, hands the 
 are still to be rounded, and lets the block's candidates compete when its turn comes:
 
     w_j = y_j - sum_(i<j) e_i F_ij,   e_i = bf16( w_i - q_i (s T) ),   q_i the nearest level to w_i / (s T)
+
+With F as factors the sum over earlier blocks is bf16(a) . V_j, a = sum e_i G_i in FP32, block after block.
 """
 
 from dataclasses import dataclass, replace
@@ -24,6 +26,7 @@ from kernels.formats.minifloat import E4M3, round_bf16, round_stochastic
 from kernels.formats.scales import Extent, fold, from_bytes, over_tile, to_bytes
 from kernels.formats.selects import Candidate
 from kernels.philox import Draw
+from kernels.quantize.feedback import parts
 from kernels.spec import NVFP4_BLOCK, QuantSpec
 
 E4M3_LAST = 126  # the byte of 448
@@ -68,20 +71,24 @@ def quantize_blocks(
 
 
 def shape_blocks(y: Tensor, spec: QuantSpec, scale: Tensor, feedback: Tensor) -> Blocks:
-    """The blocks of y [rows, K], rounded to nearest, each error handed on by `feedback` (F, [K, K], zero but above its
-    diagonal, BF16 values). F of zeros gives `quantize_blocks`."""
-    grid, size, feedback = spec.family.members[0], spec.scaling.group, feedback.to(y.dtype)
-    errors, done = torch.zeros_like(y), []
+    """The blocks of y [rows, K], rounded to nearest, each error handed on by `feedback` (F, BF16 values, in either form
+    of kernels/quantize/feedback.py). F of zeros gives `quantize_blocks`."""
+    grid, size, F = spec.family.members[0], spec.scaling.group, feedback.to(y.dtype)
+    is_whole = F.shape[1] == len(F)
+    within, into, out = parts(F)
+    errors, sums, done = torch.zeros_like(y), y.new_zeros(len(y), into.shape[1]), []
     for start in range(0, y.shape[1], size):
         own = slice(start, start + size)
-        left = y[:, own] - errors[:, :start] @ feedback[:start, own]
+        handed = errors[:, :start] @ F[:start, own] if is_whole else round_bf16(sums) @ out[own].t()
+        left = y[:, own] - handed
         found = best_of(left.unsqueeze(1), spec, scale)
         divisor = found.scales.squeeze(1) * scale
         for i in range(size):
             rounded = left[:, i : i + 1]
             rounded = round_bf16(rounded - grid.nearest(rounded / divisor) * divisor)
             errors[:, start + i : start + i + 1] = rounded
-            left = left - rounded * feedback[start + i, own]  # F is zero up to element i
+            left = left - rounded * within[start + i]  # F is zero up to element i
+        sums = sums + errors[:, own] @ into[own]
         elements = (left / divisor).unsqueeze(1)
         done.append(replace(found, elements=elements, codes=grid.nearest(elements)))
     names = ("elements", "codes", "scales", "alive")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels import gemm as gemms
 from kernels.quantize import Quantized
-from kernels.quantize.feedback import feedback
+from kernels.quantize.feedback import fit, width
 from quant.linear import Call, QuantLinear
 from quant.product import Product
 from quant.recipe import Recipe
@@ -29,7 +29,8 @@ DAMPING = 0.1  # of a fit: times the mean of the metric's diagonal, added to it
 
 @dataclass(frozen=True)
 class Shaped(Recipe):
-    """shape: which operands of fprop are rounded so. rank: of X's metric only so many directions count; None: all."""
+    """shape: which operands of fprop are rounded so. rank: of X's metric only so many directions count, where handing
+    errors on through them is cheaper than as a whole; None: all."""
 
     shape: tuple[str, ...] = OPERANDS
     rank: int | None = None
@@ -52,8 +53,6 @@ class Shaped(Recipe):
                     f"quant.fprop.{name}: shaped rounding is for grid=e2m1 in 1x16 blocks and rounding=rtn; leave "
                     f"{name} out of quant.shape={list(self.shape)}"
                 )
-            if operand.is_quantized and operand.spec.select == "search":
-                raise ValueError(f"quant.fprop.{name}.select=search isn't built for shaped rounding; use four_over_six")
         if self.shape and self.fprop.rotation_dim is not None:
             raise ValueError("quant.fprop.rotation: shaped rounding reads unrotated operands; set rotation.dim=null")
 
@@ -114,28 +113,32 @@ class Shaped(Recipe):
 
 
 class ShapedLinear(QuantLinear):
-    """y = x W^T with operands shaped by F_x and F_w, bf16 [K, K]. `gram`: float32 [K, K], X^T X of the newest training
-    step's first micro-batch. They are written in place: compiled graphs and CUDA graphs read them where they lie."""
+    """y = x W^T with operands shaped by F_x and F_w, bf16 [K, K] or the factors of recipe.rank. `gram`: float32 [K, K],
+    X^T X of the newest training step's first micro-batch. They are written in place: compiled graphs and CUDA graphs
+    read them where they lie."""
 
     hook = "feedback"
 
     def __init__(self, linear: nn.Linear, recipe: Shaped, layer: int, rng: Tensor):
         super().__init__(linear, recipe, layer, rng)
-        size = (self.in_features, self.in_features)
         self.rank = recipe.rank
         self.shaped = tuple(name for name in OPERANDS if recipe.shapes(name))
         for name in self.shaped:
-            zeros = torch.zeros(size, dtype=torch.bfloat16, device=rng.device)
+            columns = width(self.in_features, self.rank_of(name))
+            zeros = torch.zeros((self.in_features, columns), dtype=torch.bfloat16, device=rng.device)
             self.register_buffer(f"feedback_{name}", zeros, persistent=False)
         if "w" in self.shaped:
-            self.register_buffer("gram", torch.zeros(size, device=rng.device), persistent=False)
+            self.register_buffer("gram", torch.zeros((self.in_features,) * 2, device=rng.device), persistent=False)
 
     def fitted(self) -> dict[str, Tensor]:
         return {name: self._buffers[f"feedback_{name}"] for name in self.shaped}
 
     def refitted(self, name: str, gram: Tensor, damping: float) -> Tensor:
         """F of an operand by its metric [K, K]."""
-        return feedback(gram, damping, self.rank if name == "x" else None)
+        return fit(gram, damping, self.rank_of(name))
+
+    def rank_of(self, name: str) -> int | None:
+        return self.rank if name == "x" else None
 
     def forward(self, x: Tensor) -> Tensor:
         if "w" in self.shaped and torch.is_grad_enabled() and self.training:

@@ -113,13 +113,21 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_pat
     assert_e2m1_instruction_on_blackwell_only(compiled, target, tmp_path)
 
 
-@pytest.mark.parametrize(("target", "tile", "warps"), [(90, 64, 4), pytest.param(100, 16, 1, marks=pytest.mark.slow)])
-def test_shaped_kernel_compiles_without_spills(target: int, tile: int, warps: int):
+@pytest.mark.parametrize("target", [90, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("form", ["whole", "factors"])
+def test_shaped_kernels_compile_and_a_thread_holds_whole_rows(form: str, target: int):
+    """In the layout of the tensor core four threads would each work out every element of a row."""
     constants = triton_ops.constants(QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six"), 0)
-    constants |= dict(STORE_VALUES=True, STORE_PACKED=True, TILE=tile, DEPTH=triton_shaped.DEPTH, INTERPRET=False)
-    kernel = triton_shaped.shaped_kernel
-    compiled = compile_kernel(kernel, constants, target, warps, feedback_ptr="*bf16", errors_ptr="*bf16")
+    constants |= dict(STORE_VALUES=True, STORE_PACKED=True, TILE=triton_shaped.TILE, INTERPRET=False)
+    if form == "whole":
+        kernel, constants = triton_shaped.shaped_kernel, constants | dict(PANEL=64, STAGES=triton_shaped.STAGES)
+    else:
+        kernel, constants = triton_shaped.factored_kernel, constants | dict(STATE=64)
+    types = dict(feedback_ptr="*bf16", errors_ptr="*bf16", triangle_ptr="*fp32", sums_ptr="*fp32")
+    compiled = compile_kernel(kernel, constants, target, triton_shaped.WARPS, **types)
     assert ".local" not in compiled.asm["ptx"] and "mma" in compiled.asm["ptx"]
+    elements = re.findall(rf"math\.fma .*tensor<{triton_shaped.TILE}x1xf32, #(\w+)>", compiled.asm["ttgir"])
+    assert len(elements) >= 16 and "mma" not in elements
 
 
 @pytest.mark.parametrize("target", TARGETS)
