@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.pointwise.reference_impl import inverse_rms, turn
+from kernels import pointwise
+from kernels.pointwise.reference_impl import inverse_rms
 from models.attention import Mask, attend, masks
 from models.llama import check_positions, fill_model, generator_for, rope_table
 from models.shape import DTYPES, DecoderShape
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, rope: Tensor, mask: Mask) -> Tensor:
         q, k, v = (linear(x_BTD).unflatten(-1, (self.heads, -1)) for linear in (self.q, self.k, self.v))
-        q, k = (rms_norm(turn(t, rope), t.dtype) for t in (q, k))
+        q, k = (pointwise.turn_norm(t, rope, NORM_EPS) for t in (q, k))
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         y_BHTK = attend(q, k, v, mask)
         return self.out(y_BHTK.transpose(1, 2).flatten(2))

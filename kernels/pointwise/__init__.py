@@ -26,6 +26,12 @@ def rope_heads(qkv: Tensor, table: Tensor, heads: int, kv_heads: int | None = No
     return _impl().rope_heads(qkv, table, heads, kv_heads)
 
 
+def turn_norm(x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    """q or k turned by position, then divided by its rms over K: [B, T, H, K] -> the same. Each in FP32, rounded to the
+    input's dtype. table: float32 [2, >= T, K] of models.llama.rope_table."""
+    return _impl().turn_norm(x_BTHK, table, eps)
+
+
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(sum, y): sum = residual + branch in the residual's dtype; y = RMSNorm(sum) * weight, in FP32, rounded to dtype.
 

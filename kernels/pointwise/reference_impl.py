@@ -34,6 +34,11 @@ def rope_heads(qkv: Tensor, table: Tensor, heads: int, kv_heads: int | None = No
     return turn(q, table).transpose(1, 2), turn(k, table).transpose(1, 2), v.transpose(1, 2)
 
 
+def turn_norm(x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    turned = turn(x_BTHK, table).float()
+    return (turned * inverse_rms(turned, eps)).to(x_BTHK.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """x / rms(x) * weight over the last dimension, in FP32, rounded once to `dtype`."""
     x = x.float()

@@ -1,4 +1,5 @@
-"""The same operations with hand-written backwards; the forwards are the definition's, which Inductor fuses well.
+"""The same operations with hand-written backwards; the forwards are the definition's, which Inductor fuses well (but
+turn_norm's, where it loads single elements around the `flip` as in RoPE's backward).
 
 What Inductor's backwards lose (H100, llama_100m, 65,536 tokens): SwiGLU's reads dh and gate twice, since it writes the
 two halves as one masked output; RoPE's loads single elements around a `flip` and selects among three sources; the
@@ -207,8 +208,14 @@ def _larger(word):
 
 @triton.jit
 def _turned_back(word, cos, sin):
-    even, odd = (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
+    even, odd = _halves(word)
     return _words(even * cos + odd * sin, odd * cos - even * sin)
+
+
+@triton.jit
+def _halves(word):
+    """The two BF16 of int32 words, FP32."""
+    return (word << 16).to(tl.float32, bitcast=True), (word & -65536).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -216,6 +223,104 @@ def _words(low, high):
     """Two FP32 tensors as BF16 in the halves of int32 words."""
     low = low.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int32)
     return low | (high.to(tl.bfloat16).to(tl.uint16, bitcast=True).to(tl.int32) << 16)
+
+
+def turn_norm(x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    is_ours = x_BTHK.dtype == BF16 and _is_power_of_two(x_BTHK.shape[-1])
+    return _TurnNorm.apply(x_BTHK, table, eps) if is_ours else reference_impl.turn_norm(x_BTHK, table, eps)
+
+
+class _TurnNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(x_BTHK, table)
+        ctx.eps = eps
+        return turn_norm_forward(x_BTHK.contiguous(), table, eps)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        x_BTHK, table = ctx.saved_tensors
+        return turn_norm_backward(dy, x_BTHK.contiguous(), table, ctx.eps), None, None
+
+
+@torch.library.custom_op("nibble::turn_norm_forward", mutates_args=())
+def turn_norm_forward(x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    """Contiguous BF16 [B, T, H, K] -> the same."""
+    batch, length, heads, head_dim = x_BTHK.shape
+    out = torch.empty_like(x_BTHK)
+    turn_norm_kernel[(batch * length,)](
+        x_BTHK.view(torch.int32), table, out.view(torch.int32), length, heads, table.stride(0), eps,
+        PAIRS=head_dim // 2, HEADS=triton.next_power_of_2(heads), num_warps=ROPE_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@turn_norm_forward.register_fake
+def _(x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x_BTHK)
+
+
+@torch.library.custom_op("nibble::turn_norm_backward", mutates_args=())
+def turn_norm_backward(dy_BTHK: Tensor, x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    """dy, and x contiguous, BF16 [B, T, H, K] -> the gradient of x."""
+    batch, length, heads, head_dim = x_BTHK.shape
+    dy, x, out = _pairs(dy_BTHK), x_BTHK.view(torch.int32), torch.empty_like(x_BTHK)
+    turn_norm_backward_kernel[(batch * length,)](
+        dy, x, table, out.view(torch.int32), length, heads, table.stride(0), *dy.stride()[:3], eps,
+        PAIRS=head_dim // 2, HEADS=triton.next_power_of_2(heads), num_warps=ROPE_WARPS,
+    )  # fmt: skip
+    return out
+
+
+@turn_norm_backward.register_fake
+def _(dy_BTHK: Tensor, x_BTHK: Tensor, table: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x_BTHK)
+
+
+@triton.jit
+def turn_norm_kernel(
+    x_ptr, table_ptr, out_ptr, length, heads, sin_offset, eps, PAIRS: tl.constexpr, HEADS: tl.constexpr
+):
+    """One program per token."""
+    token = tl.program_id(0)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    angle = table_ptr + token % length * (2 * PAIRS) + 2 * pair + 1
+    cos, sin = tl.load(angle), tl.load(angle + sin_offset)
+    at = token.to(tl.int64) * (heads * PAIRS) + head * PAIRS + pair
+    low, high, inverse = _turned_inverse(tl.load(x_ptr + at, mask=head < heads, other=0), cos, sin, eps, PAIRS)
+    tl.store(out_ptr + at, _words(low * inverse, high * inverse), mask=head < heads)
+
+
+@triton.jit
+def turn_norm_backward_kernel(
+    dy_ptr, x_ptr, table_ptr, out_ptr, length, heads, sin_offset, d_batch, d_step, d_head, eps,
+    PAIRS: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    """One program per token: x is turned and normalized once more."""
+    token = tl.program_id(0)
+    step, sequence = token % length, (token // length).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS)[None, :]
+    inside = head < heads
+    angle = table_ptr + step * (2 * PAIRS) + 2 * pair + 1
+    cos, sin = tl.load(angle), tl.load(angle + sin_offset)
+    at = token.to(tl.int64) * (heads * PAIRS) + head * PAIRS + pair
+    low, high, inverse = _turned_inverse(tl.load(x_ptr + at, mask=inside, other=0), cos, sin, eps, PAIRS)
+    low, high = low * inverse, high * inverse
+    dy = tl.load(dy_ptr + sequence * d_batch + step * d_step + head * d_head + pair, mask=inside, other=0)
+    d_low, d_high = _halves(dy)
+    mean = tl.sum(d_low * low + d_high * high, axis=1)[:, None] / (2 * PAIRS)
+    d_low, d_high = inverse * (d_low - low * mean), inverse * (d_high - high * mean)
+    tl.store(out_ptr + at, _words(d_low * cos + d_high * sin, d_high * cos - d_low * sin), mask=inside)
+
+
+@triton.jit
+def _turned_inverse(word, cos, sin, eps, PAIRS: tl.constexpr):
+    """Both of each pair turned, rounded to BF16, and 1 / rms of each row."""
+    even, odd = _halves(word)
+    low = (even * cos - odd * sin).to(tl.bfloat16).to(tl.float32)
+    high = (odd * cos + even * sin).to(tl.bfloat16).to(tl.float32)
+    square = tl.sum(low * low + high * high, axis=1)[:, None]
+    return low, high, tl.rsqrt(square / (2 * PAIRS) + eps)
 
 
 def add_norm(residual: Tensor, branch: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -45,7 +45,8 @@ def test_compiled_gradients_are_the_eager_ones():
         total, y = triton_impl.add_norm(x, x.to(torch.bfloat16), weight, 1e-5, torch.bfloat16)
         total, y = triton_impl.add_norm(total, y, weight, 1e-5, torch.bfloat16)
         q, k, v = triton_impl.rope_heads(qkv, table, 1)
-        return (total + y.float() * 2).sum() + (q * 2 + k * 3 + v * 5).float().sum()
+        z = triton_impl.turn_norm(qkv.unflatten(-1, (3, 16)), table, 1e-5).float() * torch.arange(16, device=DEVICE)
+        return (total + y.float() * 2).sum() + (q * 2 + k * 3 + v * 5).float().sum() + z.sum()
 
     inputs = [bf16(8, 48).detach().float().requires_grad_(), bf16(1, 8, 48, seed=1)]
     compiled = torch.compile(both, backend="aot_eager", fullgraph=True)
@@ -72,6 +73,20 @@ def test_rope_heads(heads, transposed):
         grads = [g.transpose(1, 2).contiguous().transpose(1, 2) for g in grads]
     got = gradients(triton_impl.rope_heads, [qkv, table, heads], grads)
     assert_one_rounding_apart(got, gradients(reference_impl.rope_heads, [qkv, table, heads], grads))
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_turn_norm(transposed):
+    batch, length, heads, head_dim = 2, 7, 3, 16
+    table = rope_table(12, head_dim, 1e4).to(DEVICE)
+    x, dy = bf16(batch, length, heads, head_dim), bf16(batch, length, heads, head_dim, seed=1).detach()
+    if transposed:
+        dy = dy.transpose(1, 2).contiguous().transpose(1, 2)
+    got = gradients(triton_impl.turn_norm, [x, table, 1e-6], [dy])
+    for ours, theirs in zip(got, gradients(reference_impl.turn_norm, [x, table, 1e-6], [dy]), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2**-6, atol=2**-6)  # both round what is turned, autograd dy, too
+    if ON_GPU:
+        assert (got[0] != reference_impl.turn_norm(x, table, 1e-6)).double().mean() < 0.01
 
 
 @pytest.mark.parametrize("stream", [torch.float32, torch.bfloat16])

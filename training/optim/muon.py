@@ -44,22 +44,20 @@ def rounded(matrices: Tensor) -> Tensor:
 
 def polar(matrices: Tensor) -> Tensor:
     """The orthogonal polar factor of each `rounded` matrix [L, m, n], approximately, in its dtype."""
-    x = matrices
-    is_tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if is_tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)
+    is_tall = matrices.shape[-2] > matrices.shape[-1]
+    x = matrices / (matrices.norm(dim=(-2, -1), keepdim=True) * SAFETY + 1e-6)
     for a, b, c in POLAR_EXPRESS:
-        gram = x @ x.mT
+        gram = x.mT @ x if is_tall else x @ x.mT  # the smaller one
         factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, factor, x, beta=a)
-    return x.mT if is_tall else x
+        x = torch.baddbmm(x, *((x, factor) if is_tall else (factor, x)), beta=a)
+    return x
 
 
 def shared_polar(matrices: Tensor) -> Tensor:
     """FP32 `polar` of `rounded` matrices [L, m, n] that every rank has: each rank makes its share of them."""
     world = dist.get_world_size() if dist.is_initialized() else 1
     if world == 1:
-        return polar(matrices).contiguous().float()  # sums over it don't follow how it came here
+        return polar(matrices).float()
     share = math.ceil(len(matrices) / world)
     own = matrices[dist.get_rank() * share :][:share]
     part = matrices.new_zeros(share, *matrices.shape[1:])
