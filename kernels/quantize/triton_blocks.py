@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from kernels.quantize.triton_forms import (
+    REACH,
     candidate_of,
     candidates_of,
     code_of,
@@ -361,7 +362,10 @@ def _codes(q, x, member, FORM: tl.constexpr):
 @triton.jit
 def _mxfp4(y, random24, FORM: tl.constexpr, ROUNDING: tl.constexpr, INTERPRET: tl.constexpr):
     """Blocks of 32 under powers of two. A power's inverse is exact, a factor lies in [1, 2)."""
-    largest = tl.max(tl.abs(y), 1)
+    if of(FORM, "rule") == "rms":
+        largest = REACH * tl.sqrt_rn(_fold(y * y, y.shape[1]) * (1.0 / y.shape[1]))
+    else:
+        largest = tl.max(tl.abs(y), 1)
     if of(FORM, "macro_bits") is not None:
         fours = tl.max(tl.reshape(largest, [largest.shape[0] // 4, 4]), 1)
         macro = _spread(macro_factor(fours, FORM), 4)
@@ -370,7 +374,11 @@ def _mxfp4(y, random24, FORM: tl.constexpr, ROUNDING: tl.constexpr, INTERPRET: t
     scale = (exponent << 23).to(tl.float32, bitcast=True)
     if of(FORM, "prescale") != 1.0:
         y = y * of(FORM, "prescale")
-    x = y * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+    if of(FORM, "rule") == "rms":  # up to 2^127, and 0 for a block whose squares all vanish
+        x = y * 0.5 * ((255 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
+        x = tl.where((largest > 0.0)[:, None], x, 0.0)
+    else:
+        x = y * ((254 - exponent) << 23).to(tl.float32, bitcast=True)[:, None]
     if of(FORM, "macro_bits") is not None:
         x = divide(x, macro[:, None], tl.div_rn(1.0, macro)[:, None], INTERPRET)
         scale = scale * macro

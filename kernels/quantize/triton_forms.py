@@ -13,6 +13,8 @@ import triton.language as tl
 
 from kernels.formats.grids import Float4, Grid, Integers, Quarters, Table
 from kernels.formats.scales import (
+    QUEST_REACH,
+    ROOT_OF_TWO,
     SEVENTH,
     E4M3Blocks,
     HiFloat4,
@@ -39,6 +41,8 @@ MANTISSA = tl.constexpr(0x7FFFFF)
 CODE_BITS = tl.constexpr(15)  # of a level's FP32, which is exact in BF16, its code can lie below
 UE5M3_SHIFT = tl.constexpr(1.5 * 2.0**20)
 BF16_SEVENTH = tl.constexpr(SEVENTH)
+REACH = tl.constexpr(QUEST_REACH)
+UPPER_HALF = tl.constexpr(ROOT_OF_TWO)
 
 
 @dataclass(frozen=True)
@@ -380,7 +384,11 @@ def neighbour(scale, step):
 
 @triton.jit
 def power_exponent(largest, FORM: tl.constexpr):
-    """Biased exponent of PowersOfTwo._powers, 1 .. 253 (an FP32 amax asks for no more)."""
+    """Biased exponent of PowersOfTwo._powers, 1 .. 254; of rule rms `largest` is what is wanted, over 6."""
+    if of(FORM, "rule") == "rms":
+        bits = tl.div_rn(largest, 6.0).to(tl.int32, bitcast=True)
+        more = ((bits & MANTISSA) >= UPPER_HALF).to(tl.int32)
+        return tl.minimum(tl.maximum((bits >> 23) + more, 1), 254)
     bits = largest.to(tl.int32, bitcast=True)
     if of(FORM, "rule") == "floor":
         more = bits * 0

@@ -34,12 +34,8 @@ def supports(spec: QuantSpec, rounds: int) -> str | None:
         return None
     if not spec.is_blocked:
         return "FP8 behind a rotation has no kernel" if rounds else None
-    if rounds > 2:
-        return "three rounds of rotation have no kernel"
     if form_of(spec) is None:
         return None
-    if spec.scale_rule == "rms":
-        return "scale_rule=rms has no kernel"
     if spec.significant_bits > BF16_BITS:
         return f"{spec.family.name} has values that BF16 does not hold"
     if spec.is_square and len(spec.family.members) > 2:
@@ -59,7 +55,7 @@ def rht_signs(rng: Tensor, layer: Tensor, gemm: int, dim: int, fixed: bool) -> T
 
 
 def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
-    if signs is None or per_row or _rounds(signs) > 2:
+    if signs is None or per_row:
         return reference_impl.amax(x, axis, signs, per_row)
     return torch.ops.nibble.amax(x, None, *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 
@@ -67,7 +63,7 @@ def amax(x: Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
 def amax_packed(p: NVFP4Tensor, axis: int, signs: Tensor | None, per_row: bool) -> Tensor:
     if not p.tensor_core:
         return amax(dequantize(p, 1).values, axis, signs, per_row)
-    if signs is None or per_row or _rounds(signs) > 2:
+    if signs is None or per_row:
         return reference_impl.amax_packed(p, axis, signs, per_row)
     return torch.ops.nibble.amax(p.codes, _scale_bytes(p), *((None, signs) if axis == 1 else (signs, None)))[1 - axis]
 

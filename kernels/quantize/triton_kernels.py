@@ -52,15 +52,32 @@ def _natural_order(y, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr,
-                   INTERPRET: tl.constexpr):  # fmt: skip
-    """BF16 [128, 128]: diag(signs) @ permuted block-diagonal Hadamard, times a power of two."""
+def _load_rotation(rotation_ptr, signs_ptr, dim, factor, HAS_SIGNS: tl.constexpr, PARTS: tl.constexpr,
+                   PART: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
+    """BF16 [128, 128]: diag(signs) @ permuted block-diagonal Hadamard, times a power of two.
+
+    PARTS: 0, or of how many FP32 [dim, dim] a merged rotation (kernels.rotation) is the sum: PART of them, laid out."""
     i = tl.arange(0, 128)
-    rotation = tl.load(rotation_ptr + i[:, None] * 128 + i[None, :])
-    rows = tl.load(signs_ptr + i % dim) * factor if HAS_SIGNS else tl.zeros([128], tl.float32) + factor
-    if INTERPRET:
-        return rotation.to(tl.float32) * rows[:, None]
-    return rotation * rows.to(tl.bfloat16)[:, None]
+    if PARTS > 0:
+        column = i % 8 // 2 * 32 + i // 8 * 2 + i % 2
+        inside = (i // dim)[:, None] == (column // dim)[None, :]
+        at = (PART * dim + i % dim)[:, None] * dim + (column % dim)[None, :]
+        rotation = tl.load(rotation_ptr + at, mask=inside, other=0.0) * factor
+        return rotation if INTERPRET else rotation.to(tl.bfloat16)
+    else:
+        rotation = tl.load(rotation_ptr + i[:, None] * 128 + i[None, :])
+        rows = tl.load(signs_ptr + i % dim) * factor if HAS_SIGNS else tl.zeros([128], tl.float32) + factor
+        if INTERPRET:
+            return rotation.to(tl.float32) * rows[:, None]
+        else:
+            return rotation * rows.to(tl.bfloat16)[:, None]
+
+
+@triton.jit
+def _rotated(x, rotation, low, PARTS: tl.constexpr):
+    """FP32 x @ rotation, or by both parts of it."""
+    y = tl.dot(x, rotation)
+    return tl.dot(x, low, acc=y) if PARTS == 2 else y
 
 
 @triton.jit
@@ -150,7 +167,8 @@ def _group_numbers(line0, group0, out_groups, TILE: tl.constexpr, ROW: tl.conste
 
 
 @triton.jit
-def _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0, lines, out_groups, TARGET: tl.constexpr,
+def _tile_groups(x, rotation, low, PARTS: tl.constexpr, table_ptr, T, factor, key, line0, group0, lines, out_groups,
+                 TARGET: tl.constexpr,
                  SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                  PAIRS: tl.constexpr, TILE: tl.constexpr, FORM: tl.constexpr, TAGGED: tl.constexpr,
                  SETTLED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
@@ -158,7 +176,7 @@ def _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0, lines, o
     packed codes are made from, members): y, or with a FORM the codes.
 
     An input of -0 comes out as +0, without a rotation too: a dot product adds to +0."""
-    y = _natural_order(tl.dot(x, rotation), TILE)
+    y = _natural_order(_rotated(x, rotation, low, PARTS), TILE)
     group = _group_numbers(line0, group0, out_groups, TILE, 8)
     call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
     if PAIRS:
@@ -199,7 +217,7 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
                     layer_ptr, values_ptr, codes_ptr, scales_ptr, members_ptr, scale_ptr, R, C, src_words, src_groups,
                     out_words, out_groups, dim,
                     AXIS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, HAS_SIGNS: tl.constexpr,
-                    TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
+                    PARTS: tl.constexpr, TARGET: tl.constexpr, RANGE: tl.constexpr, POW2: tl.constexpr,
                     SELECT_46: tl.constexpr, ROUNDING: tl.constexpr, EDEN_GROUPS: tl.constexpr, SCALED: tl.constexpr,
                     PAIRS: tl.constexpr, STREAM: tl.constexpr, STORE_VALUES: tl.constexpr, STORE_PACKED: tl.constexpr,
                     EVEN: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, FORM: tl.constexpr,
@@ -223,7 +241,10 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
         key = load_key(rng_ptr, layer_ptr, STREAM)
     unpacking: tl.constexpr = 256.0 if PACKED else 1.0
     SETTLED: tl.constexpr = STORE_PACKED or ROUNDING != "ms_eden" or FORM is not None
-    rotation = _load_rotation(rotation_ptr, signs_ptr, dim, factor * unpacking, HAS_SIGNS, INTERPRET)
+    rotation = _load_rotation(rotation_ptr, signs_ptr, dim, factor * unpacking, HAS_SIGNS, PARTS, 0, INTERPRET)
+    low = rotation
+    if PARTS == 2:
+        low = _load_rotation(rotation_ptr, signs_ptr, dim, factor * unpacking, HAS_SIGNS, PARTS, 1, INTERPRET)
     TILE_R: tl.constexpr = 128 if AXIS == 0 else TILE
     TILE_C: tl.constexpr = TILE if AXIS == 0 else 128
     tiles_c = tl.cdiv(C, TILE_C)
@@ -240,7 +261,7 @@ def quantize_kernel(src_ptr, src_scales_ptr, src_global_ptr, rotation_ptr, signs
             x = tl.trans(x)
         line0 = col0 if AXIS == 0 else row0
         group0 = (row0 if AXIS == 0 else col0) // 16
-        code, scale, y, member = _tile_groups(x, rotation, table_ptr, T, factor, key, line0, group0,
+        code, scale, y, member = _tile_groups(x, rotation, low, PARTS, table_ptr, T, factor, key, line0, group0,
                                               C if AXIS == 0 else R, out_groups, TARGET, SELECT_46, ROUNDING,
                                               EDEN_GROUPS, SCALED, PAIRS, TILE, FORM, STORE_PACKED,
                                               SETTLED, INTERPRET)  # fmt: skip
@@ -346,9 +367,9 @@ def _atomic_max(pointer, value):
 
 
 @triton.jit
-def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr, plain_ptr, R, C,
-                words, groups, dim, ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PLAIN: tl.constexpr,
-                PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr,
+def amax_kernel(src_ptr, src_scales_ptr, rotation0_ptr, rotation1_ptr, signs0_ptr, signs1_ptr, amax0_ptr, amax1_ptr,
+                plain_ptr, R, C, words, groups, dim, ALONG_0: tl.constexpr, ALONG_1: tl.constexpr, PLAIN: tl.constexpr,
+                PARTS: tl.constexpr, PACKED: tl.constexpr, SQUARE: tl.constexpr, EVEN: tl.constexpr,
                 TILE: tl.constexpr, STAGES: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Largest magnitude of [R, C] rotated along axis 0 and/or axis 1, and not rotated (PLAIN), from one read;
     atomically into zeroed FP32 []."""
@@ -357,9 +378,15 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
     TILE_R: tl.constexpr = 128 if ALONG_0 else TILE
     TILE_C: tl.constexpr = 128 if ALONG_1 else TILE
     if ALONG_0:
-        rotation0 = _load_rotation(rotation_ptr, signs0_ptr, dim, unpacking, True, INTERPRET)
+        rotation0 = _load_rotation(rotation0_ptr, signs0_ptr, dim, unpacking, PARTS == 0, PARTS, 0, INTERPRET)
+        low0 = rotation0
+        if PARTS == 2:
+            low0 = _load_rotation(rotation0_ptr, signs0_ptr, dim, unpacking, False, PARTS, 1, INTERPRET)
     if ALONG_1:
-        rotation1 = _load_rotation(rotation_ptr, signs1_ptr, dim, unpacking, True, INTERPRET)
+        rotation1 = _load_rotation(rotation1_ptr, signs1_ptr, dim, unpacking, PARTS == 0, PARTS, 0, INTERPRET)
+        low1 = rotation1
+        if PARTS == 2:
+            low1 = _load_rotation(rotation1_ptr, signs1_ptr, dim, unpacking, False, PARTS, 1, INTERPRET)
     largest0 = tl.zeros([TILE_C], tl.float32)
     largest1 = tl.zeros([TILE_R], tl.float32)
     largest = tl.zeros([TILE_R], tl.float32)
@@ -371,9 +398,10 @@ def amax_kernel(src_ptr, src_scales_ptr, rotation_ptr, signs0_ptr, signs1_ptr, a
         if PLAIN:
             largest = max_nan(largest, largest_magnitude(x.to(tl.float32), 1, INTERPRET))
         if ALONG_1:
-            largest1 = max_nan(largest1, largest_magnitude(tl.dot(x, rotation1), 1, INTERPRET))
+            largest1 = max_nan(largest1, largest_magnitude(_rotated(x, rotation1, low1, PARTS), 1, INTERPRET))
         if ALONG_0:
-            largest0 = max_nan(largest0, largest_magnitude(tl.dot(tl.trans(x), rotation0), 1, INTERPRET))
+            turned = _rotated(tl.trans(x), rotation0, low0, PARTS)
+            largest0 = max_nan(largest0, largest_magnitude(turned, 1, INTERPRET))
         row0, col0 = _next_tile(row0, col0, step_r, step_c, tiles_c, TILE_R, TILE_C)
     if ALONG_1:
         _atomic_max(amax1_ptr, largest_magnitude(largest1, 0, INTERPRET))

@@ -60,10 +60,14 @@ CONFIGS: dict[tuple[str, int], Launch] = {
     ("sr_packed", 1): Launch(64, 4, 2, 3),
     ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
     ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
-    # Forms (triton_forms.py); not tuned.
+    # Forms (triton_forms.py); on an H200. A third or fourth table takes more registers than two programs have.
     ("form_rows", 1): Launch(128, 4, programs=64),
-    ("form", 0): Launch(64, 8, 2, 2, 128),
-    ("form", 1): Launch(64, 8, 2, 2, 128),
+    ("form", 0): Launch(64, 8, 3, 2, 128),
+    ("form", 1): Launch(64, 8, 3, 2, 128),
+    ("two_tables", 0): Launch(64, 4, 3, 2),
+    ("two_tables", 1): Launch(64, 4, 3, 2),
+    ("tables", 0): Launch(64, 8, 3, 1),
+    ("tables", 1): Launch(64, 8, 3, 1),
     ("amax", 0): Launch(64, 4, 3, 2),
     ("amax", 1): Launch(64, 4, 3, 2),
     ("amax", 2): Launch(128, 8, 4, 1),
@@ -74,14 +78,16 @@ CONFIGS: dict[tuple[str, int], Launch] = {
 
 def config_key(is_packed: bool, axis: int, spec: QuantSpec, rotated: bool) -> tuple[str, int]:
     """The entry of CONFIGS that a quantizer runs with; "_rows" names those that rows_kernel serves."""
-    form = form_of(spec)
-    if form is not None and (is_packed or not in_rows(form)):
-        return "form", axis
+    form, is_plain = form_of(spec), axis == 1 and not rotated
+    if form is not None:
+        if is_plain and not is_packed and in_rows(form):
+            return "form_rows", 1
+        tables = "two_tables" if len(form.members) <= 2 else "tables"
+        return tables if form.looked_up else "form", axis
     if is_packed:
         return f"{spec.rounding}_packed", axis
     name = "four_over_six" if spec.select == "four_over_six" else spec.rounding
-    name = name if form is None else "form"
-    return (f"{name}_rows", 1) if axis == 1 and not rotated else (name, axis)
+    return (f"{name}_rows", 1) if is_plain else (name, axis)
 
 
 @lru_cache
@@ -124,13 +130,12 @@ def permutation(device: torch.device) -> Tensor:
     return (32 * lane + 2 * j + b).to(device)
 
 
-def rotation_and_signs(signs: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """(BF16 [128, 128], columns permuted; FP32 [dim] signs of its rows, or None: a merged rotation has them in it)."""
-    dim = _dim(signs)
+def rotation_and_signs(signs: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+    """(BF16 [128, 128], columns permuted; FP32 [dim] signs of its rows; 0). Of a merged rotation itself, nothing, and
+    how many matrices it is the sum of: kernels lay it out as they load it."""
     if signs is None or signs.ndim == 1:
-        return rotation_matrix(dim, device), signs
-    blocks = torch.block_diag(*[signs] * (ROTATION_TILE.value // dim))
-    return blocks[:, permutation(device)].to(torch.bfloat16), None
+        return rotation_matrix(_dim(signs), device), signs, 0
+    return signs.contiguous(), None, signs.ndim - 1
 
 
 def grid_size(tiles: int, device: torch.device, per_multiprocessor: int) -> tuple[int]:
@@ -190,13 +195,14 @@ def launch_quantize(
     lines, contraction = (rows, columns) if axis == 1 else (columns, rows)
     tiles = triton.cdiv(lines, config.tile) * triton.cdiv(contraction, ROTATION_TILE.value)
     dim = _dim(signs)
-    matrix, diagonal = rotation_and_signs(signs, src.device)
+    matrix, diagonal, parts = rotation_and_signs(signs, src.device)
     table = lookup_of(spec, src.device)
     quantize_kernel[grid_size(tiles, src.device, config.programs)](
         _words(src) if is_packed else src, src_scales, src_global, matrix, diagonal, table, amax, rng,
         layer, values, _words(codes), block_scales, members if members.numel() else None, scale, rows, columns,
         columns // 8, columns // 16, contraction // 8, contraction // 16, dim,
-        AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows, HAS_SIGNS=diagonal is not None,
+        AXIS=axis, PACKED=is_packed, SQUARE=is_packed and src_scales.shape[0] != rows,
+        HAS_SIGNS=diagonal is not None, PARTS=parts,
         **constants(spec, slot), EDEN_GROUPS=eden_groups(spec, signs), SCALED=spec.eden_space == "scaled",
         PAIRS=contraction % 32 == 0, STORE_VALUES=store_values, STORE_PACKED=store_packed,
         EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
@@ -220,8 +226,9 @@ def constants(spec: QuantSpec, slot: int) -> dict[str, float | bool | str | int]
 
 
 def fuses(spec: QuantSpec) -> bool:
-    """Whether the compiler may fuse products into sums: not into the errors by which candidates compete."""
-    return len(spec.candidates) == 1
+    """Whether the compiler may fuse products into sums: not into the errors by which candidates compete, nor into a
+    block's energy."""
+    return len(spec.candidates) == 1 and spec.scale_rule != "rms"
 
 
 def eden_groups(spec: QuantSpec, signs: Tensor | None) -> int:
@@ -269,15 +276,15 @@ def launch_amax(
     config = CONFIGS["amax_packed" if is_packed else "amax", 2 if along0 and along1 else int(along1)]
     tile_r, tile_c = 128 if along0 else config.tile, 128 if along1 else config.tile
     tiles = triton.cdiv(rows, tile_r) * triton.cdiv(columns, tile_c)
-    signs = signs0 if along0 else signs1
-    dim, (matrix, diagonal) = _dim(signs), rotation_and_signs(signs, src.device)
-    if diagonal is None:  # a merged rotation, along one axis
-        ones = torch.ones(dim, device=src.device)
-        signs0, signs1 = (ones if along else None for along in (along0, along1))
+    either = signs0 if along0 else signs1
+    dim = _dim(either)
+    (matrix0, signs0, parts), (matrix1, signs1, _) = (
+        rotation_and_signs(either if signs is None else signs, src.device) for signs in (signs0, signs1)
+    )
     amax_kernel[grid_size(tiles, src.device, config.programs)](
-        _words(src) if is_packed else src, src_scales, matrix, signs0, signs1, amax0, amax1,
+        _words(src) if is_packed else src, src_scales, matrix0, matrix1, signs0, signs1, amax0, amax1,
         plain, rows, columns, columns // 8, columns // 16, dim,
-        ALONG_0=along0, ALONG_1=along1, PLAIN=plain is not None, PACKED=is_packed,
+        ALONG_0=along0, ALONG_1=along1, PLAIN=plain is not None, PARTS=parts, PACKED=is_packed,
         SQUARE=is_packed and src_scales.shape[0] != rows,
         EVEN=rows % tile_r == 0 and columns % tile_c == 0, TILE=config.tile, STAGES=config.stages,
         INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
@@ -320,12 +327,13 @@ def _(src, src_scales, src_global, amax, signs, rng, layer, axis, spec, slot, st
 
 
 def _both_amaxes(x: Tensor, signs1: Tensor | None, signs0: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Of axis 1 and of axis 0, at least one of them rotated; from one read if only signs differ."""
+    """Of axis 1 and of axis 0, at least one of them rotated; from one read if only signs differ and both rotations fit
+    into shared memory, which those of three rounds don't."""
     if signs1 is None or signs0 is None:
         plain = x.new_zeros((), dtype=torch.float32)
         rotated = launch_amax(x, None, signs0, signs1, plain)
         return (rotated[0], plain) if signs0 is None else (plain, rotated[1])
-    if signs1.shape == signs0.shape and signs1.ndim == 1:
+    if signs1.shape == signs0.shape and signs1.ndim < 3:
         return launch_amax(x, None, signs0, signs1)
     return launch_amax(x, None, None, signs1)[0], launch_amax(x, None, signs0, None)[1]
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from base.files import write_json
 from kernels.philox import Draw
 from kernels.quantize import Quantized, reference_impl
-from kernels.rotation import merged
+from kernels.rotation import merged, two_parts
 from kernels.spec import (
     FP8_SCALES,
     HIF4_SCALES,
@@ -95,6 +95,7 @@ MXFP4 = {
     "mxfp4_floor": {},
     "mxfp4_even": {"scale_rule": "even"},
     "mxfp4_ceil": {"scale_rule": "ceil"},
+    "mxfp4_rms": {"scale_rule": "rms"},
     "mxfp4_sr": {"scale_rule": "ceil", "rounding": "sr"},
     "mxfp4_prescale_sr": {"prescale": 0.75, "rounding": "sr"},
     "mxfp4_macro": {"scale_rule": "ceil", "macro_bits": 5},
@@ -220,7 +221,7 @@ def small_cases() -> Iterator[Case]:
 def small_form_cases() -> Iterator[Case]:
     """One for each way through the kernels of the other forms; test_forms_interpreted runs them all."""
     shape = (32, 192)
-    for name in ("po4_mix", "sfp4_46_eden", "int4_sr", "search", "mxfp4_prescale_sr"):
+    for name in ("po4_mix", "sfp4_46_eden", "int4_sr", "search", "mxfp4_prescale_sr", "mxfp4_rms"):
         yield Case(name, 1, 1, "bf16", "subnormal_scales", shape)
     for name in ("if4_eden", "ue5m3_sr"):
         yield Case(name, 0, 16, "own", "randn", shape)
@@ -268,11 +269,11 @@ def run(case: Case, x: Tensor) -> dict[str, float]:
     return shares | _compare(got, expected)
 
 
-def both_axes_agree(x: Tensor, spec: QuantSpec, rotations: tuple[int, int]) -> bool:
+def both_axes_agree(x: Tensor, spec: QuantSpec, rotations: tuple[int, int], rounds: int = 1) -> bool:
     """Whether `quantize_both` gives bit for bit what two calls give."""
     rng, layer = torch.tensor([99, 3, 1], device=x.device), torch.tensor(2, device=x.device)
     signs = [
-        triton_impl.rht_signs(rng, layer, gemm, dim, False) if dim > 1 else None
+        rotation(rng, layer, gemm, dim, rounds) if dim > 1 else None
         for gemm, dim in zip((1, 2), rotations, strict=True)
     ]
     want = ("values", "packed")
@@ -286,10 +287,19 @@ def both_axes_agree(x: Tensor, spec: QuantSpec, rotations: tuple[int, int]) -> b
     return True
 
 
-def two_rounds_agree(x: Tensor, spec: QuantSpec, axis: int, dim: int) -> bool:
-    """Whether a merged rotation of two rounds gives what the reference gives, but for the order of sums."""
+def rotation(rng: Tensor, layer: Tensor, gemm: int, dim: int, rounds: int) -> Tensor:
+    """As kernels.quantize.rotation makes it, by the reference."""
+    signs = reference_impl.rht_signs(rng, layer, gemm, dim if rounds == 1 else dim * 2 ** (rounds - 1), False)
+    if rounds == 1:
+        return signs
+    matrix = merged(signs[: rounds * dim], dim)
+    return matrix if rounds == 2 else two_parts(matrix)
+
+
+def rounds_agree(x: Tensor, spec: QuantSpec, axis: int, dim: int, rounds: int) -> bool:
+    """Whether a merged rotation gives what the reference gives, but for the order of sums."""
     rng, layer = torch.tensor([99, 3, 1], device=x.device), torch.tensor(2, device=x.device)
-    matrix = merged(reference_impl.rht_signs(rng, layer, 1, 2 * dim, False), dim)
+    matrix = rotation(rng, layer, 1, dim, rounds)
     first = reference_impl.quantize(x, SPECS["rtn_46"], 1, x.abs().amax().float(), None, None, ("packed",)).packed
     want, draw, same = ("values", "packed"), Draw(rng, layer, 4), []
     for source, measure, call in ((x, "amax", "quantize"), (first, "amax_packed", "requantize")):
@@ -409,10 +419,14 @@ def single_rows() -> list[dict]:
         {"spec": f"both axes {spec}", "rotation": max(dims), "ok": both_axes_agree(x, EVERY[spec], dims)}
         for spec, dims in pairs
     ]
-    turned = itertools.product(("rtn_46", "sr", "ms_eden"), (1, 0), (16, 32))
+    turned = itertools.product(("rtn_46", "sr", "ms_eden"), (1, 0), (16, 32), (2, 3))
     rows += [
-        {"spec": f"two rounds {spec}", "rotation": dim, "ok": two_rounds_agree(x, EVERY[spec], axis, dim)}
-        for spec, axis, dim in turned
+        {"spec": f"{rounds} rounds {spec}", "rotation": dim, "ok": rounds_agree(x, EVERY[spec], axis, dim, rounds)}
+        for spec, axis, dim, rounds in turned
+    ]
+    rows += [
+        {"spec": f"both axes {n} rounds", "rotation": dims[0], "ok": both_axes_agree(x, EVERY["ms_eden"], dims, n)}
+        for n, dims in itertools.product((2, 3), ((16, 16), (32, 1)))
     ]
     unpacked = itertools.product(("rtn_46", "square_rtn"), (1, 0))
     return rows + [

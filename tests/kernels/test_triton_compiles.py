@@ -27,19 +27,22 @@ TARGETS = [90, 100, 120]
 NVFP4 = dict(
     TARGET=6.0, RANGE=2688.0, POW2=False, SELECT_46=False, ROUNDING="rtn", EDEN_GROUPS=1, SCALED=False, PAIRS=True,
     STREAM=16, STORE_VALUES=True, STORE_PACKED=False, EVEN=True, TILE=64, STAGES=2, INTERPRET=False, SQUARE=False,
-    FORM=None, members_ptr=None, table_ptr=None,
+    PARTS=0, FORM=None, members_ptr=None, table_ptr=None,
 )  # fmt: skip
 QUANTIZE = {
     "rtn_46_axis0_packed_out": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
     "sr_axis0_from_packed": dict(AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="sr", STORE_PACKED=True),
     "ms_eden_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_axis0": dict(AXIS=0, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
+    "ms_eden_two_rounds": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, PARTS=1, ROUNDING="ms_eden"),
+    "ms_eden_three_rounds": dict(AXIS=1, PACKED=True, HAS_SIGNS=False, PARTS=2, ROUNDING="ms_eden"),
     "ms_eden_upstream_axis0": dict(
         AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="ms_eden", EDEN_GROUPS=8, SCALED=True, POW2=True
     ),
 }
 POINTERS = {
     "src_ptr": "*bf16", "src_scales_ptr": "*u8", "src_global_ptr": "*fp32", "rotation_ptr": "*bf16",
+    "rotation0_ptr": "*bf16", "rotation1_ptr": "*bf16",
     "signs_ptr": "*fp32", "signs0_ptr": "*fp32", "signs1_ptr": "*fp32", "amax_ptr": "*fp32", "amax0_ptr": "*fp32",
     "amax1_ptr": "*fp32", "plain_ptr": "*fp32", "rng_ptr": "*i64", "layer_ptr": "*i64",
     "values_ptr": "*bf16", "codes_ptr": "*i32", "scales_ptr": "*u8", "scale_ptr": "*fp32", "members_ptr": "*u8",
@@ -67,6 +70,7 @@ def compile_kernel(kernel, constants: dict, target: int, warps: int = 4, registe
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     form = constants.get("FORM")
     competing = constants.get("SELECT_46") or (form is not None and len(form.candidates) > 1)
+    competing = competing or (form is not None and form.rule == "rms")
     options = {"num_warps": warps, "maxnreg": registers, "enable_fp_fusion": not competing}
     with active_gpu(target) as gpu:
         return triton.compile(source, target=gpu, options=options)
@@ -100,11 +104,13 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_pat
     source = "*i32" if constants["PACKED"] else "*bf16"
     select = "four_over_six" if constants["SELECT_46"] else "absmax"
     spec = QuantSpec("e2m1", NVFP4_SCALES, select, constants["ROUNDING"])
-    key = triton_ops.config_key(constants["PACKED"], constants["AXIS"], spec, constants["HAS_SIGNS"])
+    rotated = constants["HAS_SIGNS"] or constants["PARTS"] > 0
+    key = triton_ops.config_key(constants["PACKED"], constants["AXIS"], spec, rotated)
     launch = triton_ops.CONFIGS[key]
     constants |= {"TILE": launch.tile, "STAGES": launch.stages}
     kernel, limit = triton_kernels.quantize_kernel, launch.registers
-    compiled = compile_kernel(kernel, constants, target, launch.warps, limit, src_ptr=source)
+    types = {"rotation_ptr": "*fp32"} if constants["PARTS"] else {}
+    compiled = compile_kernel(kernel, constants, target, launch.warps, limit, src_ptr=source, **types)
     # The layout argument of triton_kernels.py: no shuffles between the tensor core and the per-group sums.
     ptx = compiled.asm["ptx"]
     assert ".local" not in ptx
@@ -131,11 +137,21 @@ def test_shaped_kernels_compile_and_a_thread_holds_whole_rows(form: str, target:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("along", [(True, False), (False, True), (True, True)])
-def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
+@pytest.mark.parametrize(
+    ("along", "parts"),
+    [
+        ((True, False), 0),
+        ((False, True), 0),
+        ((True, True), 0),
+        pytest.param((True, True), 1, marks=pytest.mark.slow),
+        pytest.param((True, False), 2, marks=pytest.mark.slow),
+    ],
+)
+def test_amax_kernel_compiles(along: tuple[bool, bool], parts: int, target: int):
     constants = dict(zip(("ALONG_0", "ALONG_1"), along, strict=True))
     launch = triton_ops.CONFIGS["amax", 2 if all(along) else int(along[1])]
     constants |= dict(
+        PARTS=parts,
         PLAIN=not all(along),
         PACKED=False,
         SQUARE=False,
@@ -144,7 +160,9 @@ def test_amax_kernel_compiles(along: tuple[bool, bool], target: int):
         STAGES=launch.stages,
         INTERPRET=False,
     )
-    assert compile_kernel(triton_kernels.amax_kernel, constants, target, launch.warps).asm["cubin"]
+    types = dict.fromkeys(("rotation0_ptr", "rotation1_ptr"), "*fp32") if parts else {}
+    compiled = compile_kernel(triton_kernels.amax_kernel, constants, target, launch.warps, **types)
+    assert compiled.metadata.shared <= 227 * 1024 and ".local" not in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -200,6 +218,7 @@ FORMS = {
     "po4": QuantSpec.resolve("po4_mix", NVFP4_SCALES),
     "sfp4_46_eden": QuantSpec.resolve("sfp4", NVFP4_SCALES, "four_over_six", "ms_eden"),
     "search": QuantSpec.resolve("e2m1", NVFP4_SCALES, "search"),
+    "mxfp4_rms": QuantSpec.resolve("e2m1", MXFP4_SCALES, scale_rule="rms"),
     "mxfp4_macro_sr": QuantSpec.resolve("e2m1", MXFP4_SCALES, rounding="sr", scale_rule="ceil", macro_bits=5),
     "hif4": QuantSpec.resolve("hif4", HIF4_SCALES),
 }
