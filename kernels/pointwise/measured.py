@@ -28,9 +28,14 @@ class MeasuredMaxima(CustomGraphPass):
     """For torch._inductor.config.post_grad_custom_pre_pass."""
 
     def __call__(self, graph: Graph) -> None:
+        found: dict[tuple[Node, Node], list[Node]] = {}
         for rows in graph.find_nodes(op="call_function", target=aten.amax.default):
             if made := _written_by_ours(rows):
-                _measure(graph, rows, *made)
+                found.setdefault(made, []).append(rows)
+        for (operator, output), readers in found.items():
+            largest = _measure(graph, operator, output)
+            for rows in readers:
+                rows.replace_all_uses_with(largest)
         graph.eliminate_dead_code()
 
     def uuid(self) -> bytes:
@@ -52,7 +57,8 @@ def _written_by_ours(rows: Node) -> tuple[Node, Node] | None:
     return (operator, source) if measured().get(operator.target, (None, -1))[1] == index else None
 
 
-def _measure(graph: Graph, rows: Node, operator: Node, output: Node) -> None:
+def _measure(graph: Graph, operator: Node, output: Node) -> Node:
+    """The maxima of `output`, from the measured form of its operator, which takes its place."""
     with graph.inserting_before(operator):
         node = _call(graph, measured()[operator.target][0], *operator.args)
         largest = _call(graph, getitem, node, len(node.meta["val"]) - 1)
@@ -60,7 +66,7 @@ def _measure(graph: Graph, rows: Node, operator: Node, output: Node) -> None:
             operator.replace_all_uses_with(_call(graph, getitem, node, 0))
         else:
             operator.replace_all_uses_with(node)
-    rows.replace_all_uses_with(largest)
+    return largest
 
 
 def _call(graph: Graph, target, *arguments) -> Node:

@@ -144,7 +144,9 @@ def test_a_compiled_graph_measures_what_it_would_read_again(number):
     def consumer(*arguments):
         made = operator(*arguments)
         out = made[index] if isinstance(made, tuple) else made
-        return out, out.flatten(0, -2).abs().amax(-1).amax(), out.abs().amax(0)  # the last one is no maximum of all
+        rows = out.flatten(0, -2)
+        # For each axis of a quantizer; the last one is no maximum of all.
+        return out, rows.abs().amax(-1).amax(), rows.abs().amax(-1).amax(), out.abs().amax(0)
 
     graph = make_fx(consumer, tracing_mode="fake")(*arguments)
     before = graph(*arguments)
