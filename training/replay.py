@@ -9,18 +9,19 @@ import torch
 
 class Lane:
     """Functions replayed as CUDA graphs from one pool of memory, in which nothing is reused that anyone still holds.
-    Without `graphs` they run as they are. Graphs of different lanes share no memory and may run at once (`aside`)."""
+    Without `graphs` they run as they are. aside: in `within` they run on a stream of their own, beside other lanes,
+    with which they share no memory: a library's workspace belongs to the stream that was captured."""
 
-    def __init__(self, graphs: bool):
+    def __init__(self, graphs: bool, aside: bool = False):
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
-        self._stream = torch.cuda.Stream() if graphs else None
+        self._stream = torch.cuda.Stream() if graphs and aside else None
 
     def replay(self, function: Callable[[], Any]) -> "Replay":
-        return Replay(function, self._pool)
+        return Replay(function, self._pool, self._stream)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """What is launched within it begins after all that was launched before it, and runs beside what follows."""
+    def within(self) -> Iterator[None]:
+        """What is launched here begins after all that was launched before, and runs beside what follows."""
         if self._stream is None:
             yield
             return
@@ -39,8 +40,8 @@ class Replay:
     built on first use is there, and captures it; that call and all others replay. Its result then lies in the graph's
     memory: each call overwrites it."""
 
-    def __init__(self, function: Callable[[], Any], pool: Any):
-        self._function, self._pool = function, pool
+    def __init__(self, function: Callable[[], Any], pool: Any, stream: torch.cuda.Stream | None):
+        self._function, self._pool, self._stream = function, pool, stream
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self) -> Any:
@@ -55,6 +56,6 @@ class Replay:
         """Other threads (data, checkpoints) may go on using the device."""
         self._function()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             self._result = self._function()
         self._graph = graph

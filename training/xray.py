@@ -151,7 +151,7 @@ class Alone:
 
     def __init__(self, product: Product, plain: Product, draws: int, graphs: bool = False):
         self._product, self._plain, self._exact = product, plain, product.exact_backward()
-        self.lane = Lane(graphs)
+        self.lane = Lane(graphs, aside=True)
         self._exacts, self._drawns = Rows(draws if product.forward_draws else 1), Rows(draws)
         functions = self._plain_pass, self._exact_pass, self._drawn_backward, self._gaps_of_all, self._watched
         self._run_plain, self._run_exact, self._run_drawn, self._run_gaps, self._look = map(self.lane.replay, functions)
@@ -335,7 +335,7 @@ class Eye:
             if kind not in self._alone:
                 self._alone[kind] = Alone(recipe, self.recipes[name].plain(), self.draws, self.view.graphs)
             alone = self._alone[kind]
-            with alone.lane.aside():
+            with alone.lane.within():
                 alone.feed(layer, x, weight, dy)
                 if label is None and name not in found.slots:
                     found.slots[name] = alone.look()

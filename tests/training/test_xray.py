@@ -122,7 +122,7 @@ def test_one_forward_serves_all_draws(recipe, together, apart):
 
 def test_an_eye_that_stays_sees_new_weights_and_not_other_recipes(monkeypatch):
     """As under CUDA graphs: layers are measured after the pass, and the eye is used again."""
-    monkeypatch.setattr(training.xray, "Lane", lambda graphs: Lane(False))
+    monkeypatch.setattr(training.xray, "Lane", lambda *_, **__: Lane(False))
     model, rng = small("quartet2")
     view, text = view_of(model, rng, graphs=True), text_of(1)
     eye = Eye(view, 3, {})
