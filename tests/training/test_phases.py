@@ -119,6 +119,10 @@ def test_only_what_is_named_is_trained_from_its_step_on(run, rows, stop_after):
         (["model.layers=2"], "model.layers=2, the parent has 1"),
         (["batch.sequences=8"], "batch.sequences=8, the parent has 4"),
         (["data.val_fraction=0.1"], "the parent was trained on other text .*; give that one"),
+        (
+            ["quant=quartet2", "quant.phases=[{from: .2, to: .5, set: {fprop: none}}]"],
+            r"quant\.phases\[0\] ends at step 5, before the fork begins; leave it out",
+        ),
         (["debug=smoke"], "debug=: a fork has everything else from its parent"),
     ],
 )

@@ -18,6 +18,7 @@ from training.start.derive import Numbers
 # What makes the data's order, and the shape of what is loaded: a change would be another run, not a fork.
 HOLDS = ("model.", "data.", "dtypes.", "seed", "batch.seq_len", "batch.sequences", "perturb")
 SHOWN = 6  # changed keys
+PHASES = "quant.phases."
 WHOLE_LENGTH = ("cosine", "linear")  # schedules whose rate at a step follows from the run's whole length
 
 
@@ -62,8 +63,23 @@ def check(parent: Parent, numerics: dict[str, Any], numbers: Numbers, tokens: To
             f"{who}: steps={numbers.steps}, but the rate of schedule={numbers.schedule.name} follows the parent's "
             f"{steps} steps; leave steps out, or add schedule=wsd"
         )
+    _check_phases(parent, numerics, who)
     if parent.step >= numbers.steps:
         raise ForkError(f"{who}: nothing is left to train of {numbers.steps} steps; give an earlier step or steps=")
+
+
+def _check_phases(parent: Parent, numerics: dict[str, Any], who: str) -> None:
+    """Raise ForkError for a phase that the parent didn't have and that is over where the fork begins."""
+    for key, (_, new) in changes(parent, numerics).items():
+        if not key.startswith(PHASES) or new == "-":
+            continue
+        number = key.removeprefix(PHASES).partition(".")[0]
+        end = numerics[f"{PHASES}{number}.end"]
+        if end <= parent.step:
+            raise ForkError(
+                f"{who}: quant.phases[{number}] ends at step {end}, before the fork begins; leave it out, or fork an "
+                "earlier step"
+            )
 
 
 def check_there(parent: Parent) -> None:
