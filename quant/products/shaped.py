@@ -77,11 +77,11 @@ class Shaped(Recipe):
         return [*super().describe(label), f"  shaped    {', '.join(metric[name] for name in self.shape) or 'nothing'}"]
 
     def more_flops(self, shape: tuple[int, int], tokens: int) -> float:
-        """Errors times F, half of which is zero (or in and out of the directions that count), and the Gram matrix; not
-        the refits, one in dozens of steps."""
+        """Errors times F, half of which is zero (or in and out of the directions that count); not the refits with their
+        Gram matrix, in one of dozens of steps."""
         rows, columns = shape
         wide = columns if self.rank is None else min(columns, 4 * self.rank)
-        of = {"x": tokens * wide, "w": (rows + 2 * min(tokens, GRAM_TOKENS)) * columns}
+        of = {"x": tokens * wide, "w": rows * columns}
         return sum(of[name] * columns for name in self.shape if self.shapes(name))
 
     def plain(self) -> Product:
@@ -113,9 +113,10 @@ class Shaped(Recipe):
 
 
 class ShapedLinear(QuantLinear):
-    """y = x W^T with operands shaped by F_x and F_w, bf16 [K, K] or the factors of recipe.rank. `gram`: float32 [K, K],
-    X^T X of the newest training step's first micro-batch. They are written in place: compiled graphs and CUDA graphs
-    read them where they lie."""
+    """y = x W^T with operands shaped by F_x and F_w, bf16 [K, K] or the factors of recipe.rank. `seen`: bf16
+    [GRAM_TOKENS, K], X of the newest training step's first micro-batch (what it hasn't is zero): a captured step copies
+    that much in every step, where X^T X, of which one step in dozens has need, would be a GEMM. All are written in
+    place: compiled graphs and CUDA graphs read them where they lie."""
 
     hook = "feedback"
 
@@ -128,7 +129,8 @@ class ShapedLinear(QuantLinear):
             zeros = torch.zeros((self.in_features, columns), dtype=torch.bfloat16, device=rng.device)
             self.register_buffer(f"feedback_{name}", zeros, persistent=False)
         if "w" in self.shaped:
-            self.register_buffer("gram", torch.zeros((self.in_features,) * 2, device=rng.device), persistent=False)
+            zeros = torch.zeros((GRAM_TOKENS, self.in_features), dtype=torch.bfloat16, device=rng.device)
+            self.register_buffer("seen", zeros, persistent=False)
 
     def fitted(self) -> dict[str, Tensor]:
         return {name: self._buffers[f"feedback_{name}"] for name in self.shaped}
@@ -148,6 +150,10 @@ class ShapedLinear(QuantLinear):
     @torch.no_grad()
     def see(self, x: Tensor) -> None:
         """The global batch's first micro-batch alone, so that the result doesn't depend on the number of ranks."""
-        rows = Quantized(x, None)
-        found = gemms.gemm(rows, rows, "wgrad", 1.0, torch.float32)
-        self.gram.copy_(torch.where(self.rng[2] == 0, found, self.gram))
+        target = self.seen[: len(x)]
+        target.copy_(torch.where(self.rng[2] == 0, x, target))
+
+    def gram(self) -> Tensor:
+        """X^T X of what was seen, float32 [K, K]."""
+        rows = Quantized(self.seen, None)
+        return gemms.gemm(rows, rows, "wgrad", 1.0, torch.float32)

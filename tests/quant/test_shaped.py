@@ -116,7 +116,7 @@ def layer_of(recipe: dict) -> nn.Module:
 
 def fit_both(layer: nn.Module) -> None:
     layer.feedback_x.copy_(feedback(layer.weight.detach().t() @ layer.weight.detach(), 0.1))
-    layer.feedback_w.copy_(feedback(layer.gram, 0.1))
+    layer.feedback_w.copy_(feedback(layer.gram(), 0.1))
 
 
 def test_a_layer_sees_its_first_micro_batch_and_has_less_error_after_it():
@@ -124,14 +124,14 @@ def test_a_layer_sees_its_first_micro_batch_and_has_less_error_after_it():
     layer, x = model["up"], shaped_input(128, 64)
     RNG[2] = 1
     layer(x)
-    assert not layer.gram.any()
+    assert not layer.seen.any()
     RNG[2] = 0
     plain = layer(x).detach()
-    torch.testing.assert_close(layer.gram, x.float().t() @ x.float())
+    torch.testing.assert_close(layer.gram(), x.float().t() @ x.float())
     fit_both(layer)
     with torch.no_grad():
         layer(torch.ones_like(x))  # an evaluation
-    torch.testing.assert_close(layer.gram, x.float().t() @ x.float())
+    torch.testing.assert_close(layer.gram(), x.float().t() @ x.float())
     shaped = layer(x).detach()
     with unquantized(model):
         exact = layer(x).detach()
@@ -142,7 +142,7 @@ def test_counters_see_what_was_rounded():
     model = layer_of(library.mapping("quartet2_shaped"))
     layer, x = model["up"], shaped_input(128, 64)
     layer(x)
-    layer.feedback_x.copy_(feedback(layer.gram, 0.01))  # a strong one
+    layer.feedback_x.copy_(feedback(layer.gram(), 0.01))  # a strong one
     made = ops.quantize_shaped(x, layer.recipe.operand("fprop.x").spec, ops.amax(x, 1), layer.feedback_x)
     found = slot_stats(model, lambda: layer(x))["up"]["fprop.x"]["zeroed"]
     assert found == int(((made.values == 0) & (x != 0)).sum())
