@@ -205,7 +205,7 @@ TASK = {
     "metrics": "name -> [value, standard error or null]",
 }
 # What lift/<step>.json has. `layers` is layer -> lifted (it in BF16, the rest as the run has it) or alone (it as the
-# run has it, the rest in BF16) -> layer, x or w (both operands of fprop, or one) -> CHANGE.
+# run has it, the rest in BF16) -> layer, x or w (both operands of fprop, or one) or fp8 (both in FP8) -> CHANGE.
 LIFT = {
     "step": "completed optimizer steps",
     "targets": "tokens scored",

@@ -4,11 +4,14 @@
     python scripts/xray.py runs/NAME@1000                  # that of step 1000
     python scripts/xray.py runs/NAME --recipes nvidia sr   # the same tensors under other recipes, too
     python scripts/xray.py runs/NAME --lift                # what each layer costs in loss
+    python scripts/xray.py runs/NAME --plan budget=5%      # which layers to lift to FP8 or BF16 for 5 % of a step
 
 Prints a table and writes xray/<step>.json into the run folder: what the probe `xray` writes into metrics.jsonl while a
 run trains. Errors are squared and relative, in 1e-3; a bias is over random bits, +- its standard error.
 --lift takes each layer, and each of its operands, to BF16 while the rest stays in 4 bits, and puts it into 4 bits
 alone: changes of the loss of the same weights on the same text, beside what a Taylor series says; lift/<step>.json.
+--plan goes by that file, which it makes where it is missing, and by scripts/price.py's predicted times; it prints the
+override to type.
 """
 
 import argparse
@@ -23,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import parser_of
 from base.files import write_json
-from base.runfolder import XRAY_PARTS, XRAY_SCOPES, XRAYS
+from base.runfolder import LIFTS, XRAY_PARTS, XRAY_SCOPES, XRAYS, read_json
 from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
@@ -31,6 +34,7 @@ if __name__ == "__main__":
 
 from launcher.kept import Kept, kept
 from quant.names import GEMMS, OPERANDS
+from scripts import _plan
 from training.checkpoint.state import load_model
 from training.lift import LAYER, TOKENS, Change, lift, save
 from training.loss import LossModel
@@ -154,14 +158,21 @@ def main() -> int:
     for flag, meaning in (("--slices", "how many"), ("--draws", "of random bits")):
         usual = getattr(XrayOptions, flag[2:])
         parser.add_argument(flag, type=int, default=usual, help=f"{meaning} (default {usual})")
+    parser.add_argument("--plan", metavar="budget=5%", help="layers to lift for that share of a step's predicted time")
+    parser.add_argument("--gpu", metavar="NAME", help="whose times --plan takes (default: where the run gains most)")
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     arguments = parser.parse_args()
+    if arguments.gpu and not arguments.plan:
+        parser.error("--gpu goes with --plan")
     if arguments.tokens is None:
-        arguments.tokens = TOKENS if arguments.lift else XrayOptions.tokens
+        arguments.tokens = TOKENS if arguments.lift or arguments.plan else XrayOptions.tokens
     with one_line_errors("xray.py") as outcome:
+        budget = _plan.budget_of(arguments.plan) if arguments.plan else None
         asked = kept(arguments.run, arguments.data)
-        path = lifted(arguments, asked) if arguments.lift else looked(arguments, asked)
-        print(path, file=sys.stderr)
+        if budget:
+            planned(arguments, asked, budget)
+        else:
+            print(lifted(arguments, asked) if arguments.lift else looked(arguments, asked), file=sys.stderr)
         outcome.code = 0
     return outcome.code
 
@@ -183,6 +194,12 @@ def lifted(arguments: argparse.Namespace, asked: Kept) -> Path:
     print(f"{asked.folder} at step {found['step']}: {found['targets']:,} tokens of validation text")
     print(costs(found))
     return save(asked.folder, found)
+
+
+def planned(arguments: argparse.Namespace, asked: Kept, budget: float) -> None:
+    path = asked.folder / LIFTS / f"{asked.step}.json"
+    found = read_json(path if path.exists() else lifted(arguments, asked))
+    print(_plan.shown(_plan.propose(asked.config, found, budget, arguments.gpu), found))
 
 
 if __name__ == "__main__":

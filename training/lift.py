@@ -21,6 +21,7 @@ from base.files import write_json
 from base.runfolder import LIFTS
 from data.evalset import EvalSet
 from kernels.spec import NO_QUANT
+from quant import library
 from quant.linear import Call
 from quant.names import OPERANDS
 from quant.plan import HEAD, quant_linears, replaced
@@ -35,6 +36,7 @@ from training.reopen import reopen
 
 TOKENS = 1 << 16  # of validation text
 LAYER = "layer"  # both operands
+FP8 = "fp8"  # both operands by that recipe
 Recipes = Mapping[str, Product]
 # What is measured of a change: name -> its value and its standard error.
 Change = dict[str, float | None]
@@ -175,15 +177,21 @@ def part(whole: EvalSet, tokens: int, packing: str, batch: int) -> EvalSet:
 
 
 def lifts(product: Product) -> Recipes:
-    """{what: the product with it in BF16}."""
-    return {LAYER: product.plain()} | {name: without(product, name) for name in parts(product)}
+    """{what: the product with it in BF16; the layer in FP8}."""
+    return {LAYER: product.plain(), **in_fp8()} | {name: without(product, name) for name in parts(product)}
 
 
 def alones(product: Product) -> Recipes:
-    """{what: the product with it alone in 4 bits}, forward."""
+    """{what: the product with it alone in 4 bits, or the layer in FP8}, forward."""
     both = OPERANDS["fprop"]
     kept = {name: next(other for other in both if other != name) for name in parts(product)}
-    return {LAYER: product} | {name: without(product, other) for name, other in kept.items()}
+    return {LAYER: product, **in_fp8()} | {name: without(product, other) for name, other in kept.items()}
+
+
+def in_fp8() -> Recipes:
+    """Nothing where the chosen back ends can't multiply FP8."""
+    recipe = library.load(FP8)
+    return {} if recipe.unsupported() else {FP8: recipe}
 
 
 def parts(product: Product) -> Iterable[str]:

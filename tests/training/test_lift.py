@@ -33,13 +33,19 @@ def test_the_only_quantized_layer_has_the_whole_gap(run, main_of):
     assert code == 0 and "blocks.0.mlp.down" in told and "attn" not in told
     assert set(found) == set(LIFT) and list(found["layers"]) == ["blocks.0.mlp.down"]
     layer = found["layers"]["blocks.0.mlp.down"]
-    assert set(layer["alone"]) == set(layer["lifted"]) == {"layer", "x", "w"}
+    assert set(layer["alone"]) == set(layer["lifted"]) == {"layer", "fp8", "x", "w"}
     assert set(layer["alone"]["layer"]) == set(CHANGE)
     assert found["gap"] != 0 and found["gap"] == pytest.approx(found["own"] - found["bf16"], abs=1e-6)
     assert layer["alone"]["layer"]["change"] == pytest.approx(found["gap"], rel=1e-4)
     assert layer["lifted"]["layer"]["change"] == pytest.approx(-found["gap"], rel=1e-4)
+    assert abs(layer["alone"]["fp8"]["change"]) < abs(found["gap"]) / 2
     # With X lifted, W is alone in 4 bits.
     assert layer["lifted"]["x"]["change"] == pytest.approx(layer["alone"]["w"]["change"] - found["gap"], rel=1e-3)
+    code, told, _ = main_of("xray.py")(str(folder), "--plan", "budget=5%")  # takes what is there
+    *_, word = told.splitlines()
+    assert code == 0 and word.count("match") == 2 and "{match: blocks.0.mlp.down, recipe: nvfp4_rtn}" in word
+    code, told, error = main_of("xray.py")(str(folder), "--plan", "5%")
+    assert code and error.count("\n") == 1 and "write --plan budget=5%" in error
 
 
 def test_fewer_tokens_are_whole_batches_of_the_list(run, main_of):
