@@ -195,6 +195,41 @@ def round_fp8(x, IS_E4M3: tl.constexpr):
     return tl.fma(power, -SHIFT, tl.fma(power, SHIFT, x))
 
 
+@triton.constexpr_function
+def has_fp8_instruction():
+    """Whether the GPU that a kernel is compiled for converts FP32 to FP8 (cvt.rn.satfinite.e4m3x2.f32): Ada, Hopper."""
+    return not triton.knobs.runtime.interpret and cuda_capability_geq(8, 9)
+
+
+@triton.jit
+def fp8_bytes(x, IS_E4M3: tl.constexpr):
+    """The bytes of round_fp8(x, IS_E4M3), uint8; zeros are positive."""
+    if has_fp8_instruction():
+        # Four elements at a time; minus zeros, which the arithmetic below never gives, lose their sign.
+        CONVERT: tl.constexpr = "cvt.rn.satfinite.e4m3x2.f32" if IS_E4M3 else "cvt.rn.satfinite.e5m2x2.f32"
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 low, high; .reg .b32 all, size, sign; "
+            + CONVERT
+            + " low, $2, $1; "
+            + CONVERT
+            + " high, $4, $3; mov.b32 all, {low, high}; and.b32 size, all, 0x7F7F7F7F; "
+            "add.u32 sign, size, 0x7F7F7F7F; and.b32 sign, sign, 0x80808080; and.b32 sign, sign, all; "
+            "or.b32 $0, size, sign; }",
+            "=r,f,f,f,f",
+            [x],
+            dtype=tl.uint8,
+            is_pure=True,
+            pack=4,
+        )
+    values = round_fp8(x, IS_E4M3)
+    sign = (values.to(tl.int32, bitcast=True) >> 24) & 128
+    if IS_E4M3:
+        magnitude = (tl.abs(values) * 2.0**-120).to(tl.int32, bitcast=True) >> 20
+    else:
+        magnitude = (tl.abs(values) * 2.0**-112).to(tl.int32, bitcast=True) >> 21
+    return (magnitude | sign).to(tl.uint8)
+
+
 @triton.jit
 def divide(x, d, reciprocal, INTERPRET: tl.constexpr):
     """IEEE x / d from reciprocal = RN(1 / d): Markstein's correction, one fused remainder and one fused update.

@@ -26,7 +26,7 @@ from kernels.quantize.triton_ops import (
     lookup_of,
 )
 from kernels.spec import NVFP4_BLOCK, QuantSpec, from_key
-from kernels.triton_common import divide, e4m3_byte, encode_bytes, load_key, round_fp8
+from kernels.triton_common import divide, e4m3_byte, encode_bytes, fp8_bytes, load_key
 
 
 @triton.jit
@@ -90,13 +90,7 @@ def _fp8_bytes(x, scale, IS_E4M3: tl.constexpr, INTERPRET: tl.constexpr):
     divisor = scale * factor
     reciprocal = tl.div_rn(1.0, divisor)
     quotient = divide(x.to(tl.float32) * factor[:, None], divisor[:, None], reciprocal[:, None], INTERPRET)
-    values = round_fp8(quotient, IS_E4M3)
-    sign = (values.to(tl.int32, bitcast=True) >> 24) & 128
-    if IS_E4M3:
-        magnitude = (tl.abs(values) * 2.0**-120).to(tl.int32, bitcast=True) >> 20
-    else:
-        magnitude = (tl.abs(values) * 2.0**-112).to(tl.int32, bitcast=True) >> 21
-    return (magnitude | sign).to(tl.uint8)
+    return fp8_bytes(quotient, IS_E4M3)
 
 
 @triton.jit
@@ -267,7 +261,7 @@ def _(x, amax, axis, target, pow2, per_row, is_e4m3):
 
 
 def launch_fp8_both(
-    x: Tensor, amax: Tensor, target: float, pow2: bool, is_e4m3: bool, tile: tuple[int, int] = (128, 64), warps: int = 4
+    x: Tensor, amax: Tensor, target: float, pow2: bool, is_e4m3: bool, tile: tuple[int, int] = (64, 128), warps: int = 4
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale) along axis 1 and along axis 0; per tensor, so that both have the same codes."""
     x = x.contiguous()

@@ -190,7 +190,9 @@ def test_tile_kernels_compile(target: int, tmp_path: Path):
     assert_e2m1_instruction_on_blackwell_only(compiled, target, tmp_path)
     both = dict(TARGET=448.0, POW2=False, IS_E4M3=False, TILE_R=128, TILE_C=64, INTERPRET=False)
     types = dict(values_ptr="*u8", transposed_ptr="*u8", other_scale_ptr="*fp32")
-    assert compile_kernel(triton_tiles.fp8_both_kernel, both, target, **types).asm["cubin"]
+    assert (
+        "cvt.rn.satfinite.e5m2x2.f32" in compile_kernel(triton_tiles.fp8_both_kernel, both, target, **types).asm["ptx"]
+    )
     assert compile_kernel(triton_tiles.fp8_kernel, fp8, target, values_ptr="*u8").asm["cubin"]
     unpack = dict(SQUARE=True, AXIS=0, TILE_R=64, TILE_C=128, INTERPRET=False)
     assert compile_kernel(triton_tiles.unpack_kernel, unpack, target).asm["cubin"]

@@ -6,7 +6,7 @@ import torch._dynamo.testing
 
 pytest.importorskip("triton")
 from kernels.philox import Draw
-from kernels.quantize import triton_impl
+from kernels.quantize import reference_impl, triton_impl
 from kernels.spec import FP8_SCALES, HIF4_SCALES, MXFP4_SCALES, NVFP4_SCALES, NVFP4_SQUARE_SCALES, QuantSpec
 
 pytestmark = pytest.mark.gpu
@@ -118,3 +118,17 @@ def test_a_rotation_that_does_not_fit_the_tile_is_refused():
     x = randn(256, 256)
     with pytest.raises(ValueError, match="rotates by 16, 32, 64 or 128, not 256"):
         triton_impl.amax(x, 1, torch.ones(256, device="cuda"), False)
+
+
+@pytest.mark.parametrize("grid", ["e4m3", "e5m2"])
+def test_fp8_bytes_are_the_references_for_every_bf16(grid):
+    """Converted by an instruction on this GPU: subnormals, ties, saturation, minus zero and what becomes it."""
+    bits = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    x = bits[bits.isfinite()].view(-1, 256).cuda()
+    spec, largest = QuantSpec.resolve(grid, FP8_SCALES[0]), x.abs().amax().float()
+    for amax in (largest, largest.new_tensor(448.0), largest.new_tensor(3.7)):  # the last ones saturate
+        for axis in (1, 0):
+            made = triton_impl.quantize(x, spec, axis, amax, None, None, ("values",))
+            wanted = reference_impl.quantize(x.cpu(), spec, axis, amax.cpu(), None, None, ("values",))
+            got, expected = made.values.float().cpu(), wanted.values.float()
+            assert torch.equal(got, expected) and not (got.signbit() & (got == 0)).any()
