@@ -1,8 +1,8 @@
 """Blocks in Triton, the twin of blocks.py: quantize_groups for E2M1 under E4M3 scales by one or two fits, best_of and
 what follows it for every other Form.
 
-Candidates are rounded one after the other, and only levels, scales and member of the best so far are kept: what else
-MS-EDEN, stochastic rounding and shifted codes need, the elements, is divided out again by the scale that won.
+Candidates are rounded one after the other, and only levels, scales, member and elements of the best so far are kept; in
+a loop, for want of registers, elements are not, and are divided out again by the scale that won where they are needed.
 """
 
 import triton
@@ -201,8 +201,8 @@ def _competed(
     if of(FORM, "looked_up"):
         q, scale, alive, member, x = _best_table(y, T, factor, table_ptr, FORM, INTERPRET)
     else:
-        q, scale, alive, member = _best_of(y, T, factor, FORM, TAGGED, INTERPRET)
-        if ROUNDING != "rtn" or (TAGGED and has_shifts(FORM)):
+        q, scale, alive, member, x = _best_of(y, T, factor, FORM, TAGGED, INTERPRET)
+        if is_looped(FORM) and (ROUNDING != "rtn" or (TAGGED and has_shifts(FORM))):
             x = _elements(y, scale, alive, T, factor, INTERPRET)
     if ROUNDING == "sr":
         q = _rounded_again(q, x, member, random24, FORM, TAGGED, INTERPRET)
@@ -225,9 +225,9 @@ def _competed(
 
 @triton.jit
 def _best_of(y, T, factor, FORM: tl.constexpr, TAGGED: tl.constexpr, INTERPRET: tl.constexpr):
-    """blocks.best_of: (levels, scales, alive, member)."""
+    """blocks.best_of: (levels, scales, alive, member, elements; in a loop those of the first candidate)."""
     high, low = _reaches(y, FORM)
-    q, scale, alive, error = _candidate(y, high, low, T, factor, 0, False, FORM, TAGGED, INTERPRET)
+    q, scale, alive, error, x = _candidate(y, high, low, T, factor, 0, False, FORM, TAGGED, INTERPRET)
     member = tl.zeros(high.shape, tl.int32)
     if is_looped(FORM):  # unrolled, the registers of all candidates together would spill
         for c in tl.range(1, candidates_of(FORM), num_stages=1):
@@ -241,7 +241,8 @@ def _best_of(y, T, factor, FORM: tl.constexpr, TAGGED: tl.constexpr, INTERPRET: 
             take = made[3] < error
             member = tl.where(take, candidate_of(FORM, c, "member"), member)
             q, scale, alive, error = _lower(take, q, scale, alive, error, made)
-    return q, scale, alive, member
+            x = tl.where(take[:, None], made[4], x)
+    return q, scale, alive, member, x
 
 
 @triton.jit
@@ -280,7 +281,7 @@ def _lower(take, q, scale, alive, error, other):
 def _candidate(
     y, high, low, T, factor, c, LOOPED: tl.constexpr, FORM: tl.constexpr, TAGGED: tl.constexpr, INTERPRET: tl.constexpr
 ):
-    """(levels, block scales, alive, squared error) of candidate c, a constant unless LOOPED."""
+    """(levels, block scales, alive, squared error, elements) of candidate c, a constant unless LOOPED."""
     if LOOPED:
         up, down = of_candidate(c, "up", FORM), of_candidate(c, "down", FORM)
         stretch, step = of_candidate(c, "stretch", FORM), of_candidate(c, "step", FORM).to(tl.int32)
@@ -294,7 +295,7 @@ def _candidate(
         q = round_e2m1(elements - shift) + shift
     else:
         q = nearest(elements, FORM, candidate_of(FORM, c, "member"), TAGGED)
-    return q, scale, alive, _squared_error(elements, untagged(q, FORM, TAGGED), scale, alive)
+    return q, scale, alive, _squared_error(elements, untagged(q, FORM, TAGGED), scale, alive), elements
 
 
 @triton.jit
@@ -319,9 +320,9 @@ def _reaches(y, FORM: tl.constexpr):
 @triton.jit
 def _fitted(high, low, up, down, stretch, step, FORM: tl.constexpr, INTERPRET: tl.constexpr):
     """(block scales, alive) that fit reaches to ends."""
-    ratio = divide(high, up, tl.div_rn(1.0, up), INTERPRET)
+    ratio = divide(high, up, reciprocal_rn(up, INTERPRET), INTERPRET)
     if has_sides(FORM):
-        ratio = tl.maximum(ratio, divide(low, down, tl.div_rn(1.0, down), INTERPRET))
+        ratio = tl.maximum(ratio, divide(low, down, reciprocal_rn(down, INTERPRET), INTERPRET))
     scale = rounded_scale(stretch * ratio, FORM)
     alive = scale > 0.0
     if has_steps(FORM):
@@ -333,7 +334,7 @@ def _fitted(high, low, up, down, stretch, step, FORM: tl.constexpr, INTERPRET: t
 def _elements(y, scale, alive, T, factor, INTERPRET: tl.constexpr):
     """y in units of its blocks' scales; 0 in a dead block."""
     divisor = tl.where(alive, scale * T * factor, 1.0)
-    reciprocal = tl.where(alive, tl.div_rn(1.0, divisor), 0.0)
+    reciprocal = tl.where(alive, reciprocal_rn(divisor, INTERPRET), 0.0)
     return divide(y, divisor[:, None], reciprocal[:, None], INTERPRET)
 
 
