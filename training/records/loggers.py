@@ -10,6 +10,7 @@ from typing import Any, Protocol
 from training.config import LoggerSection, WandbSection
 from training.records.identity import short_count
 from training.records.metrics import MetricsFile
+from training.records.scalars import numbers
 
 WANDB_TIMEOUT_S = 30  # for the connection
 WANDB_ID_LENGTH, WANDB_TAG_LENGTH = 128, 64  # characters that its server takes
@@ -156,13 +157,6 @@ def wandb_labels(run: dict[str, Any], commit: str) -> dict[str, Any]:
         "tags": [tag[:WANDB_TAG_LENGTH] for tag in dict.fromkeys((run["model"], run["recipe"], group))],
         "config": {key: run[key] for key in shown if run.get(key) is not None} | {"commit": commit} | run["numerics"],
     }
-
-
-def numbers(row: dict[str, Any]) -> dict[str, float]:
-    """{'train/loss': 3.2, ...}: what a tracker can plot of a row."""
-    skip = ("step", "time")
-    plain = {k: v for k, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool) and k not in skip}
-    return {f"{row['kind']}/{key}": value for key, value in plain.items()}
 
 
 def build_sinks(
