@@ -58,13 +58,15 @@ class Exchanged(Product):
 
     def forward(self, call: Call, x: Tensor, weight: Tensor, keep: bool) -> tuple[Tensor, Any]:
         y, kept = self.product.forward(call, x, weight, keep)
-        self.apart = {what: one.forward(call, x, weight, False)[0] - y for what, one in self.others.items()}
+        self._fed = call, x, weight, y
         return y, kept
 
     def gradients(self, call: Call, dy: Tensor, needed: tuple[bool, bool], kept: Any) -> tuple[Any, Any]:
-        for what, apart in self.apart.items():
+        forward, x, weight, y = self._fed
+        del self._fed
+        for what, other in self.others.items():  # here, not in the forward: all layers' dY would be held at once
+            apart = other.forward(forward, x, weight, False)[0] - y
             self.found(what, (apart.float() * dy.float()).sum(-1))
-        del self.apart
         return self.product.gradients(call, dy, needed, kept)
 
     def input_gradient(self, call: Call, dy: Any, kept: Any) -> Tensor:
