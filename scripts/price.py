@@ -31,6 +31,7 @@ from scripts.bench.roofline import COPY_SHARE, Machine
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
 from training.start.describe import Checked, check
+from training.start.price import parts, shares
 
 RTX_5090, B200 = roofline.MACHINES
 MACHINES = (
@@ -80,27 +81,6 @@ def step_of(checked: Checked, plan: Plan, machine: Machine) -> Step:
 
 def _element_bytes(width: int, hidden: int) -> int:
     return roofline.BLOCK_BYTES_PER_WIDTH * width + roofline.BLOCK_BYTES_PER_HIDDEN * hidden
-
-
-def parts(checked: Checked) -> Iterator[tuple[float, Plan]]:
-    """(share of the run's steps, the plan that they run under)."""
-    steps = checked.numbers.steps
-    yield 1 - sum(phase.count for phase in checked.phases) / steps, checked.plan
-    for phase in checked.phases:
-        yield phase.count / steps, phase.plan
-
-
-def shares(checked: Checked) -> tuple[float, float]:
-    """(of the blocks' GEMMs' FLOPs, of all products' FLOPs) in 4 bits over the run."""
-    shape, tokens = checked.shape, checked.numbers.tokens_per_step
-    four = blocks = everything = 0.0
-    for share, plan in parts(checked):
-        flops = price.block_flops(plan, tokens)
-        four += share * sum(count for kind, count in flops.items() if kind.bits == 4)
-        blocks += share * flops.total()
-        attention = 12 * shape.layers * shape.width * checked.numbers.seq_len * tokens
-        everything += share * (flops.total() + price.head_flops(plan, tokens) + attention)
-    return four / blocks, four / everything
 
 
 def mean_step(checked: Checked, machine: Machine) -> Step:

@@ -8,6 +8,7 @@ from quant import price as counts
 from quant.price import Kind
 from scripts import price
 from scripts.bench import roofline
+from training.start import price as start
 
 BASE = ["model=llama_30m", "steps=1000", "batch.sequences=128", "data.vocab_size=32000"]
 
@@ -41,6 +42,14 @@ def test_phases_count_by_their_steps():
     assert price.shares(phased)[0] == pytest.approx(1 - 0.15 / 3)
     drawn = checked("quant=quartet2", "quant.phases=[{share: 0.5, set: {fprop: none}}]")
     assert price.shares(drawn)[0] == pytest.approx(1 - drawn.phases[0].count / 1000 / 3)
+
+
+def test_of_a_fork_its_own_steps_count_and_the_start_screen_says_so():
+    phased = checked("quant=quartet2", "quant.phases=[{from: 0.85, set: {fprop: none}}]")
+    assert price.shares(phased, 850)[0] == pytest.approx(2 / 3)
+    assert price.shares(phased, 700)[0] == pytest.approx(1 - 0.5 / 3)
+    assert start.told(phased, 850).startswith("66.7% of the blocks' GEMM FLOPs")
+    assert start.told(checked("quant=fp8"), 0) is None
 
 
 def test_five_percent_of_the_flops_in_bf16_are_15_percent_of_gemm_time():

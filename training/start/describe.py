@@ -22,7 +22,7 @@ from training.probes.base import Coming
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
-from training.start import fork, initial
+from training.start import fork, initial, price
 from training.start.build import is_blockwise, is_compiled, is_graphed
 from training.start.cautions import cpu_seconds, many_epochs, memory_of, slow, too_large
 from training.start.derive import Numbers, derive
@@ -235,6 +235,7 @@ def screen(
             recipe=described.plan.label,
             plan_lines=described.plan.table().splitlines(),
             fork=fork.told(described.parent, described.run["numerics"]) if described.parent else None,
+            price=price.told(described, described.parent.step if described.parent else 0),
             phases=[line for phase in described.phases for line in (str(phase), *phase.plan.table().splitlines())],
             numbers=described.numbers,
             data=config.data.name if described.tokens is None else _data_name(described.tokens),

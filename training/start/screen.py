@@ -29,6 +29,7 @@ class StartScreen:
     plan_lines: list[str]
     phases: list[str]
     fork: str | None
+    price: str | None
     numbers: Numbers
     data: str
     train_tokens: int | None
@@ -53,6 +54,7 @@ class StartScreen:
             ("recipe", self.recipe),
             *(("", line) for line in self.plan_lines),
             *(("phase" if line.startswith("steps ") else "", line) for line in self.phases),
+            *([("price", self.price)] if self.price else []),
             ("data", f"{self.data}, vocabulary {shape.vocab_size:,}{self._epochs()}"),
             ("length", f"{n.steps:,} steps x {n.tokens_per_step:,} tokens = {n.tokens:,} tokens"),
             ("batch", self._batch()),
