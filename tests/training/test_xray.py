@@ -33,6 +33,7 @@ from training.probes.xray import Xray
 from training.replay import Lane
 from training.start import describe
 from training.start.derive import derive
+from training.start.memory import MemoryEstimate
 from training.start.shapes import model_of, shape_of
 from training.xray import Alone, Eye, View, figures, parts
 
@@ -219,6 +220,20 @@ def coming() -> Coming:
 def test_what_cannot_be_looked_at_is_refused(coming, options, told):
     with pytest.raises(ValueError, match=told):
         Xray.fit(read_options("probes", PROBES, "xray", {"tokens": 128, "slices": 2, "draws": 3} | options), coming)
+
+
+def test_what_is_captured_stays_beside_the_step_and_its_seconds_are_said(coming):
+    given = {"tokens": 128, "slices": 2, "draws": 3, "steps": [1, 2]}
+    options, plan = Xray.fit(read_options("probes", PROBES, "xray", given), coming), coming.plans[0]
+
+    def of(plan, tokens=1024):
+        return MemoryEstimate({"activations": tokens / 1024, "gradients": 1.0, "temporaries": 1.0})
+
+    beside, alone = (Xray.memory(options, plan, of, graphed) for graphed in (True, False))
+    assert beside.total - beside.parts["X-ray"] == of(plan).total
+    assert alone.total - alone.parts["X-ray"] == of(plan, 128).total
+    assert "s on an H200" in Xray.cost(options, coming.numbers, plan, True)
+    assert "of the run's tokens" in Xray.cost(options, coming.numbers, plan, False)
 
 
 def test_it_is_refused_before_any_work(run, tmp_path):

@@ -51,6 +51,11 @@ class XrayOptions:
 class Xray(Probe):
     Options = XrayOptions
 
+    def __init__(self, options: XrayOptions):
+        super().__init__(options)
+        self._eye: Eye | None = None
+        self._looks, self._seconds = 0, 0.0
+
     @classmethod
     def fit(cls, options: XrayOptions, coming: Coming) -> XrayOptions:
         numbers = coming.numbers
@@ -76,11 +81,17 @@ class Xray(Probe):
     @classmethod
     def cost(cls, options: XrayOptions, numbers: Numbers, plan: Plan, graphed: bool) -> str:
         looks = len(options.steps)
-        line = (
-            f"xray at {looks} step{'s' * (looks > 1)} ({shown(options.steps)}): {options.slices} slices of "
-            f"{options.tokens:,} tokens, {options.draws} draws, uncompiled"
+        # Passes, and each layer's own products: about as much again for each recipe.
+        work = looks * options.slices * options.tokens * (2 + options.draws) * (2 + len(options.recipes))
+        price = (
+            f"about {seconds(options, plan):.0f} s on an H200"
+            if graphed
+            else f"uncompiled work of {work / numbers.tokens:.1%} of the run's tokens"
         )
-        return line + (f"; about {seconds(options, plan):.0f} s on an H200, replayed" if graphed else "")
+        return (
+            f"xray at {looks} step{'s' * (looks > 1)} ({shown(options.steps)}): {options.slices} slices of "
+            f"{options.tokens:,} tokens, {options.draws} draws; {price}"
+        )
 
     def spent(self) -> str | None:
         looks = f"{self._looks} look{'s' * (self._looks > 1)}"
@@ -103,11 +114,6 @@ class Xray(Probe):
 
     def due(self, step: int) -> bool:
         return step in self.options.steps
-
-    def __init__(self, options: XrayOptions):
-        super().__init__(options)
-        self._eye: Eye | None = None
-        self._looks, self._seconds = 0, 0.0
 
     def rows(self, context: Context) -> list[dict[str, Any]]:
         numbers, options = context.numbers, self.options
