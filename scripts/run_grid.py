@@ -329,6 +329,8 @@ def main(words: list[str]) -> int:
             raise CellError(f"trunks={line.own['trunks']}: write trunks=keep or trunks=delete")
         if line.is_true("stop_losers") and options is not None:
             raise CellError("stop_losers=true judges runs of this machine; leave it out with launcher=slurm")
+        if options is not None and (line.own["in_one"], line.own["trunks"]) != (OWN["in_one"], OWN["trunks"]):
+            raise CellError("in_one= and trunks= are of runs on this machine: leave them out beside launcher=slurm")
         if line.is_true("list"):
             found = look(line)
             for cell in pending(line, found):

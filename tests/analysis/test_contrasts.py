@@ -180,5 +180,9 @@ def test_claims_over_two_experiments_and_other_forwards(tmp_path, capsys, monkey
     assert "arm[nvfp4] - (0.7 quartet2[nvfp4] + 0.3 bf16[nvfp4]): +0.1" in lines[1]
     rows = list(csv.DictReader((tmp_path / "out" / "contrasts.csv").open()))
     assert float(rows[0]["holm_different"]) == pytest.approx(2 * float(rows[0]["p_below_zero"]))
+    served = {(row["recipe"], row["forward"]): row for row in csv.DictReader((tmp_path / "out" / "served.csv").open())}
+    assert len(served) == 8 and float(served["arm", "nvfp4"]["over_baseline"]) == pytest.approx(0.028, abs=3e-4)
+    for name in ("compare.html", "compare.md"):
+        assert "ame final weights under other forwards" in (tmp_path / "out" / name).read_text()
     assert compare(tmp_path, "--contrast", "arm<bf16[fp8]:1", runs=runs) == 2
     assert "no loss under the forward 'fp8' at its end; it has nvfp4, own" in capsys.readouterr().err
