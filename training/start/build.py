@@ -1,5 +1,6 @@
 """The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
 
+import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 from base.runfolder import CHECKPOINTS
 from data.evalset import EvalSet, available
 from data.loader import Loader
@@ -106,6 +108,10 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
     if not is_compiled(config, device):
         return
     torch._dynamo.config.recompile_limit = GRAPHS_PER_METHOD
+    # A start from full caches traces each block once less. Our autograd functions are traced, not called; of our
+    # operators a graph knows the names, so the tag tells the caches when their code has changed.
+    torch._functorch.config.autograd_cache_allow_custom_autograd_functions = True
+    torch.compiler.config.cache_key_tag = kernels_tag()
     loss.model.blockwise = is_blockwise(config, device)
     if find_spec("triton"):
         from kernels.pointwise.measured import MeasuredMaxima  # here: it takes seconds and belongs to the compiler
@@ -113,6 +119,14 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
         torch._inductor.config.post_grad_custom_pre_pass = MeasuredMaxima()
     for module, method in loss.model.regions():
         setattr(module, method, torch.compile(getattr(module, method), fullgraph=fullgraph, dynamic=False))
+
+
+def kernels_tag() -> str:
+    """A hash of the code of kernels/."""
+    folder, digest = Path(kernels.__file__).parent, hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return f"nibble-{digest.hexdigest()[:16]}"
 
 
 def build_micro_batch(
