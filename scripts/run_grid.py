@@ -45,7 +45,7 @@ from base.ranks import RanksError, refuse_several
 from base.runfolder import CHECKPOINTS, RESULT, RunError
 from base.terminal import outlive_readers, quiet_pipes
 from launcher import cellline, slurm
-from launcher.cells import CellError
+from launcher.cells import CellError, folder_name
 from launcher.cli import take_launcher
 from launcher.compose import ConfigError
 from launcher.lanes import Lane, Running, environment, gpu_lanes, keep_busy
@@ -72,6 +72,18 @@ def look(line: cellline.CellLine) -> dict[str, states.State]:
             line.adopted.pop(cell, None)
             found[cell] = states.state_of(line.runs, name)
     return found
+
+
+def check_trunks(line: cellline.CellLine) -> None:
+    """CellError where overrides for all cells rename a trunk: its forks name it as the grid's file does."""
+    names = {folder_name(line.experiment, cell): line.cells[cell].config.run.name for cell in line.cells}
+    for cell in line.cells:
+        trunk = trunk_of(line, cell)
+        if trunk and names.get(trunk, trunk) != trunk:
+            raise CellError(
+                f"{' '.join(line.extra)}: the trunk {trunk} would be called {names[trunk]}, and {cell} is a fork of "
+                f"{trunk}; set it in the base of configs/experiment/{line.experiment}.yaml"
+            )
 
 
 def trunk_of(line: cellline.CellLine, cell: str) -> str | None:
@@ -321,6 +333,7 @@ def main(words: list[str]) -> int:
         refuse_several("run_grid.py")
         rest, options = take_launcher(words)
         line = cellline.read(rest, OWN)
+        check_trunks(line)
         name, first = next(iter(line.cells.items()))
         if first.config.dry_run:
             shown = f"train.py experiment={line.experiment} cell={name} dry_run=true"

@@ -513,6 +513,13 @@ def test_forks_wait_for_their_trunks_checkpoint_and_are_named_if_it_never_comes(
     assert "fprop_bf16_70/s0: left alone, fork=corpus_tails-trunk-s0@2137 has no checkpoint" in capsys.readouterr().out
 
 
+def test_overrides_that_rename_a_trunk_are_refused(tails, capsys):
+    assert tails("trunk/s0,same_85/s0", {}, "optim.lr=6e-4") == (2, [])
+    error = capsys.readouterr().err
+    assert "optim.lr=6e-4: the trunk corpus_tails-trunk-s0 would be called corpus_tails-trunk-s0-" in error
+    assert "set it in the base" in error and error.count("\n") == 1
+
+
 def test_forks_of_one_trunk_share_a_process(tails):
     only = "trunk/s0,bf16_trunk/s0,same_85/s0,bf16_ema_85/s0,x_only_85/s0,w_only_85/s0"
     _, started = tails(only, {}, "in_one=2")
