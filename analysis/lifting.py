@@ -13,7 +13,7 @@ WIDE, HIGH, EDGE = 220, 16, 4  # pixels of a bar's picture, and what it keeps fr
 HEADER = ("layer", "lifted to BF16 gains", "", "alone in 4 bits costs", "", "predicted", "X lifted", "W lifted")
 NOTE = (
     "The loss of the same weights on the same text, 1e-3 nats/token, with standard errors over documents (thin lines): "
-    "one layer in BF16 while the rest stays as trained, and it alone in 4 bits. A diamond and `predicted`: half of the "
+    "one layer in BF16 while the rest stays as trained, and it alone in 4 bits. A diamond and predicted: half of the "
     "mean of (g.dY)^2, the second term of a Taylor series of it alone, with Fisher's matrix. What a layer's backward "
     "costs is in none of these."
 )
