@@ -86,13 +86,15 @@ def figure(points: Mapping[str, list[Point]]) -> Figure:
             half = None if math.isnan(point.half) else [[1e3 * point.half]] * 2
             sides = [[point.time - low], [high - point.time]]
             style = {"color": "black" if number == 0 else COLOURS[(number - 1) % len(COLOURS)], "ms": 5}
-            ax.errorbar([point.time], [1e3 * point.gap], half, sides, fmt="o", lw=1, capsize=2, **style)
-            ax.annotate(point.label[:34], (point.time, 1e3 * point.gap), (5, 5), textcoords="offset points", fontsize=8)
+            ax.errorbar(
+                [point.time], [1e3 * point.gap], half, sides, fmt="o", lw=1, capsize=2, label=point.label, **style
+            )
         ax.set_title(gpu, fontsize=10)
         ax.set_xlabel("predicted time to the baseline's loss, over its own")
         ax.axvline(1, color="#cccccc", lw=0.8, zorder=0)
         ax.margins(x=0.15)
         ax.spines[["top", "right"]].set_visible(False)
+    drawn.legend(*drawn.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     drawn.axes[0].set_ylabel("loss over the baseline's, 1e-3 nats/token")
     return drawn
 
