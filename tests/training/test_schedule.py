@@ -97,3 +97,11 @@ def test_every_length_gives_positive_finite_rates():
 def test_phases_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"60 warm-up and 50 decay steps don't fit 100 steps"):
         Schedule("wsd", 1.0, 100, 60, 0.0, 0.0, decay_steps=50)
+
+
+def test_the_start_screen_ends_where_the_schedule_does(run, capsys):
+    """A constant one at its peak: end_factor is none of its words."""
+    for words, end in ((["schedule=constant"], "0.01"), (["schedule=linear"], "0"), ([], "0.001")):
+        run(*words, "dry_run=true")
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("schedule"))
+        assert line.endswith(f", end {end}")

@@ -87,9 +87,8 @@ class StartScreen:
     def _schedule(self) -> str:
         s = self.numbers.schedule
         decay = f", {s.decay_steps} decay steps" if s.decay_steps else ""
-        return (
-            f"{s.name}, peak {s.lr_peak:.3g}, {s.warmup_steps} warm-up steps{decay}, end {s.lr_peak * s.end_factor:.3g}"
-        )
+        end = s.lr_peak * (1.0 if s.name == "constant" else s.end_factor)
+        return f"{s.name}, peak {s.lr_peak:.3g}, {s.warmup_steps} warm-up steps{decay}, end {end:.3g}"
 
     def _parts(self) -> str:
         return ", ".join(f"{name} {size:.1f}" for name, size in self.memory.parts.items())
