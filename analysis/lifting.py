@@ -10,7 +10,17 @@ from analysis.runs import Run, json_object
 from base.runfolder import LIFTS
 
 WIDE, HIGH, EDGE = 220, 16, 4  # pixels of a bar's picture, and what it keeps free at either side
-HEADER = ("layer", "lifted to BF16 gains", "", "alone in 4 bits costs", "", "predicted", "X lifted", "W lifted")
+HEADER = (
+    "layer",
+    "lifted to BF16 gains",
+    "",
+    "alone in 4 bits costs",
+    "",
+    "predicted",
+    "lifted to FP8",
+    "X lifted",
+    "W lifted",
+)
 NOTE = (
     "The loss of the same weights on the same text, 1e-3 nats/token, with standard errors over documents (thin lines): "
     "one layer in BF16 while the rest stays as trained, and it alone in 4 bits. A diamond and predicted: half of the "
@@ -58,7 +68,7 @@ def table(identity: str, layers: dict[str, Any]) -> str:
         cells = [f"<td>{escape(name)}</td>", f"<td>{bar(lifted['layer'], -1, 0, place)}</td>"]
         cells.append(f"<td>{written(lifted['layer'], -1)}</td><td>{bar(alone, 1, 1, place, alone['second'])}</td>")
         predicted = f"{1e3 * alone['second']:.2f}"
-        texts = [written(alone, 1), predicted, *(written(lifted.get(slot, {}), -1) for slot in ("x", "w"))]
+        texts = [written(alone, 1), predicted, *(written(lifted.get(slot, {}), -1) for slot in ("fp8", "x", "w"))]
         rows.append("<tr>" + "".join([*cells, *(f"<td>{text}</td>" for text in texts)]) + "</tr>")
     head = "".join(f"<th>{name}</th>" for name in HEADER)
     inner = f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody>"

@@ -36,7 +36,7 @@ from launcher.kept import Kept, kept
 from quant.names import GEMMS, OPERANDS
 from scripts import _plan
 from training.checkpoint.state import load_model
-from training.lift import LAYER, TOKENS, Change, lift, save
+from training.lift import FP8, LAYER, TOKENS, Change, lift, save
 from training.loss import LossModel
 from training.probes.xray import Xray, XrayOptions, slices
 from training.ranks.distributed import setup
@@ -103,7 +103,7 @@ def compared(layers: dict[str, Any], others: dict[str, Any]) -> str:
 
 def costs(found: dict[str, Any]) -> str:
     """The table: changes of loss in 1e-3 nats a token, layers in the order of what lifting them gains."""
-    heads = ("lifted", "its X", "its W", "alone", "1st term", "2nd term")
+    heads = ("lifted", "to FP8", "its X", "its W", "alone", "1st term", "2nd term")
     wide = max(map(len, found["layers"])) + 1
     gap, error = found["gap"], found["gap_se"]
     over = f"{1e3 * gap:.3f}" + ("" if error is None else f" +- {1e3 * error:.3f}")
@@ -112,14 +112,14 @@ def costs(found: dict[str, Any]) -> str:
     order = sorted(found["layers"], key=lambda name: found["layers"][name]["lifted"][LAYER]["change"])
     for name in order:
         lifted, alone = found["layers"][name]["lifted"], found["layers"][name]["alone"]
-        cells = [lifted.get(what, {}) for what in (LAYER, *OPERANDS["fprop"])]
+        cells = [lifted.get(what, {}) for what in (LAYER, FP8, *OPERANDS["fprop"])]
         texts = [written(cell, "change") for cell in (*cells, alone[LAYER])]
         texts += [written(alone[LAYER], term) for term in ("first", "second")]
         lines.append(f"{name:{wide}}" + "".join(f"{text:>18}" for text in texts))
     ways = (("lifted", "change"), ("alone", "change"), ("alone", "first"), ("alone", "second"))
     sums = (sum(found["layers"][name][way][LAYER][key] for name in order) for way, key in ways)
     lifted, *rest = (f"{1e3 * value:.3f}" for value in sums)
-    lines.append(f"{'sum':{wide}}" + "".join(f"{text:>18}" for text in (lifted, "", "", *rest)))
+    lines.append(f"{'sum':{wide}}" + "".join(f"{text:>18}" for text in (lifted, "", "", "", *rest)))
     return "\n".join(lines)
 
 
