@@ -392,7 +392,9 @@ def _check_later(
     """Fields that only some quantizers have."""
     if search != LATER_FIELDS["search"]:
         if select != "search":
-            raise ValueError(f"search={list(search)} is for select=search; got select={select}")
+            raise ValueError(
+                f"search={list(search)} is for select=search; got select={select}: set that, or leave search out"
+            )
         whole = len(search) == 2 and all(type(step) is int for step in search)
         if not whole or not -SEARCH_REACH <= search[0] <= 0 <= search[1] <= SEARCH_REACH:
             raise ValueError(
@@ -402,7 +404,10 @@ def _check_later(
     mxfp4 = {"scale_rule": scale_rule, "prescale": prescale, "macro_bits": macro_bits}
     changed = [name for name, value in mxfp4.items() if value != LATER_FIELDS[name]]
     if changed and scales != MXFP4_SCALES:
-        raise ValueError(f"{changed[0]}={mxfp4[changed[0]]} is for scales [1x32 e8m0]; got [{_written(scales)}]")
+        raise ValueError(
+            f"{changed[0]}={mxfp4[changed[0]]} is for scales [1x32 e8m0]; got [{_written(scales)}]: use those, or "
+            f"leave {changed[0]} out"
+        )
     if prescale not in (0.75, 1.0) or type(prescale) is not float:
         raise ValueError(f"prescale={prescale!r}: use 0.75, which no element clips under floor scales, or 1.0")
     if macro_bits is not None and (type(macro_bits) is not int or not 1 <= macro_bits <= 8):
@@ -427,7 +432,9 @@ def _block_limits(
             f"scales [{_written(scales)}] have no tensor scale to lay out: leave target_max and scale_cap out"
         )
     if scale_cap is not None and scale_cap > E4M3_MAX:
-        raise ValueError(f"scale_cap={scale_cap}: block scales are E4M3 and end at {E4M3_MAX:.0f}")
+        raise ValueError(
+            f"scale_cap={scale_cap}: block scales are E4M3 and end at {E4M3_MAX:.0f}; use a number up to that"
+        )
     family = family_of(grid)
     if select == "four_over_six" and not family.floats:
         raise ValueError(f"select=four_over_six fits E2M1 levels; grid={family.name} has none: use select=absmax")

@@ -5,6 +5,7 @@
 
 Nine forward quantizers have published gaps at 15 to 22 cells (N, D). Their errors are measured on normal and on
 heavy-tailed X; analysis/error_law.py has the model. Writes error_law.json and error_law.png. CPU, half a minute.
+The figure has our own arms, too: the screen's, and of the leaderboard those that share quartet2's backward.
 """
 
 import sys
@@ -25,9 +26,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis import error_law, plots, published
+from analysis import error_law, leaderboard, plots, published
+from analysis.contrasts import Spread
 from analysis.runs import find_runs
 from base.files import write_json
+from base.runfolder import read_json
 from base.terminal import existing, quiet_pipes
 from kernels import backend
 from kernels.formats.minifloat import E2M1, E4M3, round_nearest
@@ -137,9 +140,16 @@ def inputs(folder: Path | None) -> dict[str, error_law.Measured]:
     return found
 
 
+RESULTS = published.DEFAULT_PATH.parents[1]
+# What the leaderboard has of other forwards under quartet2's backward. Not shaped ones: their operands' errors are not
+# what is left in the product.
+LIKE_QUARTET2 = ("if4_x", "sfp4_x", "po2_x", "po2_fwd", "sfp4_fwd", "search", "search_no_clip", "fp8_down")
+BOARD = "llama_30m", 1.7e-3
+
+
 def our_gaps() -> dict[str, float]:
     """Gaps of the screen's seed 0 to BF16, less that of the backward alone; {} without the raw runs."""
-    root = published.DEFAULT_PATH.parents[1]
+    root = RESULTS
     names = {arm: f"corpus_forward-{arm}-x1-s0" for arm in ("bf16", "quartet2", "x_only", "w_only", "fp8_fprop")}
     names |= {arm: f"corpus_screen-{arm}-s0" for arm in ("quartet2_backward",)}
     paths = {arm: root / name.split("-")[0] / name for arm, name in names.items()}
@@ -147,6 +157,24 @@ def our_gaps() -> dict[str, float]:
         return {}
     loss = {arm: find_runs([str(path)])[0].result["final_loss"] for arm, path in paths.items()}
     return {arm: loss[arm] - loss["quartet2_backward"] for arm in ("quartet2", "x_only", "w_only", "fp8_fprop")}
+
+
+def board_arms(backward: float) -> dict[str, tuple[float, tuple[float, float]]]:
+    """{arm: (its gap less `backward` over quartet2's, (e_X, e_W) on captured tensors)} of the leaderboard's runs;
+    `backward`: the screen's gap of MS-EDEN's backward alone, since none was run at the leaderboard's rate."""
+    captured = read_json(RESULTS / "error_law" / "captured.json")["recipes"]
+    runs = leaderboard.at(find_runs([f"{RESULTS}/{name}/*" for name in ("leaderboard", "candidates")]), *BOARD)
+    gaps = {arm.label: arm.gap.value for arm in leaderboard.arms(runs, Spread(1.0, 1, ""))[0] if arm.gap}
+    least = gaps["quartet2"] - backward
+    means = {arm: captured[arm]["mean"] for arm in map("quartet2_{}".format, LIKE_QUARTET2) if arm in gaps}
+    return {arm: ((gaps[arm] - backward) / least, (m["fprop.x"], m["fprop.w"])) for arm, m in means.items()}
+
+
+def screen_backward() -> float:
+    """The gap of MS-EDEN's backward alone at the screen's rate, seed 0."""
+    names = ("quartet2_backward", "bf16")
+    losses = [find_runs([f"{RESULTS}/corpus_screen/corpus_screen-{name}-s0"])[0].result["final_loss"] for name in names]
+    return losses[0] - losses[1]
 
 
 def our_errors(measured: error_law.Measured) -> dict[str, tuple[float, float]]:
@@ -205,22 +233,36 @@ def arms_text(found: dict[str, error_law.Effect], measured: dict[str, error_law.
     return "\n".join(lines)
 
 
+def board_text(
+    board: dict[str, tuple[float, tuple[float, float]]], numbers: error_law.Measured, law: dict[str, Any]
+) -> str:
+    """What the law of the published arms says of the leaderboard's, and what came, over quartet2's forward."""
+    anchor = _mixed(law, (numbers[ANCHOR]["x"], numbers[ANCHOR]["w"]))
+    lines = ["", "Leaderboard, gap less the backward over quartet2's: by the law, and what came"]
+    for arm, (gap, pair) in board.items():
+        lines.append(f"  {arm:26}{(_mixed(law, pair) / anchor) ** law['p']:7.3f}{gap:9.3f}")
+    return "\n".join(lines)
+
+
 def draw(
     found: dict[str, error_law.Effect],
     measured: dict[str, error_law.Measured],
     laws: dict[str, dict[str, Any]],
     ours: dict[str, float],
+    board: dict[str, tuple[float, tuple[float, float]]],
     path: Path,
 ) -> None:
     """Two panels for each input, gaps and mixed errors over those of 1x16 with 4/6: the published arms, and beside them
-    ours as stars."""
+    ours as stars and, where errors are on captured tensors, the leaderboard's as triangles."""
     import matplotlib.pyplot as plt
 
     figure, panels = plt.subplots(2, len(measured), figsize=(5 * len(measured), 8.5), dpi=110, squeeze=False)
     for (near, far), (name, numbers) in zip(panels.T, measured.items(), strict=True):
         law, errors_of = laws[name], {arm: (numbers[arm]["x"], numbers[arm]["w"]) for arm in ARMS}
         fitted = f"errors on {name} tensors: theta {law['theta']:.2f}, p {law['p']:.2f}"
-        ours_too = "the same; stars: our screen's seed 0, less its backward"
+        ours_too = "stars: our screen's seed 0, less its backward"
+        if name == "captured" and board:
+            ours_too = f"stars: our screen, triangles: leaderboard ({len(board)})"
         for ax, reach, title in ((near, (0.9, 2.6), fitted), (far, (0.06, 2.6), ours_too)):
             plots.style_axes(ax, "gap over 1x16 4/6's", title, "theta e_X + (1 - theta) e_W, over 1x16 4/6's")
             ax.plot(*_line(law, errors_of[ANCHOR], found[ANCHOR].value, reach), color="#888", linewidth=1)
@@ -239,6 +281,12 @@ def draw(
             place = _mixed(law, pair) / _mixed(law, errors_of[ANCHOR]), ours[arm] / ours["quartet2"]
             far.plot(*place, marker="*", markersize=10, color="#c8501e", linestyle="")
             far.annotate(arm, place, xytext=(7, -4), textcoords="offset points", fontsize=7, color="#c8501e")
+        for arm, (gap, pair) in board.items() if name == "captured" else ():
+            place = _mixed(law, pair) / _mixed(law, errors_of[ANCHOR]), gap
+            far.plot(*place, marker="^", markersize=8, color="#2e7d32", linestyle="")
+            label = arm.removeprefix("quartet2_")
+            side = {"xytext": (-7, 2), "ha": "right"}
+            far.annotate(label, place, textcoords="offset points", fontsize=7, color="#2e7d32", **side)
     figure.tight_layout()
     plots.save(figure, path)
 
@@ -269,13 +317,16 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         rows, ours = {name: fits(found, numbers) for name, numbers in measured.items()}, our_gaps()
         effects = {arm: asdict(effect) for arm, effect in found.items()}
-        report = {"effects": effects, "measured": measured, "fits": rows, "our_gaps": ours}
+        board = board_arms(screen_backward()) if ours else {}
+        report = {"effects": effects, "measured": measured, "fits": rows, "our_gaps": ours, "leaderboard": board}
         write_json(args.out / "error_law.json", report)
-        draw(found, measured, {name: every[0] for name, every in rows.items()}, ours, args.out / "error_law.png")
+        draw(found, measured, {name: every[0] for name, every in rows.items()}, ours, board, args.out / "error_law.png")
     except (ValueError, OSError) as error:
         parser.error(str(error))
     print("Gap over that of 1x16 with 4/6; errors x1e-3 after the best gain\n")
     print(arms_text(found, measured), *(text(name, every) for name, every in rows.items()), sep="\n\n")
+    if board and "captured" in rows:
+        print(board_text(board, measured["captured"], rows["captured"][0]))
     return 0
 
 

@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from kernels import backend
 from quant.linear import QuantLinear
+from quant.names import SLOTS
 from quant.product import Product
 from quant.products import PRODUCTS
 from quant.recipe import OPERANDS, Recipe
 
-OTHERS = (["1x32 e8m0"], ["1x16 ue5m3"])
+OTHERS = (["1x32 e8m0"], ["1x32 e8m0"], ["1x16 ue5m3"], ["tensor fp32", "1x16 ue5m3"])
+GRIDS = (*["none"] * 2, *["e2m1"] * 8, "e4m3", "e5m2", "int4", "if4", "sfp4", "po2_mix", "po4_gauss", "gridflip")
+GRIDS += ("hif4",)
 SCHEMES = [None, None, None, "mean_split", "trust_mask"]
 COUNT, WORST = 120, 0.45
 M, K, N = 128, 128, 256
@@ -25,14 +28,18 @@ REFERENCE, PACKED = {"quantize": "reference", "gemm": "reference"}, {"quantize":
 
 
 def random_operand(draw: random.Random, slot: str) -> dict:
-    grid = draw.choice(["none", "e2m1", "e2m1", "e2m1", "e2m1", "e4m3", "e5m2", "if4", "sfp4", "po2_mix", "hif4"])
+    grid = draw.choice(GRIDS)
     operand = {"grid": grid, "tensor_scale": draw.choice(["fp32", "pow2"])}
     if grid == "hif4":
         operand["tensor_scale"] = "fp32"
     elif grid not in ("none", "e4m3", "e5m2"):
         operand["scales"] = draw.choice([*[["tensor fp32", "1x16 e4m3"], ["tensor fp32", "16x16 e4m3"]] * 2, *OTHERS])
         operand["rounding"] = draw.choice(["rtn", "sr", "ms_eden"])
-        operand["select"] = draw.choice(["absmax", "four_over_six"])
+        operand["select"] = draw.choice(["absmax", "absmax", "four_over_six", "search"])
+        if operand["scales"] == ["1x32 e8m0"] or draw.random() < 0.05:
+            operand["scale_rule"] = draw.choice(["floor", "even", "ceil", "rms"])
+            operand["prescale"] = draw.choice([1.0, 1.0, 0.75])
+            operand["macro_bits"] = draw.choice([None, None, 5])
         operand["eden_block"] = draw.choice([16, "rotation"])
     elif grid != "none":
         operand["scales"] = draw.choice([["tensor fp32"], ["row fp32"]])
@@ -41,9 +48,9 @@ def random_operand(draw: random.Random, slot: str) -> dict:
     return operand
 
 
-def random_recipe(draw: random.Random) -> Product:
+def random_recipe(draw: random.Random, refused: list[str]) -> Product:
     """The first of the mappings drawn that is legal, for one in five within a scheme if that takes it; what is refused
-    says what to type."""
+    says what to type, in `refused`."""
     while True:
         mapping = {"name": "random"}
         for gemm, names in OPERANDS.items():
@@ -55,7 +62,8 @@ def random_recipe(draw: random.Random) -> Product:
             try:
                 return PRODUCTS[scheme].from_dict(mapping) if scheme else Recipe.from_dict(mapping)
             except ValueError as error:
-                assert re.search(r"\b(use|set|leave|takes?|needs?|give)\b", str(error)), error
+                refused.append(str(error))
+                assert re.search(r"\b(use|set|leave|takes?|needs?|give|choose)\b", str(error)), error
 
 
 @pytest.fixture
@@ -83,9 +91,11 @@ def products():
 
 def test_legal_recipes_compute_their_products_alike_on_all_back_ends(products):
     run, exact = products
-    draw = random.Random(0)
+    draw, seen, refused = random.Random(0), set(), []
     for _ in range(COUNT):
-        recipe = random_recipe(draw)
+        recipe = random_recipe(draw, refused)
+        specs = [recipe.operand(slot).spec for slot in SLOTS]
+        seen |= {spec.grid for spec in specs} | {spec.scale_rule for spec in specs} | {spec.select for spec in specs}
         found = run(recipe, REFERENCE)
         errors = [float((f.double() - e).norm() / e.norm()) for f, e in zip(found, exact, strict=True)]
         assert max(errors) < WORST, (errors, recipe.to_dict())
@@ -95,3 +105,5 @@ def test_legal_recipes_compute_their_products_alike_on_all_back_ends(products):
             assert "is NVFP4, the" in str(error), recipe.to_dict()
             continue
         assert all(torch.equal(a, b) for a, b in zip(found, packed, strict=True)), recipe.to_dict()
+    assert {*GRIDS, "floor", "even", "ceil", "rms", "search"} - seen == {"gridflip"}  # no other is never legal
+    assert len({re.sub(r"quant\S+|\d\S*", "", text) for text in refused}) >= 40  # kinds of refusals
