@@ -110,8 +110,8 @@ def test_a_product_without_scales_is_torchs_until_another_has_its_bits(fake_libr
     """As on a GPU, but that the library multiplies on the host."""
     left, right = torch.randn(5, 7).t(), torch.randn(5, 3)
     monkeypatch.setattr(cublaslt, "_may_settle", lambda out: True)
-    monkeypatch.setattr(cublaslt, "_shortest", lambda run, one: run(one) or (2.0 if one is None else 1.0))
-    monkeypatch.setattr(cublaslt, "_sums_of_bits", lambda out: out.mul(1024).round())
+    monkeypatch.setattr(cublaslt, "_ms", lambda run, one: run(one) or (2.0 if one is None else 1.0))
+    monkeypatch.setattr(cublaslt, "_some_rows", lambda out: out.mul(1024).round())
     torch.testing.assert_close(cublaslt.mm(left, right, torch.float32), left @ right)
     chosen = cublaslt._chosen(left, right, torch.empty(7, 3), plain=True)
     assert chosen.best is chosen.candidates[0] and not chosen.tries
@@ -127,7 +127,7 @@ def test_the_fastest_algorithm_that_gives_the_usual_bits_is_taken(fake_library, 
     )
     algorithm.candidates, out = [*range(4)], torch.zeros(4, 4)
     algorithm.usual = algorithm.best = 0
-    monkeypatch.setattr(cublaslt, "_shortest", lambda run, number: times[number])
+    monkeypatch.setattr(cublaslt, "_ms", lambda run, number: times[number])
 
     def run(number: int) -> None:
         out.fill_(0.0 if is_zero else 1.0)
