@@ -141,7 +141,7 @@ def check_tokenizer(source: Source, vocab_size: int, tokenizer_hash: str | None)
     if rows != vocab_size or is_other:
         raise ValueError(
             f"init.from={source.path} knows {rows} tokens, and the text has {vocab_size} of another tokenizer; type "
-            f"data.tokenizer={source.path}, which needs its tokenizer.json"
+            f"data.tokenizer={source.path}, which needs its tokenizer.json, and data.files=... in place of a data.path"
         )
 
 
