@@ -263,20 +263,33 @@ def test_a_gemm_with_one_nvfp4_operand_is_refused_by_the_packed_back_end():
         convert(model, planned, torch.zeros(3, dtype=torch.int64))
 
 
-def test_a_slot_without_a_kernel_says_that_it_runs_the_reference(monkeypatch):
+@pytest.mark.parametrize(
+    ("recipe", "slot", "operand", "reason"),
+    [
+        (
+            "quartet2_po4",
+            "fprop.w",
+            {"scales": ["tensor fp32", "16x16 e4m3"]},
+            "16x16 blocks of po4_gauss have no kernel",
+        ),
+        ("quartet2", "wgrad.x", {"grid": "e4m3", "source": "input"}, "FP8 behind a rotation has no kernel"),
+    ],
+)
+def test_a_slot_without_a_kernel_says_that_it_runs_the_reference(monkeypatch, recipe, slot, operand, reason):
     triton_impl = pytest.importorskip("kernels.quantize.triton_impl")
     monkeypatch.setitem(backend.IMPL, "quantize", triton_impl)
-    fields = library.load("quartet2_tables").to_dict()
-    fields["wgrad"]["rotation"] |= {"rounds": 3}
-    lines = library.build(fields).describe("one")
-    slow = [line.split()[0] for line in lines if "runs the reference: three rounds of rotation have no kernel" in line]
-    assert slow == ["wgrad.dy", "wgrad.x"]
+    fields = library.mapping(recipe)
+    gemm, name = slot.split(".")
+    fields[gemm][name] = {"grid": fields[gemm][name]["grid"]} | operand
+    fields[gemm].setdefault("rotation", {})["rounds"] = 1 if gemm == "fprop" else 3
+    lines = [line for line in library.build(fields).describe("one") if "runs the reference" in line]
+    assert [line.split()[0] for line in lines] == [slot] and reason in lines[0]
 
 
 def test_every_recipe_of_slots_runs_on_kernels(monkeypatch):
     triton_impl = pytest.importorskip("kernels.quantize.triton_impl")
     monkeypatch.setitem(backend.IMPL, "quantize", triton_impl)
-    for recipe in SLOT_RECIPES:
+    for recipe in (*SLOT_RECIPES, "quartet1", "averis"):
         assert not any("runs the reference" in line for line in library.load(recipe).describe("one")), recipe
 
 
