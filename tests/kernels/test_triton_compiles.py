@@ -205,8 +205,8 @@ def test_tile_kernels_compile(target: int, tmp_path: Path):
 
 @pytest.mark.parametrize("aligned", [True, False])
 def test_adamw_compiles_and_reads_four_neighbours_at_once(aligned: bool):
-    form = dict(LERP=True, DECAY64=True, EPS64=True, ALIGNED=aligned, BLOCK=adamw.BLOCK, BLOCKS=adamw.BLOCKS)
-    types = {name: "i64" for name in adamw.adamw_kernel.arg_names if name.endswith("bits")}
+    form = dict(ALIGNED=aligned, BLOCK=adamw.BLOCK, BLOCKS=adamw.BLOCKS)
+    types = dict.fromkeys(("lr", "beta1", "beta2", "eps", "decay"), "fp32")
     types |= {name: "*i64" for name in ("address_ptr", "size_ptr", "tensor_ptr", "first_ptr")}
     types |= dict(factor_ptr="*fp32", skip_ptr="*fp32")
     compiled = compile_kernel(adamw.adamw_kernel, form | dict(INTERPRET=False), 90, **types)

@@ -25,7 +25,7 @@ class ClippingAdamW(torch.optim.AdamW):
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         tensors = [local(t) for p in parameters for t in (p, p.grad)]
         fit = all(t.is_cuda and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
-        return bool(tensors) and fit and kernel.matching(tensors[0].device) is not None
+        return bool(tensors) and fit and kernel.has_torchs_bits(tensors[0].device)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -43,7 +43,7 @@ class ClippingAdamW(torch.optim.AdamW):
                 table = self._table(number, weights, gradients, means, squares, steps)
                 beta1, beta2 = group["betas"]
                 settings = kernel.Settings(group["lr"], beta1, beta2, group["eps"], group["weight_decay"])
-                kernel.update(table, factor, skip, settings, kernel.matching(factor.device))
+                kernel.update(table, factor, skip, settings)
                 torch._foreach_sub_(steps, [skip] * len(steps))
 
     def _table(self, number: int, weights: list[Tensor], *others: list[Tensor]) -> "kernel.Table":
