@@ -29,7 +29,7 @@ INTERPRET = bool(triton.knobs.runtime.interpret)
 @dataclass(frozen=True)
 class Launch:
     """tile: rows (axis 1) or columns (axis 0) of a 128-wide tile, or groups of rows_kernel; programs: for each
-    multiprocessor (of rows_kernel more than fit at once: 114 us with 64, 122 with 12); registers: limit for each
+    multiprocessor (of rows_kernel more than fit at once); registers: limit for each
     thread, so that more programs fit."""
 
     tile: int
@@ -43,7 +43,7 @@ class Launch:
 # (rtn, 4/6 and packed ones) follow their axis-0 twins.
 CONFIGS: dict[tuple[str, int], Launch] = {
     ("rtn_rows", 1): Launch(128, 4, programs=64),
-    ("four_over_six_rows", 1): Launch(64, 2, programs=64),
+    ("four_over_six_rows", 1): Launch(128, 4, programs=64),
     ("sr_rows", 1): Launch(128, 4, programs=64),
     ("ms_eden_rows", 1): Launch(128, 4, programs=64),
     ("rtn", 0): Launch(64, 4, 3, 2),
@@ -56,8 +56,8 @@ CONFIGS: dict[tuple[str, int], Launch] = {
     ("ms_eden", 1): Launch(64, 4, 3, 2),
     ("rtn_packed", 0): Launch(64, 4, 3, 3),
     ("rtn_packed", 1): Launch(64, 4, 3, 3),
-    ("sr_packed", 0): Launch(64, 4, 2, 3),
-    ("sr_packed", 1): Launch(64, 4, 2, 3),
+    ("sr_packed", 0): Launch(64, 8, 3, 4, 128),
+    ("sr_packed", 1): Launch(64, 8, 3, 4, 128),
     ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
     ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
     # Forms (triton_forms.py); on an H200. A third or fourth table takes more registers than two programs have.
