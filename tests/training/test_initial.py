@@ -217,6 +217,13 @@ def test_a_checkpoint_that_does_not_fit_names_the_tensor_and_the_rule(tmp_path, 
         ours(tmp_path)
 
 
+def test_a_tensor_that_does_not_fit_is_refused_before_a_folder_is_made(exported, run, tmp_path):
+    damaged(exported, lambda w: w.update({"model.layers.0.mlp.up_proj.weight": torch.ones(7, 128)}))
+    with pytest.raises(ValueError, match=r"up_proj\.weight \[7, 128\]; blocks\.0\.mlp\.gate_up\.weight is"):
+        run(f"init.from={exported}", f"data.tokenizer={exported}", name="second")
+    assert not (tmp_path / "runs" / "second").exists()
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

@@ -26,7 +26,7 @@ from training.start import fork, initial, price
 from training.start.build import is_blockwise, is_compiled, is_graphed
 from training.start.cautions import cpu_seconds, many_epochs, memory_of, slow, too_large
 from training.start.derive import Numbers, derive
-from training.start.initial import check_data, check_model, check_tokenizer, source_of
+from training.start.initial import Weights, check_data, check_model, check_tokenizer, source_of
 from training.start.memory import MemoryEstimate, estimate, kept_of
 from training.start.screen import StartScreen
 from training.start.shapes import model_of, shape_of
@@ -124,6 +124,10 @@ def describe(request: Request, ranks: Dist, tokens: TokenSet | None) -> Descript
     around = hooks.numerics(checked.hooks)
     if source := source_of(config):
         check_tokenizer(source, vocab_size, fingerprints["tokenizer"])
+        weights = Weights(source, checked.shape)
+        with torch.device("meta"):
+            for name, parameter in model_of(checked.shape).named_parameters():
+                weights.check(name, parameter.shape)
     init = ranks.on_main(lambda: initial.identity(config))  # the file of remembered sums is one process's
     quant = plan_numerics(checked.plan) | phase_numerics(checked.phases, plan_numerics)
     flat = numerics(config, checked.numbers, quant, vocab_size, fingerprints, around, init)

@@ -171,33 +171,39 @@ class Weights:
             more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
             raise ValueError(f"init.from={source.path}: {'; '.join(faults[:SHOWN])}{more}")
 
+    def check(self, name: str, shape: torch.Size) -> None:
+        """ValueError where the parts of our parameter don't make its shape, from the files' headers alone."""
+        parts = {part: self._shape(part) for part in parts_of(name)}
+        if name.endswith("attn.qkv.weight"):
+            needed = (self._config.width, self._config.kv_width, self._config.kv_width)
+            for (part, (rows, *_)), right in zip(parts.items(), needed, strict=True):
+                if rows != right:
+                    raise ValueError(f"init.from={self._source.path}: {part} has {rows} rows, needed are {right}")
+        rows, columns = sum(found[0] for found in parts.values()), {tuple(found[1:]) for found in parts.values()}
+        if rows != shape[0] or columns != {tuple(shape[1:])}:
+            found = ", ".join(f"{part} {found}" for part, found in parts.items())
+            raise ValueError(f"init.from={self._source.path}: {found}; {name} is {list(shape)}")
+
     def __call__(self, name: str, shape: torch.Size) -> Tensor:
+        self.check(name, shape)
         parts = [self._read(part) for part in parts_of(name)]
         if name.endswith("attn.qkv.weight"):
-            kv_heads = self._config.kv_heads or self._config.heads
-            parts[0] = permute_from_half_split(self._check(parts[0], name, 0, self._config.width), self._config.heads)
-            parts[1] = permute_from_half_split(self._check(parts[1], name, 1, self._config.kv_width), kv_heads)
+            parts[0] = permute_from_half_split(parts[0], self._config.heads)
+            parts[1] = permute_from_half_split(parts[1], self._config.kv_heads or self._config.heads)
         whole = torch.cat(parts)
-        if whole.shape != shape:
-            found = ", ".join(
-                f"{part} {list(tensor.shape)}" for part, tensor in zip(parts_of(name), parts, strict=True)
-            )
-            raise ValueError(f"init.from={self._source.path}: {found}; {name} is {list(shape)}")
         if not bool(whole.isfinite().all()):
             raise ValueError(
                 f"init.from={self._source.path}: {', '.join(parts_of(name))} holds values that are not finite"
             )
         return whole
 
+    def _shape(self, name: str) -> list[int]:
+        with safe_open(self._where[name], framework="pt") as file:
+            return file.get_slice(name).get_shape()
+
     def _read(self, name: str) -> Tensor:
         with safe_open(self._where[name], framework="pt") as file:
             return file.get_tensor(name).float()
-
-    def _check(self, tensor: Tensor, name: str, part: int, rows: int) -> Tensor:
-        if tensor.shape[0] != rows:
-            theirs = parts_of(name)[part]
-            raise ValueError(f"init.from={self._source.path}: {theirs} has {tensor.shape[0]} rows, needed are {rows}")
-        return tensor
 
 
 def source_of(config: TrainConfig) -> Source | None:
