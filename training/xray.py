@@ -65,11 +65,13 @@ class View:
 
 class Tap(Product):
     """A layer's product as it is; `products` takes from what it computed last. Random bits of the backward are those of
-    `rng`. Backwards may go another product's way, `instead`, whose forward is the same; others `feed` (x, weight, dY)
-    to whom it is set."""
+    `rng`. Backwards may go another product's way, `instead`, whose forward is the same, and are `aside`: what a graph
+    writes must not be dropped for what another one does. Others `feed` (x, weight, dY) to whom it is set."""
 
     def __init__(self, product: Product, rng: Tensor):
-        self.name, self.product, self.rng, self.products = product.name, product, rng, {}
+        self.name, self.product, self.rng = product.name, product, rng
+        self.products: Products = {}
+        self.aside: Products = {}
         self.instead: Product | None = None
         self.feed: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
@@ -88,17 +90,21 @@ class Tap(Product):
 
     def input_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
         dx = self._way.input_gradient(self._call, dy, kept)
-        self.products["dgrad"] = elements(dx, KEPT)
+        self._made["dgrad"] = elements(dx, KEPT)
         return dx
 
     def weight_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
         dw = self._way.weight_gradient(self._call, dy, kept)
-        self.products["wgrad"] = elements(dw, KEPT)
+        self._made["wgrad"] = elements(dw, KEPT)
         return dw
 
     @property
     def _way(self) -> Product:
         return self.instead or self.product
+
+    @property
+    def _made(self) -> Products:
+        return self.aside if self.instead else self.products
 
 
 class Rows:
@@ -275,11 +281,13 @@ class Eye:
                 self._join()  # X and dY of the draw before are read aside
                 self._measures = draw == 0
                 self._through = self._run_exact()
-                self._exacts.put(draw, products(self._exact, GEMMS))
+                self._exacts.put(draw, {(name, g): tap.products[g] for name, tap in self._exact.items() for g in GEMMS})
                 for name, fed in self._fed.items() if draw == 0 else ():
                     self._measure(name, *fed)
             self._run_drawn()
-            self._drawns.put(draw, products(self._exact if self.view.several else self._drawn, BACKWARD))
+            drawn = self._exact if self.view.several else self._drawn
+            made = {name: tap.aside or tap.products for name, tap in drawn.items()}
+            self._drawns.put(draw, {(name, gemm): each[gemm] for name, each in made.items() for gemm in BACKWARD})
         self._through = None  # a replay keeps its own
         moments_of_all, errors = self._run_gaps()
         self._found.propagated.append(moments_of_all.clone())
@@ -340,10 +348,6 @@ class Eye:
                 if label is None and name not in found.slots:
                     found.slots[name] = alone.look()
                 found.local.setdefault(label, {}).setdefault(name, []).append(alone.measure(self._states))
-
-
-def products(taps: Mapping[str, Tap], gemms: Sequence[str]) -> dict[tuple[str, str], Tensor]:
-    return {(name, gemm): tap.products[gemm] for name, tap in taps.items() for gemm in gemms}
 
 
 def row_of(found: Found, eye: Eye, share: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,25 @@ def test_an_eye_that_stays_sees_new_weights_and_not_other_recipes(monkeypatch):
     assert second == Eye(view_of(model, rng), 3, {}).look(text) != first
     model.blocks[0].mlp.down.recipe = library.load("bf16")
     assert not eye.sees(view)
+
+
+class Once(Lane):
+    """Graphs whose replays find the same inputs: a pass runs once, what it wrote stays. Figures are made anew."""
+
+    def __init__(self, *_, **__):
+        super().__init__(False)
+
+    def replay(self, function):
+        return function if "gaps" in getattr(function, "__name__", "") else cache(function)
+
+
+def test_what_one_graph_writes_no_other_one_does(monkeypatch):
+    monkeypatch.setattr(training.xray, "Lane", Once)
+    model, rng = small("quartet2")
+    eye = Eye(view_of(model, rng, graphs=True), 3, {})
+    first = eye.look(text_of(1))
+    assert first["layers"]["blocks.0.mlp.down"]["wgrad"]["propagated"]["backward"]["error"] > 0.005
+    assert eye.look(text_of(1)) == first
 
 
 def test_a_planted_bias_is_found_where_it_was_planted():
