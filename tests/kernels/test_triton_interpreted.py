@@ -111,6 +111,16 @@ def test_packed_operands_with_other_scales_are_refused(scales):
             read()
 
 
+def test_columns_beyond_32_bit_offsets_are_refused():
+    x, spec = torch.empty(16, 2**24, dtype=torch.bfloat16), QuantSpec.resolve("e2m1", NVFP4_SCALES)  # untouched pages
+    for read in (
+        lambda: triton_impl.quantize(x, spec, 0, torch.ones(()), None, None, ("values",)),
+        lambda: triton_impl.amax(x, 0, torch.ones(16), False),
+    ):
+        with pytest.raises(ValueError, match=r"2\^24 columns, got 16777216: use backend=reference"):
+            read()
+
+
 @pytest.mark.parametrize(
     "cases",
     [
