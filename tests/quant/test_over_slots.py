@@ -125,13 +125,6 @@ def test_a_block_by_hand():
     assert mask.applied(torch.ones(2, 32))[0, :5].tolist() == [1, 1, 1, 0, 1]
 
 
-def test_the_kernels_leave_its_scales_to_the_reference():
-    kernels = pytest.importorskip("kernels.quantize.triton_impl", reason="needs triton")
-    recipe = build("quartet1")
-    assert "scale_rule=rms" in kernels.supports(recipe.operand("fprop.x").spec, 0)
-    assert kernels.supports(recipe.operand("dgrad.dy").spec, 1) is None
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
