@@ -206,10 +206,15 @@ def launch_quantize(
         **constants(spec, slot), EDEN_GROUPS=eden_groups(spec, signs), SCALED=spec.eden_space == "scaled",
         PAIRS=contraction % 32 == 0, STORE_VALUES=store_values, STORE_PACKED=store_packed,
         EVEN=lines % config.tile == 0 and contraction % ROTATION_TILE.value == 0, TILE=config.tile,
-        STAGES=config.stages, INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
+        STAGES=stages_of(config, parts), INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
         enable_fp_fusion=fuses(spec),
     )  # fmt: skip
     return outputs
+
+
+def stages_of(config: Launch, parts: int) -> int:
+    """Tiles in flight: one where both parts of three rounds take shared memory; the smallest chips have 99 KiB."""
+    return 1 if parts == 2 else config.stages
 
 
 def constants(spec: QuantSpec, slot: int) -> dict[str, float | bool | str | int]:
@@ -286,7 +291,7 @@ def launch_amax(
         plain, rows, columns, columns // 8, columns // 16, dim,
         ALONG_0=along0, ALONG_1=along1, PLAIN=plain is not None, PARTS=parts, PACKED=is_packed,
         SQUARE=is_packed and src_scales.shape[0] != rows,
-        EVEN=rows % tile_r == 0 and columns % tile_c == 0, TILE=config.tile, STAGES=config.stages,
+        EVEN=rows % tile_r == 0 and columns % tile_c == 0, TILE=config.tile, STAGES=stages_of(config, parts),
         INTERPRET=INTERPRET, num_warps=config.warps, maxnreg=config.registers,
     )  # fmt: skip
     return amax1, amax0
