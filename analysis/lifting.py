@@ -52,10 +52,11 @@ def newest_of(run: Run) -> dict[str, Any] | None:
 
 
 def table(identity: str, layers: dict[str, Any]) -> str:
-    """Layers in the order of what lifting them gains."""
-    order = sorted(layers, key=lambda name: layers[name]["lifted"]["layer"]["change"])
+    """Layers in the order of what they cost alone: that is told best."""
+    order = sorted(layers, key=lambda name: -layers[name]["alone"]["layer"]["change"])
     ends = [end for layer in layers.values() for way, sign in (("lifted", -1), ("alone", 1))
             for end in ends_of(layer[way]["layer"], sign)]  # fmt: skip
+    ends += [1e3 * layer["alone"]["layer"]["second"] for layer in layers.values()]
     low, high = min(0.0, *ends), max(0.0, *ends)
     room = (high - low) or 1.0
 

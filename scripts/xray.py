@@ -102,14 +102,14 @@ def compared(layers: dict[str, Any], others: dict[str, Any]) -> str:
 
 
 def costs(found: dict[str, Any]) -> str:
-    """The table: changes of loss in 1e-3 nats a token, layers in the order of what lifting them gains."""
+    """The table: changes of loss in 1e-3 nats a token, layers in the order of what they cost alone."""
     heads = ("lifted", "to FP8", "its X", "its W", "alone", "1st term", "2nd term")
     wide = max(map(len, found["layers"])) + 1
     gap, error = found["gap"], found["gap_se"]
     over = f"{1e3 * gap:.3f}" + ("" if error is None else f" +- {1e3 * error:.3f}")
     lines = [f"own forward {found['own']:.5f}, BF16 {found['bf16']:.5f}, apart {over} (1e-3 nats a token)"]
     lines.append(f"{'':{wide}}" + "".join(f"{head:>18}" for head in heads))
-    order = sorted(found["layers"], key=lambda name: found["layers"][name]["lifted"][LAYER]["change"])
+    order = sorted(found["layers"], key=lambda name: -found["layers"][name]["alone"][LAYER]["change"])
     for name in order:
         lifted, alone = found["layers"][name]["lifted"], found["layers"][name]["alone"]
         cells = [lifted.get(what, {}) for what in (LAYER, FP8, *OPERANDS["fprop"])]

@@ -113,14 +113,15 @@ def test_without_looks_there_is_no_such_page(folder):
     assert inside.section(groups, groups[0]) == []
 
 
-def test_lifted_layers_are_bars_in_the_order_of_their_gain(folder, document):
+def test_lifted_layers_are_bars_in_the_order_of_their_cost(folder, document):
     assert "Which layers cost loss" not in document
 
     def change(size: float) -> dict:
         return {"change": size, "change_se": 1e-4, "first": 0.0, "first_se": 0.0, "second": 2e-3, "second_se": 0.0}
 
     def layer(size: float) -> dict:
-        return {"lifted": {"layer": change(-size), "x": change(-size / 2)}, "alone": {"layer": change(size / 4)}}
+        lifted = {"layer": change(-size), "x": change(-size / 2)}
+        return {"lifted": lifted, "alone": {"layer": change(size / 4)}}
 
     path = folder / "llama_tiny-bf16-0" / "lift"
     path.mkdir()
