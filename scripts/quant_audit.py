@@ -2,7 +2,7 @@
 
 On the CPU: 140 s of one core for all recipes.
 
-    python scripts/quant_audit.py                  # all recipes
+    python scripts/quant_audit.py                  # all recipes, and forms that none of them uses
     python scripts/quant_audit.py quartet2 sr --check --json audit.json
     python scripts/quant_audit.py quartet2 mxfp4 --decompose   # where each error comes from
     python scripts/quant_audit.py --captured runs/NAME/capture/3052 --recipes quartet2,nvidia
@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, RuntimeError) as error:  # the last: what this machine can't run
         parser.error(str(error))
     used = audit.quantizers([slots for recipe in loaded if (slots := recipe.audited())])  # others' are not ours
+    if not names:
+        used = {quantizer: ["no recipe"] for quantizer in audit.WITHOUT_RECIPE} | used
     passed = decomposed(used, args.json) if args.decompose else audited(used, args.json)
     for error in broken:
         print(f"quant_audit: left out: {error}", file=sys.stderr)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import backend
 from kernels.formats.grids import FAMILIES, Table, family_of, mirrored
+from kernels.formats.nibbles import decode, unpack
 from kernels.formats.selects import Candidate
 from kernels.philox import Draw
 from kernels.quantize import amax, amax_packed, quantize, requantize, rht_signs
@@ -338,6 +339,25 @@ def test_every_level_times_every_scale_is_exact_in_bf16(name):
 def significant(x: float) -> int:
     numerator = abs(x.as_integer_ratio()[0])
     return (numerator // (numerator & -numerator)).bit_length() if numerator else 0
+
+
+def test_a_product_of_shifted_grids_is_nvfp4s_and_one_of_two_vectors_a_block():
+    """A = sA (qA + cA), B likewise: the product of the unshifted codes, as tensor cores multiply them, and one with a
+    contraction of two in 16 for the shifts (sfp4). Exact in FP64."""
+    parts = []
+    for seed in (1, 2):
+        x = torch.randn(24, 128, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        packed = run(x, SPECS["sfp4"]).packed
+        s = packed.block_scales.double()
+        c = torch.tensor([0.0, 0.5, -0.5]).double()[packed.block_members().long()]
+        assert c.unique().numel() == 3
+        q = decode(unpack(packed.codes)).double().view(24, 8, 16)
+        parts.append((packed.values().double(), q, s, c))
+    (a, qa, sa, ca), (b, qb, sb, cb) = parts
+    nvfp4 = (qa * sa[..., None]).flatten(1) @ (qb * sb[..., None]).flatten(1).t()
+    left = torch.cat((ca * sa, sa * qa.sum(-1)), 1)
+    right = torch.cat((sb * (qb.sum(-1) + 16 * cb), cb * sb), 1)
+    assert torch.equal(nvfp4 + left @ right.t(), a @ b.t()) and not torch.equal(nvfp4, a @ b.t())
 
 
 def test_significant_bits_are_counted():

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,15 @@ def reference():
 def test_published_errors_within_one_percent(quantizer, mse):
     got, _ = audit.errors(quantizer, audit.gaussian(audit.SHAPE, 0))
     assert got * 1e3 == pytest.approx(mse, rel=0.01)
+
+
+def test_the_whole_audit_has_every_figure_that_is_known():
+    """gridflip too, which no recipe can take."""
+    recipes = [slots for name in library.names() if (slots := library.load(name).audited())]
+    used = {*audit.quantizers(recipes), *audit.WITHOUT_RECIPE, audit.BIASED_EXAMPLE, audit.MS_EDEN_128}
+    labels = {replace(quantizer, rotation_dim=None).label for quantizer in used}
+    assert audit.PUBLISHED_MSE.keys() <= labels
+    assert all(audit.published(quantizer) for quantizer in audit.WITHOUT_RECIPE)
 
 
 def test_alignment_of_upstreams_correction_shows_its_shrinkage():

@@ -111,6 +111,8 @@ def test_a_recipe_without_a_quantized_weight_is_refused(run):
         run("quant=bf16", "hooks.osci_reset.start=0.3")
     with pytest.raises(ValueError, match=r"hooks\.osci_reset\.window=9: .*period=5"):
         run("hooks.osci_reset.window=9", "hooks.osci_reset.period=5")
+    with pytest.raises(ValueError, match=r"hooks\.osci_reset beside normalize: .*leave hooks\.osci_reset out"):
+        run("model=ngpt_30m", "quant=ngpt_nvfp4", "hooks.osci_reset.start=0.3")
 
 
 def test_the_probe_counts_flips_and_sees_how_near_the_border_weights_are(hooked):

@@ -33,7 +33,7 @@ def read(model: nn.Module, plan: Plan, *wanted: Mapping[str, Any]) -> dict[str, 
     """{name: checked options} of what model, recipe and configuration ask for, each {name: {option: value}}.
 
     Raises ValueError for an unknown hook or option, a wrong value, what doesn't fit the model (it may lie on the meta
-    device), and for one hook that is wanted in two ways.
+    device), one hook that is wanted in two ways, and two that undo each other's work.
     """
     found: dict[str, Any] = {}
     for some in wanted:
@@ -44,6 +44,8 @@ def read(model: nn.Module, plan: Plan, *wanted: Mapping[str, Any]) -> dict[str, 
                     f"hooks.{name}: wanted with {asdict(found[name])} and with {asdict(options)}; leave one of them out"
                 )
     for name, options in found.items():
+        for other in HOOKS[name].never_with.keys() & found.keys():
+            raise ValueError(f"hooks.{name} beside {other}: {HOOKS[name].never_with[other]}; leave hooks.{name} out")
         HOOKS[name].check(options, model, plan)
     for recipe in plan.recipes:
         if recipe.hook and recipe.hook not in found:

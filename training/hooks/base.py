@@ -11,7 +11,7 @@ A hook is one file of this folder and one line of the table in __init__.py. The 
   checkpoint is loaded. State that follows a weight is made by `like_weights`, so that it is sharded as the weight is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -41,10 +41,12 @@ class Run:
 
 class Hook:
     """Does nothing. `Options`: a frozen dataclass whose fields are the hook's keys in a configuration; it checks them.
-    `bytes_per_parameter`: what its state takes, for the memory that is expected."""
+    `bytes_per_parameter`: what its state takes, for the memory that is expected. `never_with`: {hook: why not} of those
+    that undo what it does."""
 
     Options: type = NoOptions
     bytes_per_parameter = 0.0
+    never_with: Mapping[str, str] = {}
 
     def __init__(self, options: Any, run: Run):
         self.options, self.run = options, run

@@ -13,7 +13,7 @@ or draws random bits for it are left out.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -50,6 +50,9 @@ class OsciResetOptions:
 class OsciReset(Hook):
     Options = OsciResetOptions
     bytes_per_parameter = 12.0  # two BF16 copies, two FP32 sums
+    never_with: ClassVar = {
+        "normalize": "a weight set to a code changes the length that normalize gave its row or column"
+    }
 
     def __init__(self, options: OsciResetOptions, run: Run):
         super().__init__(options, run)
