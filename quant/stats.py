@@ -41,17 +41,20 @@ class SlotCounter:
 
 
 def count_operand(x: Tensor, wish: Wish) -> dict[str, Tensor]:
-    """int64 [] counts of one operand: elements, clipped, zeroed, blocks, underflow_blocks, non_finite, member_1 to 3.
+    """int64 [] counts of one operand: elements, clipped, zeroed, blocks, underflow_blocks, non_finite, member_1 to 3,
+    beyond_amax.
 
     clipped: elements beyond the ends of the grid. zeroed: non-zero elements that became 0. underflow_blocks: blocks
     that hold a non-zero element and whose scale rounded to zero. non_finite: 1 if amax was NaN or Inf. member_i: blocks
-    that took member i of a family that has one.
+    that took member i of a family that has one. beyond_amax: elements above a fixed amax, which no scale then reaches.
     """
     spec, axis, signs = wish.spec, wish.axis, wish.signs
     y = reference.stored(x, axis, signs)
     largest = wish.largest(reference.amax, x)
     scale = reference.tensor_scale(largest, spec)
     counts = {"elements": y.new_tensor(y.numel()), "non_finite": (~largest.isfinite()).any()}
+    if wish.amax != "exact":
+        counts["beyond_amax"] = (y.abs() > wish.amax).sum()
     if not spec.is_blocked:
         elements = y / (scale if axis == 1 else scale.t())
         zero = reference.round_nearest(elements, BY_NAME[spec.grid]) == 0

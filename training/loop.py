@@ -91,6 +91,7 @@ class Trainer:
         self._stop = SharedFlag(parts.ranks)
         self._guard = Guard(parts.state.optimizers, device)
         self._recovery = Recovery(parts.config.nonfinite, parts, self.event)
+        self._told: set[str] = set()  # probes whose caution was told
         self._pulse = Pulse(parts.state.model.config.vocab_size, parts.console.say)
         self._window_start = time.perf_counter()
         self._started = time.perf_counter()
@@ -324,11 +325,14 @@ class Trainer:
 
     def _look(self, probes: dict[str, Probe], context: Context | None = None) -> None:
         """Write what the probes see, and leave no trace of their forwards and backwards."""
-        for probe in probes.values():
+        for name, probe in probes.items():
             rows = probe.rows(context or self._context())
             self._zero_grad()
             step = self.state.step
             self._log(*({"kind": row["kind"], "step": step, **row, "time": time.time()} for row in rows))
+            if name not in self._told and (caution := probe.caution(rows)):
+                self._told.add(name)
+                self.p.console.say(caution)
 
     def _context(self, evaluation: Evaluation | None = None) -> Context:
         return Context(

@@ -64,6 +64,18 @@ def test_a_run_keeps_lengths_and_resumes_bit_for_bit(run, stop_after):
         )
 
 
+def test_a_fixed_amax_that_is_too_small_is_told_once(run, rows, capsys):
+    """Unit vectors stay within amax 1, from the start on; a Llama's inputs don't."""
+    words = ["quant=ngpt_nvfp4", "evaluate.slots=true", "evaluate.tokens=256", "evaluate.final_tokens=256"]
+    _, folder = run(*NGPT, *words, "schedule=wsd_sqrt", name="ngpt")
+    kept = [slot for row in rows(folder, "slots") for layer in row["slots"].values() for slot in layer.items()]
+    fixed = [counts["beyond_amax"] for name, counts in kept if name in ("fprop.x", "fprop.w", "wgrad.x")]
+    assert fixed and not any(fixed) and all("beyond_amax" not in counts for name, counts in kept if "dy" in name)
+    assert "fixed amax" not in capsys.readouterr().out
+    run(*words, name="llama")
+    assert capsys.readouterr().out.count("beyond their fixed amax") == 1
+
+
 def test_nothing_changes_from_a_bad_step_until_the_host_looks(run, monkeypatch):
     """The host sees step 6 at once, or four steps later: the same weights in the end."""
     monkeypatch.setitem(HOOKS, "spoil", Spoil)

@@ -123,6 +123,10 @@ class Probe:
         """Rows of metrics.jsonl: {"kind": ..., ...}; step and time are added."""
         return []
 
+    def caution(self, rows: list[dict[str, Any]]) -> str | None:
+        """A warning for whoever watches the run, of what `rows` showed; told once."""
+        return None
+
     def state(self, step: int) -> dict[str, Tensor]:
         """As a hook's (training/hooks/base.py), stored as probes.<name>.<key>. A checkpoint of a run without this probe
         leaves it as it begins."""

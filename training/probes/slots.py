@@ -30,6 +30,24 @@ class Slots(Probe):
         context.release()
         return [{"kind": self.kind, self.kind: slot_stats(context.model, step, self.measure)}]
 
+    def caution(self, rows: list[dict[str, Any]]) -> str | None:
+        """Of slots whose amax is fixed below what they saw."""
+        found = [
+            f"{layer} {slot}"
+            for row in rows
+            for layer, slots in row[self.kind].items()
+            for slot, counts in slots.items()
+            if counts.get("beyond_amax")
+        ]
+        if not found:
+            return None
+        slot = found[0].split()[-1]
+        others = f" and {len(found) - 1} other slots" if len(found) > 1 else ""
+        return (
+            f"warning: {found[0]}{others} saw elements beyond their fixed amax, which are clipped; set "
+            f"quant.{slot}.amax=exact (a fixed amax is for models that bound what a layer multiplies, such as ngpt_30m)"
+        )
+
 
 class Errors(Slots):
     """One row: {layer: {slot: {term: number}}} (quant/decompose.py); null where a number isn't finite. In FP64."""
