@@ -55,8 +55,15 @@ def random_words(rng: Tensor, layer: Tensor | int, stream: int, count: int) -> T
     return torch.stack(words, dim=-1).reshape(-1)[:count]
 
 
-def random24(rng: Tensor, layer: Tensor | int, slot: int, count: int) -> Tensor:
-    """float32 [count]: the top 24 bits of each element's word as an integer. Round up iff it is below frac * 2^24."""
+def random24(rng: Tensor, layer: Tensor | int, slot: int, count: int, bits: int = 24) -> Tensor:
+    """float32 [count]: the top 24 bits of each element's word as an integer. Round up iff it is below frac * 2^24.
+
+    bits 8: byte `element % 4`, from the lowest, of word `element // 4` as (byte + 1/2) * 2^16, the middle of its range.
+    """
+    if bits == 8:
+        words = random_words(rng, layer, ROUNDING_STREAM + slot, (count + 3) // 4)
+        bytes_of = words[:, None] >> torch.arange(0, 32, 8, device=words.device) & 0xFF
+        return (bytes_of.flatten()[:count] * 2**16 + 2**15).to(torch.float32)
     return (random_words(rng, layer, ROUNDING_STREAM + slot, count) >> 8).to(torch.float32)
 
 
@@ -73,5 +80,5 @@ class Draw:
     layer: Tensor
     slot: int = 0
 
-    def random24(self, count: int) -> Tensor:
-        return random24(self.rng, self.layer, self.slot, count)
+    def random24(self, count: int, bits: int = 24) -> Tensor:
+        return random24(self.rng, self.layer, self.slot, count, bits)

@@ -38,6 +38,7 @@ EDEN_BLOCKS = (16, "rotation")
 EDEN_SPACES = ("tensor", "scaled")
 TENSOR_SCALES = ("fp32", "pow2")
 SCALE_RULES = ("floor", "even", "ceil", "rms")
+RANDOM_BITS = (24, 8)
 BF16_BITS = 8  # of a significand
 SEARCH_REACH = 8  # E4M3 steps: a factor of two
 MACRO_BLOCK = 128
@@ -105,6 +106,7 @@ class QuantSpec:
     tensor_scale: fp32 | pow2 (rounded up to a power of two, so that a library GEMM rounds only once).
     search: (first, last) E4M3 step of select=search. Of MXFP4: scale_rule floor | even | ceil | rms; prescale, a factor
     on what is quantized, undone on the product; macro_bits, of a factor for each 128 elements (scales.PowersOfTwo).
+    random_bits: an element's in sr, 24 or 8 (philox.random24).
     """
 
     grid: str | Tables
@@ -121,6 +123,7 @@ class QuantSpec:
     scale_rule: str = "floor"
     prescale: float = 1.0
     macro_bits: int | None = None
+    random_bits: int = 24
     # What follows from the fields, found once: torch.compile then meets constants.
     family: Family | None = field(init=False, compare=False, repr=False, default=None)
     scaling: Scaling | None = field(init=False, compare=False, repr=False, default=None)
@@ -225,6 +228,7 @@ class QuantSpec:
         scale_rule: str = "floor",
         prescale: float = 1.0,
         macro_bits: int | None = None,
+        random_bits: int = 24,
     ) -> "QuantSpec":
         """The spec with target_max and scale_cap where they are None (docs/numerics.md, limits).
 
@@ -239,6 +243,7 @@ class QuantSpec:
             ("scale_rounding", scale_rounding, ("rtn",)),
             ("tensor_scale", tensor_scale, TENSOR_SCALES),
             ("scale_rule", scale_rule, SCALE_RULES),
+            ("random_bits", random_bits, RANDOM_BITS),
         ):
             _check_word(name, value, allowed)
         if not isinstance(grid, tuple):
@@ -247,17 +252,19 @@ class QuantSpec:
             return NO_QUANT
         later = search, scale_rule, prescale, macro_bits
         _check_numbers(target_max, scale_cap)
+        if random_bits != LATER_FIELDS["random_bits"] and rounding != "sr":
+            raise ValueError(f"random_bits={random_bits} is for rounding=sr; got rounding={rounding}: leave it out")
         if grid in FP8_MAX:
             limits = _fp8_limits(grid, scales, select, rounding, target_max, scale_cap)
         else:
             _check_blocks(grid, scales, select, rounding, eden_space, tensor_scale, *later)
             limits = _block_limits(grid, scales, select, rounding, target_max, scale_cap)
-        if later != tuple(LATER_FIELDS.values()):
+        if later != tuple(LATER_FIELDS.values())[: len(later)]:
             _check_later(grid, scales, select, rounding, *later)
         if eden_space == "scaled" and eden_block != "rotation":
             raise ValueError("eden_space=scaled is upstream's sum over a rotation block; set eden_block=rotation")
         chosen = select, rounding, eden_block, eden_space, scale_rounding
-        return cls(grid, scales, *chosen, *limits, tensor_scale, *later)
+        return cls(grid, scales, *chosen, *limits, tensor_scale, *later, random_bits)
 
 
 _SPEC_FIELDS = {f.name: f.default for f in fields(QuantSpec) if f.init}

@@ -451,6 +451,36 @@ def top24(word):
 
 
 @triton.jit
+def _middle(word):
+    return (word & 0xFF).to(tl.int32).to(tl.float32) * 2.0**16 + 2.0**15
+
+
+@triton.jit
+def middles(word, INTERPRET: tl.constexpr):
+    """philox.random24 of 8 bits: of each byte b of a word, from the lowest, (b + 1/2) * 2^16 in FP32, exact.
+
+    Between the bytes 4B 00 and 80 a byte is the FP32 number 2^23 + (b + 1/2) * 2^8, which one instruction makes.
+    """
+    if INTERPRET:
+        return _middle(word), _middle(word >> 8), _middle(word >> 16), _middle(word >> 24)
+    b0, b1, b2, b3 = tl.inline_asm_elementwise(
+        """{
+        prmt.b32 $0, $4, 0x4B000080, 0x7504;
+        prmt.b32 $1, $4, 0x4B000080, 0x7514;
+        prmt.b32 $2, $4, 0x4B000080, 0x7524;
+        prmt.b32 $3, $4, 0x4B000080, 0x7534;
+        }""",
+        "=r,=r,=r,=r,r", [word], (tl.float32, tl.float32, tl.float32, tl.float32), is_pure=True, pack=1,
+    )  # fmt: skip
+    return (
+        tl.fma(b0, 256.0, -(2.0**31)),
+        tl.fma(b1, 256.0, -(2.0**31)),
+        tl.fma(b2, 256.0, -(2.0**31)),
+        tl.fma(b3, 256.0, -(2.0**31)),
+    )
+
+
+@triton.jit
 def max_nan(a, b):
     """Maximum that keeps NaN; the plain one would hide a NaN in amax."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)

@@ -61,6 +61,7 @@ class Quantizer:
             f" max {spec.target_max:g} cap {spec.scale_cap:g}"
             * (limits != default_limits(spec.grid, spec.scales, spec.select, spec.rounding))
             + " pow2" * (spec.tensor_scale == "pow2")
+            + f" {spec.random_bits} bits" * (spec.random_bits != 24)
             + f" amax {self.amax}" * (self.amax != "exact")
         )
         turned = f" rht{self.rotation_dim}" * bool(self.rotation_dim)

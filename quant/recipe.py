@@ -314,6 +314,7 @@ def _check_reused(operand: Operand, made: Operand, slot: str) -> None:
         ("target_max", spec.target_max, used.target_max, target_max),
         ("scale_cap", spec.scale_cap, used.scale_cap, scale_cap),
         ("tensor_scale", spec.tensor_scale, used.tensor_scale, "fp32"),
+        ("random_bits", spec.random_bits, used.random_bits, 24),
         ("amax", operand.amax, made.amax, "exact"),
     ):
         if here not in (there, default):

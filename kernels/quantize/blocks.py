@@ -60,11 +60,11 @@ def quantize_blocks(
     if spec.rounding != "sr":
         blocks = best_of(groups, spec, scale) if best is None else best
     elif spec.rounds_every_candidate:
-        noise = draw.random24(len(spec.candidates) * y.numel())
+        noise = draw.random24(len(spec.candidates) * y.numel(), spec.random_bits)
         blocks = best_of(groups, spec, scale, noise.view(-1, *groups.shape))
     else:
         blocks = best_of(groups, spec, scale) if best is None else best
-        blocks = round_again(blocks, spec, draw.random24(y.numel()).view(groups.shape))
+        blocks = round_again(blocks, spec, draw.random24(y.numel(), spec.random_bits).view(groups.shape))
     if spec.rounding == "ms_eden":
         blocks = correct(blocks, spec, draw.random24(blocks.scales.numel()).view(blocks.scales.shape), dim)
     return blocks if blocks.members is None else settle_dead(blocks, spec)

@@ -32,6 +32,7 @@ from kernels.quantize.triton_forms import (
 )
 from kernels.triton_common import (
     divide,
+    middles,
     philox4x32,
     reciprocal_rn,
     round_e2m1,
@@ -42,15 +43,32 @@ from kernels.triton_common import (
 )
 
 
+@triton.constexpr_function
+def is_sr(rounding):
+    """Of a kernel's ROUNDING: "sr8" is SR by 8 random bits an element."""
+    return rounding in ("sr", "sr8")
+
+
+@triton.constexpr_function
+def calls_of(rounding):
+    """Philox calls that 16 elements take."""
+    return 1 if rounding == "sr8" else 4
+
+
 @triton.jit
 def _random24_elements(call, key, GROUPS: tl.constexpr, SIZE: tl.constexpr, INTERPRET: tl.constexpr):
-    """top 24 bits for each element [GROUPS, SIZE]; Philox call [GROUPS, SIZE / 4] serves four neighbours."""
+    """random24 for each element [GROUPS, SIZE]; Philox call [GROUPS, SIZE / 4] serves four neighbours, call
+    [GROUPS, SIZE / 16] sixteen by 8 bits."""
     k0, k1, step, micro_batch, last = key
     counter = call.to(tl.uint32)
     zero = tl.zeros_like(counter)
     w0, w1, w2, w3 = philox4x32(counter, zero + step, zero + micro_batch, zero + last, k0, k1, INTERPRET)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] is word 2 i + j
-    return top24(tl.reshape(words, [GROUPS, SIZE]))
+    if call.shape[1] * 4 == SIZE:
+        return top24(tl.reshape(words, [GROUPS, SIZE]))
+    else:
+        b0, b1, b2, b3 = middles(words, INTERPRET)
+        return tl.reshape(tl.join(tl.join(b0, b2), tl.join(b1, b3)), [GROUPS, SIZE])
 
 
 @triton.jit
@@ -138,11 +156,11 @@ def quantize_groups(y, T, factor, call, calls, group, key, TARGET: tl.constexpr,
                     SETTLED: tl.constexpr, INTERPRET: tl.constexpr):  # fmt: skip
     """Reference `quantize_blocks`: FP32 codes [G, n] and block scales [G] of y [G, n] (n = 16, or 256 for tiles).
 
-    T: tensor scale; y carries `factor`. call [G, n/4], group [G]: Philox call numbers of elements and of block scales;
-    calls: how many the elements take in all (a second stochastic branch goes on from there). A group [G / 2] numbers
-    the first of each pair of neighbours, if that is always even: a pair then shares one Philox call.
+    T: tensor scale; y carries `factor`. call [G, n/16 * calls_of], group [G]: Philox call numbers of elements and of
+    block scales; calls: how many the elements take in all (a second stochastic branch goes on from there). A group
+    [G / 2] numbers the first of each pair of neighbours, if that is always even: a pair then shares one Philox call.
     """
-    SR: tl.constexpr = ROUNDING == "sr"
+    SR: tl.constexpr = is_sr(ROUNDING)
     random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET) if SR else 0.0
     largest = TARGET * T * factor
     ratio = divide(tl.max(tl.abs(y), 1), largest, tl.div_rn(1.0, largest), INTERPRET)
@@ -178,7 +196,7 @@ def quantize_form(
     GROUP: tl.constexpr = of(FORM, "group") if y.shape[1] == 16 else y.shape[1]
     BLOCKS: tl.constexpr = y.shape[0] * y.shape[1] // GROUP
     random24 = 0.0
-    if ROUNDING == "sr":
+    if is_sr(ROUNDING):
         random24 = _random24_elements(call, key, y.shape[0], y.shape[1], INTERPRET)
         random24 = tl.reshape(random24, [BLOCKS, GROUP])
     y = tl.reshape(y, [BLOCKS, GROUP])
@@ -204,7 +222,7 @@ def _competed(
         q, scale, alive, member, x = _best_of(y, T, factor, FORM, TAGGED, INTERPRET)
         if is_looped(FORM) and (ROUNDING != "rtn" or (TAGGED and has_shifts(FORM))):
             x = _elements(y, scale, alive, T, factor, INTERPRET)
-    if ROUNDING == "sr":
+    if is_sr(ROUNDING):
         q = _rounded_again(q, x, member, random24, FORM, TAGGED, INTERPRET)
     levels = untagged(q, FORM, TAGGED and not of(FORM, "looked_up"))
     if ROUNDING == "ms_eden":
@@ -383,7 +401,7 @@ def _mxfp4(y, random24, FORM: tl.constexpr, ROUNDING: tl.constexpr, INTERPRET: t
     if of(FORM, "macro_bits") is not None:
         x = divide(x, macro[:, None], tl.div_rn(1.0, macro)[:, None], INTERPRET)
         scale = scale * macro
-    if ROUNDING == "sr":
+    if is_sr(ROUNDING):
         q = stochastic(x, random24, FORM, 0, False, INTERPRET)
     else:
         q = nearest(x, FORM, 0, False)

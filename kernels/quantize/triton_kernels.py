@@ -20,7 +20,7 @@ Tiny tensors: with T below 2^-60 the product s_g T could be subnormal and its re
 import triton
 import triton.language as tl
 
-from kernels.quantize.triton_blocks import quantize_form, quantize_groups
+from kernels.quantize.triton_blocks import calls_of, quantize_form, quantize_groups
 from kernels.quantize.triton_forms import prescale_of, scale_byte, store_form
 from kernels.triton_common import (
     both_halves,
@@ -178,7 +178,8 @@ def _tile_groups(x, rotation, low, PARTS: tl.constexpr, table_ptr, T, factor, ke
     An input of -0 comes out as +0, without a rotation too: a dot product adds to +0."""
     y = _natural_order(_rotated(x, rotation, low, PARTS), TILE)
     group = _group_numbers(line0, group0, out_groups, TILE, 8)
-    call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+    CALLS: tl.constexpr = calls_of(ROUNDING)
+    call = group[:, None] * CALLS + tl.arange(0, CALLS)[None, :]
     if PAIRS:
         group = _group_numbers(line0, group0, out_groups, TILE, 4)
     if FORM is not None:
@@ -186,7 +187,7 @@ def _tile_groups(x, rotation, low, PARTS: tl.constexpr, table_ptr, T, factor, ke
                                                      EDEN_GROUPS, TAGGED, INTERPRET)  # fmt: skip
         return levels, scale, codes, member
     else:
-        calls = lines * out_groups * 4
+        calls = lines * out_groups * CALLS
         codes, scale = quantize_groups(y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, EDEN_GROUPS,
                                        SCALED, SETTLED, INTERPRET)  # fmt: skip
         return codes, scale, y, scale
@@ -312,6 +313,7 @@ def rows_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, co
         key = load_key(rng_ptr, layer_ptr, STREAM)
     IS_BF16: tl.constexpr = src_ptr.dtype.element_ty == tl.bfloat16 and not INTERPRET
     IN_WORDS: tl.constexpr = FORM is None and IS_BF16 and not has_e2m1_instruction()
+    CALLS: tl.constexpr = calls_of(ROUNDING)
     blocks = tl.cdiv(count, BLOCK)
     for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=1):
         group = (blocks - 1 - block) * BLOCK + tl.arange(0, BLOCK)  # backwards, as along axis 1 above
@@ -324,13 +326,13 @@ def rows_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, co
             at = group.to(tl.int64)[:, None] * 16 + tl.arange(0, 8)[None, :]
             x = joined(*load_halves(src_ptr, at, 8, inside)).to(tl.float32)
         y = x * factor
-        call = group[:, None] * 4 + tl.arange(0, 4)[None, :]
+        call = group[:, None] * CALLS + tl.arange(0, CALLS)[None, :]
         if FORM is not None:
             code, words, scale, member = quantize_form(
                 y, T, factor, call, group, key, table_ptr, FORM, ROUNDING, 1, STORE_PACKED, INTERPRET
             )
         else:
-            calls = count * 4
+            calls = count * CALLS
             code, scale = quantize_groups(
                 y, T, factor, call, calls, group, key, TARGET, SELECT_46, ROUNDING, 1, False, True, INTERPRET
             )

@@ -224,7 +224,7 @@ def constants(spec: QuantSpec, slot: int) -> dict[str, float | bool | str | int]
         "RANGE": spec.scale_cap * spec.target_max if spec.scaling.has_tensor_scale else 0.0,
         "POW2": spec.tensor_scale == "pow2",
         "SELECT_46": spec.select == "four_over_six",
-        "ROUNDING": spec.rounding,
+        "ROUNDING": "sr8" if spec.random_bits == 8 else spec.rounding,
         "STREAM": ROUNDING_STREAM + slot,
         "FORM": form_of(spec),
     }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kernels.formats.minifloat import FP8_DTYPES
 from kernels.quantize import Quantized, reference_impl
-from kernels.quantize.triton_blocks import quantize_form, quantize_groups
+from kernels.quantize.triton_blocks import calls_of, is_sr, quantize_form, quantize_groups
 from kernels.quantize.triton_forms import load_scales, of, scale_byte
 from kernels.quantize.triton_kernels import load_tile, tensor_scale
 from kernels.quantize.triton_ops import (
@@ -49,13 +49,14 @@ def square_kernel(src_ptr, table_ptr, amax_ptr, rng_ptr, layer_ptr, values_ptr, 
     offsets = row * row_stride + column * column_stride
     y = tl.load(src_ptr + offsets, mask=inside[:, None], other=0.0).to(tl.float32) * factor
     key = (0, 0, 0, 0, 0)
-    if ROUNDING == "sr":
+    if is_sr(ROUNDING):
         key = load_key(rng_ptr, layer_ptr, STREAM)
-    # Four random words serve four neighbours of one row: call number = row * columns / 4 + column / 4.
-    quad = tl.arange(0, 64)
-    call_row = (tile // columns_of_tiles * 16)[:, None] + (quad // 4)[None, :]
-    call = call_row * (COLUMNS // 4) + (tile % columns_of_tiles * 4)[:, None] + (quad % 4)[None, :]
-    calls = ROWS * (COLUMNS // 4)
+    # Four random words serve four neighbours of one row, or all of a tile's 16: call number = element / 4 or / 16.
+    CALLS: tl.constexpr = calls_of(ROUNDING)
+    part = tl.arange(0, 16 * CALLS)
+    call_row = (tile // columns_of_tiles * 16)[:, None] + (part // CALLS)[None, :]
+    call = (call_row * columns_of_tiles + (tile % columns_of_tiles)[:, None]) * CALLS + (part % CALLS)[None, :]
+    calls = ROWS * columns_of_tiles * CALLS
     if FORM is not None:
         codes, nibbles, scale, member = quantize_form(
             y, T, factor, call, tile, key, table_ptr, FORM, ROUNDING, 1, STORE_PACKED, INTERPRET

@@ -59,6 +59,7 @@ SPECS = {
     "sr_46": QuantSpec.resolve(
         "e2m1", NVFP4_SCALES, select="four_over_six", rounding="sr", target_max=NO_CLIP_MAX, scale_cap=256.0
     ),
+    "sr_8bit": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr", random_bits=8),
     "ms_eden": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden"),
     "ms_eden_rotation": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation"),
     "ms_eden_upstream": QuantSpec.resolve(
@@ -69,6 +70,9 @@ UNROTATED_ONLY = {
     "square_rtn": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES),
     "square_46": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, select="four_over_six"),
     "square_sr": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, rounding="sr"),
+    "square_sr_46_8bit": QuantSpec.resolve(
+        "e2m1", NVFP4_SQUARE_SCALES, "four_over_six", "sr", target_max=NO_CLIP_MAX, scale_cap=256.0, random_bits=8
+    ),
     "e4m3": QuantSpec.resolve("e4m3", FP8_SCALES[0]),
     "e5m2": QuantSpec.resolve("e5m2", FP8_SCALES[0]),
     "e4m3_rows": QuantSpec.resolve("e4m3", FP8_SCALES[1]),
@@ -98,6 +102,7 @@ MXFP4 = {
     "mxfp4_rms": {"scale_rule": "rms"},
     "mxfp4_sr": {"scale_rule": "ceil", "rounding": "sr"},
     "mxfp4_prescale_sr": {"prescale": 0.75, "rounding": "sr"},
+    "mxfp4_sr_8bit": {"scale_rule": "ceil", "rounding": "sr", "random_bits": 8},
     "mxfp4_macro": {"scale_rule": "ceil", "macro_bits": 5},
     "mxfp4_macro_sr": {"scale_rule": "ceil", "macro_bits": 5, "rounding": "sr"},
 }
@@ -221,7 +226,7 @@ def small_cases() -> Iterator[Case]:
 def small_form_cases() -> Iterator[Case]:
     """One for each way through the kernels of the other forms; test_forms_interpreted runs them all."""
     shape = (32, 192)
-    for name in ("po4_mix", "sfp4_46_eden", "int4_sr", "search", "mxfp4_prescale_sr", "mxfp4_rms"):
+    for name in ("po4_mix", "sfp4_46_eden", "int4_sr", "search", "mxfp4_prescale_sr", "mxfp4_sr_8bit", "mxfp4_rms"):
         yield Case(name, 1, 1, "bf16", "subnormal_scales", shape)
     for name in ("if4_eden", "ue5m3_sr"):
         yield Case(name, 0, 16, "own", "randn", shape)

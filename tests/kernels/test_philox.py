@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from kernels import philox
+from kernels.formats import minifloat
 
 PI = "243f6a88 85a308d3 13198a2e 03707344", "a4093822 299f31d0"
 
@@ -63,3 +64,19 @@ def test_draws_look_uniform_and_independent():
         other = philox.random24(torch.tensor(rng), layer, slot, n) / 2**24
         correlation = ((base - 0.5) * (other - 0.5)).mean() * 12
         assert abs(correlation) < 4 / n**0.5
+
+
+def test_eight_bits_are_the_bytes_of_words_in_turn_centred():
+    rng, layer = torch.tensor([9, 2, 1]), torch.tensor(4)
+    words = philox.random_words(rng, layer, philox.ROUNDING_STREAM + 3, 5).tolist()
+    drawn = [byte for word in words for byte in word.to_bytes(4, "little")][:18]
+    got = philox.random24(rng, layer, 3, 18, bits=8)
+    assert got.tolist() == [(byte + 0.5) * 2**16 for byte in drawn]
+
+
+def test_eight_bits_round_without_a_side_and_miss_by_at_most_a_512th_of_a_step():
+    x = torch.linspace(0, 0.5, 1537)  # a step of E2M1
+    every = (torch.arange(256.0)[:, None] + 0.5) * 2**16
+    bias = (minifloat.round_stochastic(x.expand(256, -1), minifloat.E2M1, every).double().mean(0) - x.double()) / 0.5
+    assert float(bias.abs().max()) == 2**-9 and abs(float(bias.mean())) < 1e-12
+    assert bias[0] == bias[-1] == 0  # levels stay

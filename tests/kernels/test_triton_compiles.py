@@ -32,6 +32,7 @@ NVFP4 = dict(
 QUANTIZE = {
     "rtn_46_axis0_packed_out": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
     "sr_axis0_from_packed": dict(AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="sr", STORE_PACKED=True),
+    "sr8_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="sr8"),
     "ms_eden_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_axis0": dict(AXIS=0, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_two_rounds": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, PARTS=1, ROUNDING="ms_eden"),
@@ -103,7 +104,7 @@ def test_quantize_kernel_compiles_without_spills(name: str, target: int, tmp_pat
     constants = NVFP4 | QUANTIZE[name]
     source = "*i32" if constants["PACKED"] else "*bf16"
     select = "four_over_six" if constants["SELECT_46"] else "absmax"
-    spec = QuantSpec("e2m1", NVFP4_SCALES, select, constants["ROUNDING"])
+    spec = QuantSpec("e2m1", NVFP4_SCALES, select, constants["ROUNDING"].removesuffix("8"))
     rotated = constants["HAS_SIGNS"] or constants["PARTS"] > 0
     key = triton_ops.config_key(constants["PACKED"], constants["AXIS"], spec, rotated)
     launch = triton_ops.CONFIGS[key]

@@ -18,7 +18,8 @@ from kernels.spec import NVFP4_SCALES, QuantSpec
 pytest.importorskip("triton")
 from kernels.quantize import triton_impl
 
-EXACT = ("rtn", "rtn_46", "rtn_pow2", "sr", "sr_46", "square_rtn", "square_46", "square_sr")
+EXACT = ("rtn", "rtn_46", "rtn_pow2", "sr", "sr_46", "sr_8bit", "square_rtn", "square_46", "square_sr")
+EXACT += ("square_sr_46_8bit", "mxfp4_sr_8bit")
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 

@@ -231,6 +231,8 @@ def test_none_under_a_name_without_a_file_is_refused():
         ("nvfp4_rtn", "fprop.x.search", [0, 2], r"search=\[0, 2\] is for select=search; got select=absmax"),
         ("nvfp4_rtn", "fprop.x.scale_rule", "ceil", r"scale_rule=ceil is for scales \[1x32 e8m0\]"),
         ("nvfp4_rtn", "fprop.x.prescale", 0.75, r"prescale=0\.75 is for scales \[1x32 e8m0\]"),
+        ("nvfp4_rtn", "fprop.x.random_bits", 8, r"random_bits=8 is for rounding=sr; got rounding=rtn: leave it out"),
+        ("sr", "dgrad.dy.random_bits", 16, "random_bits=16 is unknown; use one of 24, 8"),
         ("nvfp4_rtn", "fprop.x.macro_bits", 5, r"macro_bits=5 is for scales \[1x32 e8m0\]"),
         ("nvfp4_rtn", "fprop.x.grid", "hif4", None),
         ("quartet2", "fprop.x.grid", "hif4", "grid=hif4 takes select=absmax and rounding=rtn"),
@@ -295,3 +297,14 @@ def test_scale_levels_read_and_write():
 def test_bf16_is_said_and_not_assumed(operands, message):
     with pytest.raises(ValueError, match=message):
         library.build(library.mapping("quartet2") | {"fprop": operands})
+
+
+def test_random_bits_are_part_of_a_recipe_only_where_they_are_not_24():
+    values = library.mapping("sr")
+    usual = library.build(values)
+    values["dgrad"]["dy"]["random_bits"] = 24
+    assert library.build(values).numerics() == usual.numerics()
+    assert "random_bits" not in str(usual.numerics())
+    eight = library.load("sr_8bit")
+    assert str(eight.numerics()).count("'random_bits': 8") == 4 and eight.operand("fprop.x").spec.random_bits == 24
+    assert "random_bits 8" in str(eight.describe("sr_8bit"))
