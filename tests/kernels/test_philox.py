@@ -74,9 +74,9 @@ def test_eight_bits_are_the_bytes_of_words_in_turn_centred():
     assert got.tolist() == [(byte + 0.5) * 2**16 for byte in drawn]
 
 
-def test_eight_bits_round_without_a_side_and_miss_by_at_most_a_512th_of_a_step():
-    x = torch.linspace(0, 0.5, 1537)  # a step of E2M1
+def test_eight_bits_round_to_no_side_and_miss_by_at_most_a_512th_of_a_step():
+    x = torch.cat([(torch.arange(2048.0) + 0.5) / 4096, torch.tensor([0.0, 0.5])])  # a step of E2M1, and its levels
     every = (torch.arange(256.0)[:, None] + 0.5) * 2**16
     bias = (minifloat.round_stochastic(x.expand(256, -1), minifloat.E2M1, every).double().mean(0) - x.double()) / 0.5
-    assert float(bias.abs().max()) == 2**-9 and abs(float(bias.mean())) < 1e-12
-    assert bias[0] == bias[-1] == 0  # levels stay
+    assert 2**-10 < float(bias.abs().max()) <= 2**-9 and float(bias.mean()) == 0
+    assert bias[-2:].tolist() == [0, 0]
