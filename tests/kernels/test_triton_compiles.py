@@ -32,7 +32,7 @@ NVFP4 = dict(
 QUANTIZE = {
     "rtn_46_axis0_packed_out": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, SELECT_46=True, STORE_PACKED=True),
     "sr_axis0_from_packed": dict(AXIS=0, PACKED=True, HAS_SIGNS=True, ROUNDING="sr", STORE_PACKED=True),
-    "sr8_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="sr8"),
+    "sr8_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="sr8", STORE_PACKED=True),
     "ms_eden_axis1": dict(AXIS=1, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_axis0": dict(AXIS=0, PACKED=False, HAS_SIGNS=True, ROUNDING="ms_eden"),
     "ms_eden_two_rounds": dict(AXIS=0, PACKED=False, HAS_SIGNS=False, PARTS=1, ROUNDING="ms_eden"),
