@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from base.commands import COMMANDS
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "scripts").rglob("[a-z]*.py"))
 
@@ -49,6 +51,30 @@ def test_help_needs_no_triton(script):
         [sys.executable, "-c", WITHOUT_TRITON, script], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0 and Path(script).stem in done.stdout and not done.stderr, done.stderr
+
+
+# One process for all: most of the time goes into imports.
+EVERY_HELP = """
+import contextlib, io, runpy, sys
+for file in sys.argv[1:]:
+    sys.argv, said, code = [file, "--help"], io.StringIO(), None
+    try:
+        with contextlib.redirect_stdout(said):
+            runpy.run_path(file, run_name="__main__")
+    except SystemExit as ended:
+        code = ended.code
+    except Exception as error:
+        code = repr(error)
+    if code or len(said.getvalue()) < 100:
+        print(file, code, said.getvalue())
+"""
+
+
+def test_every_command_has_help():
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_HELP, *COMMANDS.values()], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
+    assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
 def load(path: str):
