@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import configs
+from base.words import suggestion
 from launcher.compose import ConfigError, groups, nearest_key
 from launcher.schema import FREE_FORM, known_keys
 from training.config import TrainConfig
+from training.options import read_options
 
 FIELD = re.compile(r"^    (\w+): ([^=#\n]+?)(?: = (.*?))?(?:  # (.*))?$", re.MULTILINE)
 WIDEST = 110  # characters of a sentence
@@ -58,12 +60,46 @@ def key_help(word: str) -> str:
         found.append(f"{word}=choice, one of\n{options(word)}")
     if word in known_keys():
         found.append("\n".join(_lines(word)))
-    elif word.startswith(tuple(f"{name}." for name in FREE_FORM)):
-        found.append(f"{word}: checked by its owner; the fields of a recipe are in kernels/spec.py")
+    section, _, rest = word.partition(".")
+    if section in FREE_FORM and (rest or section in ("hooks", "probes")):
+        found.append(_free_form(section, rest))
     if not found:
         near = nearest_key(word, [*known_keys(), *groups()])
         raise ConfigError(f"--help {word}: no such group or key{near}; --help alone lists the groups")
     return "\n\n".join(found)
+
+
+def _free_form(section: str, rest: str) -> str:
+    """What may stand in a section that its owners check. ConfigError for a hook, probe or option that isn't there."""
+    if section == "quant":
+        return f"quant.{rest}: of a recipe: a slot or its fields (kernels/spec.py), rules, phases; docs/add.md"
+    if section == "init":
+        return _line("init", TrainConfig, "init")
+    from training.hooks import HOOKS  # they import torch, which other keys need not wait for
+    from training.probes import PROBES
+
+    table = PROBES if section == "probes" else HOOKS
+    name, _, option = rest.partition(".")
+    if name:
+        try:
+            read_options(section, table, name, {})
+        except ValueError as error:
+            raise ConfigError(f"--help: {error}") from error
+    if option and option not in (known := [field.name for field in fields(table[name].Options)]):
+        near = suggestion(option, known, f"options: {', '.join(known) or 'none'}")
+        raise ConfigError(f"--help: {section}.{rest}: no such option{near}")
+    return "\n".join(_owner(section, one, table[one]) for one in ([name] if name else table))
+
+
+def _owner(section: str, name: str, owner: type) -> str:
+    """What to type for a hook or probe, its options at their defaults, and the first paragraph of its file."""
+    options = ", ".join(f"{field.name}: {_default(field.default)}" for field in fields(owner.Options))
+    about = (inspect.getdoc(inspect.getmodule(owner)) or "").partition("\n\n")[0]
+    return f"{section}.{name}={{{options}}}  {' '.join(about.split())}"
+
+
+def _default(value: Any) -> str:
+    return "null" if value is None else str(list(value) if isinstance(value, tuple) else value)
 
 
 def _lines(key: str) -> list[str]:

@@ -40,7 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--baseline", default=early.BASE, help=f"recipe to subtract (default: {early.BASE})")
     parser.add_argument("--kept", nargs="+", metavar="GLOB", help="runs to calibrate on (default: those of results/)")
     parser.add_argument("--replay", action="store_true", help="what stop_losers would have saved on the kept runs")
-    parser.add_argument("--ranks", action="store_true", help=f"rank correlations at {100 * AT:g} %% of the kept runs' steps")
+    parser.add_argument(
+        "--ranks", action="store_true", help=f"rank correlations at {100 * AT:g} %% of the kept runs' steps"
+    )
     args = parser.parse_args()
     if bool(args.runs) + args.replay + args.ranks != 1:
         parser.error("give runs to judge, or --replay, or --ranks")

@@ -33,6 +33,8 @@ def test_every_file_of_a_group_says_what_it_is():
         (["--help", "optim.lr"], "optim.lr: float | None = null  peak; null: the model preset's"),
         (["--help", "optim.betas=[0.9,0.95]"], "optim.betas: list[float] = [0.9, 0.95]"),
         (["--help", "checkpoint"], "checkpoint.every: "),
+        (["--help", "probes.xray.draws"], "probes.xray={every: null, steps: [], tokens: 2048"),
+        (["--help", "hooks"], "hooks.ema={decay: 0.999}"),
         (["--help"], "c4_grid         The published scaling grid"),
     ],
 )
@@ -43,6 +45,14 @@ def test_help_says_what_a_key_means(words, said):
 def test_help_on_an_unknown_key_names_the_nearest():
     with pytest.raises(ConfigError, match=r"did you mean optim\.lr"):
         read_command_line(["--help", "optim.lrr"])
+
+
+@pytest.mark.parametrize(
+    ("word", "near"), [("probes.xrya", "xray"), ("probes.xray.drws", "draws"), ("hooks.em", "ema")]
+)
+def test_help_on_an_unknown_probe_hook_or_option_names_the_nearest(word, near):
+    with pytest.raises(ConfigError, match=f"did you mean {near}"):
+        read_command_line(["--help", word])
 
 
 @pytest.mark.parametrize(
