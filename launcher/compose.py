@@ -497,6 +497,8 @@ def one_line(error: Exception) -> str:
     first = message.splitlines()[0].rstrip(".")
     if "is not a ListConfig, list or tuple" in first:
         first = "needs a list, such as [0.9,0.95]"
+    if wrong := re.match(r"Value (.*) is not a valid bool", first):
+        first = f"{wrong[1]} is neither true nor false; write one of them"
     if key and re.search(r"is not a subclass of \w+Section|Cannot merge DictConfig with ListConfig", first):
         inside = [name for name in known_keys() if name.startswith(f"{key.group(1)}.")]
         first = f"a section, not a value; set one of its keys: {', '.join(inside)}"

@@ -61,7 +61,7 @@ MISTAKES = [
     (["model.layers=2.5"], ["model.layers", "2.5", "Integer"]),
     (["batch=8"], ["batch: a section", "batch.sequences"]),
     (["logger.wandb=true"], ["logger.wandb: a section", "logger.wandb.mode"]),
-    (["evaluate.bf16=maybe"], ["evaluate.bf16", "'maybe'", "bool"]),
+    (["evaluate.bf16=maybe"], ["evaluate.bf16", "'maybe'", "neither true nor false"]),
     # values
     (["backend=tritn"], ["backend=tritn", "auto, reference, triton", "did you mean triton?"]),
     (["parallel=dpp"], ["did you mean ddp?"]),
