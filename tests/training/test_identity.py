@@ -200,9 +200,9 @@ def test_a_kept_run_has_the_hash_that_its_command_has_today(path):
 
 
 def words_of_kept(kept: dict) -> list[str]:
-    """The overrides of a cell; of a fork its parent's, then what was typed beside fork=."""
-    if "parent" not in kept:
-        return [f"experiment={kept['experiment']}", f"cell={kept['cell']}"]
+    """The overrides of a cell, a fork's without its `fork`; of a fork that was typed its parent's, then what was."""
+    if kept.get("cell"):
+        return [f"experiment={kept['experiment']}", f"cell={kept['cell']}", "fork=null"]
     (parent,) = (json.loads(path.read_text()) for path in KEPT if path.parent.name == kept["parent"]["name"])
     typed = [word for word in shlex.split(kept["command"])[1:] if word.startswith("quant.")]
     return [*words_of_kept(parent), *typed]
