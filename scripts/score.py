@@ -5,6 +5,7 @@ Under its own forward, BF16, NVFP4 (both operands, one of them, without Four-ove
     python scripts/score.py runs/NAME                   # the newest checkpoint
     python scripts/score.py runs/NAME@1000              # that of step 1000
     python scripts/score.py runs/NAME --layers 'blocks.0.*' '*.mlp.down'   # also NVFP4 in these layers alone
+    python scripts/score.py runs/NAME --shaped-weights  # also NVFP4 with W rounded by error feedback
     python scripts/score.py runs/NAME --tasks hellaswag,arc_easy --forward bf16
     python scripts/score.py runs/NAME --core eval_bundle
 
@@ -89,6 +90,9 @@ def keep(folder: Path, step: int, forward: str, rows: dict[str, Any]) -> Path:
 def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
     parser.add_argument("run", help="run folder, or FOLDER@STEP")
     parser.add_argument("--layers", nargs="+", default=[], metavar="GLOB", help="NVFP4 in these layers alone, each")
+    parser.add_argument(
+        "--shaped-weights", action="store_true", help="NVFP4, W by error feedback fitted on the last training tokens"
+    )
     parser.add_argument("--data", type=Path, help="token folder, if it was moved")
     parser.add_argument("--tasks", metavar="A,B", help="tasks of lm-eval, by name")
     parser.add_argument("--task-path", type=Path, metavar="FOLDER", help="of your own task files for lm-eval")
@@ -99,8 +103,8 @@ def arguments_of(parser: argparse.ArgumentParser) -> argparse.Namespace:
         parser.error("--task-path goes with --tasks A,B")
     if arguments.forward and not (arguments.tasks or arguments.core):
         parser.error("--forward goes with --tasks or --core: the loss is measured under every forward")
-    if arguments.layers and (arguments.tasks or arguments.core):
-        parser.error("--layers goes with the loss, not with --tasks or --core")
+    if (arguments.layers or arguments.shaped_weights) and (arguments.tasks or arguments.core):
+        parser.error("--layers and --shaped-weights go with the loss, not with --tasks or --core")
     return arguments
 
 
@@ -113,7 +117,8 @@ def main() -> int:
             path = keep(taken.folder, taken.step, forward, rows)
             print(answers(taken.run["name"], taken.step, forward, rows))
         else:
-            scored = score(taken.config, taken.run, taken.checkpoint, taken.step, arguments.layers, setup())
+            model = taken.config, taken.run, taken.checkpoint, taken.step
+            scored = score(*model, arguments.layers, setup(), arguments.shaped_weights)
             path = scored.save(taken.folder)
             print(report(taken.run["name"], scored))
         print(path, file=sys.stderr)

@@ -36,11 +36,13 @@ OWN = "own"
 
 @dataclass(frozen=True)
 class Scored:
-    """One checkpoint under several forwards. `nats`: {forward: FP64, one number a segment of `evalset`}."""
+    """One checkpoint under several forwards. `nats`: {forward: FP64, one number a segment of `evalset`}. gram_tokens:
+    training tokens by which training/shaped_weights.py fitted; None where it didn't."""
 
     step: int
     evalset: EvalSet
     nats: dict[str, np.ndarray]
+    gram_tokens: int | None = None
 
     def table(self) -> dict[str, dict[str, float | None]]:
         """{forward: loss, bpb, se, and the loss over BF16's with its standard error over documents}, in nats."""
@@ -60,7 +62,8 @@ class Scored:
             np.savez(file, **ids, **{f"nats.{name}": nats for name, nats in self.nats.items()})
         path = folder / f"{self.step}.json"
         table = self.table()
-        write_json(path, {"step": self.step, "targets": self.evalset.targets, "forwards": table})
+        fitted = {} if self.gram_tokens is None else {"gram_tokens": self.gram_tokens}
+        write_json(path, {"step": self.step, "targets": self.evalset.targets, **fitted, "forwards": table})
         result = read_json(run_dir / RESULT) if (run_dir / RESULT).exists() else {}
         if result.get("step") == self.step:
             write_json(run_dir / RESULT, result | {"served": {name: table[name]["loss"] for name in FORWARDS}})

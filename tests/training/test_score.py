@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from base.runfolder import TASK, TASKS
+from data.evalset import EvalSet
 from launcher.compose import compose, stored
+from training import score as scoring
+from training import shaped_weights
 from training.harness import Adapter
 from training.inference import find_checkpoint, run_tokenizer
 from training.likelihood import opened
@@ -129,6 +132,33 @@ def test_each_forward_quantizes_what_its_name_says():
         "four_over_six",
         "absmax",
     ]
+
+
+def test_shaped_weights_are_fitted_on_training_tokens_alone(trained, script, monkeypatch):
+    """Other evaluation text, the same matrices; other training tokens, others. The loss is not plain NVFP4's."""
+    fitted, original, read = [], shaped_weights.shaped_weights, EvalSet.samples
+
+    def fit(*given):
+        made, tokens = original(*given)
+        fitted.append(made)
+        return made if len(fitted) == 1 else {}, tokens
+
+    monkeypatch.setattr(scoring, "shaped_weights", fit)
+    code, printed, errors = script(str(trained), "--shaped-weights")
+    assert code == 0 and shaped_weights.SHAPED_W in printed, errors
+    written = json.loads((trained / "score" / "10.json").read_text())
+    config, about = stored(trained / "config.yaml"), json.loads((trained / "run.json").read_text())
+    assert written["gram_tokens"] == 10 * about["tokens_per_step"] < shaped_weights.TOKENS
+    loss = {name: row["loss"] for name, row in written["forwards"].items()}
+    assert 0 < abs(loss[shaped_weights.SHAPED_W] - loss["nvfp4"]) < 0.02
+    monkeypatch.setattr(EvalSet, "samples", lambda *given: read(*given).flip(1))
+    monkeypatch.setattr(scoring, "all_forwards", lambda *given: {"bf16": {}})  # own, in less time
+    for step in (10, 5):
+        other = score(config, about, find_checkpoint(trained, 10), step, (), CPU, True).table()
+        assert other["own"]["loss"] != loss["own"]
+    one, same, earlier = fitted
+    assert all(layer.F.any() and torch.equal(layer.F, same[name].F) for name, layer in one.items())
+    assert not any(torch.equal(layer.F, earlier[name].F) for name, layer in one.items())
 
 
 @pytest.mark.parametrize(
@@ -271,6 +301,7 @@ def test_without_lm_eval_tasks_are_refused_before_any_work(trained, script, monk
         (["--core", "nowhere"], "core.yaml"),
         (["--forward", "bf16"], "--forward"),
         (["--core", "x", "--layers", "*"], "--layers"),
+        (["--core", "x", "--shaped-weights"], "--shaped-weights"),
     ],
 )
 def test_bad_words_for_tasks_are_one_error(trained, script, capsys, words, said):
