@@ -168,9 +168,6 @@ def locked(line: cellline.CellLine, cells: list[str]) -> Iterator[dict[str, int]
 
 def run_local(line: cellline.CellLine) -> int:
     """Keep every GPU busy until nothing is left. Returns 1 if a run failed or is damaged, 75 if stopped, else 0."""
-    for key in ("per_gpu", "in_one"):
-        if not line.own[key].isdecimal() or int(line.own[key]) < 1:
-            raise CellError(f"{key}={line.own[key]}: give a whole number, 1 or more")
     judges = line.is_true("stop_losers")
     lanes = gpu_lanes(line.own["gpus"], int(line.own["per_gpu"]))
     outlive_readers()  # `| head` ends no grid
@@ -338,6 +335,9 @@ def main(words: list[str]) -> int:
         if first.config.dry_run:
             shown = f"train.py experiment={line.experiment} cell={name} dry_run=true"
             raise CellError(f"dry_run=true runs no cell: list=true lists them; {shown} shows a plan")
+        for key in ("per_gpu", "in_one"):
+            if not line.own[key].isdecimal() or int(line.own[key]) < 1:
+                raise CellError(f"{key}={line.own[key]}: give a whole number, 1 or more")
         if line.own["trunks"] not in ("keep", "delete"):
             raise CellError(f"trunks={line.own['trunks']}: write trunks=keep or trunks=delete")
         if line.is_true("stop_losers") and options is not None:

@@ -557,7 +557,7 @@ def test_a_trunks_checkpoints_go_with_its_last_fork(tails, tmp_path, capsys):
     assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_00003052"]
     assert tails("same_85/s0", {}, "trunks=yes")[0] == 2
     assert tails("same_85/s0", {}, "trunks=delete", "launcher=slurm")[0] == 2
-    assert tails("same_85/s0", {}, "in_one=0")[0] == 2
+    assert tails("same_85/s0", {}, "in_one=0", "list=true")[0] == 2
 
 
 def all_cells():
