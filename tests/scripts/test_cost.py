@@ -258,6 +258,8 @@ def test_kept_results_are_cells_that_are_done(monkeypatch):
         info = json.loads(path.read_text())
         if not info.get("experiment") or not (path.parent / "result.json").exists():
             continue  # typed by hand, or cut
+        if "parent" in info:
+            continue  # a fork is known by its trunk's run folder, which isn't here
         if "optim.lr=" in json.loads((path.parent / "env.json").read_text()).get("command", ""):
             continue  # another rate was typed behind a cell's words
         text = Text(info["vocab_size"], info["data_fingerprint"], info["tokenizer_hash"])
