@@ -21,7 +21,7 @@ from analysis.contrasts import EQUIVALENT, OPEN, Contrast, Spread
 from analysis.pages import table as markdown
 from analysis.pairs import widening
 from analysis.runs import Run
-from base.runfolder import SCORE, read_json
+from base.runfolder import read_json
 
 MARGIN = 3e-3
 BASELINE, RIVAL = "bf16", "quartet2"
@@ -139,11 +139,7 @@ def _served(group: Group) -> float | None:
 
 def run_score(run: Run, forward: str, over: bool = False) -> float | None:
     """Loss of the final weights under a forward (scripts/score.py), or what it is over BF16's; None if not scored."""
-    path = run.path / SCORE / f"{run.info['steps']}.json"
-    if not path.exists():
-        return None
-    row = read_json(path)["forwards"].get(forward)
-    return row and row["over_bf16" if over else "loss"]
+    return run.scores.get(forward, {}).get("over_bf16" if over else "loss")
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

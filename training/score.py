@@ -4,10 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quant.plan import replaced
 from training.checkpoint.state import load_model
 from training.config import TrainConfig
-from training.evaluate import evaluate
+from training.lift import Scorer
 from training.loss import LossModel
 from training.ranks.distributed import Dist
 from training.reopen import reopen
@@ -46,10 +45,5 @@ def score(
             forward_recipe("nvfp4"),
             lambda batch: loss(batch.to(ranks.device), per_token=True),
         )
-    nats = {}
-    for name, recipes in forwards.items():
-        with replaced(model, recipes):
-            nats[name] = evaluate(
-                lambda tokens: loss(tokens, per_token=True), evalset, run_again.numbers.micro, ranks, rng[2].fill_
-            )
-    return Scored(step, evalset, nats, tokens)
+    scorer = Scorer(loss, evalset, run_again.numbers.micro, ranks, rng[2].fill_)
+    return Scored(step, evalset, {name: scorer.nats(recipes) for name, recipes in forwards.items()}, tokens)
