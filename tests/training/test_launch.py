@@ -312,7 +312,7 @@ def test_evaluation_lists_are_fixed_and_clipped_to_the_split(run, rows, token_fo
     _, folder = run("evaluate.tokens=128")
     evals = rows(folder, "eval")
     tokens = {row["step"]: np.load(folder / "eval" / f"{row['step']}.npz")["tokens"].sum() for row in evals}
-    val = TokenSet(next(path for path in token_folder.iterdir() if (path / "manifest.json").exists())).split("val")
+    val = TokenSet(next(token_folder.glob("*/manifest.json")).parent).split("val")
     assert tokens == {5: 128, 10: val.length - 1}
 
 
