@@ -72,13 +72,8 @@ def element(identity: str, content: Any) -> str:
 def _bar(row: Row, colour: int | str, place: int) -> dict[str, Any]:
     """The interval, side by side with others behind the curves' end."""
     low, high = row.gap.interval
-    return {
-        "name": row.label,
-        "x": (1 + 0.012 * place) * row.tokens,
-        "low": 1e3 * low,
-        "high": 1e3 * high,
-        "colour": colour,
-    }
+    x = (1 + 0.012 * place) * row.tokens
+    return {"name": row.label, "x": x, "low": 1e3 * low, "high": 1e3 * high, "colour": colour}
 
 
 def _rounded(values: np.ndarray) -> list[float]:

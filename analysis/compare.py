@@ -49,6 +49,10 @@ class Group:
     def tokens_per_second(self) -> float:
         return self.runs[0].info["tokens_per_step"] / self.milliseconds * 1e3
 
+    def has(self, step: int) -> bool:
+        """Whether all of its runs were evaluated at that step."""
+        return all(step in run.evals["step"] for run in self.runs)
+
     @property
     def caption(self) -> str:
         """The name at a curve, which is that of the other seeds."""
@@ -151,11 +155,10 @@ def named(labels: list[str], name: str) -> str:
     return matching[0]
 
 
-def common_step(a: Group, b: Group) -> int | None:
-    """The last step at which every run of both groups was evaluated; None without one."""
-    steps = [set(run.evals["step"].astype(int)) for run in (*a.runs, *b.runs)]
-    shared = set.intersection(*steps)
-    return max(shared) if shared else None
+def common_step(*groups: Group) -> int | None:
+    """The last step at which every run of all groups was evaluated; None without one."""
+    shared = set.intersection(*(set(run.evals["step"].astype(int)) for group in groups for run in group.runs))
+    return max(shared, default=None)
 
 
 def shared_seeds(a: Group, b: Group) -> list[int]:

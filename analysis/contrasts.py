@@ -23,7 +23,7 @@ from scipy.special import stdtr
 
 from analysis import tables
 from analysis.alike import same_rows
-from analysis.compare import Group, losses_at, named, seed_means
+from analysis.compare import Group, common_step, losses_at, named, seed_means
 from analysis.noise import paired
 from analysis.pairing import CONFIDENCE, Floor, t_quantile
 from base.runfolder import RunError
@@ -180,7 +180,7 @@ def judged(groups: list[Group], asked: Asked, arm: str, margin: float, floor: Fl
     by_label = {group.label: group for group in groups}
     names = [arm, *asked.mixture]
     sides = [by_label[split(name)[0]] for name in names]
-    step = last_step(sides)
+    step = common_step(*sides)
     if step is None:
         return None
     same_rows((run, step) for side in {id(side): side for side in sides}.values() for run in side.runs)
@@ -188,7 +188,7 @@ def judged(groups: list[Group], asked: Asked, arm: str, margin: float, floor: Fl
     losses = {name: losses_of(side, name, step, at_end) for name, side in zip(names, sides, strict=True)}
     # What tells how far runs scatter: each recipe once, those of the contrast as they are in it.
     mine = {split(name)[0]: name for name in reversed(names)}
-    others = {group.label: losses_at(group, step) for group in groups if _was_there(group, step)}
+    others = {group.label: losses_at(group, step) for group in groups if group.has(step)}
     scatter = others | {label: losses[name] for label, name in mine.items()}
     spread = spread_of(scatter, floor if at_end else None)
     return contrast(arm, asked.mixture, step, losses, spread, margin, one_sided=asked.arm is not None)
@@ -202,16 +202,6 @@ def losses_of(side: Group, name: str, step: int, at_end: bool) -> dict[int, floa
     if not at_end:
         raise RunError(f"{name}: other forwards are scored at the end, and the last step in common is {step}")
     return seed_means(side, lambda run: run.served(forward))
-
-
-def last_step(sides: list[Group]) -> int | None:
-    """The last step at which every run of all sides was evaluated; None without one."""
-    shared = set.intersection(*(set(run.evals["step"].astype(int)) for side in sides for run in side.runs))
-    return max(shared) if shared else None
-
-
-def _was_there(side: Group, step: int) -> bool:
-    return all(step in run.evals["step"] for run in side.runs)
 
 
 def spread_of(losses: dict[str, dict[int, float]], floor: Floor | None) -> Spread | None:

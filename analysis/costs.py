@@ -6,7 +6,7 @@ scripts/bench/bench_step.py's JSON.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,8 +104,7 @@ def b200_hours(cell: Cell, rows: list[dict], peak: float | None) -> float | None
     """
     if peak is None:
         return None
-    plain = Cell(**{**cell.__dict__, "recipe": "bf16", "base_recipe": "bf16"})
-    hours, _ = gpu_hours(plain, rows)
+    hours, _ = gpu_hours(replace(cell, recipe="bf16", base_recipe="bf16"), rows)
     return None if hours is None else hours * peak / B200_PEAK
 
 
@@ -125,13 +124,9 @@ def measured_rows(runs: list[Run]) -> tuple[str, list[dict]]:
     for run in runs:
         key = (run.info["model"], run.info["recipe"])
         if key not in best or best[key]["tokens_per_second"] < run.tokens_per_second:
-            best[key] = {
-                "model": key[0],
-                "recipe": key[1],
-                "tokens_per_second": round(run.tokens_per_second),
-                "flops_per_token": run_flops(run),
-                "source": f"{run.name}, median of {len(run.train['step'])} steps",
-            }
+            numbers = {"tokens_per_second": round(run.tokens_per_second), "flops_per_token": run_flops(run)}
+            source = f"{run.name}, median of {len(run.train['step'])} steps"
+            best[key] = {"model": key[0], "recipe": key[1], **numbers, "source": source}
     return devices.pop(), [best[key] for key in sorted(best)]
 
 

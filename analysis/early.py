@@ -7,7 +7,6 @@ forward's part count only where they add: leaving out one family of recipes afte
 is foretold has to fall by a tenth. The same rounds give the coverage of the intervals.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from scipy.special import betaincinv, stdtrit
 from scipy.stats import rankdata
 
 from analysis.runs import Run
+from base.runfolder import read_json
 
 BASE = "bf16"
 WINDOW = 0.5  # the share of what is done that is left out of the window
@@ -58,8 +58,7 @@ class Arm:
     @property
     def share(self) -> float:
         """Of the steps, that all of its runs were evaluated at."""
-        done = (last_common(run, base) / run.info["steps"] for run, base in self.pairs)
-        return min(done)
+        return min(last_common(run, base) / run.info["steps"] for run, base in self.pairs)
 
     def windowed(self, share: float) -> float | None:
         """Mean over seeds of the windowed gap, nats; None where a pair has no evaluation in the window."""
@@ -132,15 +131,14 @@ def audit() -> dict[str, dict[str, float]]:
     """{recipe: mean errors of its operands and products}; {} where no kept file is."""
     if not AUDIT.exists():
         return {}
-    return {name: row["mean"] for name, row in json.loads(AUDIT.read_text())["recipes"].items()}
+    return {name: row["mean"] for name, row in read_json(AUDIT)["recipes"].items()}
 
 
 def xrayed(part: str) -> Figure:
     """A part of dW's error in the whole pass, mean over layers, at the newest look of its runs."""
 
     def figure(arm: Arm, share: float) -> float | None:
-        found = [looked(run, share, part) for run, _ in arm.pairs]
-        there = [value for value in found if value is not None]
+        there = [value for run, _ in arm.pairs if (value := looked(run, share, part)) is not None]
         return fmean(there) if there else None
 
     return figure

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from analysis import tables
-from analysis.compare import Group, losses_at, seed_means
+from analysis.compare import Group, losses_at, mean_over_seeds
 from analysis.runs import Run
 
 COLOUR, SOFT = "#0072b2", "#555555"
@@ -33,7 +33,7 @@ class Node:
 
     @property
     def loss(self) -> float:
-        return float(np.mean(list(seed_means(self.group, last_loss).values()))) if self.group else float("nan")
+        return mean_over_seeds(self.group, last_loss) if self.group else float("nan")
 
 
 def last_loss(run: Run) -> float:
@@ -109,14 +109,10 @@ def over_parent(node: Node, parent: Node | None) -> float | None:
     """Final loss minus the parent's over the trunks that both have; None where they ended elsewhere or share none."""
     if parent is None or parent.group is None or node.group is None or node.ends != parent.ends:
         return None
-    sides = [losses_at(side, node.ends) for side in (node.group, parent.group) if ended(side, node.ends)]
+    sides = [losses_at(side, node.ends) for side in (node.group, parent.group) if side.has(node.ends)]
     if len(sides) < 2 or not (shared := sides[0].keys() & sides[1].keys()):
         return None
     return float(np.mean([sides[0][seed] - sides[1][seed] for seed in shared]))
-
-
-def ended(group: Group, step: int) -> bool:
-    return all(step in run.evals["step"] for run in group.runs)
 
 
 def figure(roots: list[Node]) -> Figure:

@@ -151,14 +151,9 @@ def section(groups: list[Group], base: Group) -> list[str]:
     if not runs:
         return []
     there = {int(number) for run in runs for number in run["views"]}
+    shown = ("title", "meaning", "signed", "mark")
     quantities = {
-        number: {
-            "kind": KINDS[quantity.kind],
-            "title": quantity.title,
-            "meaning": quantity.meaning,
-            "signed": quantity.signed,
-            "mark": quantity.mark,
-        }
+        number: {"kind": KINDS[quantity.kind]} | {name: getattr(quantity, name) for name in shown}
         for number, quantity in enumerate(QUANTITIES)
         if number in there
     }

@@ -3,6 +3,7 @@
 import numpy as np
 
 from analysis.law import Factors, GapPower, Law, interval, residuals, rms
+from analysis.pages import table as markdown
 from analysis.published import ALIASES, CLAIM, MAIN, Points, at, gaps, reduction
 from analysis.tables import tokens
 
@@ -20,25 +21,24 @@ COVERAGE = (
 
 def law_table(law: Law, laws: list[Law]) -> str:
     """Parameters of the base law with bootstrap intervals; A and B refer to N/1e8 and D/1e10."""
-    lines = ["| parameter | value | 95 % bootstrap |", "| --- | --- | --- |"]
+    rows = []
     for name, value in law.as_dict().items():
         low, high = interval([getattr(drawn, name) for drawn in laws])
-        lines.append(f"| {name} | {value:.4f} | {low:.4f} .. {high:.4f} |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"{value:.4f}", f"{low:.4f} .. {high:.4f}"])
+    return markdown(["parameter", "value", "95 % bootstrap"], rows)
 
 
 def form_table(fits: dict[str, Law], base: Points, left_out: dict[str, dict[int, dict[str, float]]]) -> str:
     """Root-mean-square and largest residual of each form, and without one size the rms of the rest and of that size."""
     sizes = sorted({n for n, _ in base})
     head = ["form", "rms e-3", "largest e-3", *(f"without {s / 1e6:.0f}M: rest / held out" for s in sizes)]
-    lines = ["| " + " | ".join(head) + " |", "| " + " | ".join(["---"] * len(head)) + " |"]
+    rows = []
     for form, law in fits.items():
         worst = max(np.abs(list(residuals(law, base).values())))
-        row = [form, f"{1e3 * rms(law, base):.2f}", f"{1e3 * worst:.1f}"]
+        rows.append([form, f"{1e3 * rms(law, base):.2f}", f"{1e3 * worst:.1f}"])
         for one in (left_out[form].get(size) for size in sizes):
-            row.append(f"{1e3 * one['rest']:.2f} / {1e3 * one['held_out']:.2f}" if one else "-")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+            rows[-1].append(f"{1e3 * one['rest']:.2f} / {1e3 * one['held_out']:.2f}" if one else "-")
+    return markdown(head, rows)
 
 
 def factor_table(
@@ -49,45 +49,42 @@ def factor_table(
     power: dict[str, GapPower],
 ) -> str:
     """Per recipe: mean gap, efficiency factors with intervals, and the power law of the gap beside it."""
-    lines = [
-        "| recipe | cells | mean gap e-3 | eff_N | eff_D | rms e-3 | gap = c N^p D^q: c e-3, p, q | rms e-3 |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
+    head = ["recipe", "cells", "mean gap e-3", "eff_N", "eff_D", "rms e-3", "gap = c N^p D^q: c e-3, p, q", "rms e-3"]
+    rows = []
     for name in sorted(factors, key=lambda key: -factors[key].eff_n):
         f, p = factors[name], power[name]
         mean = 1e3 * np.mean(list(gaps(recipes[name], base).values()))
         spans = [interval([getattr(x, field) for x in drawn[name]]) for field in ("eff_n", "eff_d")]
         eff = [f"{v:.3f} ({lo:.3f} .. {hi:.3f})" for v, (lo, hi) in zip((f.eff_n, f.eff_d), spans, strict=True)]
         shape = f"{1e3 * p.scale:.1f}, {p.n_power:+.2f}, {p.d_power:+.2f}"
-        row = (name, f"{f.cells}", f"{mean:+.1f}", *eff, f"{1e3 * f.rms:.2f}", shape, f"{1e3 * p.rms:.2f}")
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([name, f"{f.cells}", f"{mean:+.1f}", *eff, f"{1e3 * f.rms:.2f}", shape, f"{1e3 * p.rms:.2f}"])
+    return markdown(head, rows)
 
 
 def claim_table(recipes: dict[str, Points]) -> str:
     """Gap reduction of quartet2 against each earlier recipe, overall and by cell; those under the claim are marked."""
     others = [name for name in MAIN[1:] if name in recipes]
     cuts = {name: reduction(recipes, "quartet2", name) for name in others}
-    lines = [f"| quartet2 against | smallest | mean | largest | cells under {100 * CLAIM:g} % |"]
-    lines += ["| --- | --- | --- | --- | --- |"]
-    for name, cut in cuts.items():
-        low, mean, high = cut.summary()
-        lines.append(f"| {name} | {low:.1%} | {mean:.1%} | {high:.1%} | {cut.misses} of {len(cut.cells)} |")
-    lines += ["", "| N | D | D/N | " + " | ".join(others) + " |", "| --- " * (3 + len(others)) + "|"]
+    head = ["quartet2 against", "smallest", "mean", "largest", f"cells under {100 * CLAIM:g} %"]
+    rows = [
+        [name, *(f"{share:.1%}" for share in cut.summary()), f"{cut.misses} of {len(cut.cells)}"]
+        for name, cut in cuts.items()
+    ]
+    overall, rows = markdown(head, rows), []
     for n, d in sorted(set().union(*(cut.cells for cut in cuts.values()))):
         shares = [cuts[name].cells.get((n, d), np.nan) for name in others]
         marked = [f"{s:.1%}" if s >= CLAIM else f"**{s:.1%}**" for s in shares]
-        lines.append(f"| {n / 1e6:.0f}M | {tokens(d)} | {d / n:.0f} | " + " | ".join(marked) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([f"{n / 1e6:.0f}M", tokens(d), f"{d / n:.0f}", *marked])
+    return overall + "\n" + markdown(["N", "D", "D/N", *others], rows)
 
 
 def overlay_table(ours: dict[str, Points], published: dict[str, Points]) -> str:
     """Our gaps beside the published ones at the same N and D (both within 1 %)."""
-    lines = ["| recipe | N | D | our gap e-3 | published gap e-3 |", "| --- | --- | --- | --- | --- |"]
+    rows = []
     for name, points in ours.items():
         for (n, d), gap in gaps(points, ours.get("bf16", {})).items():
             theirs = at(gaps(published.get(ALIASES.get(name, name), {}), published["bf16"]), n, d)
             if name != "bf16":
                 shown = "-" if theirs is None else f"{1e3 * theirs:+.1f}"
-                lines.append(f"| {name} | {n / 1e6:.1f}M | {tokens(d)} | {1e3 * gap:+.1f} | {shown} |")
-    return "\n".join(lines) + "\n"
+                rows.append([name, f"{n / 1e6:.1f}M", tokens(d), f"{1e3 * gap:+.1f}", shown])
+    return markdown(["recipe", "N", "D", "our gap e-3", "published gap e-3"], rows)

@@ -16,7 +16,7 @@ import numpy as np
 
 from analysis import contrasts, noise
 from analysis.alike import same_rows
-from analysis.compare import Group, group_runs, losses_at, shared_seeds
+from analysis.compare import Group, group_runs, losses_at, mean_over_seeds, shared_seeds
 from analysis.contrasts import EQUIVALENT, OPEN, Contrast, Spread
 from analysis.pages import table as markdown
 from analysis.pairs import widening
@@ -45,12 +45,8 @@ class Arm:
 
 def at(runs: Iterable[Run], model: str, rate: float | None) -> list[Run]:
     """The finished ones of one model at one peak rate (of all rates: None)."""
-    rates = (rate, None)
-    return [
-        run
-        for run in runs
-        if run.finished and run.info["model"] == model and rates[rate is None] in (None, run.info["numerics"][LR])
-    ]
+    finished = [run for run in runs if run.finished and run.info["model"] == model]
+    return [run for run in finished if rate in (None, run.info["numerics"][LR])]
 
 
 def pooled(groups: list[Group], kept: Spread) -> Spread:
@@ -75,16 +71,13 @@ def arms(runs: list[Run], kept: Spread) -> tuple[list[Arm], Spread]:
     gaps = against(groups, BASELINE, step, spread)
     versus = against([group for group in groups if group.label in gaps], RIVAL, step, spread)
     made = [
-        Arm(group, mean_loss(group, step), gaps.get(group.label), versus.get(group.label))
+        Arm(
+            group, mean_over_seeds(group, lambda run: run.loss_at(step)), gaps.get(group.label), versus.get(group.label)
+        )
         for group in groups
         if group.label == BASELINE or group.label in gaps
     ]
     return sorted(made, key=lambda arm: arm.gap.value if arm.gap else -math.inf), spread
-
-
-def mean_loss(group: Group, step: int) -> float:
-    """Over seeds."""
-    return float(np.mean(list(losses_at(group, step).values())))
 
 
 def against(groups: list[Group], name: str, step: int, spread: Spread) -> dict[str, Contrast]:
@@ -112,7 +105,7 @@ def verdict(contrast: Contrast) -> str:
 def board(found: list[Arm], spread: Spread) -> str:
     """Losses, gaps with intervals (alone; all at once), their parts, and where each stands to the rival."""
     wide = widening(len(found), spread.df)
-    base = _served(found[0].group)
+    base = _mean(run_score(run, "nvfp4") for run in found[0].group.runs)
     rows = []
     for arm in found:
         gap = parts = rest = versus = ""
@@ -131,10 +124,6 @@ def board(found: list[Arm], spread: Spread) -> str:
         rows.append([f"`{arm.label}`", seeds, f"{arm.loss:.4f}", gap, parts, rest, cell, versus])
     header = ["arm", "seeds", "loss", "gap, 1e-3: alone (all at once)", "instant", "trajectory"]
     return markdown([*header, "served in `nvfp4`", f"to `{RIVAL}`"], rows)
-
-
-def _served(group: Group) -> float | None:
-    return _mean(run_score(run, "nvfp4") for run in group.runs)
 
 
 def run_score(run: Run, forward: str, over: bool = False) -> float | None:

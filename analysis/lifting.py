@@ -10,17 +10,8 @@ from analysis.runs import Run, json_object
 from base.runfolder import LIFTS
 
 WIDE, HIGH, EDGE = 220, 16, 4  # pixels of a bar's picture, and what it keeps free at either side
-HEADER = (
-    "layer",
-    "lifted to BF16 gains",
-    "",
-    "alone in 4 bits costs",
-    "",
-    "predicted",
-    "lifted to FP8",
-    "X lifted",
-    "W lifted",
-)
+HEADER = ("layer", "lifted to BF16 gains", "", "alone in 4 bits costs", "", "predicted")
+HEADER += ("lifted to FP8", "X lifted", "W lifted")
 NOTE = (
     "The loss of the same weights on the same text, 1e-3 nats/token, with standard errors over documents (thin lines): "
     "one layer in BF16 while the rest stays as trained, and it alone in 4 bits. A diamond and predicted: half of the "

@@ -85,7 +85,8 @@ def nudges(runs: list[Run]) -> list[list[float]]:
     """Final losses of runs that differ in nudges alone, one list a recipe and seed; reruns are averaged."""
     clusters: dict[tuple, list[Run]] = {}
     for run in runs:
-        clusters.setdefault(_without_nudges(run), []).append(run)
+        others = tuple(sorted((k, str(v)) for k, v in run.info["numerics"].items() if k not in NUDGES))
+        clusters.setdefault(others, []).append(run)
     return [[float(np.mean(losses)) for losses in reruns(members)] for members in clusters.values()]
 
 
@@ -239,9 +240,3 @@ def text(floors: dict[str, dict]) -> str:
 def half_width(spread: Spread, seeds: int) -> float:
     """Of the 95 % interval of the difference of two recipes' means over `seeds` runs each."""
     return t_quantile(spread.df) * spread.sd * math.sqrt(2 / seeds)
-
-
-def _without_nudges(run: Run) -> tuple:
-    """Hashable numerics, the seed among them, but for what nudges a run."""
-    numerics = run.info["numerics"]
-    return tuple(sorted((k, str(v)) for k, v in numerics.items() if k not in NUDGES))

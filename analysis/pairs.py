@@ -17,19 +17,8 @@ from analysis.compare import Group, common_step, compare_pair
 from analysis.pairing import CONFIDENCE, NOT_RESOLVED, RESOLVED, Floor, SeedGap, own_half_width, t_quantile
 from base.runfolder import RunError
 
-CSV_HEADER = (
-    "recipe",
-    "other",
-    "step",
-    "gap",
-    "half_width",
-    "half_width_all_pairs",
-    "half_width_own_differences",
-    "gaps_by_seed",
-    "method",
-    "verdict",
-    "verdict_all_pairs",
-)
+CSV_HEADER = ("recipe", "other", "step", "gap", "half_width", "half_width_all_pairs", "half_width_own_differences")
+CSV_HEADER += ("gaps_by_seed", "method", "verdict", "verdict_all_pairs")
 
 
 @dataclass(frozen=True)

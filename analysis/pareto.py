@@ -18,7 +18,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from analysis import tables
+from analysis import plots, tables
 from analysis.law import Law
 from analysis.runs import json_object
 from base.runfolder import RunError
@@ -26,7 +26,6 @@ from base.runfolder import RunError
 LAW = Path(__file__).resolve().parents[1] / "results" / "law" / "law.json"
 DOUBT = 0.25  # of the slope: one standard deviation, a guess
 STEP_D = 1.01  # the ratio of two lengths between which the slope is read off
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 CSV_HEADER = ("recipe", "gpu", "seeds", "gap", "gap_half", "step", "time", "time_low", "time_high")
 
 
@@ -85,7 +84,7 @@ def figure(points: Mapping[str, list[Point]]) -> Figure:
             low, high = point.interval
             half = None if math.isnan(point.half) else [[1e3 * point.half]] * 2
             sides = [[point.time - low], [high - point.time]]
-            style = {"color": "black" if number == 0 else COLOURS[(number - 1) % len(COLOURS)], "ms": 5}
+            style = {"color": "black" if number == 0 else plots.COLOURS[(number - 1) % len(plots.COLOURS)], "ms": 5}
             ax.errorbar(
                 [point.time], [1e3 * point.gap], half, sides, fmt="o", lw=1, capsize=2, label=point.label, **style
             )

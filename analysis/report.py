@@ -89,11 +89,8 @@ def pairwise(groups: list[Group], found: list[Pair]) -> list[str]:
         "once (Tukey). ✓ and blue: resolved among all pairs; (✓) and orange: only if no other pair was in question. "
         "Empty: no step or text in common. A step in brackets: not at the end, but where both were last evaluated."
     )
-    return [
-        html.heading("Which differences are resolved"),
-        html.table(["", *labels], rows, "pairwise"),
-        html.note(note),
-    ]
+    table = html.table(["", *labels], rows, "pairwise")
+    return [html.heading("Which differences are resolved"), table, html.note(note)]
 
 
 def served(groups: list[Group], base: Group) -> list[str]:
@@ -132,28 +129,17 @@ def equal_losses(groups: list[Group], base: Group) -> list[str]:
     found = [e for g in groups if g is not base and (e := equal_loss(g, base)) is not None]
     if not found:
         return []
-    header = [
-        "recipe",
-        "reaches",
-        "after tokens",
-        f"{base.label} after",
-        "share",
-        "time",
-        f"{base.label} time",
-        "share",
-    ]
+    name = base.label
+    header = ["recipe", "reaches", "after tokens", f"{name} after", "share", "time", f"{name} time", "share"]
     note = (
-        f"When {base.label} first comes down to the loss at which each recipe's curve ends; no line where its first "
+        f"When {name} first comes down to the loss at which each recipe's curve ends; no line where its first "
         "evaluation is below that. Its learning rate has not decayed by then, so a run planned for that length may "
         "need fewer still. Shares are as uncertain as the gap is, divided by the slope of the curve there. Times are "
         "of these machines: emulated 4-bit runs say nothing about native speed. Runs that shared their GPU, or may "
         "have, give no time."
     )
-    return [
-        html.heading("Tokens and time to equal loss"),
-        html.table(header, [_equal_row(e) for e in found], "equal-loss"),
-        html.note(note),
-    ]
+    table = html.table(header, [_equal_row(e) for e in found], "equal-loss")
+    return [html.heading("Tokens and time to equal loss"), table, html.note(note)]
 
 
 def _equal_row(e: EqualLoss) -> list[str]:
@@ -198,14 +184,11 @@ def run_list(runs: list[Run]) -> list[str]:
         last = [f"{column['loss'][-1]:.4f}" if len(column["loss"]) else "-" for column in (run.evals, run.train)]
         start = next((e for e in run.events if e.get("init_hash")), {})
         init = str(start.get("init_hash", "-"))[:8]
-        rows.append([run.name, str(run.info["seed"]), run.status, *last, _step_time(run), init])
-        rows[-1].append(str(run.info.get("command", "")))
+        time = f"{run.milliseconds:.1f}" + (f" ({run.company})" if run.company else "")
+        command = str(run.info.get("command", ""))
+        rows.append([run.name, str(run.info["seed"]), run.status, *last, time, init, command])
     note = "Equal init: the same initial weights. Training: the last step's loss, one batch."
     return [html.heading("Runs"), html.table(header, rows, "runs", text_columns=(7,)), html.note(note)]
-
-
-def _step_time(run: Run) -> str:
-    return f"{run.milliseconds:.1f}" + (f" ({run.company})" if run.company else "")
 
 
 def configuration(run: Run) -> dict:

@@ -8,10 +8,8 @@ baseline, `nvfp4` is what rounding at the end costs.
 import math
 from dataclasses import dataclass
 
-import numpy as np
-
-from analysis import tables
-from analysis.compare import Group, seed_means
+from analysis import pages, tables
+from analysis.compare import Group, mean_over_seeds
 from base.runfolder import FORWARDS
 
 OWN = "own"
@@ -60,7 +58,7 @@ def of(group: Group, seeds: list[int]) -> list:
 
 def mean(group: Group, seeds: list[int], forward: str) -> float:
     chosen = Group(group.label, tuple(of(group, seeds)))
-    return float(np.mean(list(seed_means(chosen, lambda run: run.served(forward)).values())))
+    return mean_over_seeds(chosen, lambda run: run.served(forward))
 
 
 def header(found: list[Served]) -> list[str]:
@@ -84,8 +82,7 @@ def text(found: list[Served]) -> str:
 
 
 def markdown(found: list[Served]) -> str:
-    lines = [header(found), ["---"] * len(header(found)), *cells(found)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + f"\n\n{NOTE}"
+    return pages.table(header(found), cells(found)) + f"\n{NOTE}"
 
 
 def to_csv(found: list[Served]) -> str:

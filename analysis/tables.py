@@ -5,6 +5,7 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 
+from analysis import pages
 from analysis.compare import Row
 from analysis.pairing import Gap
 
@@ -36,46 +37,10 @@ GLOSSARY = {
     'recipes. "one seed": nothing can be said.',
 }
 APPROXIMATE = "~: bits per byte are approximate, since the tokenizer doesn't give the validation text back unchanged."
-HEADER = (
-    "recipe",
-    "seeds",
-    "tokens",
-    "final",
-    "bits/byte",
-    "sd e-3",
-    "best",
-    "gap e-3",
-    "gap %",
-    "95 % interval e-3",
-    "text SE e-3",
-    "corr",
-    "tok/s",
-    "ratio",
-    "verdict",
-)
-
-CSV_HEADER = (
-    "recipe",
-    "seeds",
-    "runs",
-    "status",
-    "step",
-    "tokens",
-    "final_loss",
-    "final_bpb",
-    "final_sd",
-    "best_loss",
-    "gap",
-    "gap_percent",
-    "gap_low",
-    "gap_high",
-    "method",
-    "text_se",
-    "correlation",
-    "tokens_per_second",
-    "ratio",
-    "verdict",
-)
+HEADER = ("recipe", *GLOSSARY)
+CSV_HEADER = ("recipe", "seeds", "runs", "status", "step", "tokens", "final_loss", "final_bpb", "final_sd")
+CSV_HEADER += ("best_loss", "gap", "gap_percent", "gap_low", "gap_high", "method", "text_se", "correlation")
+CSV_HEADER += ("tokens_per_second", "ratio", "verdict")
 
 
 def methods(rows: list[Row]) -> str:
@@ -139,8 +104,7 @@ def aligned(lines: list[Sequence[str]]) -> str:
 
 
 def markdown(rows: list[Row]) -> str:
-    lines = [HEADER, ["---"] * len(HEADER), *(cells(r) for r in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return pages.table(HEADER, map(cells, rows))
 
 
 def to_csv(rows: list[Row]) -> str:
@@ -149,18 +113,8 @@ def to_csv(rows: list[Row]) -> str:
     for row in rows:
         gap = row.gap
         low, high = gap.interval if gap else (math.nan, math.nan)
-        values = [
-            row.label,
-            row.seeds,
-            row.runs,
-            row.status,
-            row.step,
-            row.tokens,
-            row.final,
-            row.bpb,
-            row.sd,
-            row.best,
-        ]
+        values = [row.label, row.seeds, row.runs, row.status, row.step, row.tokens]
+        values += [row.final, row.bpb, row.sd, row.best]
         values += [gap.mean if gap else math.nan, row.percent, low, high, gap.method if gap else "", _text_se(row)]
         values += [gap.correlation if gap else math.nan, row.tokens_per_second, row.ratio, gap.verdict if gap else ""]
         lines.append(values)
