@@ -7,8 +7,8 @@ Quartet (arXiv 2505.14669) with QuEST's forward (arXiv 2502.05003). With H the n
     Mx, Mw: 1 where an element of X H or W H lies within 6 scales of its block, 0 where it was clipped
     dX = (Mx * (dY Wh)) H, dW = (Mw * (dY^T Xh)) H          H is its own inverse
 
-The products of the gradients are those of the slots dgrad and wgrad, in the rotated space. X H and W H are BF16,
-rounded once from FP32. Kept beside what the slots keep: a bit an element for each mask.
+The products of the gradients are those of the slots dgrad and wgrad, in the rotated space, FP32 until they are turned
+back. X H and W H are BF16, rounded once from FP32. Kept beside what the slots keep: a bit an element for each mask.
 """
 
 from collections.abc import Iterator, Sequence
@@ -109,7 +109,9 @@ class TrustMask(OverSlots):
         return self.slots.gradients(call, dy, needed, kept[:2])
 
     def input_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:
-        dx = self.slots.input_gradient(call, dy, kept[:2])
+        a, signs = dy
+        b = self.slots.operand_of(call, kept[0], "dgrad.w", self.slots.partner("dgrad", signs))
+        dx = self.slots.multiply(a, b, "dgrad", torch.float32)  # turned before dX's one rounding
         return self.turned(kept[2].applied(dx) if self._clips("fprop.x") else dx).to(torch.bfloat16)
 
     def weight_gradient(self, call: Call, dy: Any, kept: Sequence[Any]) -> Tensor:

@@ -94,6 +94,15 @@ def test_quartet1_is_quests_forward_and_masks_what_it_clipped(tensors):
     assert error(dw, transform(dy.double().t() @ xh)) > 0.05  # the mask does something
 
 
+def test_quartet1s_dx_is_rounded_once(tensors):
+    """Behind the transform, as docs/numerics.md#2-dtypes has it: half a step of BF16, and FP32's own error."""
+    x, w, dy = tensors
+    dx = run(build("quartet1", dgrad="none", wgrad="none"), x, w, dy)[1]
+    (wh, _), (_, mx) = (quest(transform(a.bfloat16()).bfloat16().double()) for a in (w, x))
+    exact = transform(mx * (dy.double() @ wh))
+    assert ((dx.double() - exact).abs() <= 2**-8 * exact.abs() + 1e-5 * exact.abs().max()).all()
+
+
 def test_quartet1s_backward_averages_to_that_of_its_forward(tensors):
     """SR of 3/4 under floor scales clips nothing: the mean over random bits comes near at the rate of a mean."""
     x, w, dy = tensors
