@@ -13,7 +13,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import between, existing, one_line_on_ctrl_c, positive, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("compare")
@@ -25,7 +25,6 @@ from analysis.contrasts import Contrast
 from analysis.pairing import Floor
 from analysis.runs import find_runs
 from base.files import write_text
-from base.terminal import between, existing, positive, quiet_pipes
 
 MARGIN = 3e-3  # nats: what no claim here calls a difference
 

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import spelled
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import in_columns, one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("cost")
@@ -32,7 +32,6 @@ from base.fingerprints import only_remembered
 from base.flops import peak_of
 from base.fork import step_of
 from base.runfolder import read_json
-from base.terminal import quiet_pipes
 from launcher import cellline
 from launcher.cells import CellError, refuse_twice
 from launcher.compose import Composed, ConfigError, compose
@@ -199,9 +198,8 @@ def bench_rows(source: str) -> list[dict]:
         except ConfigError:
             continue  # `wide`, which is no preset
         flops = shape_of(config, 32000).flops_per_token(512)
-        keep = {key: timing[key] for key in ("model", "recipe")} | {
-            "tokens_per_second": round(timing["tokens_per_second"])
-        }
+        keep = {key: timing[key] for key in costs.ROW_NAMES}
+        keep |= {"tokens_per_second": round(timing["tokens_per_second"])}
         rows.append(keep | {"flops_per_token": flops, "source": source})
     return rows
 
@@ -225,10 +223,7 @@ def main(words: list[str]) -> int:
     peak = peak_of(table["device"])
     if details:
         lines = [HEADER, *(row(cell, found[cell.name], table, peak) for cell in cells)]
-        widths = [max(len(entry[i]) for entry in lines) for i in range(len(HEADER))]
-        print(
-            "\n".join("  ".join(part.ljust(w) for part, w in zip(entry, widths, strict=True)) for entry in lines), "\n"
-        )
+        print(in_columns(lines), "\n")
     title = f"{line.experiment}: {len(cells)} cells" if line.experiment else "one run"
     measured = f"throughput measured on {table['device']}" if table["device"] else "no throughput measured"
     print(f"{title}; {measured}", *totals(cells, found, table, peak, line.own), sep="\n")

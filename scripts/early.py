@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, positive, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("early")
@@ -26,7 +26,6 @@ if __name__ == "__main__":
 from analysis import early
 from analysis.early import Arm, Calibration
 from analysis.runs import Run, find_runs
-from base.terminal import positive, quiet_pipes
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 KEPT = ("corpus_screen", "corpus_ranking", "corpus_forward", "corpus_short", "leaderboard", "candidates")

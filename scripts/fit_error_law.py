@@ -17,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import existing, one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("fit_error_law")
@@ -31,7 +31,6 @@ from analysis.contrasts import Spread
 from analysis.runs import find_runs
 from base.files import write_json
 from base.runfolder import read_json
-from base.terminal import existing, quiet_pipes
 from kernels import backend
 from kernels.formats.minifloat import E2M1, E4M3, round_nearest
 from kernels.rotation import restored, rotated
@@ -70,11 +69,11 @@ def quest(x: Tensor) -> tuple[Tensor, float]:
     return torch.where(elements == 0, 0.0, values).view(x.shape), float((elements.abs() > 6).double().mean())
 
 
-def behind(form: Form, dim: int = 16) -> Form:
+def behind(form: Form) -> Form:
     """Behind a Hadamard transform without signs, as the published runs have it."""
 
     def make(x: Tensor) -> tuple[Tensor, float]:
-        signs = torch.ones(dim)
+        signs = torch.ones(16)
         values, clipped = form(rotated(x, signs))
         return restored(values, signs), clipped
 
@@ -145,18 +144,25 @@ RESULTS = published.DEFAULT_PATH.parents[1]
 # what is left in the product.
 LIKE_QUARTET2 = ("if4_x", "sfp4_x", "po2_x", "po2_fwd", "sfp4_fwd", "search", "search_no_clip", "fp8_down")
 BOARD = "llama_30m", 1.7e-3
+BACKWARD = "corpus_screen-quartet2_backward-s0"
+
+
+OURS = {arm: f"corpus_forward-{arm}-x1-s0" for arm in ("quartet2", "x_only", "w_only", "fp8_fprop")}
+
+
+def folder_of(run: str) -> Path:
+    return RESULTS / run.split("-")[0] / run
+
+
+def final_loss(run: str) -> float:
+    return find_runs([str(folder_of(run))])[0].result["final_loss"]
 
 
 def our_gaps() -> dict[str, float]:
     """Gaps of the screen's seed 0 to BF16, less that of the backward alone; {} without the raw runs."""
-    root = RESULTS
-    names = {arm: f"corpus_forward-{arm}-x1-s0" for arm in ("bf16", "quartet2", "x_only", "w_only", "fp8_fprop")}
-    names |= {arm: f"corpus_screen-{arm}-s0" for arm in ("quartet2_backward",)}
-    paths = {arm: root / name.split("-")[0] / name for arm, name in names.items()}
-    if not all(path.exists() for path in paths.values()):
+    if not all(folder_of(run).exists() for run in (*OURS.values(), BACKWARD)):
         return {}
-    loss = {arm: find_runs([str(path)])[0].result["final_loss"] for arm, path in paths.items()}
-    return {arm: loss[arm] - loss["quartet2_backward"] for arm in ("quartet2", "x_only", "w_only", "fp8_fprop")}
+    return {arm: final_loss(run) - final_loss(BACKWARD) for arm, run in OURS.items()}
 
 
 def board_arms(backward: float) -> dict[str, tuple[float, tuple[float, float]]]:
@@ -172,9 +178,7 @@ def board_arms(backward: float) -> dict[str, tuple[float, tuple[float, float]]]:
 
 def screen_backward() -> float:
     """The gap of MS-EDEN's backward alone at the screen's rate, seed 0."""
-    names = ("quartet2_backward", "bf16")
-    losses = [find_runs([f"{RESULTS}/corpus_screen/corpus_screen-{name}-s0"])[0].result["final_loss"] for name in names]
-    return losses[0] - losses[1]
+    return final_loss(BACKWARD) - final_loss("corpus_screen-bf16-s0")
 
 
 def our_errors(measured: error_law.Measured) -> dict[str, tuple[float, float]]:

@@ -14,7 +14,7 @@ from statistics import fmean
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import existing, one_line_on_ctrl_c, positive, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("fit_scaling_law")
@@ -26,7 +26,6 @@ from analysis.compare import Group, group_runs, seed_means
 from analysis.published import Points
 from analysis.runs import Run, find_runs
 from base.files import write_json, write_text
-from base.terminal import existing, positive, quiet_pipes
 
 
 def arguments() -> argparse.Namespace:

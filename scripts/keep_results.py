@@ -10,14 +10,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, positive, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("keep_results")
 
 from analysis.keep import check_names, keep, last_evaluations
 from analysis.runs import find_runs
-from base.terminal import positive, quiet_pipes
 
 
 def main() -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("noise_floor")
@@ -17,7 +17,6 @@ if __name__ == "__main__":
 from analysis import noise
 from analysis.runs import find_runs
 from base.files import write_json
-from base.terminal import quiet_pipes
 
 
 def main() -> int:

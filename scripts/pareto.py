@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import between, one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("pareto")
@@ -28,7 +28,6 @@ from analysis.compare import Group, group_runs, pick_baseline, table
 from analysis.runs import Run, find_runs
 from base.files import write_text
 from base.runfolder import RunError
-from base.terminal import between, quiet_pipes
 from launcher.compose import Composer, ConfigError
 from launcher.naming import Text
 from scripts.price import MACHINES, mean_step
@@ -50,9 +49,7 @@ class Pricer:
 
     def total(self, run: Run) -> list[float]:
         """Of all its steps, those of its parents included."""
-        step = int(run.info.get("parent", {}).get("step", 0))
-        own = [(run.info["steps"] - step) * ms for ms in self.step(run)]
-        return own if not step else [a + b for a, b in zip(own, self.until(self.parent(run), step), strict=True)]
+        return self.until(run, run.info["steps"])
 
     def until(self, run: Run, step: int) -> list[float]:
         """Of the steps before `step`, at the run's mean time of a step."""

@@ -17,12 +17,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import spelled
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import in_columns, one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("price")
 
-from base.terminal import quiet_pipes
 from launcher.compose import ConfigError, compose
 from quant import price
 from quant.plan import Plan
@@ -34,10 +33,7 @@ from training.start.describe import Checked, check
 from training.start.price import parts, shares
 
 RTX_5090, B200 = roofline.MACHINES
-MACHINES = (
-    *(replace(B200, name=f"B200 ({ratio}:1)", fp4=ratio * B200.bf16) for ratio in (4, 6)),
-    RTX_5090,
-)
+MACHINES = (*(replace(B200, name=f"B200 ({ratio}:1)", fp4=ratio * B200.bf16) for ratio in (4, 6)), RTX_5090)
 HEADER = ("recipe", "steps", "4-bit blocks", "4-bit all", "GPU", "GEMMs", "quantizers", "rest", "step ms", "over bf16")
 
 
@@ -69,18 +65,13 @@ def step_of(checked: Checked, plan: Plan, machine: Machine) -> Step:
     moved = micro_batches * price.quantizer_bytes(plan, numbers.micro_tokens)
     # As roofline.step_ms: causal attention at half of a GEMM's speed; memory-bound parts at a copy's.
     attention = 3.5 * 2.0 * tokens * numbers.seq_len * shape.width * shape.layers / (machine.bf16 / 2)
-    elementwise = (
-        shape.layers * tokens * _element_bytes(shape.width, shape.hidden) + shape.parameters * roofline.ADAMW_BYTES
-    )
+    of_token = roofline.BLOCK_BYTES_PER_WIDTH * shape.width + roofline.BLOCK_BYTES_PER_HIDDEN * shape.hidden
+    elementwise = shape.layers * tokens * of_token + shape.parameters * roofline.ADAMW_BYTES
     return Step(
         gemms=sum(count / speed(kind, machine) for kind, count in flops.items()) * 1e-9,
         quantizers=moved / (COPY_SHARE * machine.bandwidth) * 1e-9,
         rest=(attention + price.head_flops(plan, tokens) / machine.bf16 + elementwise / machine.bandwidth) * 1e-9,
     )
-
-
-def _element_bytes(width: int, hidden: int) -> int:
-    return roofline.BLOCK_BYTES_PER_WIDTH * width + roofline.BLOCK_BYTES_PER_HIDDEN * hidden
 
 
 def mean_step(checked: Checked, machine: Machine) -> Step:
@@ -120,8 +111,7 @@ def main(words: list[str]) -> int:
     except (ConfigError, ValueError, OSError) as error:
         print(f"price: {error}", file=sys.stderr)
         return 2
-    widths = [max(len(line[i]) for line in lines) for i in range(len(HEADER))]
-    print("\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in lines))
+    print(in_columns(lines))
     print(f"\nThe head has a vocabulary of {vocabulary:,} (data.vocab_size).")
     print("PREDICTION, ms of a step on one GPU: nothing was run on these. Reachable speeds:")
     for machine in MACHINES:

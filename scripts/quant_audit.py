@@ -27,13 +27,12 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from base.commands import parser_of
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("quant_audit")
 
 from base.files import write_json
-from base.terminal import quiet_pipes
 from kernels import backend
 from kernels.formats.scales import PowersOfTwo
 from kernels.spec import QuantSpec

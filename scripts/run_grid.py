@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # this repository first, whatever is installed
 
 from base.commands import spelled
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, outlive_readers, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("run_grid")
@@ -43,7 +43,6 @@ from base.files import write_text
 from base.fork import ForkError, name_of, parent_of
 from base.ranks import RanksError, refuse_several
 from base.runfolder import CHECKPOINTS, RESULT, RunError
-from base.terminal import outlive_readers, quiet_pipes
 from launcher import cellline, slurm
 from launcher.cells import CellError, folder_name
 from launcher.cli import take_launcher

@@ -107,8 +107,7 @@ def predictions(layers: Layers, tokens: int) -> list[str]:
     flops = 6.0 * tokens * layers.parameters
     lines = []
     for machine in MACHINES:
-        gemm, quantize = flops / machine.fp4 / 1e6, moved / machine.bandwidth / 1e6
-        bf16 = flops / machine.bf16 / 1e6
+        gemm, bf16, quantize = flops / machine.fp4 / 1e6, flops / machine.bf16 / 1e6, moved / machine.bandwidth / 1e6
         lines.append(
             f"PREDICTION, not measured: {machine.name}: FP4 GEMMs {gemm:.0f} us + quantizing {quantize:.0f} us = "
             f"{(gemm + quantize) / bf16:.2f} of BF16's {bf16:.0f} us"

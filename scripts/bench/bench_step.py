@@ -51,14 +51,11 @@ VOCABULARY = 32000
 DOCUMENT_START, DOCUMENT_TOKENS = 1, 500  # with batch.document_mask=true: what begins a document, and their mean length
 # Sequences per step of each model; others take 128.
 SEQUENCES = {"wide": 24}
-WIDE = [
-    "model=llama_1b9",
-    "model.layers=24",
-    "model.width=2048",
-    "model.heads=16",
-    "model.hidden=5632",
-    "model.name=wide",
-]
+WIDE = ["model=llama_1b9", "model.layers=24", "model.width=2048", "model.heads=16", "model.hidden=5632"]
+WIDE += ["model.name=wide"]
+OPTIONS = {"models": "llama_30m,llama_100m,wide", "recipes": "bf16,quartet2", "steps": "25", "json": ""}
+OPTIONS |= {"profile": "false", "sequences": "", "micro": "", "seq_len": "512"}
+KERNELS = 45  # that profile=true lists
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,7 @@ def build(model: str, recipe: str, extra: list[str], ranks: Dist, batch: Batch) 
     name, *overrides = recipe.split(";")
     chosen = WIDE if model == "wide" else [f"model={model}"]
     sizes = [f"batch.seq_len={batch.seq_len}", f"batch.sequences={batch.sequences}", f"batch.micro={batch.micro}"]
-    sizes.append("steps=1")
-    config = compose([*chosen, f"quant={name}", "data=pydocs", *sizes, *overrides, *extra]).config
+    config = compose([*chosen, f"quant={name}", "data=pydocs", *sizes, "steps=1", *overrides, *extra]).config
     set_torch_flags(config)
     backend.use(config.backend, ranks.device.type)
     checked = check(config, ranks, VOCABULARY)
@@ -137,7 +133,6 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
         torch.randint(VOCABULARY, (sequences, batch.seq_len + 1), device=ranks.device, generator=generator)
         for _ in range(4)
     ]
-
     if built.config.batch.document_mask:
         for rows in batches:
             rows[torch.rand(rows.shape, device=ranks.device) < 1 / DOCUMENT_TOKENS] = DOCUMENT_START
@@ -195,7 +190,7 @@ def run(model: str, recipe: str, options: dict[str, str], extra: list[str], rank
     )
 
 
-def kernel_table(step: Callable[[], Tensor], rows: int = 45) -> str:
+def kernel_table(step: Callable[[], Tensor]) -> str:
     """Where the GPU's time of one step goes: total ms and count of each kernel, longest first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
         step()
@@ -203,7 +198,7 @@ def kernel_table(step: Callable[[], Tensor], rows: int = 45) -> str:
     events = sorted(profiler.key_averages(), key=lambda event: -event.self_device_time_total)
     total = sum(event.self_device_time_total for event in events)
     lines = [f"  {total / 1e3:8.2f} ms in all kernels"]
-    lines += [f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}" for e in events[:rows]]
+    lines += [f"  {e.self_device_time_total / 1e3:8.3f} ms {e.count:5d} x  {e.key[:110]}" for e in events[:KERNELS]]
     return "\n".join(lines)
 
 
@@ -232,17 +227,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & {*arguments}:
         print(__doc__)
         return 0
-    options = {
-        "models": "llama_30m,llama_100m,wide",
-        "recipes": "bf16,quartet2",
-        "steps": "25",
-        "json": "",
-        "profile": "false",
-        "sequences": "",
-        "micro": "",
-        "seq_len": "512",
-    }
-    extra = []
+    options, extra = dict(OPTIONS), []
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key in options:

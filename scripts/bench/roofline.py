@@ -13,12 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this repository first, whatever is installed
 
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, positive, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("roofline")
 
-from base.terminal import positive, quiet_pipes
 from kernels.selftest.shapes import PRESETS, PUBLISHED, PUBLISHED_5090, Layers
 
 FP4_BYTES = 0.5 + 1 / 16  # of one element: half a byte of code, a sixteenth of an E4M3 scale
@@ -80,16 +79,13 @@ def quantizer_bytes(layers: Layers, tokens: int) -> tuple[float, float]:
 def block_cost(layers: Layers, tokens: int, machine: Machine) -> tuple[Cost, Cost]:
     """(forward, backward) of the linear layers of one block; quantizers bound by memory."""
     flops = 2.0 * tokens * layers.parameters
-    costs = []
-    for gemms, moved in zip((1, 2), quantizer_bytes(layers, tokens), strict=True):
-        costs.append(
-            Cost(
-                gemm=gemms * flops / machine.fp4 * 1e-9,
-                quantize=moved / machine.bandwidth * 1e-9,
-                bf16=gemms * flops / machine.bf16 * 1e-9,
-            )
-        )
-    return costs[0], costs[1]
+
+    def cost(gemms: int, moved: float) -> Cost:
+        flop = gemms * flops
+        return Cost(flop / machine.fp4 * 1e-9, moved / machine.bandwidth * 1e-9, flop / machine.bf16 * 1e-9)
+
+    forward, backward = quantizer_bytes(layers, tokens)
+    return cost(1, forward), cost(2, backward)
 
 
 def step_ms(layers: Layers, blocks: int, tokens: int, machine: Machine, four_bit: bool, copy_share: float) -> dict:
@@ -166,13 +162,11 @@ def print_tables(tokens: int) -> None:
     """Both tables, and where the reachable speeds come from."""
     print("\n".join([*block_table(tokens), "", *step_table(tokens), ""]))
     for machine in MACHINES:
-        print(
-            f"{machine.name}: {machine.fp4} / {machine.bf16} TFLOP/s, {machine.bandwidth:.2f} TB/s. {machine.source}."
-        )
+        speeds = f"{machine.fp4} / {machine.bf16} TFLOP/s, {machine.bandwidth:.2f} TB/s"
+        print(f"{machine.name}: {speeds}. {machine.source}.")
 
 
 def main() -> None:
-    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
         "--tokens", type=positive, default=TOKENS, help="tokens of one micro-batch (default: %(default)s)"

@@ -51,28 +51,27 @@ except ModuleNotFoundError as error:  # --help needs no Triton
         raise
     triton_impl = None
 
-SPECS = {
-    "rtn": QuantSpec.resolve("e2m1", NVFP4_SCALES),
-    "rtn_46": QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six"),
-    "rtn_pow2": QuantSpec.resolve("e2m1", NVFP4_SCALES, tensor_scale="pow2"),
-    "sr": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr"),
-    "sr_46": QuantSpec.resolve(
-        "e2m1", NVFP4_SCALES, select="four_over_six", rounding="sr", target_max=NO_CLIP_MAX, scale_cap=256.0
-    ),
-    "sr_8bit": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="sr", random_bits=8),
-    "ms_eden": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden"),
-    "ms_eden_rotation": QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation"),
-    "ms_eden_upstream": QuantSpec.resolve(
-        "e2m1", NVFP4_SCALES, rounding="ms_eden", eden_block="rotation", eden_space="scaled"
-    ),
+FOUR_SR = {"select": "four_over_six", "rounding": "sr", "target_max": NO_CLIP_MAX, "scale_cap": 256.0}
+NVFP4 = {
+    "rtn": {},
+    "rtn_46": {"select": "four_over_six"},
+    "rtn_pow2": {"tensor_scale": "pow2"},
+    "sr": {"rounding": "sr"},
+    "sr_46": FOUR_SR,
+    "sr_8bit": {"rounding": "sr", "random_bits": 8},
+    "ms_eden": {"rounding": "ms_eden"},
+    "ms_eden_rotation": {"rounding": "ms_eden", "eden_block": "rotation"},
+    "ms_eden_upstream": {"rounding": "ms_eden", "eden_block": "rotation", "eden_space": "scaled"},
+}
+SPECS = {name: QuantSpec.resolve("e2m1", NVFP4_SCALES, **fields) for name, fields in NVFP4.items()}
+SQUARE = {
+    "square_rtn": {},
+    "square_46": {"select": "four_over_six"},
+    "square_sr": {"rounding": "sr"},
+    "square_sr_46_8bit": {**FOUR_SR, "random_bits": 8},
 }
 UNROTATED_ONLY = {
-    "square_rtn": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES),
-    "square_46": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, select="four_over_six"),
-    "square_sr": QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, rounding="sr"),
-    "square_sr_46_8bit": QuantSpec.resolve(
-        "e2m1", NVFP4_SQUARE_SCALES, "four_over_six", "sr", target_max=NO_CLIP_MAX, scale_cap=256.0, random_bits=8
-    ),
+    **{name: QuantSpec.resolve("e2m1", NVFP4_SQUARE_SCALES, **fields) for name, fields in SQUARE.items()},
     "e4m3": QuantSpec.resolve("e4m3", FP8_SCALES[0]),
     "e5m2": QuantSpec.resolve("e5m2", FP8_SCALES[0]),
     "e4m3_rows": QuantSpec.resolve("e4m3", FP8_SCALES[1]),

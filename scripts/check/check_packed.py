@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # this repository first, whatever is installed
 
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, positive
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("check_packed")
@@ -22,7 +22,6 @@ if __name__ == "__main__":
 import torch
 import yaml
 
-from base.terminal import positive
 from kernels import backend
 from models.llama import Llama, LlamaConfig
 from quant import library

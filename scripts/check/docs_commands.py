@@ -21,13 +21,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("docs_commands")
 
 from base.commands import COMMANDS, ROOT
-from base.terminal import quiet_pipes
 from launcher import cellline
 from launcher.cli import read_command_line, take_launcher
 from launcher.compose import Composer, sweep

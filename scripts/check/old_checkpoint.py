@@ -29,29 +29,12 @@ import tempfile
 from net import REPOSITORY, worktree
 
 SMALL = [
-    "model=llama_tiny",
-    "model.layers=1",
-    "model.width=128",
-    "model.heads=2",
-    "model.hidden=128",
-    "data=text",
-    "data.vocab_size=300",
-    "data.val_fraction=0.2",
-    "data.workers=1",
-    "batch.seq_len=64",
-    "batch.sequences=4",
-    "batch.micro=2",
-    "steps=10",
-    "optim.lr=1e-2",
-    "log.every=1",
-    "evaluate.every=null",
-    "evaluate.final_tokens=512",
-    "evaluate.slots=false",
-    "checkpoint.every=5",
-    "checkpoint.keep_last=2",
-    "compile=false",
-    "run.name=small",
-]
+    "model=llama_tiny", "model.layers=1", "model.width=128", "model.heads=2", "model.hidden=128",
+    "optim.lr=1e-2", "steps=10", "data=text", "data.vocab_size=300", "data.val_fraction=0.2",
+    "data.workers=1", "batch.seq_len=64", "batch.sequences=4", "batch.micro=2", "compile=false",
+    "run.name=small", "log.every=1", "evaluate.every=null", "evaluate.final_tokens=512",
+    "evaluate.slots=false", "checkpoint.every=5", "checkpoint.keep_last=2",
+]  # fmt: skip
 # Works in trees from before and after the modules of checkpoints moved.
 READ = """
 import hashlib, sys

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from base.terminal import one_line_on_ctrl_c
+from base.terminal import one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("results")
@@ -31,7 +31,6 @@ from analysis.runs import Run, find_runs, read_run
 from base.commands import ROOT
 from base.files import write_text
 from base.runfolder import read_json
-from base.terminal import quiet_pipes
 
 RESULTS = ROOT / "results"
 NAMES = {

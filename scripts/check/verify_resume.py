@@ -26,37 +26,22 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 
-from base.terminal import one_line_on_ctrl_c  # noqa: E402
+from base.terminal import between, one_line_on_ctrl_c, positive  # noqa: E402
 
 if __name__ == "__main__":
     one_line_on_ctrl_c("verify_resume")
 
 from base.processes import kill_tree  # noqa: E402
 from base.runfolder import CHECKPOINTS, read_metrics  # noqa: E402
-from base.terminal import between, positive  # noqa: E402
 from launcher.cells import layered  # noqa: E402
 from training.checkpoint.manifest import checkpoints, latest_good  # noqa: E402
 from training.checkpoint.state import read_all  # noqa: E402
 
 # Small enough for 20 restarts on two cores, where starting Python takes most of the time.
-TINY_MODEL = [
-    "model=llama_tiny",
-    "model.layers=1",
-    "model.width=128",
-    "model.heads=2",
-    "model.hidden=128",
-    "compile=false",
-]
-TINY = [
-    *TINY_MODEL,
-    "quant=quartet2",
-    "batch.seq_len=128",
-    "batch.sequences=2",
-    "batch.micro=1",
-    "evaluate.every=null",
-    "evaluate.final_tokens=1024",
-    "evaluate.slots=false",
-]
+TINY_MODEL = ["model=llama_tiny", "model.layers=1", "model.width=128", "model.heads=2", "model.hidden=128"]
+TINY_MODEL += ["compile=false"]
+TINY = [*TINY_MODEL, "quant=quartet2", "batch.seq_len=128", "batch.sequences=2", "batch.micro=1"]
+TINY += ["evaluate.every=null", "evaluate.final_tokens=1024", "evaluate.slots=false"]
 STALL_S = 600
 
 
@@ -74,8 +59,8 @@ class Kill:
 
 def command(arguments: argparse.Namespace, folder: Path, world: int, parallel: str) -> list[str]:
     usual = TINY if not any(o.startswith("model=") for o in arguments.overrides) else []
-    length = [f"steps={arguments.steps}", f"checkpoint.every={arguments.every}"]
-    length.append("log.every=1")  # this script sees every step as it happens
+    # log.every: this script sees every step as it happens
+    length = [f"steps={arguments.steps}", f"checkpoint.every={arguments.every}", "log.every=1"]
     places = [f"run.name={folder.name}", f"paths.runs={folder.parent}", f"parallel={parallel}"]
     overrides = layered(usual, length, arguments.overrides, places)
     launch = [sys.executable]
