@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.hooks.base import Hook, Run, keep_where, like_weights, local
+from training.hooks.base import Hook, Run, keep_where, like_weights
 from training.probes.base import Context, Probe
+from training.ranks.distributed import local
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ whole sequences spread evenly over it. What fits into BYTES is kept, by this rul
                        one tensor has more
 """
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ def choose(model: nn.Module, tokens: int) -> Chosen:
             blocks.setdefault(int(found[1]), {})[name] = layer
     for count in range(len(blocks), 0, -1):
         layers = {name: layer for number in spread(sorted(blocks), count) for name, layer in blocks[number].items()}
-        room = (BYTES - weight_bytes(layers.values()) - HEADER * len(layers)) // bytes_of_token(layers.values())
+        shapes = [(layer.in_features, layer.out_features) for layer in layers.values()]
+        weights, token = (BYTES_BF16 * sum(map(of, shapes)) for of in (math.prod, sum))
+        room = (BYTES - weights - HEADER * len(layers)) // token
         if room >= LEAST:
             break
     kept = min(tokens, max(room, LEAST)) // RUN
@@ -83,14 +86,6 @@ def spread(numbers: list[int], count: int) -> list[int]:
     if count == 1:
         return [numbers[len(numbers) // 2]]
     return [numbers[i * (len(numbers) - 1) // (count - 1)] for i in range(count)]
-
-
-def weight_bytes(layers) -> int:
-    return BYTES_BF16 * sum(layer.in_features * layer.out_features for layer in layers)
-
-
-def bytes_of_token(layers) -> int:
-    return BYTES_BF16 * sum(layer.in_features + layer.out_features for layer in layers)
 
 
 def text_of(evalset: EvalSet, micro: int) -> Tensor:

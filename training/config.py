@@ -39,6 +39,12 @@ def whole(key: str, value: float | None, minimum: int = 1, null: str = "") -> in
     return int(value)
 
 
+def set_whole(section: Any, prefix: str, *names: str, minimum: int = 1, null: str = "") -> None:
+    """Fields of a section that are whole numbers, or null."""
+    for name in names:
+        setattr(section, name, whole(f"{prefix}{name}", getattr(section, name), minimum, null))
+
+
 def at_most_one(section: Any, prefix: str, names: tuple[str, ...]) -> None:
     given = [name for name in names if getattr(section, name) is not None]
     if len(given) > 1:
@@ -77,8 +83,7 @@ class ModelSection:
         in_range("model.lr", self.lr, 1e-12, 1e3)
         in_range("model.norm_eps", self.norm_eps, 0.0, 1.0)
         in_range("model.rope_theta", self.rope_theta, 1.0, 1e12)
-        self.batch_tokens = whole("model.batch_tokens", self.batch_tokens)
-        self.micro_tokens = whole("model.micro_tokens", self.micro_tokens)
+        set_whole(self, "model.", "batch_tokens", "micro_tokens")
 
 
 # Above zero in FP32, with room: a row of the embedding without a gradient gets 0 / (0 + eps), and eps=0 makes it NaN.
@@ -137,8 +142,7 @@ class ScheduleSection:
     def __post_init__(self) -> None:
         self.name = choice("schedule.name", self.name, ("cosine", "wsd", "linear", "constant"))
         self.decay_shape = choice("schedule.decay_shape", self.decay_shape, ("linear", "sqrt"))
-        self.warmup_steps = whole("schedule.warmup_steps", self.warmup_steps, 0)
-        self.warmup_tokens = whole("schedule.warmup_tokens", self.warmup_tokens, 0)
+        set_whole(self, "schedule.", "warmup_steps", "warmup_tokens", minimum=0)
         at_most_one(self, "schedule.", ("warmup_steps", "warmup_tokens"))
         for name in ("warmup_fraction", "start_factor", "end_factor", "decay_fraction"):
             if getattr(self, name) is not None:
@@ -156,10 +160,7 @@ class BatchSection:
     document_mask: bool = False  # a token attends to its own document alone, not to others of its sequence
 
     def __post_init__(self) -> None:
-        self.seq_len = whole("batch.seq_len", self.seq_len)
-        self.tokens = whole("batch.tokens", self.tokens)
-        self.sequences = whole("batch.sequences", self.sequences)
-        self.micro = whole("batch.micro", self.micro)
+        set_whole(self, "batch.", "seq_len", "tokens", "sequences", "micro")
         at_most_one(self, "batch.", ("tokens", "sequences"))
 
 
@@ -173,9 +174,8 @@ class EvaluateSection:
     slots: bool = True  # count clipping and underflow per operand slot
 
     def __post_init__(self) -> None:
-        self.every = whole("evaluate.every", self.every, null="for the end only")
-        self.tokens = whole("evaluate.tokens", self.tokens)
-        self.final_tokens = whole("evaluate.final_tokens", self.final_tokens)
+        set_whole(self, "evaluate.", "every", null="for the end only")
+        set_whole(self, "evaluate.", "tokens", "final_tokens")
 
 
 @dataclass
@@ -187,9 +187,8 @@ class CheckpointSection:
     asynchronous: bool = True  # files are written while training goes on
 
     def __post_init__(self) -> None:
-        self.every = whole("checkpoint.every", self.every, null="for the end only")
-        self.keep_last = whole("checkpoint.keep_last", self.keep_last)
-        self.keep_every = whole("checkpoint.keep_every", self.keep_every)
+        set_whole(self, "checkpoint.", "every", null="for the end only")
+        set_whole(self, "checkpoint.", "keep_last", "keep_every")
         for share in self.at:
             in_range("checkpoint.at", share, 0.0, 1.0)
 
@@ -217,7 +216,7 @@ class LogSection:
     every: float = 10  # steps between two reads of the device; every step's loss is logged nevertheless
 
     def __post_init__(self) -> None:
-        self.every = whole("log.every", self.every)
+        set_whole(self, "log.", "every")
 
 
 @dataclass
@@ -300,8 +299,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         at_most_one(self, "", ("tokens", "steps"))
-        self.tokens = whole("tokens", self.tokens)
-        self.steps = whole("steps", self.steps)
+        set_whole(self, "", "tokens", "steps")
         self.data.check()
         check_init(self.init)
         self.parallel = choice("parallel", self.parallel, ("auto", "ddp", "fsdp", "hsdp"))

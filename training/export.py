@@ -18,7 +18,7 @@ FORMAT = "nvfp4-pack-quantized"  # of the compressed-tensors library, which tran
 
 
 def check_exportable(model: nn.Module) -> None:
-    """Raise ValueError for a model that transformers_config and transformers_weights don't know."""
+    """Raise ValueError for a model that transformers doesn't have."""
     if not isinstance(model, Llama):
         why = f": {reason}" if (reason := model.refuses.get("export")) else ""
         raise ValueError(f"{type(model).__name__} can't be exported to transformers; only the llama family can{why}")
@@ -57,18 +57,10 @@ def transformers_config(config: LlamaConfig, bos_id: int | None) -> dict[str, An
     }
 
 
-def transformers_weights(model: Llama) -> dict[str, Tensor]:
-    """Our weights under transformers' names."""
-    return plain_weights(model) | linear_weights(model, {})
-
-
 def plain_weights(model: Llama) -> dict[str, Tensor]:
     """Those of no linear layer within the blocks."""
     state = model.state_dict()
-    out = {
-        "model.embed_tokens.weight": state["embed.weight"],
-        "model.norm.weight": state["norm.weight"],
-    }
+    out = {"model.embed_tokens.weight": state["embed.weight"], "model.norm.weight": state["norm.weight"]}
     if not model.config.tied:
         out["lm_head.weight"] = state["lm_head.weight"]
     for i in range(model.config.layers):
@@ -151,14 +143,8 @@ def quantization_config(model: Llama, packed: dict[str, NVFP4Tensor]) -> dict[st
     """quantization_config of config.json: weights alone, so activations stay in BF16."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     ours = [name for name in linears if name.startswith("blocks.") and name not in packed]
-    weights = {
-        "num_bits": 4,
-        "type": "float",
-        "strategy": "tensor_group",
-        "group_size": NVFP4_BLOCK,
-        "symmetric": True,
-        "dynamic": False,
-    }
+    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": NVFP4_BLOCK}
+    weights |= {"symmetric": True, "dynamic": False}
     scheme = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",

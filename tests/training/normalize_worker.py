@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.ngpt import Ngpt, NgptConfig
-from training.hooks.base import Run, local
+from training.hooks.base import Run
 from training.hooks.normalize import Normalize
 from training.ranks import distributed, parallel
+from training.ranks.distributed import local
 
 SHAPE = NgptConfig(layers=2, width=66, heads=3, hidden=33, vocab_size=97, max_seq_len=16)
 SEQUENCES, STEPS = 4, 3

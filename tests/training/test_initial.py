@@ -11,7 +11,7 @@ import torch
 from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from training.config import ModelSection
-from training.export import transformers_config, transformers_weights
+from training.export import linear_weights, plain_weights, transformers_config
 from training.start.initial import Source, Weights, check_model, described
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -79,7 +79,7 @@ def test_logits_are_those_of_transformers_both_ways(name, tmp_path):
     )
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text(json.dumps(transformers_config(mine.config, 0)))
-    weights = transformers_weights(mine)
+    weights = plain_weights(mine) | linear_weights(mine, {})
     save_file(weights, tmp_path / "out" / "model.safetensors", metadata={"format": "pt"})
     back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items() if key in weights)
@@ -92,7 +92,8 @@ def test_checkpoints_in_several_files_and_in_bf16(tmp_path):
     model.save_pretrained(tmp_path / "in", max_shard_size="30KB")
     assert len(list((tmp_path / "in").glob("*.safetensors"))) > 1
     exact = {key: value.float() for key, value in model.state_dict().items()}
-    weights = transformers_weights(ours(tmp_path / "in"))
+    read = ours(tmp_path / "in")
+    weights = plain_weights(read) | linear_weights(read, {})
     assert weights.keys() == exact.keys() and all(torch.equal(weights[key], exact[key]) for key in exact)
 
 

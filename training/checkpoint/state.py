@@ -40,6 +40,7 @@ from training.checkpoint.storage import (
     read_index,
 )
 from training.optim.groups import create_state
+from training.ranks.distributed import local
 
 # What index, manifest and the file system's own records take beside the tensors.
 SPARE_BYTES = 64 * 2**20
@@ -108,7 +109,7 @@ def non_finite(tensors: dict[str, Tensor], group: dist.ProcessGroup | None = Non
 def _non_finite_here(tensors: dict[str, Tensor]) -> list[str]:
     """One fused pass and one wait for the device: a finite sum of magnitudes has finite terms only. Where it isn't
     finite (large values overflow it, too), each tensor is looked at exactly."""
-    parts = {n: t.to_local() if hasattr(t, "to_local") else t for n, t in tensors.items() if t.is_floating_point()}
+    parts = {name: local(tensor) for name, tensor in tensors.items() if tensor.is_floating_point()}
     parts = {name: part for name, part in parts.items() if part.numel()}
     for device in {part.device for part in parts.values()}:
         sums = torch._foreach_norm([part for part in parts.values() if part.device == device], 1)
@@ -162,6 +163,7 @@ class Checkpointer:
         self.root = Path(run_dir) / CHECKPOINTS
         self.keep_last, self.keep_every, self.at = keep_last, keep_every, at
         self.asynchronous, self.group, self.on_saved, self.before_save = asynchronous, group, on_saved, before_save
+        self._world = 1 if group is None else dist.get_world_size(group)
         self._buffers = StagingBuffers()
         self._pending: tuple[PublishThread, Saved] | None = None
         self._newest = newest
@@ -170,9 +172,8 @@ class Checkpointer:
         """Allocate this rank's host buffers in the background: a third of the state are weights, AdamW's moments the
         rest, shared out evenly over the ranks. Only for tensors on a GPU, whose buffers are pinned."""
         weights = [p for p in state.model.parameters() if p.is_cuda]
-        world = 1 if self.group is None else dist.get_world_size(self.group)
         if weights and self.asynchronous:
-            self._buffers.reserve(3 * sum(p.numel() * p.element_size() for p in weights) // world)
+            self._buffers.reserve(3 * sum(p.numel() * p.element_size() for p in weights) // self._world)
 
     def save(self, state: TrainState, *, wait: bool = False) -> None:
         """Save `state` as step state.step. Returns once the state is copied; writing goes on in a thread, unless
@@ -226,7 +227,7 @@ class Checkpointer:
         except CheckpointError as failure:
             error = failure
         if self.group is not None:
-            errors: list[str | None] = [None] * dist.get_world_size(self.group)
+            errors: list[str | None] = [None] * self._world
             dist.all_gather_object(errors, None if error is None else str(error), group=self.group)
             error = error or next((CheckpointError(e) for e in errors if e), None)
         if error is not None:
@@ -235,22 +236,14 @@ class Checkpointer:
         self.on_saved(Saved(report.step, report.path, report.stall_s, write_s, report.gigabytes))
 
     def _job(self, state: TrainState, writer: StagingWriter) -> Job:
-        world = 1 if self.group is None else dist.get_world_size(self.group)
-        meta = {
-            "step": state.step,
-            "tokens": state.tokens,
-            "hash": state.hash,
-            "world_size": world,
-            "torch": torch.__version__,
-            "saved_at": time.time(),
-            "extra": state.extra,
-        }
+        meta = {"step": state.step, "tokens": state.tokens, "hash": state.hash, "world_size": self._world}
+        meta |= {"torch": torch.__version__, "saved_at": time.time(), "extra": state.extra}
         return Job(
             folder=writer.folder,
             final=self.root / step_name(state.step),
             files=writer.files,
             rank=0 if self.group is None else dist.get_rank(self.group),
-            world=world,
+            world=self._world,
             index=writer.index,
             meta=meta,
             keep_last=self.keep_last,

@@ -11,14 +11,16 @@ A hook is one file of this folder and one line of the table in __init__.py. The 
   checkpoint is loaded. State that follows a weight is made by `like_weights`, so that it is sharded as the weight is.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from base.words import suggestion
 from quant.plan import Plan
 from training.microbatch import MicroBatch
 from training.options import NoOptions
@@ -80,14 +82,18 @@ class Hook:
         return None
 
 
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it; shares its memory."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def like_weights(model: nn.Module) -> dict[str, Tensor]:
     """{parameter's name: zeros, placed as the parameter is}."""
     return {name: torch.zeros_like(parameter.detach()) for name, parameter in model.named_parameters()}
+
+
+def check_globs(where: str, globs: Iterable[str], model: nn.Module) -> None:
+    """ValueError, with the nearest name, for a glob that matches no parameter's name."""
+    known = [name for name, _ in model.named_parameters()]
+    for glob in globs:
+        if not any(fnmatchcase(name, glob) for name in known):
+            near = suggestion(glob, known, f"parameters: {', '.join(known[:4])}, ...")
+            raise ValueError(f"{where}: {glob!r} matches no parameter{near}")
 
 
 @torch.no_grad()

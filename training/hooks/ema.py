@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.hooks.base import Hook, Run, like_weights, local
+from training.hooks.base import Hook, Run, like_weights
+from training.ranks.distributed import local
 from training.ranks.parallel import reshard
 
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from quant.plan import Plan, quant_linears
 from quant.products.shaped import DAMPING
-from training.hooks.base import Hook, Run, keep_where, local
-from training.hooks.osci_reset import shard_groups
+from training.hooks.base import Hook, Run, keep_where
+from training.ranks.distributed import local, shard_groups
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from base.words import suggestion
 from models.unit import COLUMNS, ROWS, divisors, square_sums
 from quant.plan import Plan
-from training.hooks.base import Hook, Run, local
+from training.hooks.base import Hook, Run, check_globs
+from training.ranks.distributed import local, shard_groups
 
 
 @dataclass(frozen=True)
@@ -43,17 +43,13 @@ class Normalize(Hook):
         rows, columns = matching(run.model, options.rows), matching(run.model, options.columns)
         self._rows = [local(parameter.detach()) for parameter in rows.values()]
         self._columns = [local(parameter.detach()) for parameter in columns.values()]
-        self._group = shard_group(next(iter(columns.values()), None))
+        self._groups = shard_groups(next(iter(columns.values()), None))
 
     @classmethod
     def check(cls, options: NormalizeOptions, model: nn.Module, plan: Plan) -> None:
-        known = [name for name, _ in model.named_parameters()]
         for glob in (*options.rows, *options.columns):
-            found = matching(model, (glob,))
-            if not found:
-                near = suggestion(glob, known, f"parameters: {', '.join(known[:4])}, ...")
-                raise ValueError(f"hooks.normalize: {glob!r} matches no parameter{near}")
-            if flat := [name for name, parameter in found.items() if parameter.ndim != 2]:
+            check_globs("hooks.normalize", [glob], model)
+            if flat := [name for name, parameter in matching(model, (glob,)).items() if parameter.ndim != 2]:
                 raise ValueError(f"hooks.normalize: {glob!r} matches {flat[0]}, which is no matrix; name matrices only")
         twice = matching(model, options.rows).keys() & matching(model, options.columns).keys()
         if twice:
@@ -71,8 +67,8 @@ class Normalize(Hook):
         if not self._columns:
             return
         sums = torch.cat([square_sums(weight, COLUMNS) for weight in self._columns])
-        if self._group is not None:
-            dist.all_reduce(sums, group=self._group)
+        for group in self._groups:
+            dist.all_reduce(sums, group=group)
         widths = [weight.shape[1] for weight in self._columns]
         for weight, by in zip(self._columns, divisors_unless(skip, sums).split(widths), strict=True):
             weight.div_(by)
@@ -85,11 +81,3 @@ def divisors_unless(skip: Tensor, sums: Tensor) -> Tensor:
 
 def matching(model: nn.Module, globs: tuple[str, ...]) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if any(fnmatchcase(name, glob) for glob in globs)}
-
-
-def shard_group(parameter: nn.Parameter | None) -> dist.ProcessGroup | None:
-    """The ranks that share the rows of this parameter; None where each rank has all of them."""
-    for number, placement in enumerate(getattr(parameter, "placements", ())):
-        if placement.is_shard():
-            return parameter.device_mesh.get_group(number)
-    return None

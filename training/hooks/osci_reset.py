@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from kernels import quantize as ops
 from quant.held import fixed_or
 from quant.plan import Plan, quant_linears
-from training.hooks.base import Hook, Run, keep_where, local
+from training.hooks.base import Hook, Run, keep_where
+from training.ranks.distributed import local, shard_groups
 
 TILE = 16  # rows of a square block
 
@@ -142,11 +143,3 @@ def quantized(layer: nn.Module, weight: Tensor, largest: Tensor) -> Tensor:
     made = ops.quantize(weight.to(torch.bfloat16), spec_of(layer), 1, largest, None, None, ("values",))
     values = made.values.float()
     return values if made.scale is None else values * made.scale
-
-
-def shard_groups(weight: Tensor) -> list[Any]:
-    """The process groups over which a weight is sharded; none for a whole one."""
-    if not hasattr(weight, "device_mesh"):
-        return []
-    placed = enumerate(weight.placements)
-    return [weight.device_mesh.get_group(number) for number, placement in placed if placement.is_shard()]

@@ -10,9 +10,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from base.words import suggestion
 from quant.plan import Plan
-from training.hooks.base import Hook, Run
+from training.hooks.base import Hook, Run, check_globs
 from training.optim.groups import create_state
 
 
@@ -35,11 +34,7 @@ class TrainOnly(Hook):
 
     @classmethod
     def check(cls, options: TrainOnlyOptions, model: nn.Module, plan: Plan) -> None:
-        known = [name for name, _ in model.named_parameters()]
-        for glob in options.names:
-            if not any(fnmatchcase(name, glob) for name in known):
-                near = suggestion(glob, known, f"parameters: {', '.join(known[:4])}, ...")
-                raise ValueError(f"optim.train: {glob!r} matches no parameter{near}")
+        check_globs("optim.train", options.names, model)
 
     def begin(self, step: int) -> None:
         if not self._first:

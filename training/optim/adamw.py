@@ -5,7 +5,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from training.optim.muon import local
+from training.ranks.distributed import local
 
 if find_spec("triton"):  # every torch for CUDA brings it
     from kernels import adamw as kernel

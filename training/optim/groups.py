@@ -48,10 +48,7 @@ def build_muon(model: nn.Module, config: OptimSection, lr: float) -> list[torch.
     named = dict(model.named_parameters())
     matrices = [p for name, p in named.items() if name.startswith("blocks.") and p.ndim == 2]
     by_width = (model.config.width / REFERENCE_WIDTH) ** -0.5
-    rates = {
-        "embed.weight": config.embed_lr * by_width,
-        "lm_head.weight": config.head_lr * by_width,
-    }
+    rates = {"embed.weight": config.embed_lr * by_width, "lm_head.weight": config.head_lr * by_width}
     rates |= {name: config.scalar_lr * share for name, share in model.scalar_rates.items()}
     others = {name for name, p in named.items() if not any(p is matrix for matrix in matrices)}
     if others != set(rates):
@@ -99,15 +96,10 @@ def clip_gradients(
     later = set()
     for optimizer in optimizers:
         if isinstance(optimizer, ClippingAdamW) and optimizer.can_clip():
-            optimizer.factor = clip_factor(norm, max_norm)
+            optimizer.factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)  # as torch's clip_grads_with_norm_
             later |= {parameter for group in optimizer.param_groups for parameter in group["params"]}
     torch.nn.utils.clip_grads_with_norm_([p for p in parameters if p not in later], max_norm, norm)
     return norm
-
-
-def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What torch's clip_grads_with_norm_ multiplies by, FP32 []."""
-    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
 def create_state(optimizers: Sequence[torch.optim.Optimizer]) -> None:

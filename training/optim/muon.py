@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from training.ranks.distributed import local
+
 # Five steps for singular values in [1e-3, 1] (arXiv 2505.16932). The input is divided by 1.02 times its norm, the
 # paper's safety factor, so that rounding in BF16 can't push a singular value over 1.
 POLAR_EXPRESS = (
@@ -163,11 +165,6 @@ class PlainMuon(Muon):
         for p, moment, weight, after in zip(params, moments, *new, strict=True):
             local(p).copy_(weight)
             local(moment).copy_(after)
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of it; shares its memory."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(parts: Tensor, like: Tensor) -> Tensor:

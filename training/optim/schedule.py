@@ -4,8 +4,6 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
-SHAPES = ("linear", "sqrt")  # of a decay
-
 
 @dataclass(frozen=True)
 class Schedule:

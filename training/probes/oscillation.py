@@ -20,9 +20,9 @@ from kernels.quantize.blocks import quantize_blocks
 from kernels.spec import QuantSpec
 from quant.linear import QuantLinear
 from quant.plan import Plan, quant_linears
-from training.hooks.base import local
-from training.hooks.osci_reset import largest_of, shard_groups, spec_of, takes_part
+from training.hooks.osci_reset import largest_of, spec_of, takes_part
 from training.probes.base import Coming, Context, Probe
+from training.ranks.distributed import local, shard_groups
 from training.start.memory import GIB, MemoryEstimate
 
 BINS = 10

@@ -9,8 +9,7 @@ class OtherWeights(Probe):
     def scores(self, context: Context) -> dict[str, float]:
         found = {}
         for name, hook in context.hooks.items():
-            other = hook.weights(context.step)
-            if other is not None:
+            if (other := hook.weights(context.step)) is not None:
                 with other:
                     found[f"loss_{name}"] = context.evaluation.score()["loss"]
         return found

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
+from torch.distributed.tensor import DTensor
 
 from base.ranks import Place, place, remedy
 
@@ -147,6 +148,17 @@ def _wait_for_port(address: tuple[str, int]) -> None:
             if time.monotonic() > deadline:
                 raise
         time.sleep(0.2)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank holds of it; shares its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def shard_groups(weight: Tensor) -> list[dist.ProcessGroup]:
+    """The process groups over which a weight is sharded; none for a whole one."""
+    placed = enumerate(weight.placements) if isinstance(weight, DTensor) else ()
+    return [weight.device_mesh.get_group(number) for number, placement in placed if placement.is_shard()]
 
 
 def teardown() -> None:

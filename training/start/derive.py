@@ -50,7 +50,8 @@ def derive(config: TrainConfig, parameters_non_embedding: int, world: int) -> Nu
     check_optimizer(config)
     seq_len = config.batch.seq_len
     sequences = batch_sequences(config)
-    micro = config.batch.micro or default_micro(sequences, config.model.micro_tokens // seq_len)
+    # The largest divisor of the batch within the preset's limit: a function of the config, not of the machine.
+    micro = config.batch.micro or largest_divisor(sequences, max(1, config.model.micro_tokens // seq_len))
     fitting = largest_divisor(sequences, micro)
     if sequences % micro:
         raise ValueError(
@@ -131,11 +132,6 @@ def batch_sequences(config: TrainConfig) -> int:
             f"set batch.tokens={max(1, tokens // batch.seq_len) * batch.seq_len} or batch.sequences"
         )
     return tokens // batch.seq_len
-
-
-def default_micro(sequences: int, limit: int) -> int:
-    """The largest divisor of the batch within the preset's limit: a function of the config, not of the machine."""
-    return largest_divisor(sequences, max(1, limit))
 
 
 def largest_divisor(number: int, limit: int) -> int:
