@@ -382,6 +382,11 @@ def _check_blocks(
         raise ValueError("eden_space=scaled is upstream's for grid=e2m1; use eden_space=tensor")
     if isinstance(scaling, HiFloat4) and (select, rounding) != ("absmax", "rtn"):
         raise ValueError(f"grid=hif4 takes select=absmax and rounding=rtn; got select={select}, rounding={rounding}")
+    if select == "search" and isinstance(scaling, UE5M3Blocks):
+        raise ValueError(
+            f"select=search steps from one E4M3 scale to the next; [{_written(scales)}] are none: use scales [tensor "
+            "fp32, 1x16 e4m3], or select=absmax or four_over_six"
+        )
     if isinstance(scaling, PowersOfTwo):
         if select != "absmax":
             raise ValueError(f"select={select} needs E4M3 scales; with [1x32 e8m0] use select=absmax")

@@ -149,6 +149,13 @@ def test_search_walks_the_bytes_of_the_scale():
     assert all(squared_error_of_step(large, step) == 0.0 for step in range(6))
 
 
+@pytest.mark.parametrize("scales", [UE5M3_SCALES, (TENSOR_FP32, *UE5M3_SCALES)])
+def test_search_is_refused_where_scales_are_not_e4m3(scales):
+    """Its steps end at 448: a block of 1e6 under UE5M3 alone would be 2,688."""
+    with pytest.raises(ValueError, match=r"select=search.*use scales \[tensor fp32, 1x16 e4m3\]"):
+        spec_of("e2m1", "search", scales=scales)
+
+
 def squared_error_of_step(x: Tensor, step: int) -> float:
     spec = SPECS["search"]
     groups = x.view(1, 1, 16)
