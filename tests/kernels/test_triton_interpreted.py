@@ -14,6 +14,11 @@ import torch
 
 from kernels.formats.nvfp4 import NVFP4Tensor
 from kernels.spec import NVFP4_SCALES, QuantSpec
+from launcher import cells
+from launcher.compose import compose
+from quant import library
+from quant.names import SLOTS
+from quant.plan import Precision
 
 pytest.importorskip("triton")
 from kernels.quantize import triton_impl
@@ -46,12 +51,31 @@ def test_all_kinds_of_slots_were_compared(comparisons):
     assert {("square_rtn", 1, "bf16", False), ("e4m3_rows", 0, "bf16", False), ("e5m2", 1, "bf16", False)} <= seen
     over = {r["rotation"] for r in comparisons if r["spec"] in ("ms_eden_rotation", "ms_eden_upstream")}
     assert over == {32}  # two groups share a correction
+    assert {"ms_eden", "rtn_46", "if4_eden", "search", "sfp4_46_eden"} == {
+        r["spec"] for r in comparisons if r.get("family") == "high" and r["rotation"] == 128
+    }
     for form in ("po4_mix", "sfp4_46_eden", "int4_sr", "if4_eden", "search", "mxfp4_macro", "ue5m3_sr", "hif4"):
         assert form in {r["spec"] for r in comparisons}
     for family in ("subnormal_scales", "gradient"):
         assert {"rtn", "rtn_46", "sr", "ms_eden", "ms_eden_rotation", "square_46", "e5m2"} <= {
             r["spec"] for r in comparisons if r.get("family") == family
         }
+
+
+def test_no_recipe_runs_the_reference_on_a_gpu():
+    """Every quantizer of every file of configs/quant and of the leaderboard's own arms has a kernel."""
+    arms = cells.load("leaderboard")["axes"]["recipe"].values()
+    own = [words for words in arms if any(word.startswith("quant.") for word in words)]
+    assert own
+    composed = (compose(["model=llama_30m", "data=text", "data.files=x", *words]).config.quant for words in own)
+    for values in (*map(library.mapping, library.names()), *composed):
+        recipe = Precision.from_dict(values).recipe.audited()
+        if recipe is None:  # Transformer Engine's own
+            continue
+        for slot in SLOTS:
+            operand, turned = recipe.operand(slot), recipe.gemm(slot.split(".")[0]).rotation.dim is not None
+            if operand.is_quantized and operand.source != "fprop_transposed":
+                assert triton_impl.supports(operand.spec, int(turned)) is None, (recipe.name, slot)
 
 
 def test_without_rotation_all_but_ms_eden_agree_bit_for_bit(comparisons):
