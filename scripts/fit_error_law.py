@@ -5,7 +5,8 @@
 
 Nine forward quantizers have published gaps at 15 to 22 cells (N, D). Their errors are measured on normal and on
 heavy-tailed X; analysis/error_law.py has the model. Writes error_law.json and error_law.png. CPU, half a minute.
-The figure has our own arms, too: the screen's, and of the leaderboard those that share quartet2's backward.
+The figure has our own arms, too: the screen's, and of the leaderboard those that share quartet2's backward. The last
+table has the backward's parts, product by product (analysis/backward_parts.py).
 """
 
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.commands import parser_of
+from base.commands import ROOT, parser_of
 from base.terminal import existing, one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
@@ -26,8 +27,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis import error_law, leaderboard, plots, published
+from analysis import backward_parts, error_law, leaderboard, plots, published
 from analysis.contrasts import Spread
+from analysis.law import Law
 from analysis.runs import find_runs
 from base.files import write_json
 from base.runfolder import read_json
@@ -248,6 +250,28 @@ def board_text(
     return "\n".join(lines)
 
 
+def backward(points: dict[str, published.Points]) -> dict[str, backward_parts.Part]:
+    """Of the parts whose arms are there."""
+    law = Law(**read_json(ROOT / "results" / "law" / "law.json")["laws"]["coupled"])
+    return {
+        name: backward_parts.part(points, plus, minus, law)
+        for name, (plus, minus) in backward_parts.PARTS.items()
+        if points.keys() >= {*plus, *minus}
+    }
+
+
+def backward_text(found: dict[str, backward_parts.Part]) -> str:
+    lines = [
+        "| part | 1e-3 nats | cells | more a factor e of D/N | % of the tokens, low and high D/N |",
+        "|" + " --- |" * 5,
+    ]
+    for name, one in found.items():
+        low, high = one.tokens
+        numbers = f"{one.mean:.1f} +- {one.se:.1f} | {one.cells} | {one.rise:+.1f} +- {one.rise_se:.1f}"
+        lines.append(f"| {name} | {numbers} | {low:.1f}, {high:.1f} |")
+    return "\n".join(lines)
+
+
 def draw(
     found: dict[str, error_law.Effect],
     measured: dict[str, error_law.Measured],
@@ -322,7 +346,15 @@ def main() -> int:
         rows, ours = {name: fits(found, numbers) for name, numbers in measured.items()}, our_gaps()
         effects = {arm: asdict(effect) for arm, effect in found.items()}
         board = board_arms(screen_backward()) if ours else {}
-        report = {"effects": effects, "measured": measured, "fits": rows, "our_gaps": ours, "leaderboard": board}
+        parts = backward(points)
+        report = {
+            "effects": effects,
+            "measured": measured,
+            "fits": rows,
+            "our_gaps": ours,
+            "leaderboard": board,
+            "backward": {name: asdict(one) for name, one in parts.items()},
+        }
         write_json(args.out / "error_law.json", report)
         draw(found, measured, {name: every[0] for name, every in rows.items()}, ours, board, args.out / "error_law.png")
     except (ValueError, OSError) as error:
@@ -331,6 +363,7 @@ def main() -> int:
     print(arms_text(found, measured), *(text(name, every) for name, every in rows.items()), sep="\n\n")
     if board and "captured" in rows:
         print(board_text(board, measured["captured"], rows["captured"][0]))
+    print("\nThe backward's parts\n", backward_text(parts), sep="\n")
     return 0
 
 
