@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from training.checkpoint import publish
 from training.checkpoint.manifest import checkpoints, latest_good, problems, prune, read_meta, remove_temporary
 from training.checkpoint.state import Checkpointer, TrainState, load, load_model, state_tensors
-from training.checkpoint.storage import CheckpointError, StagingBuffers
+from training.checkpoint.storage import CheckpointError, StagedFile, StagingBuffers
 
 
 def new_state(seed: int, width: int = 16, hash_: str = "abc") -> TrainState:
@@ -354,6 +355,39 @@ def test_failed_write_is_reported_and_leaves_the_earlier_ones(tmp_path, monkeypa
         saver.wait()
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step_00000003"]
     assert read_meta(latest_good(tmp_path))["step"] == 3
+
+
+@pytest.mark.parametrize("room_for_a_note", [True, False])
+def test_a_rank_whose_disk_is_full_ends_the_save_of_all(tmp_path, monkeypatch, room_for_a_note):
+    """It would leave rank 0 waiting for half an hour where it can't write down what happened."""
+    folder = tmp_path / "checkpoints" / ".tmp-step_00000004-0"
+    folder.mkdir(parents=True)
+    write, staged = publish.write_durably, StagedFile("shard_00001_00.safetensors", b"", torch.zeros(4).byte())
+
+    def full(path, chunks):
+        if path.name == staged.name:
+            path.touch()
+        if path.name == staged.name or ("part_00001" in path.name and (folder / staged.name).exists()):
+            raise OSError(28, "No space left on device")
+        if "part_00001" in path.name and not room_for_a_note:
+            raise OSError(28, "No space left on device")
+        return write(path, chunks)
+
+    monkeypatch.setattr(publish, "write_durably", full)
+    monkeypatch.setattr(publish, "write_json", lambda path, value: full(path, [json.dumps(value).encode()]))
+    monkeypatch.setattr(publish, "PART_TIMEOUT_S", 10.0)
+    final = folder.parent / "step_00000004"
+    threads = [
+        publish.PublishThread(publish.Job(folder, final, [staged] * rank, rank, 2, {}, {}, 2, 0)) for rank in (1, 0)
+    ]
+    for thread in threads:
+        thread.start()
+    with pytest.raises(CheckpointError, match="No space left"):
+        threads[0].result()
+    says = "rank 1: .*No space left" if room_for_a_note else "rank 1 can't write"
+    with pytest.raises(CheckpointError, match=says):
+        threads[1].result()
+    assert list(folder.parent.iterdir()) == []
 
 
 def test_verification_shares_cover_every_file(tmp_path, monkeypatch):

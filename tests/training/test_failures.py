@@ -90,3 +90,31 @@ def test_an_error_from_c_that_our_line_calls_keeps_its_traceback(error):
     call = {ValueError: lambda: int("x"), RuntimeError: lambda: torch.ones(2).view(3)}[error]
     with pytest.raises(error), one_line_errors():
         call()
+
+
+GLOO = "[/pytorch/gloo/transport/tcp/pair.cc:{}] {}. This is typically caused by a remote worker."
+
+
+def raised_in_c(text: str) -> None:
+    exec(compile("raise RuntimeError(text)", "/gloo", "exec"), {"text": text})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        GLOO.format(553, "Connection closed by peer [127.0.0.1]:420"),
+        GLOO.format(537, "Read error [127.0.0.1]:32640: Connection reset by peer"),
+    ],
+)
+def test_a_rank_that_lost_another_says_so_in_one_line(text, capsys):
+    """As torch words it. What the dead rank says would drown in the tracebacks of the others."""
+    with one_line_errors() as outcome:
+        raised_in_c(text)
+    assert outcome.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "another rank" in line and "peer" in line and "last checkpoint" in line
+
+
+def test_what_gloo_says_of_our_own_mistakes_keeps_its_traceback():
+    with pytest.raises(RuntimeError), one_line_errors():
+        raised_in_c(GLOO.format(1, "op.preamble.length <= op.nbytes"))

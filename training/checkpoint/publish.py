@@ -11,6 +11,7 @@ import shutil
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,10 +104,16 @@ def _publish_part(job: Job, value: dict[str, Any]) -> None:
 
 
 def _try_to_publish_failure(job: Job, error: Exception) -> None:
+    """Tell rank 0, which would wait for PART_TIMEOUT_S. A full disk has room for that once this rank's files are gone,
+    and for an empty file in any case."""
+    with suppress(OSError):
+        for file in job.files:
+            (job.folder / file.name).unlink(missing_ok=True)
     try:
         _publish_part(job, {"error": f"rank {job.rank}: {error}"})
     except OSError:
-        return  # the disk that failed may refuse this too; rank 0 then runs into its timeout
+        with suppress(OSError):
+            _part(job, job.rank).touch()
 
 
 def _all_parts(job: Job) -> dict[str, dict[str, Any]]:
@@ -118,7 +125,8 @@ def _all_parts(job: Job) -> dict[str, dict[str, Any]]:
         # listdir, not exists(): network file systems cache that a name was absent
         names = set(os.listdir(job.folder))
         for rank in [r for r in waiting if _part(job, r).name in names]:
-            part = json.loads(_part(job, rank).read_text())
+            text = _part(job, rank).read_text()
+            part = json.loads(text) if text else {"error": f"rank {rank} can't write to {job.folder.parent}"}
             if "error" in part:
                 raise CheckpointError(part["error"])
             files |= part["files"]

@@ -229,7 +229,8 @@ class Checkpointer:
         if self.group is not None:
             errors: list[str | None] = [None] * self._world
             dist.all_gather_object(errors, None if error is None else str(error), group=self.group)
-            error = error or next((CheckpointError(e) for e in errors if e), None)
+            # Rank 0 meets every rank's failure, and then removes the folder under those that still write.
+            error = next((CheckpointError(e) for e in errors if e), None)
         if error is not None:
             raise error
         self._newest = report.step

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from base.commands import spelled
 
 ROOT = Path(__file__).resolve().parents[2]
 WRONG_COMMAND, FAILED = 2, 1
+GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+GO_ON = "The same command goes on from the last checkpoint"
 
 
 @dataclass
@@ -38,10 +41,21 @@ def one_line_errors(script: str = "train.py") -> Iterator[Outcome]:
     except OSError as error:
         say(script, str(error))
     except (ValueError, RuntimeError) as error:
+        if lost_a_rank(error):
+            why = str(error).splitlines()[0].rpartition("] ")[2].partition(". This")[0]
+            say(script, f"another rank has ended, whose own lines say why ({why}). {GO_ON}")
+            return
         if not raised_by_us(error):
             raise
         outcome.code = WRONG_COMMAND if isinstance(error, ValueError) else FAILED
         say(script, str(error))
+
+
+def lost_a_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone: gloo says so in the text alone, at the first collective
+    after it. The rank that failed shows what happened; a traceback of each of the others would hide it."""
+    is_remote = isinstance(error, dist.DistNetworkError) or "gloo/transport" in str(error)
+    return is_remote and any(words in str(error) for words in GONE)
 
 
 def raised_by_us(error: BaseException) -> bool:

@@ -22,6 +22,7 @@ from training.hooks.base import Run
 from training.hooks.phases import Phases
 from training.loop import Parts, Trainer
 from training.optim.groups import build_optimizers
+from training.ranks.alike import check_alike, check_start
 from training.ranks.distributed import Dist, setup, teardown
 from training.ranks.signals import RunLock, StopFlag
 from training.ranks.watchdog import Watchdog
@@ -54,6 +55,7 @@ def launch(request: Request) -> int:
     Raises ValueError for mistakes in the configuration, RuntimeError for what the machine can't do, OSError for files.
     """
     ranks = setup()
+    check_start(ranks, request.config)
     if request.config.dry_run:
         text = start_screen(request, ranks)
         if ranks.is_main:
@@ -86,6 +88,7 @@ def train(request: Request, ranks: Dist) -> int:
         config.data, ranks.on_main(lambda: str(ensure(config.data, config.paths.data, config.batch.seq_len)))
     )
     described = describe(request, ranks, tokens)
+    check_alike(ranks, hash=described.run["hash"], data=described.run["data_fingerprint"])
     check_memory(config, described, ranks)
     texts = open_texts(config, tokens, open_val_sets(config.data, tokens))
     for plan in described.plans:
