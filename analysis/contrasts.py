@@ -54,10 +54,6 @@ class Asked:
     mixture: dict[str, float]
     arm: str | None = None
 
-    @property
-    def sides(self) -> list[str]:
-        return [*([self.arm] if self.arm else []), *self.mixture]
-
 
 @dataclass(frozen=True)
 class Contrast:

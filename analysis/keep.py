@@ -15,26 +15,12 @@ from pathlib import Path
 import numpy as np
 
 from analysis.runs import Run, read_run
+from base import runfolder
 from base.files import write_json
-from base.runfolder import (
-    CONFIG,
-    ENV,
-    EVAL,
-    LIFTS,
-    METRICS,
-    RESULT,
-    RUN,
-    SCORE,
-    SEGMENT_KEYS,
-    TASKS,
-    XRAYS,
-    kept_fields,
-    read_metrics,
-    segments_file,
-)
 
-LOOKS = (TASKS, XRAYS, LIFTS)  # folders of JSON files that scripts wrote afterwards
-FILES = (RUN, ENV, RESULT)  # the first goes first and comes last: without it a copy is no run
+LOOKS = (runfolder.TASKS, runfolder.XRAYS, runfolder.LIFTS)  # folders of JSON files that scripts wrote afterwards
+# The first goes first and comes last: without it a copy is no run.
+FILES = (runfolder.RUN, runfolder.ENV, runfolder.RESULT)
 PLACES = ("data.path=", "data.files=", "data.val_files=", "data.tokenizer=", "paths.")
 SMALL_TYPES = {"sequence": np.int32, "document": np.int32, "nats": np.float32, "tokens": np.int32, "bytes": np.int32}
 
@@ -59,23 +45,23 @@ def keep(run: Run, folder: Path, every: int = 10, steps: Iterable[int] = ()) -> 
     target = folder / run.name
     if target.resolve() == run.path.resolve():
         raise ValueError(f"{target}: the copy would replace the run itself; give another folder")
-    if (target / CONFIG).exists():  # which copies lack
+    if (target / runfolder.CONFIG).exists():  # which copies lack
         raise ValueError(f"{target}: the copy would replace a run, not an older copy; give another folder")
     is_finished = run.finished  # then all records are there
-    records = read_metrics(run.path)
+    records = runfolder.read_metrics(run.path)
     run = read_run(run.path, records)  # as of these records: it may be going on
     targets = dict(zip(run.evals["step"].astype(int).tolist(), run.targets.tolist(), strict=True))
     evaluations = {step: run.rows_at(step) for step in sorted(targets.keys() & {*steps, max(targets, default=0)})}
     records = [thin(record, every, run.train["step"][-1:], targets) for record in records]
-    (target / EVAL).mkdir(parents=True, exist_ok=True)
-    scores = [path for name in (SCORE, *LOOKS) for path in (target / name).glob("*")]
-    for old in (*(target / name for name in FILES), *(target / EVAL).glob("*.npz"), *scores):
+    (target / runfolder.EVAL).mkdir(parents=True, exist_ok=True)
+    scores = [path for name in (runfolder.SCORE, *LOOKS) for path in (target / name).glob("*")]
+    for old in (*(target / name for name in FILES), *(target / runfolder.EVAL).glob("*.npz"), *scores):
         old.unlink(missing_ok=True)
-    (target / METRICS).write_text("".join(json.dumps(r) + "\n" for r in records if r))
+    (target / runfolder.METRICS).write_text("".join(json.dumps(r) + "\n" for r in records if r))
     for step, rows in evaluations.items():
-        small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in SEGMENT_KEYS}
-        np.savez_compressed(segments_file(target, step), **small)
-    keep_scores(run.path / SCORE, target / SCORE)
+        small = {key: getattr(rows, key).astype(SMALL_TYPES[key]) for key in runfolder.SEGMENT_KEYS}
+        np.savez_compressed(runfolder.segments_file(target, step), **small)
+    keep_scores(run.path / runfolder.SCORE, target / runfolder.SCORE)
     for path in sorted(path for name in LOOKS for path in (run.path / name).glob("*.json")):
         (target / path.parent.name).mkdir(exist_ok=True)
         shutil.copyfile(path, target / path.parent.name / path.name)
@@ -125,7 +111,7 @@ def thin(record: dict, every: int, last: np.ndarray, targets: dict[int, int]) ->
     if record["kind"] == "train":
         if record["step"] % every and record["step"] not in last:
             return None
-        return {key: rounded(record[key]) for key in kept_fields("train") if key in record}
+        return {key: rounded(record[key]) for key in runfolder.kept_fields("train") if key in record}
     if record["kind"] == "eval":
         return record | {"targets": int(targets[record["step"]])}
     return {key: value for key, value in record.items() if key != "path"}

@@ -53,7 +53,7 @@ def assemble(
             "token_bytes_sha256": sha256_of(folder / "token_bytes.npy"),
         },
         "splits": splits,
-        "bad_rows": {role: sum(_totals(path)[BAD_ROWS] for path in paths) for role, paths in parts.items()},
+        "bad_rows": {role: sum(map(bad_rows, paths)) for role, paths in parts.items()},
     }
     manifest["fingerprint"] = content_fingerprint(manifest)
     return manifest
@@ -65,8 +65,8 @@ def content_fingerprint(manifest: dict[str, Any]) -> str:
     return json_hash([manifest["tokenizer"]["hash"], manifest["dtype"], splits])
 
 
-def _totals(path: Path) -> list[int]:
-    return _loaded(path, ("totals",))["totals"].tolist()
+def bad_rows(path: Path) -> int:
+    return int(_loaded(path, ("totals",))["totals"][BAD_ROWS])
 
 
 def _loaded(path: Path, *names: tuple[str, ...]) -> dict[str, np.ndarray]:

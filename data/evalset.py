@@ -132,7 +132,9 @@ class EvalSet:
 
     def _segments_of(self, first: int, count: int) -> tuple[np.ndarray, ...]:
         """(sequence, row of the document index, begin, end, bytes, is text?) of the segments of some sequences."""
-        positions = np.stack([_positions(spans) for spans in self._spans[first : first + count]])[:, 1:]
+        chosen = self._spans[first : first + count]
+        places = [np.concatenate([np.arange(start, start + length) for start, length in spans]) for spans in chosen]
+        positions = np.stack(places)[:, 1:]
         sizes = self.stream.sizes(positions, self._read(first, count)[:, 1:])
         row = self.stream.rows(positions)
         since_bos = positions - self.stream.documents[row, 0]
@@ -165,10 +167,6 @@ def available(tokens: TokenSet, seq_len: int, packing: str) -> int:
 def _sequences(stream: Stream, windows: Windows, seq_len: int) -> int:
     """Whole sequences from the first token on; training's windows leave room for an offset."""
     return (stream.length - 1) // seq_len if isinstance(windows, StreamWindows) else windows.count
-
-
-def _positions(spans: list[Span]) -> np.ndarray:
-    return np.concatenate([np.arange(start, start + length) for start, length in spans])
 
 
 def _numbered(groups: np.ndarray) -> np.ndarray:

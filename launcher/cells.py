@@ -99,7 +99,8 @@ def expand(experiment: dict[str, Any]) -> dict[str, list[str]]:
     for block in experiment["cells"]:
         if set(block) != set(axes):
             raise CellError(f"cells: a block needs each of {', '.join(axes)}; got {', '.join(block)}")
-        for values in itertools.product(*(_as_list(block[axis]) for axis in axes)):
+        listed = (block[axis] if isinstance(block[axis], list) else [block[axis]] for axis in axes)
+        for values in itertools.product(*(map(str, values) for values in listed)):
             parts = [_overrides(axis, rule, value) for (axis, rule), value in zip(axes.items(), values, strict=True)]
             cells["/".join(values)] = [*experiment["base"], *itertools.chain(*parts)]
     _check_places(cells)
@@ -198,10 +199,6 @@ class _Number(dict):
         if match is None or key not in ("tokens", "integer"):
             raise ValueError(f"can't read {{{key}}} from {self.value!r}; write 0.75B for tokens, s3 for an integer")
         return round(float(match[1]) * UNITS[match[2]]) if key == "tokens" else int(match[1])
-
-
-def _as_list(value: Any) -> list[str]:
-    return [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
 def _content(name: str) -> Any:

@@ -230,7 +230,9 @@ class Composer:
             with initialize_config_dir(str(ROOT), version_base="1.3"):
                 ours = [line for line in lines if not recipe_file(line)]
                 tree = hydra_compose("train", overrides=ours, return_hydra_config=True)
-            choices = own_choices(tree.hydra.runtime.choices) | ({"quant": str(own)} if own else {})
+            chosen = tree.hydra.runtime.choices.items()
+            choices = {group: option for group, option in chosen if not group.startswith("hydra") and option}
+            choices |= {"quant": str(own)} if own else {}
             OmegaConf.set_struct(tree, False)
             del tree["hydra"]
             file = ROOT / "quant" / f"{choices['quant']}.yaml" if "quant" in choices else None
@@ -481,10 +483,6 @@ def without_none_gemms(quant: dict[str, Any], base: dict[str, Any]) -> dict[str,
         if isinstance(given, dict) and given.pop(NONE_MARK, False):
             quant[gemm] = unquantized(gemm, given)
     return quant
-
-
-def own_choices(choices: Any) -> dict[str, str]:
-    return {group: option for group, option in choices.items() if not group.startswith("hydra") and option}
 
 
 def one_line(error: Exception) -> str:

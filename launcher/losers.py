@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from analysis import early, states
-from analysis.runs import Run, read_run
+from analysis.runs import read_run
 from base.files import write_text
 from base.runfolder import RUN, RunError
 from launcher.lanes import Running
@@ -41,7 +41,8 @@ class Losers:
             if early.refusal(mine) or not len(mine.evals["step"]):
                 return False
             share = float(mine.evals["step"][-1]) / mine.info["steps"]
-            found = early.lost(mine, early.rivals_of(mine, self._others()), share)
+            others = [read_run(folder) for folder in self.folders if (folder / RUN).exists()]
+            found = early.lost(mine, early.rivals_of(mine, others), share)
         except (RunError, OSError):  # it has only begun, or is being written
             return False
         if found is None:
@@ -52,6 +53,3 @@ class Losers:
         content = {"step": step, "behind": gap, "leader": leader.name}
         write_text(mark_of(self.runs, name), json.dumps(content) + "\n")
         return True
-
-    def _others(self) -> Iterable[Run]:
-        return [read_run(folder) for folder in self.folders if (folder / RUN).exists()]

@@ -36,7 +36,7 @@ def build(values: dict[str, Any]) -> Product:
 
     Raises ValueError for such a GEMM under a name that no file has: which sources it should keep is not known.
     """
-    fields = _recipe_fields(values)
+    fields = {key: value for key, value in values.items() if key not in PLAN_KEYS}
     scheme = _product(str(fields["scheme"])) if "scheme" in fields else Recipe
     for gemm in GEMMS:
         if fields.get(gemm) == "none":
@@ -114,7 +114,3 @@ def _product(scheme: str) -> Any:
     if scheme not in PRODUCTS:
         raise ValueError(f"quant.scheme={scheme!r} is unknown; schemes: {', '.join(PRODUCTS)}")
     return PRODUCTS[scheme]
-
-
-def _recipe_fields(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in PLAN_KEYS}

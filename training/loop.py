@@ -119,7 +119,8 @@ class Trainer:
             probes = {} if level else self._due_probes(at_evaluation=False)
             first = self.state.step == self._resumed_at + 1  # alone in its window: it pays for compilation
             last = self.state.step == self.numbers.steps
-            if save or probes or first or last or self._log_due() or self._evaluation_due():
+            log = self._due(self.p.config.log.every) or self._buffer.count == BUFFERED_STEPS
+            if save or probes or first or last or log or self._evaluation_due():
                 self._flush()
             if level:
                 return self._stop_early(level)
@@ -175,9 +176,6 @@ class Trainer:
 
     def _due(self, every: int | None) -> bool:
         return every is not None and self.state.step % every == 0
-
-    def _log_due(self) -> bool:
-        return self._due(self.p.config.log.every) or self._buffer.count == BUFFERED_STEPS
 
     def _evaluation_due(self) -> bool:
         return 0 < self.state.step < self.numbers.steps and self._due(self.p.config.evaluate.every)

@@ -59,19 +59,3 @@ def swizzle(scales: Tensor) -> Tensor:
     # row = (block, quarter of 32, row in the quarter); group = (block, place): -> block, block, row, quarter, place
     tiles = padded.view(blocks_r, 4, 32, blocks_g, GROUP_TILE).permute(0, 3, 2, 1, 4)
     return tiles.reshape(-1).view(scales.dtype)
-
-
-def unswizzle(flat: Tensor, rows: int, groups: int) -> Tensor:
-    """The inverse of swizzle: flat swizzled scales -> [rows, groups], row-major, padding dropped.
-
-    Raises ValueError unless `flat` holds exactly swizzled_size(rows, groups) bytes.
-    """
-    if flat.numel() != swizzled_size(rows, groups) or flat.element_size() != 1:
-        raise ValueError(
-            f"swizzled scales: got {flat.numel()} x {flat.dtype}; [{rows}, {groups}] needs "
-            f"{swizzled_size(rows, groups)} one-byte scales"
-        )
-    blocks_r, blocks_g = round_up(rows, ROW_TILE) // ROW_TILE, round_up(groups, GROUP_TILE) // GROUP_TILE
-    tiles = flat.view(torch.uint8).view(blocks_r, blocks_g, 32, 4, GROUP_TILE).permute(0, 3, 2, 1, 4)
-    padded = tiles.reshape(blocks_r * ROW_TILE, blocks_g * GROUP_TILE)
-    return padded[:rows, :groups].contiguous().view(flat.dtype)

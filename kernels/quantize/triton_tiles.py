@@ -262,15 +262,15 @@ def _(x, amax, axis, target, pow2, per_row, is_e4m3):
 
 
 def launch_fp8_both(
-    x: Tensor, amax: Tensor, target: float, pow2: bool, is_e4m3: bool, tile: tuple[int, int] = (64, 128), warps: int = 4
+    x: Tensor, amax: Tensor, target: float, pow2: bool, is_e4m3: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(codes, scale) along axis 1 and along axis 0; per tensor, so that both have the same codes."""
     x = x.contiguous()
     (codes, scale), (transposed, other_scale) = (_allocate_fp8(x, axis, False) for axis in (1, 0))
     rows, columns = x.shape
-    fp8_both_kernel[(triton.cdiv(rows, tile[0]), triton.cdiv(columns, tile[1]))](
+    fp8_both_kernel[(triton.cdiv(rows, 64), triton.cdiv(columns, 128))](
         x, amax, codes, transposed, scale, other_scale, rows, columns, TARGET=target, POW2=pow2, IS_E4M3=is_e4m3,
-        TILE_R=tile[0], TILE_C=tile[1], INTERPRET=INTERPRET, num_warps=warps,
+        TILE_R=64, TILE_C=128, INTERPRET=INTERPRET, num_warps=4,
     )  # fmt: skip
     return codes, scale, transposed, other_scale
 

@@ -30,12 +30,13 @@ FOUR_OVER_SIX = QuantSpec.resolve("e2m1", NVFP4_SCALES, select="four_over_six")
 MS_EDEN = QuantSpec.resolve("e2m1", NVFP4_SCALES, rounding="ms_eden")
 ROTATION = 128
 FP8_MAX = 448.0
+REPEATS = 15  # of which the median is taken
 
 
-def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
+def median_ms(function: Callable[[], object]) -> float:
     """Median milliseconds on the GPU of one call, after three that are not counted."""
     times = []
-    for i in range(repeats + 3):
+    for i in range(REPEATS + 3):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         function()
@@ -46,27 +47,11 @@ def median_ms(function: Callable[[], object], repeats: int = 15) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def bf16_forward(x: Tensor, w: Tensor) -> Tensor:
-    return x @ w.t()
-
-
-def bf16_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    return dy @ w, torch.mm(dy.t(), x, out_dtype=torch.float32)
-
-
 def fp8_product(a: Tensor, b: Tensor, out_dtype: torch.dtype) -> Tensor:
     """a [M, K] times b [N, K] transposed, both cast to E4M3 with one scale each."""
     scales = [t.abs().amax().float() / FP8_MAX for t in (a, b)]
     left, right = ((t / s).to(torch.float8_e4m3fn).contiguous() for t, s in zip((a, b), scales, strict=True))
     return torch._scaled_mm(left, right.t(), scales[0], scales[1], out_dtype=out_dtype)
-
-
-def fp8_forward(x: Tensor, w: Tensor) -> Tensor:
-    return fp8_product(x, w, torch.bfloat16)
-
-
-def fp8_backward(dy: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    return fp8_product(dy, w.t(), torch.bfloat16), fp8_product(dy.t(), x.t(), torch.float32)
 
 
 class Quartet2:
@@ -97,31 +82,34 @@ class Quartet2:
 
 def runs(x: Tensor, w: Tensor, dy: Tensor) -> dict[str, tuple[Callable[[], object], Callable[[], object]]]:
     """Recipe -> (forward, backward) of one linear layer."""
-    layer = Quartet2(x.device)
+    layer, bf16, fp32 = Quartet2(x.device), torch.bfloat16, torch.float32
     return {
-        "bf16": (lambda: bf16_forward(x, w), lambda: bf16_backward(dy, x, w)),
-        "fp8": (lambda: fp8_forward(x, w), lambda: fp8_backward(dy, x, w)),
+        "bf16": (lambda: x @ w.t(), lambda: (dy @ w, torch.mm(dy.t(), x, out_dtype=fp32))),
+        "fp8": (
+            lambda: fp8_product(x, w, bf16),
+            lambda: (fp8_product(dy, w.t(), bf16), fp8_product(dy.t(), x.t(), fp32)),
+        ),
         "quartet2": (lambda: layer.forward(x, w), lambda: layer.backward(dy)),
     }
 
 
-def time_layers(layers: Layers, tokens: int, device: str = "cuda") -> dict[str, tuple[float, float]]:
+def time_layers(layers: Layers) -> dict[str, tuple[float, float]]:
     """Recipe -> (forward ms, forward + backward ms), summed over the four linear layers of a block."""
     times = {"bf16": (0.0, 0.0), "fp8": (0.0, 0.0), "quartet2": (0.0, 0.0)}
     for n, k in layers.linears:
-        operands = (torch.randn(shape, device=device).bfloat16() for shape in ((tokens, k), (n, k), (tokens, n)))
+        operands = (torch.randn(shape, device="cuda").bfloat16() for shape in ((TOKENS, k), (n, k), (TOKENS, n)))
         for name, (forward, backward) in runs(*operands).items():
             first, second = median_ms(forward), median_ms(backward)
             times[name] = times[name][0] + first, times[name][1] + first + second
     return times
 
 
-def gemm_lines(tokens: int = TOKENS) -> list[str]:
+def gemm_lines() -> list[str]:
     """TFLOP/s of the kernels alone on the largest published layers, each tile, and which one the rule picks."""
     arch = rules.ARCHS[torch.cuda.get_device_capability()]
     sm_count = torch.cuda.get_device_properties(0).multi_processor_count
     lines = ["GEMM alone (published: 1160 to 1240 TFLOP/s on a 5090, 4720 to 5342 on a B200):"]
-    for kind, m, n, k in gemms_of(PUBLISHED[-1], tokens):
+    for kind, m, n, k in gemms_of(PUBLISHED[-1], TOKENS):
         output = "f32" if kind == "wgrad" else "bf16"
         a, b = (prepare(exact_operand(rows, k, 0, "cuda")) for rows in (m, n))
         d = torch.empty(m, n, dtype=torch.float32 if kind == "wgrad" else torch.bfloat16, device="cuda")
@@ -134,14 +122,14 @@ def gemm_lines(tokens: int = TOKENS) -> list[str]:
     return lines
 
 
-def table(tokens: int = TOKENS) -> list[str]:
+def table() -> list[str]:
     """The lines to print: milliseconds and speed-up over BF16 of every published size, and what was published."""
     lines = [
-        f"speed: linear layers of one block, {tokens} tokens, ms forward | forward + backward; x = over BF16",
+        f"speed: linear layers of one block, {TOKENS} tokens, ms forward | forward + backward; x = over BF16",
         f"published on B200: {PUBLISHED_B200}",
     ]
     for layers in PUBLISHED:
-        times = time_layers(layers, tokens)
+        times = time_layers(layers)
         base = times["bf16"]
         cells = [
             f"{name} {ms[0]:.2f} | {ms[1]:.2f} ms ({base[0] / ms[0]:.2f}x | {base[1] / ms[1]:.2f}x)"

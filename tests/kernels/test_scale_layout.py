@@ -21,12 +21,6 @@ def test_swizzle_puts_every_scale_at_its_offset_and_zeros_elsewhere(rows, groups
     assert torch.equal(layout.swizzle(scales), expected)
 
 
-@pytest.mark.parametrize(("rows", "groups"), SHAPES)
-def test_unswizzle_inverts_swizzle(rows, groups):
-    scales = scales_of(rows, groups)
-    assert torch.equal(layout.unswizzle(layout.swizzle(scales), rows, groups), scales)
-
-
 def test_offsets_computed_by_hand():
     offsets = layout.swizzled_offsets(200, 6)
     # (row, group): blocks of 512 bytes, two along the 6 groups; in a block 16 bytes a row of 32, 4 bytes a quarter
@@ -39,7 +33,7 @@ def test_swizzle_keeps_the_dtype_and_the_bytes_of_float8():
     scales = torch.rand(130, 9).to(torch.float8_e4m3fn)
     swizzled = layout.swizzle(scales)
     assert swizzled.dtype == torch.float8_e4m3fn
-    assert torch.equal(layout.unswizzle(swizzled, 130, 9).view(torch.uint8), scales.view(torch.uint8))
+    assert torch.equal(swizzled.view(torch.uint8)[layout.swizzled_offsets(130, 9)], scales.view(torch.uint8))
 
 
 def test_wrong_width_rank_and_size_are_named():
@@ -47,5 +41,3 @@ def test_wrong_width_rank_and_size_are_named():
         layout.swizzle(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="2-D"):
         layout.swizzle(torch.zeros(4, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"\[128, 4\] needs 512"):
-        layout.unswizzle(torch.zeros(511, dtype=torch.uint8), 128, 4)

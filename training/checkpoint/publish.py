@@ -16,17 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.checkpoint.manifest import (
-    FORMAT,
-    MANIFEST,
-    META,
-    fsync_folder,
-    prune,
-    set_aside,
-    step_of,
-    write_durably,
-    write_json,
-)
+from training.checkpoint import manifest
+from training.checkpoint.manifest import write_durably, write_json
 from training.checkpoint.storage import INDEX, IO_THREADS, CheckpointError, StagedFile
 
 POLL_S = 0.02
@@ -140,14 +131,15 @@ def _all_parts(job: Job) -> dict[str, dict[str, Any]]:
 
 def _publish_checkpoint(job: Job, files: dict[str, dict[str, Any]]) -> None:
     files[INDEX] = write_json(job.folder / INDEX, job.index)
-    files[META] = write_json(job.folder / META, job.meta)
-    write_json(job.folder / MANIFEST, {"format": FORMAT, "files": files})
+    files[manifest.META] = write_json(job.folder / manifest.META, job.meta)
+    write_json(job.folder / manifest.MANIFEST, {"format": manifest.FORMAT, "files": files})
     for rank in range(job.world):
         _part(job, rank).unlink()
-    fsync_folder(job.folder)
-    aside = set_aside(job.final) if job.final.exists() else None  # after a rollback, or a damaged one of the same step
+    manifest.fsync_folder(job.folder)
+    # After a rollback, or a damaged one of the same step.
+    aside = manifest.set_aside(job.final) if job.final.exists() else None
     job.folder.rename(job.final)
-    fsync_folder(job.final.parent)
+    manifest.fsync_folder(job.final.parent)
     if aside is not None:
         shutil.rmtree(aside)
-    prune(job.final.parent, step_of(job.final), job.keep_last, job.keep_every, job.at)
+    manifest.prune(job.final.parent, manifest.step_of(job.final), job.keep_last, job.keep_every, job.at)

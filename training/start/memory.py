@@ -64,11 +64,12 @@ def estimate(
     summed over ranks by DDP, from a copy of all of them. `mask_length`: positions of a row under a dense mask of its
     documents; 0: none. `hooks`: bytes a parameter of the hooks' state."""
     activations = activation_bytes(config, micro_tokens, kept, recompute)
+    backward = micro_tokens * config.mlp_backward_bytes() * (2 if kept.is_quantized else 1)
     sizes = {
         "weights, moments": state_bytes(config, optimizer) / shards,
         "gradients": gradient_bytes(config, activations, shards, accumulates, replicated),
         "activations": activations,
-        "temporaries": temporary_bytes(config, micro_tokens, kept),
+        "temporaries": backward + LOGITS_CHUNK_BYTES,  # of an MLP, and a chunk of logits
     }
     if mask_length:
         kept_in = 1 if recompute else config.layers
@@ -101,11 +102,6 @@ def activation_bytes(config: DecoderShape, micro_tokens: int, kept: Kept, recomp
     block += kept.weights * block_parameters(config)
     ends = micro_tokens * d * (2 * residual + 3 * BYTES_BF16)
     return ends + (config.layers * micro_tokens * d * residual + block if recompute else config.layers * block)
-
-
-def temporary_bytes(config: DecoderShape, micro_tokens: int, kept: Kept) -> float:
-    """The largest tensors that live for a moment: those of an MLP's backward, and a chunk of logits."""
-    return micro_tokens * config.mlp_backward_bytes() * (2 if kept.is_quantized else 1) + LOGITS_CHUNK_BYTES
 
 
 def gradient_bytes(config: DecoderShape, activations: float, shards: int, accumulates: bool, replicated: bool) -> float:
