@@ -39,40 +39,28 @@ class Launch:
     registers: int | None = None
 
 
-# By (kernel, axis); axis 2 is both. What --tune found best; axis-1 entries of kernels that no recipe uses
-# (rtn, 4/6 and packed ones) follow their axis-0 twins.
-CONFIGS: dict[tuple[str, int], Launch] = {
-    ("rtn_rows", 1): Launch(128, 4, programs=64),
-    ("four_over_six_rows", 1): Launch(128, 4, programs=64),
-    ("sr_rows", 1): Launch(128, 4, programs=64),
-    ("ms_eden_rows", 1): Launch(128, 4, programs=64),
-    ("rtn", 0): Launch(64, 4, 3, 2),
-    ("rtn", 1): Launch(64, 4, 3, 2),
-    ("four_over_six", 0): Launch(64, 8, 3, 2, 128),
-    ("four_over_six", 1): Launch(64, 8, 3, 2, 128),
-    ("sr", 0): Launch(64, 8, 3, 2, 128),
-    ("sr", 1): Launch(64, 8, 3, 2, 128),
-    ("ms_eden", 0): Launch(64, 4, 3, 2),
-    ("ms_eden", 1): Launch(64, 4, 3, 2),
-    ("rtn_packed", 0): Launch(64, 4, 3, 3),
-    ("rtn_packed", 1): Launch(64, 4, 3, 3),
-    ("sr_packed", 0): Launch(64, 8, 3, 4, 128),
-    ("sr_packed", 1): Launch(64, 8, 3, 4, 128),
-    ("ms_eden_packed", 0): Launch(64, 4, 3, 3),
-    ("ms_eden_packed", 1): Launch(64, 4, 3, 3),
+# What --tune found best, along either axis; along axis 1 those of kernels that no recipe uses (rtn, 4/6, packed ones)
+# follow their axis-0 twins.
+EITHER_AXIS = {
+    "rtn": Launch(64, 4, 3, 2),
+    "four_over_six": Launch(64, 8, 3, 2, 128),
+    "sr": Launch(64, 8, 3, 2, 128),
+    "ms_eden": Launch(64, 4, 3, 2),
+    "rtn_packed": Launch(64, 4, 3, 3),
+    "sr_packed": Launch(64, 8, 3, 4, 128),
+    "ms_eden_packed": Launch(64, 4, 3, 3),
     # Forms (triton_forms.py); on an H200. A third or fourth table takes more registers than two programs have.
-    ("form_rows", 1): Launch(128, 4, programs=64),
-    ("form", 0): Launch(64, 8, 3, 2, 128),
-    ("form", 1): Launch(64, 8, 3, 2, 128),
-    ("two_tables", 0): Launch(64, 4, 3, 2),
-    ("two_tables", 1): Launch(64, 4, 3, 2),
-    ("tables", 0): Launch(64, 8, 3, 1),
-    ("tables", 1): Launch(64, 8, 3, 1),
-    ("amax", 0): Launch(64, 4, 3, 2),
-    ("amax", 1): Launch(64, 4, 3, 2),
+    "form": Launch(64, 8, 3, 2, 128),
+    "two_tables": Launch(64, 4, 3, 2),
+    "tables": Launch(64, 8, 3, 1),
+    "amax": Launch(64, 4, 3, 2),
+    "amax_packed": Launch(64, 4, 3, 3),
+}
+# By (kernel, axis); axis 2 is both.
+CONFIGS: dict[tuple[str, int], Launch] = {
+    **{(name, axis): launch for name, launch in EITHER_AXIS.items() for axis in (0, 1)},
+    **{(f"{name}_rows", 1): Launch(128, 4, programs=64) for name in ("rtn", "four_over_six", "sr", "ms_eden", "form")},
     ("amax", 2): Launch(128, 8, 4, 1),
-    ("amax_packed", 0): Launch(64, 4, 3, 3),
-    ("amax_packed", 1): Launch(64, 4, 3, 3),
 }
 
 

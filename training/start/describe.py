@@ -1,4 +1,4 @@
-"""What is known about a run before any memory is allocated: shapes, plan, derived numbers, identity, start screen."""
+"""What is known about a run before any memory is allocated: shapes, plan, derived numbers, identity, memory."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,13 +22,12 @@ from training.probes.base import Coming
 from training.ranks.distributed import Dist
 from training.ranks.parallel import choose
 from training.records.identity import default_name, hash_of, numerics, plan_numerics
-from training.start import fork, initial, price
-from training.start.build import is_blockwise, is_compiled, is_graphed
-from training.start.cautions import cpu_seconds, many_epochs, memory_of, slow, too_large
+from training.start import fork, initial
+from training.start.build import is_blockwise, is_graphed
+from training.start.cautions import memory_of
 from training.start.derive import Numbers, derive
 from training.start.initial import Weights, check_data, check_model, check_tokenizer, source_of
 from training.start.memory import MemoryEstimate, estimate, kept_of
-from training.start.screen import StartScreen
 from training.start.shapes import model_of, shape_of
 
 
@@ -194,75 +193,6 @@ def expected_vocab_size(config: TrainConfig) -> int:
 
         return TextTokenizer(tokenizer_file(config.data.tokenizer), config.data.bos).vocab_size
     return config.data.vocab_size
-
-
-def cautions(config: TrainConfig, described: Description, ranks: Dist, memory_gib: float, elsewhere: bool) -> list[str]:
-    """What a person should know before this run starts."""
-    shape, plan, numbers = described.shape, described.plan, described.numbers
-    found = [] if described.train_tokens is None else [many_epochs(numbers, described.train_tokens)]
-    if not elsewhere:
-        found.append(too_large(memory_gib, ranks.device, ranks.local_world))
-    if not elsewhere and ranks.device.type == "cpu":
-        found.append(slow(cpu_seconds(shape, plan, numbers, torch.get_num_threads()), numbers, config.batch))
-    return [caution for caution in found if caution]
-
-
-def screen(
-    request: Request,
-    described: Description,
-    ranks: Dist,
-    backends: dict[str, str] | None = None,
-    elsewhere: bool = False,
-) -> str:
-    """The start screen; a dry run names the back end that was asked for. `elsewhere`: the run is for other machines,
-    of whose speed and memory this one says nothing."""
-    config = request.config
-    mode = choose(config.parallel, ranks, described.shape.parameters)
-    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-    name = described.run["name"]
-    graphed = is_graphed(config, described.plan.fullgraph, mode, ranks.device)
-    memory = expected_memory(config, described, ranks, mode, graphed)
-    return str(
-        StartScreen(
-            name=name,
-            folder=str(Path(config.paths.runs) / name),
-            device=gpu or f"CPU ({torch.get_num_threads()} threads)",
-            gpu=gpu,
-            backends=backends or {"asked for": config.backend},
-            compiled=is_compiled(config, ranks.device),
-            graphed=graphed,
-            fullgraph=described.plan.fullgraph,
-            parallel=mode,
-            model=config.model.name,
-            shape=described.shape,
-            attention=attention(config, described.shape, ranks.device),
-            recipe=described.plan.label,
-            plan_lines=described.plan.table().splitlines(),
-            fork=fork.told(described.parent, described.run["numerics"]) if described.parent else None,
-            price=price.told(described, described.parent.step if described.parent else 0),
-            phases=[line for phase in described.phases for line in (str(phase), *phase.plan.table().splitlines())],
-            numbers=described.numbers,
-            data=config.data.name if described.tokens is None else _data_name(described.tokens),
-            train_tokens=described.train_tokens,
-            probes=probes.costs(described.probes, described.numbers, described.plan, graphed),
-            memory=memory,
-            warnings=cautions(config, described, ranks, memory.total, elsewhere),
-        )
-    )
-
-
-def attention(config: TrainConfig, shape: DecoderShape, device: torch.device) -> str | None:
-    """How masks act; None where every layer sees everything before."""
-    windows = [window for window in shape.windows if window is not None and window < config.batch.seq_len - 1]
-    within = ["documents"] if config.batch.document_mask else []
-    within += [f"windows of {windows[0]:,} positions in {len(windows)} of {shape.layers} layers"] if windows else []
-    how = "FlexAttention" if is_blockwise(config, device) else "a dense mask"
-    return f"within {' and '.join(within)}, by {how}" if within else None
-
-
-def _data_name(tokens: TokenSet) -> str:
-    copies = tokens.copies_of_val
-    return tokens.label + (f" ({copies:,} train rows are copies of validation rows)" if copies else "")
 
 
 def expected_memory(

@@ -45,8 +45,9 @@ from training.start.build import (
     resume,
     set_torch_flags,
 )
-from training.start.describe import Description, Request, check, check_memory, config_files, describe, screen
+from training.start.describe import Description, Request, check, check_memory, config_files, describe
 from training.start.oom import advice
+from training.start.screen import screen
 
 
 def launch(request: Request) -> int:
