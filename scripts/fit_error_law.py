@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis import backward_parts, error_law, leaderboard, plots, published
+from analysis import backward_parts, error_law, leaderboard, pages, plots, published
 from analysis.contrasts import Spread
 from analysis.law import Law
 from analysis.runs import find_runs
@@ -261,15 +261,12 @@ def backward(points: dict[str, published.Points]) -> dict[str, backward_parts.Pa
 
 
 def backward_text(found: dict[str, backward_parts.Part]) -> str:
-    lines = [
-        "| part | 1e-3 nats | cells | more a factor e of D/N | % of the tokens, low and high D/N |",
-        "|" + " --- |" * 5,
-    ]
+    header = ("part", "1e-3 nats", "cells", "more a factor e of D/N", "% of the tokens, low and high D/N")
+    rows = []
     for name, one in found.items():
-        low, high = one.tokens
-        numbers = f"{one.mean:.1f} +- {one.se:.1f} | {one.cells} | {one.rise:+.1f} +- {one.rise_se:.1f}"
-        lines.append(f"| {name} | {numbers} | {low:.1f}, {high:.1f} |")
-    return "\n".join(lines)
+        mean, rise = f"{one.mean:.1f} +- {one.se:.1f}", f"{one.rise:+.1f} +- {one.rise_se:.1f}"
+        rows.append((name, mean, str(one.cells), rise, ", ".join(f"{share:.1f}" for share in one.tokens)))
+    return pages.table(header, rows)
 
 
 def draw(
