@@ -11,6 +11,7 @@ from pathlib import Path
 from analysis.pairing import align
 from analysis.runs import EvalRows, Run
 from base.runfolder import RunError
+from base.words import some
 
 # (field of run.json, what to call it)
 TEXT = (
@@ -26,6 +27,7 @@ COMPARABLE = (
     ("parameters", "parameter count"),
     ("steps", "steps"),
 )
+SHOWN = 3  # runs named in an error
 OTHER_STEP = "compare.py --step N takes the evaluations of another step"
 
 
@@ -37,7 +39,7 @@ def differences(runs: Iterable[Run], fields: Iterable[tuple[str, str]] = COMPARA
         for run in runs:
             values.setdefault(str(run.info[field]), []).append(run.name)
         if len(values) > 1:
-            each = "; ".join(f"{value} in {some(names)}" for value, names in values.items())
+            each = "; ".join(f"{value} in {some(names, SHOWN)}" for value, names in values.items())
             found.append(f"{name} differs: {each}")
     return found
 
@@ -81,8 +83,3 @@ def _check_sum(run: Run, step: int, rows: EvalRows) -> None:
         raise RunError(
             f"{run.path}: metrics.jsonl says {logged:.8f}, eval rows give {summed:.8f}; one of them is stale"
         )
-
-
-def some(names: list[str]) -> str:
-    """The first three, and how many more."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -6,10 +6,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from analysis.alike import same_rows, some
+from analysis.alike import SHOWN, same_rows
 from analysis.pairing import Floor, Gap, SeedGap, paired_gap, seed_gap
 from analysis.runs import Run
 from base.runfolder import RunError
+from base.words import some
 
 
 @dataclass(frozen=True)
@@ -265,8 +266,11 @@ def _nothing_in_common(group: Group, base: Group) -> str:
     runs = base.runs if group is base else (*group.runs, *base.runs)
     empty = [run for run in runs if not len(run.evals["step"])]
     if ended := [f"{run.name} ({run.status})" for run in empty if run.diverged_at is not None]:
-        return f"diverged before any evaluation, so no figure is there to compare: {some(ended)}; leave out, and say so"
+        them = some(ended, SHOWN)
+        return f"diverged before any evaluation, so no figure is there to compare: {them}; leave out, and say so"
     if empty:
-        return f"no evaluation yet in {some([r.name for r in empty])}: leave out such runs, or wait for their first"
+        return (
+            f"no evaluation yet in {some([r.name for r in empty], SHOWN)}: leave out such runs, or wait for their first"
+        )
     who = f"the runs of {base.label}" if group is base else f"{group.label} and {base.label}"
     return f"{who} have no evaluation step in common; set the same evaluation interval"

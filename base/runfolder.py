@@ -67,11 +67,11 @@ KIND = Field("train, eval, slots, errors, xray, oscillation or event")
 STEP = Field("completed optimizer steps", column=True)
 TOKENS = Field("tokens trained on so far", column=True)
 TIME = Field("seconds since 1970 when the row was written", column=True)
+PLACE = {"kind": KIND, "step": STEP}
 # kind -> its fields, in the order in which small copies keep them.
 ROWS: dict[str, dict[str, Field]] = {
     "train": {
-        "kind": KIND,
-        "step": STEP,
+        **PLACE,
         "tokens": TOKENS,
         "loss": Field("mean nats per token of the step's batch", column=True),
         "grad_norm": Field("2-norm of the gradient before clipping"),
@@ -86,8 +86,7 @@ ROWS: dict[str, dict[str, Field]] = {
         "samples": Field("hash of the step's samples over all ranks", kept=False),
     },
     "eval": {
-        "kind": KIND,
-        "step": STEP,
+        **PLACE,
         "tokens": TOKENS,
         "targets": Field("tokens scored", column=True, later=True),
         "loss": Field("mean nats per token", column=True),
@@ -106,8 +105,7 @@ ROWS: dict[str, dict[str, Field]] = {
         "time": TIME,
     },
     "xray": {
-        "kind": KIND,
-        "step": STEP,
+        **PLACE,
         "tokens": TOKENS,
         "slices": Field("pieces of text that were looked at, as micro-batches of their own"),
         "slice_tokens": Field("tokens of each; amax and tensor scales are the slice's"),
@@ -122,22 +120,19 @@ ROWS: dict[str, dict[str, Field]] = {
         "time": TIME,
     },
     "oscillation": {
-        "kind": KIND,
-        "step": STEP,
+        **PLACE,
         "tokens": TOKENS,
         "window": Field("steps before this one whose flips are counted"),
         "layers": Field("layer -> figure: OSCILLATION"),
         "time": TIME,
     },
     "slots": {
-        "kind": KIND,
-        "step": STEP,
+        **PLACE,
         "slots": Field("layer -> operand slot -> counters of its quantizer"),
         "time": TIME,
     },
     "errors": {
-        "kind": KIND,
-        "step": STEP,
+        **PLACE,
         "errors": Field("layer -> operand slot -> terms of its squared error (probes.errors={})"),
         "time": TIME,
     },

@@ -1,6 +1,6 @@
-"""The nearest known word to a mistyped one, for error messages."""
+"""Words of error messages: the nearest known one to a mistyped one, the first few of many."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
 
@@ -9,3 +9,9 @@ def suggestion(word: str, known: Iterable[str], otherwise: str = "", cutoff: flo
     near = get_close_matches(str(word), list(known), n=1, cutoff=cutoff)
     text = f"did you mean {near[0]}?" if near else otherwise
     return f"; {text}" if text else ""
+
+
+def some(names: Sequence[str], most: int, between: str = ", ") -> str:
+    """The first of them, and how many more."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return between.join(names[:most]) + more

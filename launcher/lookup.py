@@ -15,6 +15,7 @@ from analysis import states
 from analysis.runs import RunError, json_object
 from analysis.states import State
 from base.fingerprints import NotRememberedError
+from base.words import some
 from launcher import cells as experiments
 from launcher.compose import Composed
 from launcher.naming import Numerics, Text
@@ -192,10 +193,9 @@ def unknown(state: State, folder: Path) -> State:
 
 def other(folder: Path, stored: Stored, differing: list[str]) -> str:
     """What differs, and what to type."""
-    more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
     away = folder.with_name(f"{folder.name}-{stored.info.get('hash', 'other')[:8]}")
     return (
-        f"{folder} holds another run: {'; '.join(differing[:SHOWN])}{more}. To keep it under another name, type: "
+        f"{folder} holds another run: {some(differing, SHOWN, '; ')}. To keep it under another name, type: "
         f"{states.move(folder, away)}; or take another folder: paths.runs={folder.parent}-2"
     )
 

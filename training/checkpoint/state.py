@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from base.runfolder import CHECKPOINTS
+from base.words import some
 from quant.plan import quant_linears
 from training.checkpoint.manifest import read_meta, step_name
 from training.checkpoint.publish import Job, PublishThread
@@ -351,8 +352,7 @@ def _check_same(path: Path, index: dict[str, Any], tensors: dict[str, Tensor]) -
     both = sorted(wanted.keys() & stored.keys())
     faults += [f"{n}: stored {stored[n]}, needed {wanted[n]}" for n in both if stored[n] != wanted[n]]
     if faults:
-        more = f" and {len(faults) - NAMES_SHOWN} more" if len(faults) > NAMES_SHOWN else ""
-        raise CheckpointError(f"{path} is not of this model or optimizer: {'; '.join(faults[:NAMES_SHOWN])}{more}")
+        raise CheckpointError(f"{path} is not of this model or optimizer: {some(faults, NAMES_SHOWN, '; ')}")
 
 
 def read_all(path: str | Path) -> dict[str, Tensor]:

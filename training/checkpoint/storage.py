@@ -44,6 +44,8 @@ from torch.distributed.checkpoint.planner import ReadItem, WriteItem, WriteItemT
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from base.words import some
+
 INDEX = "index.json"
 TEMPORARY = ".tmp-"  # how the names of folders begin that are being written or removed
 # A power of two, because the pinned-memory allocator rounds a request up to one.
@@ -80,8 +82,7 @@ class NonFiniteState(CheckpointError):
 
 def first_names(names: list[str]) -> str:
     """The first few of them, and how many more."""
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(sorted(names)[:NAMES_SHOWN]) + more
+    return some(sorted(names), NAMES_SHOWN)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from base.tree import flatten
+from base.words import some
 from training.config import TrainConfig
 from training.ranks.distributed import Dist
 
@@ -39,10 +40,9 @@ def check_alike(ranks: Dist, **values: Any) -> None:
             if first["values"].get(name) != other["values"].get(name)
         ]
         if differing:
-            more = f" and {len(differing) - SHOWN} more" if len(differing) > SHOWN else ""
             raise ValueError(
                 f"rank {rank} on {other['host']} differs from rank 0 on {first['host']}: "
-                f"{'; '.join(differing[:SHOWN])}{more}. Start the same command, at the same commit, on every node"
+                f"{some(differing, SHOWN, '; ')}. Start the same command, at the same commit, on every node"
             )
 
 

@@ -7,6 +7,7 @@ did, bit for bit.
 from typing import Any
 
 from base.fork import ForkError, Parent, parent_of
+from base.words import some
 from data.tokens import TokenSet
 from training.checkpoint.manifest import checkpoints, problems, step_of
 from training.checkpoint.state import TrainState, load
@@ -44,8 +45,7 @@ def label(parent: Parent, own: str) -> str:
 def told(parent: Parent, numerics: dict[str, Any]) -> str:
     """For the start screen."""
     changed = list(changes(parent, numerics))
-    more = f" and {len(changed) - SHOWN} more" if len(changed) > SHOWN else ""
-    what = f"other {', '.join(changed[:SHOWN])}{more}" if changed else "nothing changed"
+    what = f"other {some(changed, SHOWN)}" if changed else "nothing changed"
     return f"of {parent.folder} at step {parent.step}: {what}"
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from base.files import json_hash
 from base.fingerprints import sums
+from base.words import some
 from data.spec import DataSpec
 from models.llama import LlamaConfig, permute_from_half_split
 from training.config import ModelSection, TrainConfig
@@ -168,8 +169,7 @@ class Weights:
         faults = [f"{name} is missing" for name in sorted(needed - self._where.keys())]
         faults += [f"{name} has no place in a Llama" for name in sorted(self._where.keys() - needed - spare)]
         if faults:
-            more = f" and {len(faults) - SHOWN} more" if len(faults) > SHOWN else ""
-            raise ValueError(f"init.from={source.path}: {'; '.join(faults[:SHOWN])}{more}")
+            raise ValueError(f"init.from={source.path}: {some(faults, SHOWN, '; ')}")
 
     def check(self, name: str, shape: torch.Size) -> None:
         """ValueError where the parts of our parameter don't make its shape, from the files' headers alone."""
