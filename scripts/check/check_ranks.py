@@ -1,19 +1,23 @@
-"""Several GPUs of one node, checked and measured. Run by hand; prints tables and leaves JSON in --out.
+"""Several GPUs of one node, checked and measured. Run by hand; prints tables, leaves JSON and one table in --out.
 
-    python scripts/check/check_ranks.py equal  # 1, 2, 4 GPUs, DDP and FSDP: same samples, same curve to summation noise
+    python scripts/check/check_ranks.py all    # every part below in this order, those that 25 minutes allow; unattended
+    python scripts/check/check_ranks.py equal  # 1, 2, 4, 8 GPUs, every way to share: same samples, same curve to noise
+    python scripts/check/check_ranks.py scale  # tokens/s of llama_100m (DDP) from 1 GPU to all
+    python scripts/check/check_ranks.py muon   # nanochat_1b9 at its batch on all GPUs: MFU, memory, losses, run's hours
+    python scripts/check/check_ranks.py large  # llama_1b9: MFU, memory, save stall, preemption, time to resume, scaling
     python scripts/check/check_ranks.py resume # kill -9 and resume: bitwise on the same GPUs, to noise on others
     python scripts/check/check_ranks.py faults # a rank dies, or the job is preempted: who stops, how fast, what is said
-    python scripts/check/check_ranks.py large  # llama_1b9: MFU, memory, save stall, preemption, time to resume, scaling
-    python scripts/check/check_ranks.py scale  # tokens/s of llama_100m (DDP) from 1 GPU to all
 
 `--data` takes overrides that choose the text (default: data=pydocs). Every run is `torchrun train.py`, so that what is
 measured is what users get; --gpus limits the number of GPUs. Parts that time nothing run their cases side by side.
-Each case is written as soon as it is there; a case that fails doesn't stop the others. `--rehearse` puts a tiny model
-in place of every other and takes two processes on a CPU. Exit code 1 if a case fails or shows what it looks for:
-other samples or losses beyond --tolerance (equal), a resumed run that differs (resume), orphans (faults, large).
+HSDP takes the halves of the GPUs for two nodes. Each case is written as soon as it is there; a case that fails doesn't
+stop the others. `--rehearse` puts a tiny model in place of every other and takes --gpus processes (2) on a CPU. Exit
+code 1 if a case fails or shows what it looks for: other samples or losses beyond --tolerance (equal), a resumed run
+that differs (resume), orphans (faults, large), a loss that doesn't fall (muon).
 """
 
 import argparse
+import math
 import os
 import re
 import signal
@@ -36,7 +40,7 @@ if __name__ == "__main__":
 import torch
 from verify_resume import REPOSITORY, TINY_MODEL, last_step, train_lines, wait_for
 
-from base.files import write_json
+from base.files import write_json, write_text
 from base.processes import descendants, kill_tree, send
 from base.runfolder import CHECKPOINTS, read_metrics
 from launcher.cells import layered
@@ -45,6 +49,17 @@ QUIET = ["evaluate.every=null", "evaluate.final_tokens=8192", "evaluate.slots=fa
 RECIPES = ("bf16", "quartet2")
 ENDLESS = "steps=100000"  # of a run that we end
 LIMIT_S = 600
+ALL_S = 1500  # what `all` may take
+MOST_REHEARSED = 8
+# Ranks on the halves of this machine, as if these were nodes; each sees its half of the GPUs.
+TWO_NODES = (
+    "n=$((LOCAL_WORLD_SIZE / 2)); first=$((LOCAL_RANK / n * n)); "
+    "export CUDA_VISIBLE_DEVICES=$(seq -s, $first $((first + n - 1))); "
+    'export LOCAL_RANK=$((LOCAL_RANK % n)) LOCAL_WORLD_SIZE=$n; exec "$0" "$@"'
+)
+# The published run of 1.9B parameters, 37.6B tokens (configs/experiment/nanochat.yaml); 40 of its 71,680 steps.
+MUON = ["optim=muon", "schedule=wsd"]
+MUON_STEPS, MUON_RUN_STEPS, REHEARSED_STEPS = 40, 71_680, 12
 RUNNING: list[subprocess.Popen] = []
 
 Case = tuple[str, dict[str, Any]]
@@ -67,6 +82,8 @@ def start(arguments: argparse.Namespace, name: str, world: int, *overrides: str,
     launch, environment = [sys.executable], dict(os.environ)
     if world > 1:
         launch += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+        if "parallel=hsdp" in overrides:
+            launch += ["--no-python", "sh", "-c", TWO_NODES, sys.executable]
     else:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
     places = [f"paths.runs={arguments.out}", f"run.name={name}"]
@@ -80,10 +97,20 @@ def start(arguments: argparse.Namespace, name: str, world: int, *overrides: str,
     return process
 
 
+def limit_s(arguments: argparse.Namespace) -> float:
+    """What a run may take."""
+    return max(1.0, min(LIMIT_S, arguments.ends - time.monotonic()))
+
+
 def train(arguments: argparse.Namespace, name: str, world: int, *overrides: str, gpu: int = 0) -> Path:
     """Train to the end; the run folder. Raises Failed."""
     begin = time.monotonic()
-    code = start(arguments, name, world, *overrides, gpu=gpu).wait(LIMIT_S)
+    process = start(arguments, name, world, *overrides, gpu=gpu)
+    try:
+        code = process.wait(limit_s(arguments))
+    except subprocess.TimeoutExpired:
+        kill_tree(process, signal.SIGKILL)
+        raise Failed(f"not done after {time.monotonic() - begin:.0f} s; {log_end(arguments, name)}") from None
     print(f"  {name}: {time.monotonic() - begin:.0f} s, exit code {code}", flush=True)
     if code:
         raise Failed(log_end(arguments, name))
@@ -100,7 +127,7 @@ def train_until(arguments: argparse.Namespace, name: str, world: int, step: int,
 
 
 def until_step(arguments: argparse.Namespace, process: subprocess.Popen, name: str, step: int) -> None:
-    if not wait_for(process, lambda: last_step(arguments.out / name) >= step, LIMIT_S):
+    if not wait_for(process, lambda: last_step(arguments.out / name) >= step, limit_s(arguments)):
         kill_tree(process, signal.SIGKILL)
         raise Failed(log_end(arguments, name))
 
@@ -140,7 +167,7 @@ def equal(arguments: argparse.Namespace) -> Iterator[Case]:
         f"{recipe} {mode} x{world}": (recipe, world, mode)
         for recipe in RECIPES
         for world in worlds(arguments)
-        for mode in (("ddp", "fsdp") if world > 1 else ("auto",))
+        for mode in modes(world)
     }
 
     def one(recipe: str, world: int, mode: str) -> dict[str, Any]:
@@ -156,6 +183,11 @@ def equal(arguments: argparse.Namespace) -> Iterator[Case]:
         for name in [name for name in waiting if {name, single(name)} <= found.keys()]:
             waiting.remove(name)
             yield name, attempt(difference, found[single(name)], found[name])
+
+
+def modes(world: int) -> tuple[str, ...]:
+    """Ways to share a model over so many GPUs of one machine."""
+    return ("auto",) if world == 1 else ("ddp", "fsdp") if world < 4 else ("ddp", "fsdp", "hsdp")
 
 
 def single(name: str) -> str:
@@ -179,7 +211,7 @@ def difference(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 def resume(arguments: argparse.Namespace) -> Iterator[Case]:
     """scripts/check/verify_resume.py on the GPUs: its exit codes and last words."""
-    batch = [*size(arguments, "llama_30m", 512, 4, 16), *arguments.data.split(), *QUIET, "quant=quartet2"]
+    batch = [*size(arguments, "llama_30m", 512, 4, 32), *arguments.data.split(), *QUIET, "quant=quartet2"]
     most = worlds(arguments)[-1]
     everything = [f"--worlds={','.join(map(str, worlds(arguments)))}", "--parallel=ddp,fsdp"]
     cases = {
@@ -203,7 +235,11 @@ def resume(arguments: argparse.Namespace) -> Iterator[Case]:
         with open(arguments.out / f"resume-{number}.log", "w") as log:
             process = subprocess.Popen(script, stdout=log, stderr=log, start_new_session=True)
         RUNNING.append(process)
-        code = process.wait(LIMIT_S)
+        try:
+            code = process.wait(limit_s(arguments))
+        except subprocess.TimeoutExpired:
+            kill_tree(process, signal.SIGKILL)
+            raise Failed(f"not done in time; see resume-{number}.log") from None
         said = (arguments.out / f"resume-{number}.log").read_text()
         return {"exit_code": code, "says": said[said.rfind(" kills (") - 2 :][:600] if not code else said[-1500:]}
 
@@ -235,7 +271,10 @@ def stop_by(process: subprocess.Popen, pids: list[int], number: int) -> dict[str
     everyone, begin = descendants(process.pid), time.monotonic()
     for pid in pids:
         send(pid, number)
-    code = process.wait(LIMIT_S)
+    try:
+        code = process.wait(LIMIT_S)
+    except subprocess.TimeoutExpired:
+        code = kill_tree(process, signal.SIGKILL)
     exit_s = time.monotonic() - begin
     while any(map(alive, everyone)) and time.monotonic() - begin < exit_s + 20:
         time.sleep(0.1)
@@ -245,10 +284,10 @@ def stop_by(process: subprocess.Popen, pids: list[int], number: int) -> dict[str
 
 def faults(arguments: argparse.Namespace) -> Iterator[Case]:
     """One rank killed; SIGTERM to the ranks (as SLURM does) and to the launcher."""
-    batch = [*size(arguments, "llama_30m", 512, 4, 16), "quant=quartet2", "compile=false", ENDLESS, "log.every=1"]
+    batch = [*size(arguments, "llama_30m", 512, 4, 32), "quant=quartet2", "compile=false", ENDLESS, "log.every=1"]
 
     def one(name: str, parallel: str, who: str, number: int) -> dict[str, Any]:
-        process = start(arguments, name, 2, *batch, f"parallel={parallel}", "checkpoint.every=4")
+        process = start(arguments, name, worlds(arguments)[-1], *batch, f"parallel={parallel}", "checkpoint.every=4")
         until_step(arguments, process, name, 6)
         ranks = ranks_of(process.pid)
         victims = {"rank 1": [ranks[1]], "ranks": list(ranks.values()), "launcher": [process.pid]}[who]
@@ -279,7 +318,7 @@ def speed(folder: Path) -> dict[str, Any]:
     train_rows = rows(folder, "train")[5:]
     middle = median(row["ms_per_step"] for row in train_rows)
     at_median = min(train_rows, key=lambda row: abs(row["ms_per_step"] - middle))
-    expected = re.search(r"memory +([\d.]+) GiB a GPU expected", (folder / "start.txt").read_text())
+    expected = re.search(r"memory +([\d.]+) GiB(?: a GPU)? expected", (folder / "start.txt").read_text())
     peak = max(row["memory_gib"] for row in train_rows)
     return {
         "ms_min": min(row["ms_per_step"] for row in train_rows),
@@ -316,24 +355,28 @@ def efficiency(one: dict[str, Any], many: dict[str, Any], world: int) -> dict[st
 
 
 def large(arguments: argparse.Namespace) -> Iterator[Case]:
-    """llama_1b9 under FSDP on all GPUs, then on one for the efficiency. Only bf16 saves: 25 GB take their time."""
+    """llama_1b9 under FSDP, from four GPUs on under HSDP, too; then on one for the efficiency. Only bf16 saves: 25 GB
+    take their time."""
     world, found = worlds(arguments)[-1], {}
     for recipe in RECIPES:
         case = saved_and_resumed if recipe == RECIPES[0] else measured
         found[recipe] = attempt(case, arguments, recipe, world, 0)
         yield f"{recipe} x{world}", found[recipe]
+        if "hsdp" in modes(world):
+            yield f"{recipe} hsdp x{world}", attempt(measured, arguments, recipe, world, 0, "hsdp")
     singles = {f"{recipe} x1": (measured, arguments, recipe, 1, i) for i, recipe in enumerate(RECIPES)}
     for name, alone in side_by_side(singles):
         yield name, alone | efficiency(alone, found[name.split()[0]], world)
 
 
-def large_size(arguments: argparse.Namespace, recipe: str, world: int) -> list[str]:
+def large_size(arguments: argparse.Namespace, recipe: str, world: int, mode: str = "fsdp") -> list[str]:
     batch = size(arguments, "llama_1b9", 2048, 8, 32 * world)
-    return [*batch, f"quant={recipe}", "parallel=fsdp", "log.every=3", *arguments.extra]
+    return [*batch, f"quant={recipe}", f"parallel={mode}", "log.every=3", *arguments.extra]
 
 
-def measured(arguments: argparse.Namespace, recipe: str, world: int, gpu: int) -> dict[str, Any]:
-    name, options = f"large-{recipe}-{world}", [*large_size(arguments, recipe, world), "checkpoint.every=null"]
+def measured(arguments: argparse.Namespace, recipe: str, world: int, gpu: int, mode: str = "fsdp") -> dict[str, Any]:
+    name = f"large-{recipe}-{mode}-{world}"
+    options = [*large_size(arguments, recipe, world, mode), "checkpoint.every=null"]
     return speed(train_until(arguments, name, world, 15, *options, gpu=gpu))
 
 
@@ -361,7 +404,29 @@ def saved_and_resumed(arguments: argparse.Namespace, recipe: str, world: int, gp
     return found | {"restart_to_next_step_s": first["time"] - begin}
 
 
-PARTS = {"equal": equal, "resume": resume, "faults": faults, "large": large, "scale": scale}
+def muon(arguments: argparse.Namespace) -> Iterator[Case]:
+    """nanochat_1b9 with Muon at its batch of 524,288 tokens on all GPUs, under DDP: all of it fits, graphs replay."""
+    world, alone = worlds(arguments)[-1], {}
+    batch = size(arguments, "nanochat_1b9", 2048, 8, 256)
+    if arguments.rehearse:
+        batch[batch.index("model=llama_tiny")] = "model=nanochat_560m"
+    steps = REHEARSED_STEPS if arguments.rehearse else MUON_STEPS
+    options = [*batch, *MUON, "parallel=ddp", f"steps={steps}", "log.every=5", "checkpoint.every=null"]
+
+    def one(recipe: str) -> dict[str, Any]:
+        folder = train(arguments, f"muon-{recipe}-{world}", world, *options, f"quant={recipe}", *arguments.extra)
+        losses = [row["loss"] for row in rows(folder, "train")]
+        found = speed(folder) | {"loss_first": losses[0], "loss_last": losses[-1]}
+        return found | {"run_hours": MUON_RUN_STEPS * found["ms_median"] / 3.6e6}
+
+    for recipe in RECIPES:
+        found = alone[recipe] = attempt(one, recipe)
+        if "failed" not in found and "ms_median" in (base := alone[RECIPES[0]]):
+            found |= {"over_bf16": found["ms_median"] / base["ms_median"]}
+        yield f"{recipe} x{world}", found
+
+
+PARTS = {"equal": equal, "scale": scale, "muon": muon, "large": large, "resume": resume, "faults": faults}
 # What a case that ran must show: (values, nats that sums in another order may differ by) -> passed.
 CHECKS: dict[str, Callable[[dict[str, Any], float], bool]] = {
     "equal": lambda found, nats: found["same_samples"] and found["largest_loss_difference"] <= nats,
@@ -369,11 +434,44 @@ CHECKS: dict[str, Callable[[dict[str, Any], float], bool]] = {
     "faults": lambda found, nats: found["orphans"] == 0,
     "large": lambda found, nats: found.get("preempted_orphans", 0) == 0,
     "scale": lambda found, nats: True,
+    "muon": lambda found, nats: found["loss_last"] < found["loss_first"],
 }
 
 
 def shown(values: dict[str, Any]) -> str:
     return "  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in values.items())
+
+
+def cases(arguments: argparse.Namespace, part: str) -> Iterator[Case]:
+    """A part's cases; one that says why, where the part itself fails or its time is over."""
+    if time.monotonic() > arguments.ends:
+        yield part, {"failed": f"not begun: {ALL_S / 60:.0f} minutes are over"}
+        return
+    try:
+        yield from PARTS[part](arguments)
+    except Exception as error:  # the parts after it must not be lost
+        yield part, {"failed": f"{type(error).__name__}: {error}"}
+
+
+def hardware(arguments: argparse.Namespace) -> str:
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU processes"
+    return f"{arguments.gpus} x {name}, torch {torch.__version__}"
+
+
+def write_table(arguments: argparse.Namespace, table: list[tuple[str, str, bool, dict[str, Any]]]) -> None:
+    """One Markdown table of all that was found so far."""
+    lines = [
+        f"`{' '.join(sys.argv)}` on {hardware(arguments)}",
+        "",
+        "| part | case | | ms, min / median | found |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for part, case, passed, values in table:
+        times = " / ".join(f"{values[key]:,.1f}" for key in ("ms_min", "ms_median") if key in values)
+        rest = {key: value for key, value in values.items() if key not in ("ms_min", "ms_median")}
+        said = " ".join(shown(rest).split()).replace("|", "/")[:600]
+        lines.append(f"| {part} | {case} | {'ok' if passed else 'FAILED'} | {times} | {said} |")
+    write_text(arguments.out / "table.md", "\n".join(lines) + "\n")
 
 
 def end_everything(number: int, frame: Any) -> None:
@@ -387,31 +485,37 @@ def end_everything(number: int, frame: Any) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=list(PARTS), nargs="+")
-    parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("part", choices=["all", *PARTS], nargs="+")
+    parser.add_argument("--gpus", type=int)
     parser.add_argument("--data", default="data=pydocs", help="overrides that choose the text, as one string")
     parser.add_argument(
         "--extra", nargs="*", default=[], help="more overrides for scale and large, such as backend=triton"
     )
     parser.add_argument("--tolerance", type=float, default=0.01, help="nats, where sums are formed in another order")
-    parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU, two processes")
+    parser.add_argument("--rehearse", action="store_true", help="tiny models on a CPU")
     parser.add_argument("--out", type=Path, default=Path("check_ranks"))
     arguments = parser.parse_args()
-    arguments.gpus = 2 if arguments.rehearse else arguments.gpus
-    if not 1 <= arguments.gpus <= (2 if arguments.rehearse else torch.cuda.device_count()):
-        parser.error(f"--gpus {arguments.gpus}: there are {torch.cuda.device_count()} here; a CPU can --rehearse")
+    there = MOST_REHEARSED if arguments.rehearse else torch.cuda.device_count()
+    if arguments.gpus is None:
+        arguments.gpus = 2 if arguments.rehearse else there
+    if not 1 <= arguments.gpus <= there:
+        parser.error(f"--gpus {arguments.gpus}: there are {there} here; a CPU can --rehearse")
     arguments.out = arguments.out.resolve()
     arguments.out.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, end_everything)
-    failures = 0
-    for part in arguments.part:
+    every, begin = "all" in arguments.part, time.monotonic()
+    arguments.ends = begin + ALL_S if every else math.inf
+    failures, table = 0, []
+    for part in PARTS if every else arguments.part:
         print(f"{part} on up to {arguments.gpus} GPUs", flush=True)
         found = {}
-        for name, values in PARTS[part](arguments):
+        for name, values in cases(arguments, part):
             found[name] = values
             passed = "failed" not in values and CHECKS[part](values, arguments.tolerance)
             failures += not passed
             write_json(arguments.out / f"{part}.json", found)
+            table.append((part, name, passed, values))
+            write_table(arguments, table)
             print(f"{part}: {name:33}", shown(values), "" if passed else " FAILED", flush=True)
     return 1 if failures else 0
 

@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -73,3 +75,37 @@ def test_wrong_words_to_the_checks_are_one_line(words, says, monkeypatch, capsys
     with pytest.raises(SystemExit, match="2"):
         script.main()
     assert says in capsys.readouterr().err
+
+
+def test_all_goes_on_after_a_part_that_fails_and_stops_beginning_when_time_is_over(check_ranks, monkeypatch, tmp_path):
+    now = [0.0]
+
+    def long(arguments):
+        yield "x2", {"ms_min": 1.25, "ms_median": 2.5, "mfu": 0.5}
+        now[0] += 2 * check_ranks.ALL_S
+
+    def broken(arguments):
+        raise RuntimeError("no such GPU")
+        yield
+
+    monkeypatch.setattr(check_ranks, "PARTS", {"equal": broken, "scale": long, "faults": long})
+    monkeypatch.setattr(check_ranks.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(check_ranks.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(sys, "argv", ["check_ranks.py", "all", "--rehearse", "--gpus=4", f"--out={tmp_path}"])
+    assert check_ranks.main() == 1
+    first, *table = (tmp_path / "table.md").read_text().splitlines()
+    assert "all --rehearse" in first and "4 x " in first
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[3:]]
+    assert [(row[0], row[2]) for row in rows] == [("equal", "FAILED"), ("scale", "ok"), ("faults", "FAILED")]
+    assert "no such GPU" in rows[0][4] and rows[1][3] == "1.2 / 2.5" and "not begun" in rows[2][4]
+
+
+def test_two_nodes_are_halves_of_this_one(check_ranks):
+    """What each of eight ranks is told, of which the launcher sees one node."""
+    told = []
+    for rank in range(8):
+        places = {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "8", "PATH": os.environ["PATH"]}
+        command = ["sh", "-c", check_ranks.TWO_NODES, "env"]
+        said = dict(line.split("=", 1) for line in subprocess.check_output(command, env=places, text=True).splitlines())
+        told.append((said["CUDA_VISIBLE_DEVICES"], said["LOCAL_RANK"], said["LOCAL_WORLD_SIZE"]))
+    assert told == [(gpus, str(n), "4") for gpus in ("0,1,2,3", "4,5,6,7") for n in range(4)]
