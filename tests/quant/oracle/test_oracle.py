@@ -33,8 +33,9 @@ WRITTEN += [{"grid": "e2m1", "select": "search", "search": [-3, 8]}, {"grid": "e
 SPECS, NONE = {}, {"grid": "none"}
 for slot in WRITTEN:  # those that are refused are left out
     with suppress(ValueError):
-        gemms = {"fprop": {"x": NONE, "w": NONE}, "dgrad": {"dy": slot, "w": NONE}, "wgrad": {"dy": NONE, "x": NONE}}
-        spec = Recipe.from_dict({"name": "one", **gemms}).operand("dgrad.dy").spec
+        turn = {"dim": 16 if "ms_eden" in slot.values() else None}
+        gemms = {"dgrad": {"rotation": turn, "dy": slot, "w": NONE}, "wgrad": {"dy": NONE, "x": NONE}}
+        spec = Recipe.from_dict({"name": "one", "fprop": {"x": NONE, "w": NONE}, **gemms}).operand("dgrad.dy").spec
         SPECS[" ".join(map(str, slot.values()))] = slot, spec
 
 
@@ -59,7 +60,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 
 TENSORS = tensors()
-assert len(SPECS) == 79  # none is forgotten
+assert len(SPECS) == 90  # none is forgotten
 
 
 @pytest.mark.parametrize("name", SPECS)
