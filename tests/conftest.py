@@ -1,12 +1,17 @@
 """Text that the end-to-end tests train on, and stand-ins for programs."""
 
+import importlib.util
 import json
 import os
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support import Done
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +40,28 @@ def on_path(tmp_path, monkeypatch) -> Callable[..., None]:
             (folder / name).chmod(0o755)
 
     return put
+
+
+@pytest.fixture
+def main_of(monkeypatch, capsys) -> Callable[[str], Callable[..., Done]]:
+    """main_of("score.py")(word, ...) calls that script in this process: a process of its own costs a second or more of
+    imports. What it raises but an exit, a person would see as a traceback: so does the test."""
+
+    def read(name: str) -> Callable[..., Done]:
+        spec = importlib.util.spec_from_file_location(f"{name.removesuffix('.py')}_script", SCRIPTS / name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+
+        def call(*words: object) -> Done:
+            capsys.readouterr()
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, "argv", [name, *map(str, words)])
+                try:
+                    code = module.main()
+                except SystemExit as end:  # argparse
+                    code = end.code
+            return Done(code, *capsys.readouterr())
+
+        return call
+
+    return read

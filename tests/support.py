@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from quant import library
 from quant.names import SLOTS
@@ -18,6 +19,14 @@ VARIANTS = (
 KINDS = [name for name in SLOT_RECIPES if name not in VARIANTS]
 # Among them those whose six operands 4-bit tensor cores can read.
 FP4_RECIPES = [name for name in KINDS if all(library.load(name).operand(slot).spec.tensor_core for slot in SLOTS)]
+
+
+class Done(NamedTuple):
+    """What a command left, under the names of subprocess.CompletedProcess."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 def wait_until(condition: Callable[[], object], limit_s: float = 60, every_s: float = 0.02) -> None:

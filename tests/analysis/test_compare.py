@@ -30,9 +30,9 @@ def three_seeds(root, recipe="quartet2", gaps=(0.05, 0.052, 0.048), **kwargs):
         write_run(root, recipe, seed, 3.0 + 0.02 * seed + gap, **kwargs)
 
 
-def compare(*args):
-    command = [sys.executable, str(SCRIPT), *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+@pytest.fixture
+def compare(main_of):
+    return main_of("compare.py")
 
 
 def test_table_values_of_two_recipes_over_three_seeds(tmp_path):
@@ -46,7 +46,7 @@ def test_table_values_of_two_recipes_over_three_seeds(tmp_path):
     assert row.gap.verdict == "resolved" and (row.seeds, row.tokens, row.step) == (3, 102400, 100)
 
 
-def test_a_run_that_shared_its_gpu_gives_losses_and_no_speed(tmp_path):
+def test_a_run_that_shared_its_gpu_gives_losses_and_no_speed(tmp_path, compare):
     for seed, others in enumerate((0.9, 30.0)):
         write_run(tmp_path, "bf16", seed, 3.0, ms=10.0 + 10 * seed, others_gib=others, device="NVIDIA H100")
         write_run(tmp_path, "sr", seed, 3.1, ms=20.0, others_gib=30.0, device="NVIDIA H100")
@@ -144,7 +144,7 @@ def test_a_stale_evaluation_file_is_found(tmp_path):
         ({"seq_len": 64}, "sequence length differs"),
     ],
 )
-def test_runs_that_do_not_compare_are_refused_and_named(tmp_path, change, word):
+def test_runs_that_do_not_compare_are_refused_and_named(tmp_path, change, word, compare):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "sr", 0, 3.1, **change)
     assert any(word in line for line in differences(find_runs([f"{tmp_path}/*"])))
@@ -156,14 +156,14 @@ def test_runs_that_do_not_compare_are_refused_and_named(tmp_path, change, word):
     assert "**Mixed:**" in (tmp_path / "out" / "compare.md").read_text()
 
 
-def test_other_validation_text_is_refused_even_if_the_metadata_agree(tmp_path):
+def test_other_validation_text_is_refused_even_if_the_metadata_agree(tmp_path, compare):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "sr", 0, 3.1, rows_seed=8)
     done = compare(f"{tmp_path}/*")
     assert done.returncode == 2 and "not the same validation tokens" in done.stderr
 
 
-def test_command_line_writes_table_csv_markdown_and_picture(tmp_path):
+def test_command_line_writes_table_csv_markdown_and_picture(tmp_path, compare):
     three_seeds(tmp_path, "bf16", (0, 0, 0))
     three_seeds(tmp_path, "quartet2")
     write_run(tmp_path, "sr", 0, 3.07)
@@ -305,13 +305,13 @@ def test_the_figure_shows_the_final_evaluation_on_more_text(tmp_path):
     assert (x, y) == (102400, pytest.approx(3.05)) and "■" in left.get_title(loc="left")
 
 
-def test_nothing_evaluated_yet_is_said_of_the_runs_that_have_nothing(tmp_path):
+def test_nothing_evaluated_yet_is_said_of_the_runs_that_have_nothing(tmp_path, compare):
     write_run(tmp_path, "quartet2", 0, steps_done=10)
     done = compare(f"{tmp_path}/*")
     assert done.returncode == 2 and "no evaluation yet in llama_tiny-quartet2-0" in done.stderr
 
 
-def test_nobody_waits_for_the_first_evaluation_of_a_run_that_diverged(tmp_path):
+def test_nobody_waits_for_the_first_evaluation_of_a_run_that_diverged(tmp_path, compare):
     write_run(tmp_path, "bf16", 0, 3.0)
     non_finite(write_run(tmp_path, "sr", 0, steps_done=10), 11)
     done = compare(f"{tmp_path}/*")
@@ -319,7 +319,7 @@ def test_nobody_waits_for_the_first_evaluation_of_a_run_that_diverged(tmp_path):
     assert "diverged before any evaluation" in done.stderr and "llama_tiny-sr-0 (diverged (11/100))" in done.stderr
 
 
-def test_files_that_are_not_there_or_not_what_they_should_be_are_one_error(tmp_path):
+def test_files_that_are_not_there_or_not_what_they_should_be_are_one_error(tmp_path, compare):
     write_run(tmp_path / "runs", "bf16", 0, 3.0)
     text = tmp_path / "README.md"
     text.write_text("# no floors")
@@ -354,7 +354,7 @@ def test_a_seed_scored_on_other_text_is_refused_wherever_it_stands(tmp_path, rec
         table(groups, base)
 
 
-def test_seeds_of_one_recipe_alone_are_aligned_too(tmp_path):
+def test_seeds_of_one_recipe_alone_are_aligned_too(tmp_path, compare):
     write_run(tmp_path, "bf16", 0, 3.0)
     write_run(tmp_path, "bf16", 1, 3.0, rows_seed=8)
     done = compare(f"{tmp_path}/*")
@@ -432,7 +432,7 @@ def test_gaps_along_the_runs_are_of_the_same_text(tmp_path):
     assert [text.get_text() for text in left.texts] == ["bf16"]
 
 
-def test_a_diverged_seed_leaves_its_recipe_without_mean_and_verdict(tmp_path):
+def test_a_diverged_seed_leaves_its_recipe_without_mean_and_verdict(tmp_path, compare):
     three_seeds(tmp_path / "runs", "bf16", (0, 0, 0))
     three_seeds(tmp_path / "runs", "sr")
     three_seeds(tmp_path / "runs", "fp8")
@@ -468,7 +468,7 @@ def test_a_diverged_baseline_judges_nothing(tmp_path):
     assert [row.gap and row.gap.verdict for row in table(groups, groups[0])] == [None, DIVERGED]
 
 
-def test_approximate_bits_per_byte_are_marked_in_every_table(tmp_path):
+def test_approximate_bits_per_byte_are_marked_in_every_table(tmp_path, compare):
     for recipe in ("bf16", "sr"):
         path = write_run(tmp_path / "runs", recipe, 0, 3.0) / "metrics.jsonl"
         if recipe == "sr":  # as the trainer writes them where the tokenizer loses text

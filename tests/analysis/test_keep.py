@@ -1,9 +1,6 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,20 +10,17 @@ from analysis.compare import group_runs, pick_baseline, table
 from analysis.keep import keep
 from analysis.runs import find_runs, read_run
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "keep_results.py"
-
 
 def rows_of(pattern):
     groups = group_runs(find_runs([pattern]))
     return table(groups, pick_baseline(groups, None))
 
 
-def test_a_small_copy_gives_the_same_comparison(tmp_path):
+def test_a_small_copy_gives_the_same_comparison(tmp_path, main_of):
     for seed in range(2):
         write_run(tmp_path / "runs", "bf16", seed, 3.0 + 0.01 * seed)
         write_run(tmp_path / "runs", "sr", seed, 3.05 + 0.012 * seed)
-    words = [sys.executable, str(SCRIPT), f"{tmp_path}/runs/*", "--to", str(tmp_path / "kept")]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    done = main_of("keep_results.py")(f"{tmp_path}/runs/*", "--to", str(tmp_path / "kept"))
     assert done.returncode == 0 and done.stdout.startswith("4 runs, 0."), done.stderr
     for ours, theirs in zip(rows_of(f"{tmp_path}/kept/*"), rows_of(f"{tmp_path}/runs/*"), strict=True):
         assert (ours.label, ours.seeds, ours.step, ours.status) == (
@@ -92,7 +86,7 @@ def test_paths_of_this_machine_stay_here(tmp_path):
     assert not any("/home/me" in file.read_text() for file in kept.path.glob("*.json*"))
 
 
-def test_runs_are_neither_thinned_in_place_nor_replaced_by_a_namesake(tmp_path):
+def test_runs_are_neither_thinned_in_place_nor_replaced_by_a_namesake(tmp_path, main_of):
     path = write_run(tmp_path / "runs", "bf16", name="one")
     write_run(tmp_path / "others", "bf16", 1, name="one")
     before = (path / "metrics.jsonl").read_text()
@@ -101,8 +95,7 @@ def test_runs_are_neither_thinned_in_place_nor_replaced_by_a_namesake(tmp_path):
         ([f"{tmp_path}/*/one"], tmp_path / "kept", "are both called one"),
         ([f"{tmp_path}/runs/*"], "/proc/x", "/proc/x"),
     ):
-        words = [sys.executable, str(SCRIPT), *patterns, "--to", str(to)]
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+        done = main_of("keep_results.py")(*patterns, "--to", str(to))
         assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
     assert (path / "metrics.jsonl").read_text() == before and not (tmp_path / "kept").exists()
 

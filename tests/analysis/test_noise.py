@@ -1,9 +1,6 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,8 +11,6 @@ from analysis.compare import group_runs, pick_baseline, table
 from analysis.keep import keep
 from analysis.pairing import RESOLVED, Floor, seed_gap
 from analysis.runs import find_runs
-
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 
 
 def seeds(root, recipe, losses, **kwargs):
@@ -183,7 +178,7 @@ def test_unfinished_and_diverged_runs_do_not_count(tmp_path):
     assert floor_of(tmp_path)["recipes"]["bf16"]["seeds"] == 2
 
 
-def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
+def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path, main_of):
     seeds(tmp_path / "runs", "bf16", [3.0, 3.001])
     seeds(tmp_path / "runs", "sr", [3.005, 3.006])  # per-seed gaps agree: the paired interval alone would be tiny
     groups = group_runs(find_runs([f"{tmp_path}/runs/*"]))
@@ -194,36 +189,30 @@ def test_compare_uses_the_cached_floor_for_its_verdict(tmp_path):
     noisy = tmp_path / "noisy"
     seeds(noisy, "bf16", [3.0, 3.02, 3.04])
     runs = [f"{noisy}/*", "--cache", str(cache)]
-    done = subprocess.run(
-        [sys.executable, SCRIPTS / "noise_floor.py", *runs], capture_output=True, text=True, timeout=60
-    )
+    done = main_of("noise_floor.py")(*runs)
     assert done.returncode == 0 and "sd  20.000e-3  df    2" in done.stdout
-    command = [sys.executable, SCRIPTS / "compare.py", f"{tmp_path}/runs/*", "--floor", str(cache)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    done = main_of("compare.py")(f"{tmp_path}/runs/*", "--floor", cache)
     assert "noise floor sd 20.00e-3, df 2" in done.stdout and "not resolved" in done.stdout
 
 
-def test_a_cache_that_can_not_be_read_or_written_is_one_line(tmp_path):
+def test_a_cache_that_can_not_be_read_or_written_is_one_line(tmp_path, main_of):
     seeds(tmp_path / "runs", "bf16", [3.0, 3.1])
     text = tmp_path / "README.md"
     text.write_text("# no floors")
     for cache in ("/proc/x", text):
-        command = [sys.executable, SCRIPTS / "noise_floor.py", f"{tmp_path}/runs/*", "--cache", cache]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = main_of("noise_floor.py")(f"{tmp_path}/runs/*", "--cache", cache)
         assert done.returncode == 2 and str(cache) in done.stderr and done.stderr.count("\n") == 1
     assert text.read_text() == "# no floors"
 
 
-def test_a_cached_floor_of_more_runs_stays_unless_replaced(tmp_path):
+def test_a_cached_floor_of_more_runs_stays_unless_replaced(tmp_path, main_of):
     seeds(tmp_path, "bf16", [3.0, 3.1, 3.2])
     write_run(tmp_path, "bf16", 0, 3.01, name="rerun")
     cache = tmp_path / "floor.json"
     all_runs, fewer = [f"{tmp_path}/*bf16*", f"{tmp_path}/rerun"], [f"{tmp_path}/*bf16*"]
 
     def measure(*words):
-        command = [sys.executable, SCRIPTS / "noise_floor.py", *words, "--cache", cache]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-        return done, cache.read_text()
+        return main_of("noise_floor.py")(*words, "--cache", cache), cache.read_text()
 
     first, text = measure(*all_runs)
     assert first.returncode == 0 and measure(*all_runs)[0].returncode == 0  # the same runs again

@@ -1,8 +1,6 @@
 """A run small enough to train within a test: one block of width 128 on a few kilobytes of made-up text."""
 
-import importlib.util
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -17,7 +15,6 @@ from training.probes import PROBES
 from training.probes.base import Probe
 from training.start.launch import Request, launch
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 SMALL = [
     "model=llama_tiny",
     "model.layers=1",
@@ -76,25 +73,6 @@ def run(tmp_path, usual, asides, composer):
         return code, tmp_path / "runs" / name if name else folders[-1] if folders else None
 
     return start
-
-
-@pytest.fixture
-def main_of(monkeypatch, capsys):
-    """main_of("score.py")(word, ...) calls that script in this process; returns (exit code, output, errors)."""
-
-    def read(name: str) -> Callable[..., tuple[int, str, str]]:
-        spec = importlib.util.spec_from_file_location(f"{name.removesuffix('.py')}_script", SCRIPTS / name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-
-        def call(*words: str) -> tuple[int, str, str]:
-            capsys.readouterr()
-            monkeypatch.setattr(sys, "argv", [name, *words])
-            return module.main(), *capsys.readouterr()
-
-        return call
-
-    return read
 
 
 @pytest.fixture

@@ -308,11 +308,11 @@ def test_micro_batch_that_no_rotation_divides_is_refused_before_any_work(run, tm
     assert not (tmp_path / "runs").exists()
 
 
-def test_evaluation_lists_are_fixed_and_clipped_to_the_split(run, rows, token_folder):
+def test_evaluation_lists_are_fixed_and_clipped_to_the_split(run, rows):
     _, folder = run("evaluate.tokens=128")
     evals = rows(folder, "eval")
     tokens = {row["step"]: np.load(folder / "eval" / f"{row['step']}.npz")["tokens"].sum() for row in evals}
-    val = TokenSet(next(token_folder.glob("*/manifest.json")).parent).split("val")
+    val = TokenSet(json.loads((folder / "run.json").read_text())["data_path"]).split("val")
     assert tokens == {5: 128, 10: val.length - 1}
 
 
