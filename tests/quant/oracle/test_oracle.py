@@ -45,7 +45,7 @@ def tensors() -> dict[str, np.ndarray]:
     n, t = g.standard_normal((16, 128)), g.standard_t(3, (16, 128))
     made = {"normal": n, "heavy": t, "negative": -abs(n), "tiny": n * 1e-5, "huge": n * 2.0**60, "sparse": t * (n > 1)}
     made |= {"powers": 2.0 ** g.integers(-9, 9, n.shape) * np.sign(n), "zeros": n * 0}
-    made["outlier"] = np.where(n == n[7, 7], -3e7, n)
+    made["outlier"], made["faint"] = np.where(n == n[7, 7], -3e7, n), np.where(n == n[0, 0], 1536, n / 90)
     made["empty blocks"] = n * np.repeat(g.random((16, 8)) < 0.5, 16, 1) * (np.arange(16) != 5)[:, None]
     made["one in a row"] = n * (np.arange(128) == g.integers(0, 128, (16, 1)))
     made["blocks apart"] = n * np.exp(6 * g.standard_normal((16, 8))).repeat(16, 1)
