@@ -54,7 +54,9 @@ OTHER_NAMES = {
 }
 # What other trainers have a key for and this one hasn't.
 GPUS = "torchrun --nproc-per-node=4 train.py ... runs on four GPUs, and CUDA_VISIBLE_DEVICES chooses which"
+GRID = "it is for python scripts/run_grid.py experiment=GRID, which runs many cells"
 NO_KEY = {
+    **dict.fromkeys(("stop_losers", "in_one", "trunks", "per_gpu", "only", "list"), GRID),
     "wandb": "write logger=wandb",
     "resume": "write resume=runs/NAME; or give the same command again",
     **dict.fromkeys(("device", "devices", "gpus", "num_gpus", "nproc", "world_size"), GPUS),

@@ -33,6 +33,8 @@ MISTAKES = [
     (["max_lr=1e-3"], ["did you mean optim.lr or model.lr?"]),
     (["nodes=2"], ["unknown key 'nodes': write launcher=slurm slurm.nodes="]),
     (["dropout=0.1"], ["unknown key 'dropout': no model has any"]),
+    (["stop_losers=true"], ["unknown key 'stop_losers': it is for python scripts/run_grid.py"]),
+    (["in_one=4"], ["unknown key 'in_one': it is for python scripts/run_grid.py"]),
     (["launchr=slurm"], ["did you mean launcher?"]),
     (["resume=true"], ["unknown key 'resume': write resume=runs/NAME"]),
     (["num_gpus=4"], ["unknown key 'num_gpus': torchrun"]),
