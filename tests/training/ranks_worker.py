@@ -1,12 +1,15 @@
-"""One rank of the multi-process tests: `torchrun ranks_worker.py FOLDER MODE...` trains, saves and loads in each mode.
+"""The ranks of the multi-process tests: `ranks_worker.py FOLDER` trains, saves and loads on 1, 2 and 4 ranks.
 
-Rank 0 writes FOLDER/<mode>-<world>.json. World size 1, without torchrun, gives the results to compare with. MODE is a
-parallel mode, or with a recipe mode:recipe; fsdp+regather holds no block's weights between forward and backward.
+Ranks are forked, as torchrun would start them, from this process, which has imported everything. Rank 0 writes
+FOLDER/<mode>-<world>.json. World size 1 gives the results to compare with. A mode is a parallel mode, or with a recipe
+mode:recipe; fsdp+regather holds no block's weights between forward and backward.
 """
 
 import hashlib
 import json
+import os
 import sys
+import traceback
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from kernels import backend
 from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
+from tests.faults.forked import free_port
 from training import hooks
 from training.checkpoint.manifest import latest_good
 from training.checkpoint.state import Checkpointer, TrainState, load, state_tensors
@@ -30,6 +34,12 @@ ODD = LlamaConfig(layers=2, width=66, heads=3, hidden=33, vocab_size=97, max_seq
 # Rotations take multiples of 128 along every contraction, the tokens of a micro-batch (2 x 64) included.
 EVEN = LlamaConfig(layers=1, width=128, heads=2, hidden=128, vocab_size=97, max_seq_len=64)
 MICRO_BATCHES, SEQUENCES, STEPS = 4, 2, 4
+STARTS = [
+    (1, ["auto", "auto:quartet2"]),
+    (2, ["ddp", "fsdp", "fsdp+regather", "ddp:quartet2", "fsdp:quartet2"]),
+    (4, ["fsdp", "hsdp"]),
+    (1, ["fsdp"]),  # again alone, now from every checkpoint of the others
+]
 
 
 class Bf16Linear(nn.Linear):
@@ -175,8 +185,7 @@ def resumed_from(source: Path, case: str, ranks: distributed.Dist) -> dict:
     return {"step": job.state.step, "rows": train(job, ranks, STEPS // 2), "average": loaded}
 
 
-def main() -> None:
-    folder, cases = Path(sys.argv[1]), sys.argv[2:]
+def rank(folder: Path, cases: list[str]) -> None:
     ranks = distributed.setup("cpu")
     if "hsdp" in cases:
         ranks = replace(ranks, local_world=ranks.world // 2)  # as if on two nodes
@@ -191,8 +200,36 @@ def main() -> None:
             (folder / f"{case}-{ranks.world}.json").write_text(json.dumps(results))
         ranks.gather(None)
     distributed.teardown()
-    distributed.leave(0)
+
+
+def forked(folder: Path, cases: list[str], number: int, world: int, port: int) -> int:
+    """The process of one rank; exit code 1 after a traceback."""
+    if process := os.fork():
+        return process
+    code = 1
+    try:
+        if world > 1:
+            places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            os.environ.update({name: str(value) for name, value in places.items()})
+        torch.set_num_threads(1)  # before there is a second thread: tests/faults/forked.py says why
+        rank(folder, cases)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def main() -> int:
+    folder = Path(sys.argv[1])
+    for world, cases in STARTS:
+        port = free_port()
+        processes = [forked(folder, cases, number, world, port) for number in range(world)]
+        if any([os.waitpid(process, 0)[1] for process in processes]):
+            return 1
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

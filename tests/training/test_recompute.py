@@ -79,8 +79,15 @@ def one_rank(tmp_path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("mode", ["none", "fsdp"])
+@pytest.mark.parametrize(
+    ("mode", "recompute"),
+    [
+        ("none", False),
+        ("fsdp", True),
+        pytest.param("none", True, marks=pytest.mark.slow),  # each by itself stands above: 7 s apiece
+        pytest.param("fsdp", False, marks=pytest.mark.slow),
+    ],
+)
 def test_blocks_share_their_compiled_graph(one_rank, monkeypatch, mode, recompute):
     """Four graphs of a model of three blocks: the embedding, the first block (nothing to add yet), the others, the last
     norm. Recomputed blocks too: Dynamo doesn't look into checkpoint, so what it wraps must be compiled already."""
