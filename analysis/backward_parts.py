@@ -14,6 +14,7 @@ from analysis.law import Law
 from analysis.published import Points
 
 LEAST_CELLS = 4
+STEP_D = 1.001  # the law's slope at a length is read off from this share below it to this share above
 # What it is: (arms of analysis/published.py whose losses are added, arms whose losses are taken away).
 PARTS = {
     "backward, MS-EDEN": (["backward_eden"], ["bf16"]),
@@ -52,7 +53,7 @@ def part(arms: Mapping[str, Points], plus: Sequence[str], minus: Sequence[str], 
     where -= where.mean()
     rise = float(where @ found / (where @ where))
     left = found - found.mean() - rise * where
-    worth = 1e3 * np.array([steepness(law, *cell) for cell in cells])
+    worth = 1e3 * np.array([law.slope(n, d / STEP_D, d * STEP_D) for n, d in cells])
     low, high = (float(100 * found[at].sum() / worth[at].sum()) for at in np.array_split(np.arange(len(cells)), 2))
     return Part(
         mean=float(found.mean()),
@@ -67,9 +68,3 @@ def part(arms: Mapping[str, Points], plus: Sequence[str], minus: Sequence[str], 
 def ratio(cell: tuple[int, int]) -> float:
     n, d = cell
     return d / n
-
-
-def steepness(law: Law, n: int, d: int) -> float:
-    """Nats that a factor e of the tokens is worth there: -dL / d ln D."""
-    fewer, more = law.loss(np.array([n, n], float), d * np.exp([-1e-3, 1e-3]))
-    return float(fewer - more) / 2e-3

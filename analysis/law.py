@@ -9,13 +9,17 @@ at the same (N, D), so that whatever the law misses at a cell (and every recipe 
 """
 
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy as np
 from scipy.optimize import least_squares
 
 from analysis.pairing import t_quantile
 from analysis.published import Points, gaps
+from analysis.runs import json_object
+from base.runfolder import RunError
 
+PUBLISHED = Path(__file__).resolve().parents[1] / "results" / "law" / "law.json"  # fitted to the published runs
 # Residuals beyond this count linearly (Huber): published exact reruns agree to 1e-5, seeds to about 1e-3.
 HUBER_NATS = 1e-3
 # Powers are taken of N/N0 and D/D0: keeps A and B of order 1 during the fit.
@@ -41,6 +45,11 @@ class Law:
         inner = self.a * (eff_n * n / N0) ** -self.alpha + self.b * (eff_d * d / D0) ** -self.beta
         return self.e + inner**self.gamma
 
+    def slope(self, n: float, low: float, high: float) -> float:
+        """Nats that a factor e of the tokens is worth between two lengths: -dL / d ln D."""
+        fewer, more = self.loss(np.array([n, n], float), np.array([low, high], float))
+        return float((fewer - more) / np.log(high / low))
+
     def as_dict(self) -> dict[str, float]:
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
@@ -53,6 +62,14 @@ class Factors:
     eff_d: float
     rms: float
     cells: int
+
+
+def read_law(path: Path = PUBLISHED) -> Law:
+    """The coupled law that fit_scaling_law.py wrote. RunError for another file."""
+    try:
+        return Law(**json_object(path)["laws"]["coupled"])
+    except (OSError, KeyError, TypeError) as error:
+        raise RunError(f"{path}: no law of fit_scaling_law.py in it ({error!r})") from None
 
 
 def arrays(points: Points) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

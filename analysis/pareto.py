@@ -19,11 +19,9 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 from analysis import plots, tables
-from analysis.law import Law
-from analysis.runs import json_object
+from analysis.law import PUBLISHED, read_law
 from base.runfolder import RunError
 
-LAW = Path(__file__).resolve().parents[1] / "results" / "law" / "law.json"
 DOUBT = 0.25  # of the slope: one standard deviation, a guess
 STEP_D = 1.01  # the ratio of two lengths between which the slope is read off
 CSV_HEADER = ("recipe", "gpu", "seeds", "gap", "gap_half", "step", "time", "time_low", "time_high")
@@ -56,13 +54,12 @@ class Point:
         return self.time / factor, self.time * factor
 
 
-def slope_of_law(parameters: int, tokens: int, path: Path = LAW) -> float:
+def slope_of_law(parameters: int, tokens: int, path: Path = PUBLISHED) -> float:
     """Nats a factor e of tokens that the published BF16 law says, as a positive number. RunError for another file."""
     try:
-        law = Law(**json_object(path)["laws"]["coupled"])
-    except (OSError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: no law of fit_scaling_law.py in it ({error!r}); give --slope") from None
-    return float((law.loss(parameters, tokens) - law.loss(parameters, tokens * STEP_D)) / math.log(STEP_D))
+        return read_law(path).slope(parameters, tokens, tokens * STEP_D)
+    except RunError as error:
+        raise RunError(f"{error}; give --slope") from None
 
 
 def front(points: list[Point]) -> list[Point]:

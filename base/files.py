@@ -9,7 +9,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +24,16 @@ def sha256_of(path: Path) -> str:
     """Hex SHA-256 of a file's contents."""
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def code_hash(folders: Iterable[Path], *suffixes: str) -> str:
+    """Hex SHA-256 of the files in `folders` and below whose names end so, in the order of folders and then of paths."""
+    digest = hashlib.sha256()
+    for folder in folders:
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in suffixes:
+                digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def json_hash(value: Any) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from base.commands import ROOT, parser_of
+from base.commands import parser_of
 from base.terminal import existing, one_line_on_ctrl_c, quiet_pipes
 
 if __name__ == "__main__":
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from analysis import backward_parts, error_law, leaderboard, pages, plots, published
 from analysis.contrasts import Spread
-from analysis.law import Law
+from analysis.law import read_law
 from analysis.runs import find_runs
 from base.files import write_json
 from base.runfolder import read_json
@@ -252,7 +252,7 @@ def board_text(
 
 def backward(points: dict[str, published.Points]) -> dict[str, backward_parts.Part]:
     """Of the parts whose arms are there."""
-    law = Law(**read_json(ROOT / "results" / "law" / "law.json")["laws"]["coupled"])
+    law = read_law()
     return {
         name: backward_parts.part(points, plus, minus, law)
         for name, (plus, minus) in backward_parts.PARTS.items()

@@ -102,15 +102,20 @@ def limit_s(arguments: argparse.Namespace) -> float:
     return max(1.0, min(LIMIT_S, arguments.ends - time.monotonic()))
 
 
+def ended(arguments: argparse.Namespace, process: subprocess.Popen, why: Callable[[], str]) -> int:
+    """Its exit code. Raises Failed, nothing of it left, where its time is over."""
+    limit = limit_s(arguments)
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        kill_tree(process, signal.SIGKILL)
+        raise Failed(f"not done after {limit:.0f} s; {why()}") from None
+
+
 def train(arguments: argparse.Namespace, name: str, world: int, *overrides: str, gpu: int = 0) -> Path:
     """Train to the end; the run folder. Raises Failed."""
     begin = time.monotonic()
-    process = start(arguments, name, world, *overrides, gpu=gpu)
-    try:
-        code = process.wait(limit_s(arguments))
-    except subprocess.TimeoutExpired:
-        kill_tree(process, signal.SIGKILL)
-        raise Failed(f"not done after {time.monotonic() - begin:.0f} s; {log_end(arguments, name)}") from None
+    code = ended(arguments, start(arguments, name, world, *overrides, gpu=gpu), lambda: log_end(arguments, name))
     print(f"  {name}: {time.monotonic() - begin:.0f} s, exit code {code}", flush=True)
     if code:
         raise Failed(log_end(arguments, name))
@@ -235,11 +240,7 @@ def resume(arguments: argparse.Namespace) -> Iterator[Case]:
         with open(arguments.out / f"resume-{number}.log", "w") as log:
             process = subprocess.Popen(script, stdout=log, stderr=log, start_new_session=True)
         RUNNING.append(process)
-        try:
-            code = process.wait(limit_s(arguments))
-        except subprocess.TimeoutExpired:
-            kill_tree(process, signal.SIGKILL)
-            raise Failed(f"not done in time; see resume-{number}.log") from None
+        code = ended(arguments, process, lambda: f"see resume-{number}.log")
         said = (arguments.out / f"resume-{number}.log").read_text()
         return {"exit_code": code, "says": said[said.rfind(" kills (") - 2 :][:600] if not code else said[-1500:]}
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.backward_parts import PARTS, part, steepness
+from analysis.backward_parts import PARTS, part
 from analysis.law import Law
 from analysis.published import load
 
@@ -42,9 +42,11 @@ def test_the_error_is_that_of_the_mean():
     assert np.mean([one.rise_se for one in found]) == pytest.approx(np.std([one.rise for one in found]), rel=0.15)
 
 
-def test_steepness_is_the_derivative():
+def test_the_slope_is_the_derivative():
     n, d = CELLS[0]
-    assert steepness(LAW, n, d) == pytest.approx(0.25 * (float(LAW.loss(np.float64(n), np.float64(d))) - 1), rel=1e-5)
+    assert LAW.slope(n, d / 1.001, d * 1.001) == pytest.approx(
+        0.25 * (float(LAW.loss(np.float64(n), np.float64(d))) - 1), rel=1e-5
+    )
 
 
 def test_too_few_cells_are_refused():

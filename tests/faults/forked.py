@@ -24,6 +24,16 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+def become(rank: int, world: int, port: int) -> None:
+    """Make this process, just forked, one of `world` ranks, as torchrun tells its children."""
+    places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in places.items()})
+    # Before there is a second thread: torch renews its thread pool at its first use after a fork, and two threads that
+    # do so at once end in "Invalid thread pool!". The parent has one thread, too (conftest.py).
+    torch.set_num_threads(1)
+
+
 class Ranks:
     """The ranks of one start of a run."""
 
@@ -47,12 +57,7 @@ class Ranks:
             sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
                 signal.signal(number, signal.SIG_DFL)
-            places = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in places.items()})
-            # Before there is a second thread: torch renews its thread pool at its first use after a fork, and two
-            # threads that do so at once end in "Invalid thread pool!". The parent has one thread, too (conftest.py).
-            torch.set_num_threads(1)
+            become(rank, world, port)
             patch(rank)
             composed = compose(overrides, typed=False)
             with one_line_errors() as outcome:

@@ -21,7 +21,7 @@ from kernels import backend
 from launcher.compose import compose
 from models.llama import Llama, LlamaConfig
 from quant.plan import convert, plan_of
-from tests.faults.forked import free_port
+from tests.faults.forked import become, free_port
 from training import hooks
 from training.checkpoint.manifest import latest_good
 from training.checkpoint.state import Checkpointer, TrainState, load, state_tensors
@@ -208,11 +208,7 @@ def forked(folder: Path, cases: list[str], number: int, world: int, port: int) -
         return process
     code = 1
     try:
-        if world > 1:
-            places = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
-            places |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            os.environ.update({name: str(value) for name, value in places.items()})
-        torch.set_num_threads(1)  # before there is a second thread: tests/faults/forked.py says why
+        become(number, world, port)
         rank(folder, cases)
         code = 0
     except BaseException:

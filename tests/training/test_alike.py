@@ -52,7 +52,7 @@ def test_what_is_alike_passes_and_places_may_differ(config):
 
 
 def test_one_process_compares_nothing(config, monkeypatch):
-    monkeypatch.setattr(alike, "code_hash", lambda: 1 / 0)
+    monkeypatch.setattr(alike, "code", lambda: 1 / 0)
     alike.check_start(Dist(0, 1, 0, torch.device("cpu")), config)
 
 
@@ -62,5 +62,5 @@ def test_edited_code_has_another_hash(tmp_path, monkeypatch):
     found = set()
     for text in ("a = 1", "a = 2"):
         (tmp_path / "quant" / "mine.py").write_text(text)
-        found.add(alike.code_hash())
+        found.add(alike.code())
     assert len(found) == 2

@@ -1,7 +1,6 @@
 """All ranks must be told the same and run the same code: collectives pair up by their order alone, so a rank with
 another interval of checkpoints leaves the others waiting, and replicas of another seed are summed without a word."""
 
-import hashlib
 import socket
 from dataclasses import asdict
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 import torch
 
+from base.files import code_hash
 from base.tree import flatten
 from base.words import some
 from training.config import TrainConfig
@@ -24,7 +24,7 @@ SHOWN = 3
 def check_start(ranks: Dist, config: TrainConfig) -> None:
     """ValueError, the same on all ranks, where one was told otherwise or runs other code. Collective."""
     if ranks.group is not None:
-        check_alike(ranks, **told(config), code=code_hash(), torch=torch.__version__)
+        check_alike(ranks, **told(config), code=code(), torch=torch.__version__)
 
 
 def check_alike(ranks: Dist, **values: Any) -> None:
@@ -52,11 +52,6 @@ def told(config: TrainConfig) -> dict[str, Any]:
     return {name: str(value) for name, value in flat.items() if not name.startswith(PLACES)}
 
 
-def code_hash() -> str:
-    """Of our own files."""
-    digest = hashlib.sha256()
-    for folder in CODE:
-        for path in sorted((ROOT / folder).rglob("*")):
-            if path.suffix in (".py", ".yaml"):
-                digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+def code() -> str:
+    """A hash of our own files."""
+    return code_hash([ROOT / folder for folder in CODE], ".py", ".yaml")[:12]

@@ -1,6 +1,5 @@
 """The pieces of a run, built from its configuration: flags, model, compilation, data, evaluation lists, sinks."""
 
-import hashlib
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from base.files import code_hash
 from base.runfolder import CHECKPOINTS
 from data.evalset import EvalSet, available
 from data.loader import Loader
@@ -123,10 +123,7 @@ def compile_loss(loss: LossModel, config: TrainConfig, device: torch.device, ful
 
 def kernels_tag() -> str:
     """A hash of the code of kernels/."""
-    folder, digest = Path(kernels.__file__).parent, hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(path.read_bytes())
-    return f"nibble-{digest.hexdigest()[:16]}"
+    return f"nibble-{code_hash([Path(kernels.__file__).parent], '.py')[:16]}"
 
 
 def build_micro_batch(
