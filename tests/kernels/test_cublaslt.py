@@ -67,7 +67,7 @@ class FakeLibrary:
         left = self._matrix(a, la, bool(settings[cublaslt.DESC_TRANSA]))
         right = self._matrix(b, lb, bool(settings[cublaslt.DESC_TRANSB]))
         out = self._matrix(d, ld, False)
-        out[:] = alpha * (left @ right) + beta * out
+        out[:] = alpha * (left @ right) + (beta * out if beta else 0.0)  # as the library: beta 0 doesn't read out
         return 0
 
 
